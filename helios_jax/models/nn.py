@@ -1,0 +1,140 @@
+"""Layers that every network here is made of.
+
+A parameter is an `nnx.Param` that carries two facts beside its value: `axes`, the logical name of each of its
+dimensions (`helios_jax.sharding` maps them to a mesh), and `layout`, how the same values lie in a safetensors file
+(`helios_jax.pretrained` reads and writes them). Modules hold parameters only and compute in the dtype of their input;
+norms compute in float32. Attribute names are those of diffusers and transformers, so that a parameter's path is its
+key in a file.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+Initializer = Callable[..., jax.Array]
+# "same": as it is; "linear": transposed; "conv": [*kernel, in, out] here, [out, in, *kernel] there;
+# a tuple: reshaped to it in the file.
+Layout = Literal["same", "linear", "conv"] | tuple[int, ...]
+
+zeros = jax.nn.initializers.zeros
+ones = jax.nn.initializers.ones
+normal = jax.nn.initializers.normal
+lecun_normal = jax.nn.initializers.lecun_normal
+
+
+def param(
+    rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Sequence[str | None], layout: Layout = "same"
+) -> nnx.Param:
+    """A float32 parameter with logical `axes` (one name or None per dimension) and its `layout` in a file."""
+    if len(shape) != len(axes):
+        raise ValueError(f"a parameter of shape {tuple(shape)} needs {len(shape)} axis names, got {tuple(axes)}")
+    return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes), layout=layout)
+
+
+class Linear(nnx.Module):
+    """`x @ weight + bias`, weight [in, out]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        axes: tuple[str | None, str | None] = ("embed", "embed_out"),
+        bias: bool = True,
+        init: Initializer = lecun_normal(),  # noqa: B008
+        rngs: nnx.Rngs,
+    ):
+        self.weight = param(rngs, init, (in_features, out_features), axes, "linear")
+        self.bias = param(rngs, zeros, (out_features,), axes[1:]) if bias else None
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        y = x @ self.weight[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Conv(nnx.Module):
+    """Channels-last convolution over the dimensions between batch and channel; weight [*kernel, in, out]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel: Sequence[int],
+        *,
+        stride: Sequence[int] | None = None,
+        padding: Sequence[tuple[int, int]] | None = None,
+        axes: tuple[str | None, str | None] = ("embed", "embed_out"),
+        init: Initializer = lecun_normal(),  # noqa: B008
+        rngs: nnx.Rngs,
+    ):
+        self.stride = tuple(stride or [1] * len(kernel))
+        self.padding = tuple(padding or [(0, 0)] * len(kernel))
+        spatial = (None,) * len(kernel)
+        self.weight = param(rngs, init, (*kernel, in_features, out_features), (*spatial, *axes), "conv")
+        self.bias = param(rngs, zeros, (out_features,), axes[1:])
+
+    def __call__(self, x: Float[Array, "batch *space in"]) -> Float[Array, "batch *out_space out"]:
+        letters = "DHW"[-len(self.stride) :]
+        y = jax.lax.conv_general_dilated(
+            x,
+            self.weight[...].astype(x.dtype),
+            self.stride,
+            self.padding,
+            dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        )
+        return y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of `weight` [num, features] by integer id."""
+
+    def __init__(
+        self,
+        num: int,
+        features: int,
+        *,
+        axes: tuple[str | None, str | None] = ("vocab", "embed"),
+        init: Initializer = normal(1.0),  # noqa: B008
+        rngs: nnx.Rngs,
+    ):
+        self.weight = param(rngs, init, (num, features), axes)
+
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
+        return self.weight[...][ids]
+
+
+def layer_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
+    """(x - mean) / sqrt(var + eps) over the last dimension, computed and returned in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+
+
+class LayerNorm(nnx.Module):
+    """`layer_norm` with a learned scale and shift, returned in the input's dtype (diffusers' FP32LayerNorm)."""
+
+    def __init__(self, features: int, eps: float, *, rngs: nnx.Rngs):
+        self.eps = eps
+        self.weight = param(rngs, ones, (features,), ("embed",))
+        self.bias = param(rngs, zeros, (features,), ("embed",))
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        y = layer_norm(x, self.eps) * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32, returned in the input's dtype."""
+
+    def __init__(self, features: int, eps: float, *, axes: tuple[str | None] = ("embed",), rngs: nnx.Rngs):
+        self.eps = eps
+        self.weight = param(rngs, ones, (features,), axes)
+
+    def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.eps)
+        return (y * self.weight[...].astype(jnp.float32)).astype(x.dtype)
