@@ -1,0 +1,62 @@
+"""Rotary position embedding over time, height and width."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+# cos and sin of the angle of each pair of features; the first dimension is 1 when all samples share positions.
+Rotary = tuple[Float[Array, "#b n pairs"], Float[Array, "#b n pairs"]]
+
+
+def _grid(
+    frames: Int[Array, "#b t"], height: int, width: int, dims: tuple[int, int, int], theta: float
+) -> Float[Array, "#b t h w pairs"]:
+    def angles(position, dim):
+        return position[..., None] * (1.0 / theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim))
+
+    b, t = frames.shape
+    shape = (b, t, height, width)
+    time = angles(frames.astype(jnp.float32), dims[0])[:, :, None, None]
+    rows = angles(jnp.arange(height, dtype=jnp.float32), dims[1])[None, None, :, None]
+    columns = angles(jnp.arange(width, dtype=jnp.float32), dims[2])[None, None, None, :]
+    return jnp.concatenate([jnp.broadcast_to(a, (*shape, a.shape[-1])) for a in (time, rows, columns)], -1)
+
+
+def pad_replicate(x: Float[Array, "#b t h w c"], multiple: tuple[int, int, int]) -> Float[Array, "#b t2 h2 w2 c"]:
+    """Repeats the last frame, row and column until each is a multiple."""
+    pads = [(0, -size % m) for size, m in zip(x.shape[1:4], multiple)]
+    return jnp.pad(x, [(0, 0), *pads, (0, 0)], mode="edge")
+
+
+def rotary(
+    frames: Int[Array, "#b t"],
+    height: int,
+    width: int,
+    *,
+    dims: tuple[int, int, int],
+    theta: float,
+    pool: int = 1,
+) -> Rotary:
+    """cos and sin tables [b, n, pairs] of the tokens of a `height` x `width` grid at the frame indices `frames`.
+
+    `pool` > 1 averages cos and sin over (pool, pool, pool) blocks, after padding with replication: the positions of
+    the compressed history, not renormalised (diffusers' HeliosRotaryPosEmbed and center_down_sample_3d).
+    `dims` are the features of a head given to time, height and width.
+    """
+    angles = _grid(frames, height, width, dims, theta)
+    tables = []
+    for table in (jnp.cos(angles), jnp.sin(angles)):
+        if pool > 1:
+            table = pad_replicate(table, (pool, pool, pool))
+            b, t, h, w, p = table.shape
+            table = table.reshape(b, t // pool, pool, h // pool, pool, w // pool, pool, p).mean((2, 4, 6))
+        tables.append(table.reshape(table.shape[0], -1, table.shape[-1]))
+    return tables[0], tables[1]
+
+
+def apply_rotary(x: Float[Array, "b n heads head_dim"], table: Rotary) -> Float[Array, "b n heads head_dim"]:
+    """Rotates neighbouring feature pairs (0, 1), (2, 3), ... of `x`, in float32, returned in the dtype of `x`."""
+    cos, sin = (t[:, :, None] for t in table)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    real, imaginary = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
+    return turned.reshape(x.shape).astype(x.dtype)

@@ -1,0 +1,38 @@
+"""What the parity tests share: random torch weights, channel order, the error."""
+
+import numpy as np
+import torch
+
+
+def channels_last(x: torch.Tensor) -> np.ndarray:
+    """[b, c, t, h, w] -> [b, t, h, w, c]."""
+    return x.detach().float().movedim(1, -1).contiguous().numpy()
+
+
+def channels_first(x: np.ndarray) -> torch.Tensor:
+    """[b, t, h, w, c] -> [b, c, t, h, w]."""
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(x), -1, 1)))
+
+
+def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Fresh weights everywhere, norms and biases included, at a scale that keeps activations near one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.ndim <= 1 or name.endswith("gamma"):
+                p.copy_(0.1 * noise if name.endswith("bias") else 1 + 0.1 * noise)
+            else:
+                p.copy_(noise / max(1, p[0].numel()) ** 0.5)
+    return module.eval()
+
+
+def arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
+    """The module's state under its file keys."""
+    return {k: v.detach().float().numpy() for k, v in module.state_dict().items()}
+
+
+def error(ours, reference) -> float:
+    """norm(ours - reference) / norm(reference)."""
+    reference = reference.detach().float().numpy() if isinstance(reference, torch.Tensor) else np.asarray(reference)
+    return float(np.linalg.norm(np.asarray(ours, np.float32) - reference) / np.linalg.norm(reference))
