@@ -1,0 +1,89 @@
+"""The mesh and the one table of rules that lays parameters, optimiser state and batches over it.
+
+Parameters name their dimensions (`axes` of an `nnx.Param`); `RULES` says which mesh axis each name is split over. A
+dimension that its mesh axis does not divide stays whole, so the same code runs on one device, eight and a pod.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+if TYPE_CHECKING:
+    from helios_jax.config import MeshConfig
+
+Tree = TypeVar("Tree")
+
+AXES = ("data", "fsdp", "tensor", "context")
+
+# Logical axis of a parameter -> mesh axis. Attention and the feed-forward split over `tensor` between their two matrix
+# products, the residual stream over `fsdp`; what is not here (embed_out, channels, layers, None) is not split.
+RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
+
+BATCH = ("data", "fsdp")  # samples are split over both
+
+
+def make_mesh(config: "MeshConfig", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The (data, fsdp, tensor, context) mesh over `devices` (default: all); a null size takes the devices left over.
+
+    Raises ValueError when the sizes do not multiply to the number of devices.
+    """
+    devices = list(devices or jax.devices())
+    sizes = {name: getattr(config, name) for name in AXES}
+    fixed = int(np.prod([size for size in sizes.values() if size is not None]))
+    shape = tuple(len(devices) // fixed if size is None else size for size in sizes.values())
+    if int(np.prod(shape)) != len(devices):
+        asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(f"mesh {asked} does not fit {len(devices)} devices; change a size or set one to null")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """How an array of `shape` whose last dimensions are `axes` is split; leading ones (stacked layers) stay whole."""
+    names = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    split: list[str | None] = []
+    for name, size in zip(names, shape):
+        axis = RULES.get(name) if name else None
+        # A vector is small: splitting it over fsdp would save nothing and cost a collective at every use.
+        whole = axis is None or axis in split or size % mesh.shape[axis] or (axis == "fsdp" and len(axes) == 1)
+        split.append(None if whole else axis)
+    return PartitionSpec(*split)
+
+
+def shardings(tree: Tree, mesh: Mesh) -> Tree:
+    """A tree like `tree` (a model or whole train state, concrete or abstract) with a NamedSharding for each array.
+
+    Leaves that are no parameter (counters, schedules' state) are replicated.
+    """
+
+    def leaf(x: Any) -> Any:
+        axes = getattr(x, "axes", None) if isinstance(x, nnx.Variable) else None
+        return jax.tree.map(
+            lambda a: NamedSharding(mesh, spec(axes or (), a.shape, mesh) if axes else PartitionSpec()), x
+        )
+
+    return jax.tree.map(leaf, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Samples, the first dimension, over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
+def check_batch(batch_size: int, mesh: Mesh) -> None:
+    """Raises ValueError unless the global batch divides over the mesh."""
+    ways = int(np.prod([mesh.shape[axis] for axis in BATCH]))
+    if batch_size % ways:
+        raise ValueError(
+            f"data.batch_size {batch_size} does not divide over data x fsdp = {ways} devices; "
+            f"try {-(-batch_size // ways) * ways}, or fewer devices on those axes"
+        )
+
+
+def put_batch(batch: Tree, mesh: Mesh) -> Tree:
+    """This host's part of a batch (numpy arrays) as global arrays on the mesh."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

@@ -1,0 +1,115 @@
+"""Rules and meshes, and that eight devices compute what one does. They are CPU ones of another process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from helios_jax.config import MeshConfig, TrainConfig
+from helios_jax.sharding import check_batch, make_mesh, shardings, spec
+from helios_jax.training import checkpoint, loop, optim, state
+from tests.training import dummy
+
+
+class FakeMesh:
+    def __init__(self, **shape):
+        self.shape = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1, **shape}
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "expected"),
+    [
+        (("embed", "mlp"), (16, 64), ("fsdp", "tensor")),
+        (("heads", "embed"), (64, 16), ("tensor", "fsdp")),
+        (("embed", "mlp"), (40, 16, 64), (None, "fsdp", "tensor")),  # stacked over 40 layers
+        (("embed", "mlp"), (6, 64), (None, "tensor")),  # 6 is not divisible by 4
+        (("embed",), (16,), (None,)),
+        (("mlp",), (64,), ("tensor",)),
+        (("embed", "embed"), (16, 16), ("fsdp", None)),  # an axis splits one dimension only
+        ((None, None, "channels", "embed_out"), (3, 3, 8, 8), (None,) * 4),
+    ],
+)
+def test_spec(axes, shape, expected):
+    assert spec(axes, shape, FakeMesh(fsdp=4, tensor=2)) == PartitionSpec(*expected)
+
+
+def test_mesh_that_does_not_fit_says_so():
+    assert make_mesh(MeshConfig()).shape["data"] == jax.device_count()
+    with pytest.raises(ValueError, match=r"tensor=3.* does not fit"):
+        make_mesh(MeshConfig(data=None, tensor=3), jax.devices()[:1])
+    with pytest.raises(ValueError, match=r"does not divide .* try 12"):
+        check_batch(10, FakeMesh(data=2, fsdp=3))
+
+
+def train_steps(mesh_config, folder=None, restore_from=None, steps=3):
+    """Losses, gradient norms and the parameters after a few steps of the dummy stage, and the shardings used."""
+    config = TrainConfig(stage="tests.training.dummy", steps=steps, mesh=mesh_config, precision="float32")
+    config.data.batch_size, config.optim.lr = 16, 1e-2
+    mesh = make_mesh(config.mesh)
+    optimizer = optim.make_optimizer(config.optim, config.steps)
+    with jax.set_mesh(mesh):
+        made = state.init_sharded(lambda k: dummy.init(config, k), jax.random.key(0), optimizer, config.optim.ema, mesh)
+        batches, seed_key, metrics = dummy.batches(config), jax.random.key(config.seed), []
+        if restore_from:
+            made, position, _ = checkpoint.Checkpoints(restore_from, 1).restore(state.abstract_like(made))
+            batches.set_state(position)
+        split = list(made.model.up.weight[...].sharding.spec)
+        moments = [list(x.sharding.spec) for x in jax.tree.leaves(made.opt_state) if x.shape == (16, 64)]
+        step = loop.make_step(dummy, config, optimizer, made, mesh)
+        for _ in range(int(made.step), steps):
+            made, m = step(made, loop.put_batch(next(batches), mesh), seed_key)
+            metrics.append([float(m["loss"]), float(m["grad_norm"])])
+        if folder:
+            checkpoints = checkpoint.Checkpoints(folder, 1)
+            checkpoints.save(made, batches.get_state(), config)
+            checkpoints.close()
+    weight = np.asarray(made.model.up.weight[...]).tolist()
+    return {"metrics": metrics, "weight": weight, "split": split, "moments": moments}
+
+
+def in_eight(tmp_path, *arguments):
+    """`train_steps` in a process with eight devices, through the file it writes."""
+    out = tmp_path / "out.json"
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "JAX_PLATFORMS": "cpu",
+    }
+    subprocess.run([sys.executable, __file__, str(out), *map(str, arguments)], env=environment, check=True)
+    return json.loads(out.read_text())
+
+
+def test_eight_devices_compute_what_one_does_and_checkpoints_cross_meshes(tmp_path):
+    one = train_steps(MeshConfig(), folder=tmp_path / "one", steps=3)
+    longer = train_steps(MeshConfig(), steps=5)
+    eight = in_eight(tmp_path, tmp_path / "one")
+    assert eight["plain"]["split"] == ["fsdp", "tensor"]
+    assert eight["plain"]["moments"] == [eight["plain"]["split"]] * 2
+    np.testing.assert_allclose(eight["plain"]["metrics"], one["metrics"], rtol=1e-5)
+    np.testing.assert_allclose(eight["plain"]["weight"], one["weight"], rtol=1e-5, atol=1e-5)
+    # Steps 4 and 5 on another mesh, from the checkpoint that one device wrote.
+    assert eight["restored"]["split"] == ["fsdp", None]
+    np.testing.assert_allclose(eight["restored"]["metrics"], longer["metrics"][3:], rtol=1e-4)
+
+
+def test_shardings_has_the_structure_of_the_state():
+    config = TrainConfig(stage="tests.training.dummy")
+    optimizer = optim.make_optimizer(config.optim, 1)
+    abstract = jax.eval_shape(lambda k: state.create(dummy.init(config, k), optimizer, None), jax.random.key(0))
+    placed = shardings(abstract, make_mesh(MeshConfig()))
+    assert jax.tree.structure(placed) == jax.tree.structure(abstract)
+
+
+if __name__ == "__main__":
+    results = {
+        "plain": train_steps(MeshConfig(data=None, fsdp=2, tensor=2)),
+        "restored": train_steps(MeshConfig(data=None, fsdp=8), restore_from=sys.argv[2], steps=5),
+    }
+    Path(sys.argv[1]).write_text(json.dumps(results))

@@ -1,0 +1,69 @@
+"""A stage that learns a random linear map in milliseconds: the loop is tested with it, not with a network of ours."""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from helios_jax.config import TrainConfig
+from helios_jax.models.nn import Linear
+
+WIDTH = 16
+
+
+class Net(nnx.Module):
+    """Two matrices with the axis names of a feed-forward block."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.up = Linear(WIDTH, 4 * WIDTH, axes=("embed", "mlp"), rngs=rngs)
+        self.down = nnx.List([Linear(4 * WIDTH, WIDTH, axes=("mlp", "embed"), rngs=rngs)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down[0](jax.nn.gelu(self.up(x)))
+
+
+class Batches:
+    """Batch i is drawn from (seed, i); the position is plain JSON, as that of the real loader."""
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.index = config, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        rng = np.random.default_rng((self.config.data.seed, self.index))
+        x = rng.normal(size=(self.config.data.batch_size, WIDTH)).astype(np.float32)
+        self.index += 1
+        if self.index == int(os.environ.get("DUMMY_POISON", -1)):
+            x[0, 0] = np.nan
+        if self.index == int(os.environ.get("DUMMY_SIGNAL_AT", -1)):
+            os.kill(os.getpid(), int(os.environ["DUMMY_SIGNAL"]))
+        return {"x": x}
+
+    def get_state(self):
+        return {"next_index": self.index}
+
+    def set_state(self, state):
+        self.index = state["next_index"]
+
+
+def init(config: TrainConfig, key: jax.Array) -> Net:
+    return Net(rngs=nnx.Rngs(key))
+
+
+def batches(config: TrainConfig) -> Batches:
+    return Batches(config)
+
+
+def loss(model: Net, batch, key: jax.Array, config: TrainConfig):
+    noise = 0.1 * jax.random.normal(key, batch["x"].shape)
+    error = model(batch["x"] + noise) - jnp.roll(batch["x"], 1, -1)
+    return jnp.square(error).mean(), {"noise": noise.mean()}
+
+
+def export(model: Net, config: TrainConfig, folder: Path) -> None:
+    np.save(folder / "weight.npy", np.asarray(model.up.weight[...]))

@@ -1,0 +1,166 @@
+"""The training loop through train.main: resume, signals, NaN, exports, bad input."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+import train
+from helios_jax.config import TrainConfig, load
+from helios_jax.training import optim
+from helios_jax.training.checkpoint import Checkpoints
+from helios_jax.training.state import abstract_like, init_sharded
+from tests.training import dummy
+
+BASE = {
+    "stage": "tests.training.dummy",
+    "steps": 12,
+    "log_every": 5,
+    "data": {"batch_size": 4},
+    "optim": {"lr": 1e-2, "warmup_steps": 3, "schedule": "cosine", "ema": {"decay": 0.9, "start": 2}},
+    "checkpoint": {"every": 4, "keep": 2},
+}
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(BASE))
+    return path
+
+
+def run(config, *overrides, **environment):
+    os.environ.update({k: str(v) for k, v in environment.items()})
+    try:
+        return train.main([str(config), *overrides])
+    finally:
+        for k in environment:
+            del os.environ[k]
+
+
+def newest(config, *overrides):
+    """(state, data position) of the newest checkpoint of a run."""
+    got = load(config, overrides, TrainConfig)
+    optimizer = optim.make_optimizer(got.optim, got.steps)
+    mesh = train.fit_mesh(got)
+    state = init_sharded(lambda k: dummy.init(got, k), jax.random.key(9), optimizer, got.optim.ema, mesh)
+    return Checkpoints(f"{got.run}/checkpoints", got.checkpoint.keep).restore(abstract_like(state))[:2]
+
+
+def lines(folder):
+    return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(config, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(config, f"run={whole}") == 0
+    # Ended by SIGTERM while step 6 is made: not at a checkpoint's step, and in the middle of a window of the log.
+    assert run(config, f"run={parts}", DUMMY_SIGNAL_AT=6, DUMMY_SIGNAL=int(signal.SIGTERM)) == 0
+    assert not (parts / "weight.npy").exists()
+    assert newest(config, f"run={parts}")[1] == {"next_index": 6}
+    assert run(config, f"run={parts}") == 0
+    assert "resumed at step 6" in capsys.readouterr().out
+
+    a, b = newest(config, f"run={whole}"), newest(config, f"run={parts}")
+    assert int(a[0].step) == 12
+    assert a[1] == b[1] == {"next_index": 12}
+    assert same(a[0], b[0])  # parameters, both moments, counters, average
+    assert not same(a[0].model, a[0].ema)
+    assert np.array_equal(np.load(whole / "weight.npy"), np.asarray(a[0].ema.up.weight[...]))
+    steps = [x["step"] for x in lines(parts)]
+    assert steps == sorted(set(steps))
+    assert lines(whole)[-1]["loss"] < lines(whole)[0]["loss"]
+
+
+def test_resuming_tells_what_changed_and_extends(config, tmp_path, capsys):
+    assert run(config, f"run={tmp_path / 'r'}") == 0
+    assert run(config, f"run={tmp_path / 'r'}", "steps=14", "optim.lr=5e-3") == 0
+    assert "optim.lr was 0.01, is 0.005; steps was 12, is 14" in capsys.readouterr().out
+    assert load(tmp_path / "r" / "config.yaml", [], TrainConfig).steps == 14
+
+
+def test_ctrl_c_saves_and_exits_130(config, tmp_path):
+    assert run(config, f"run={tmp_path / 'r'}", DUMMY_SIGNAL_AT=3, DUMMY_SIGNAL=int(signal.SIGINT)) == 130
+    assert int(newest(config, f"run={tmp_path / 'r'}")[0].step) == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(config, tmp_path, capsys):
+    folder = tmp_path / "r"
+    assert run(config, f"run={folder}", DUMMY_POISON=10) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "step 10: loss is nan; step 8 in" in error
+    state, position = newest(config, f"run={folder}")
+    assert int(state.step) == 8
+    assert position == {"next_index": 8}
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_keeps_the_newest_and_ignores_a_killed_save(config, tmp_path):
+    folder = tmp_path / "r"
+    assert run(config, f"run={folder}") == 0
+    steps = folder / "checkpoints"
+    assert sorted(p.name for p in steps.iterdir()) == ["12", "8"]
+    # What a process leaves that is killed while Orbax writes step 16.
+    (steps / "16.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    assert int(newest(config, f"run={folder}")[0].step) == 12
+    assert run(config, f"run={folder}", "steps=16") == 0
+    assert int(newest(config, f"run={folder}", "steps=16")[0].step) == 16
+
+
+def test_saving_copies_before_the_step_takes_the_memory(config, tmp_path):
+    got = load(config, [f"run={tmp_path}"], TrainConfig)
+    optimizer = optim.make_optimizer(got.optim, got.steps)
+    mesh = train.fit_mesh(got)
+    state = init_sharded(lambda k: dummy.init(got, k), jax.random.key(9), optimizer, got.optim.ema, mesh)
+    expected = jax.tree.map(np.array, state)
+    template = abstract_like(state)
+    checkpoints = Checkpoints(tmp_path / "c", 1)
+    checkpoints.save(state, {"next_index": 0}, got)
+    spoil = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    for _ in range(20):
+        state = spoil(state)
+    checkpoints.wait()
+    assert same(checkpoints.restore(template)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["steps=0"], "steps must be at least 1"),
+        (["optim.lrr=1"], "did you mean lr"),
+        (["mesh.tensor=3"], "does not fit 1 devices"),
+        (["checkpoint.every=never"], "must be int"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(config, tmp_path, capsys, overrides, message):
+    assert run(config, f"run={tmp_path / 'r'}", *overrides) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (tmp_path / "r").exists()
+
+
+def test_checkpoint_of_another_model_is_one_line(config, tmp_path, capsys, monkeypatch):
+    assert run(config, f"run={tmp_path / 'r'}", "steps=1") == 0
+    monkeypatch.setattr(dummy, "WIDTH", 8)
+    assert run(config, f"run={tmp_path / 'r'}", "steps=2") == 2
+    assert "was written by another model" in capsys.readouterr().err
+
+
+def test_learning_rate_and_decay_mask(config):
+    got = load(config, ["optim.final_lr=1e-3", "steps=103"], TrainConfig)
+    rate = optim.learning_rate(got.optim, got.steps)
+    np.testing.assert_allclose([rate(0), rate(2), rate(3), rate(103)], [1e-2 / 3, 1e-2, 1e-2, 1e-3], rtol=1e-5)
+    mask = optim.decayed(dummy.init(got, jax.random.key(0)))
+    assert mask.up.weight is True
+    assert mask.up.bias is False
