@@ -1,0 +1,146 @@
+"""Datasets on disk: TFDS folders of array_record files, written and read without TensorFlow.
+
+`write` streams examples into a folder, `open_source` gives back a random-access sequence for Grain. The shards are
+written here and only described by TFDS: its own builders hold a split in memory and need TensorFlow past 1 GB. Tensors
+are stored as their bytes (TFDS's default encoding widens float16 and is six times slower); array_record compresses
+them.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+Example = dict[str, Any]
+# One record a group: every example can be read alone.
+WRITER_OPTIONS = "group_size:1"
+
+
+def tensor(shape: Sequence[int | None], dtype: Any) -> tfds.features.Tensor:
+    """A feature for arrays of `shape` (None: any length) and numpy `dtype`, stored as raw bytes."""
+    return tfds.features.Tensor(shape=tuple(shape), dtype=dtype, encoding="bytes")
+
+
+def text() -> tfds.features.Text:
+    """A feature for a str; `open_source` gives it back as a str."""
+    return tfds.features.Text()
+
+
+def write(
+    folder: str | os.PathLike,
+    features: Mapping[str, Any],
+    splits: Mapping[str, Iterable[Example]],
+    *,
+    shard_bytes: int = 2**28,
+) -> Path:
+    """Writes each split's examples, in their order, as array_record files into `folder`, and returns it.
+
+    `features` maps each example key to `tensor(...)`, `text()` or another TFDS feature; a file is closed once it holds
+    `shard_bytes` before compression. The folder appears under its name only when it is complete: a writer that is
+    killed leaves at most a hidden `.NAME.*` folder beside it. Raises FileExistsError when `folder` holds anything,
+    ValueError for a split without examples or an example that does not fit `features`.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} already exists: a dataset is never overwritten; delete it or name another")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    parent = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    part = parent / "dataset"  # mkdtemp's own folder is private to its user
+    part.mkdir()
+    try:
+        connector = tfds.features.FeaturesDict(dict(features))
+        name = "".join(c if c.isalnum() else "_" for c in folder.name.lower()).strip("_") or "dataset"
+        template = tfds.core.ShardedFileTemplate(data_dir=part, dataset_name=name, filetype_suffix="array_record")
+        infos = [_write_split(template.replace(split=k), connector, v, shard_bytes) for k, v in splits.items()]
+        tfds.folder_dataset.write_metadata(
+            data_dir=part, features=connector, split_infos=infos, filename_template=template, check_data=False
+        )
+        os.rename(part, folder)  # atomic: the same disk
+    finally:
+        shutil.rmtree(parent, ignore_errors=True)
+    return folder
+
+
+def _write_split(
+    template: tfds.core.ShardedFileTemplate,
+    connector: tfds.features.FeaturesDict,
+    examples: Iterable[Example],
+    shard_bytes: int,
+) -> tfds.core.SplitInfo:
+    lengths: list[int] = []
+    paths: list[Path] = []
+    total = room = 0
+    writer = None
+    try:
+        for example in examples:
+            record = connector.serialize_example(example)
+            if writer is None or room < len(record):
+                if writer is not None:
+                    writer.close()
+                paths.append(Path(template.data_dir) / f"{template.split}-{len(paths)}")
+                writer = ArrayRecordWriter(str(paths[-1]), WRITER_OPTIONS)
+                lengths.append(0)
+                room = shard_bytes
+            writer.write(record)
+            lengths[-1] += 1
+            room -= len(record)
+            total += len(record)
+    finally:
+        if writer is not None:
+            writer.close()
+    if not paths:
+        raise ValueError(f"split {template.split!r} has no examples: give at least one or leave the split out")
+    # Only now is the number of shards, a part of each file's name, known.
+    for i, path in enumerate(paths):
+        path.rename(template.sharded_filepath(shard_index=i, num_shards=len(paths)))
+    return tfds.core.SplitInfo(name=template.split, shard_lengths=lengths, num_bytes=total, filename_template=template)
+
+
+class Source(Sequence):
+    """A split of a dataset by index: examples are dicts of arrays, with text as str."""
+
+    def __init__(self, records: Sequence, text_keys: Iterable[str], name: str):
+        self._records = records
+        self._text_keys = tuple(text_keys)
+        self._name = name
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        example = dict(self._records[int(index)])
+        for key in self._text_keys:
+            example[key] = example[key].decode()
+        return example
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        # Grain names the source in its errors.
+        return self._name
+
+
+def open_source(folder: str | os.PathLike, split: str, *, make: str | None = None) -> Source:
+    """A random-access sequence of a split's examples, in the order they were written.
+
+    `make` is the command that would write the folder, for the error. Raises FileNotFoundError when the folder is
+    missing or incomplete and ValueError when it has no such split.
+    """
+    folder = Path(folder)
+    if not (folder / "dataset_info.json").is_file() or not (folder / "features.json").is_file():
+        state = "is not a complete dataset" if folder.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{folder} {state}: it must hold dataset_info.json, features.json and array_record files; make it with "
+            f"`{make or f'python -m helios_jax.data.toy_build --out {folder}'}`"
+        )
+    builder = tfds.builder_from_directory(str(folder))
+    if split not in builder.info.splits:
+        raise ValueError(f"{folder} has no split {split!r}: choose one of {', '.join(sorted(builder.info.splits))}")
+    text_keys = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]
+    return Source(builder.as_data_source(split), text_keys, f"{folder}[{split}]")
