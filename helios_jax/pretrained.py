@@ -7,9 +7,9 @@ Every key in a file is used exactly once and every parameter is filled exactly o
 """
 
 import dataclasses
-import difflib
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,24 +219,21 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
 
 
-def config_from_dict(values: Mapping[str, Any], cls: type[Config], source: str, ignore: Iterable[str] = ()) -> Config:
-    """A config dataclass from a config.json's values; keys that start with "_" are notes of the writer."""
+def read_config(folder: Path, cls: type[Config], name: str = "config.json") -> Config:
+    """The config dataclass `cls` from `folder`/`name`.
+
+    Keys that it does not know are ignored with a warning, as in diffusers; the weights must fit what is known. A class
+    with a `MODEL_TYPE` is transformers', whose files repeat every default of a base class: there the rest is silent.
+    """
+    values = {k: v for k, v in read_json(folder / name).items() if not k.startswith("_")}
     names = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
-    values = {k: v for k, v in values.items() if not k.startswith("_") and k not in set(ignore)}
     unknown = sorted(values.keys() - names)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], names, 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise CheckpointError(f"{source}: unknown to {cls.__name__}: {', '.join(unknown)}{hint}")
+    if unknown and not hasattr(cls, "MODEL_TYPE"):
+        warnings.warn(f"{folder / name}: ignored, as {cls.__name__} has no {', '.join(unknown)}", stacklevel=2)
     try:
-        return cls(**values)
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names})
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{source}: {error}") from error
-
-
-def read_config(folder: Path, cls: type[Config], name: str = "config.json", ignore: Iterable[str] = ()) -> Config:
-    """The config dataclass `cls` from `folder`/`name`; unknown keys raise `CheckpointError`."""
-    return config_from_dict(read_json(folder / name), cls, str(folder / name), ignore)
+        raise CheckpointError(f"{folder / name}: {error}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:

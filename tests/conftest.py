@@ -2,4 +2,6 @@
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["helios_jax.models", "helios_jax.diffusion", "helios_jax.sampling"], "beartype.beartype")
+import tests.typecheck  # noqa: F401 (the hook looks it up by name)
+
+install_import_hook(["helios_jax.models", "helios_jax.diffusion", "helios_jax.sampling"], "tests.typecheck.check")

@@ -1,0 +1,133 @@
+"""Solvers as tables: a step is a linear combination of samples and predictions, its coefficients made on the host.
+
+With velocity v and sigma, the model's prediction of the data is m = x - sigma v. Euler and UniPC (arXiv 2302.04867)
+then only differ in how the next sample is mixed from x, the sample before it and the last few m.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
+
+from helios_jax.diffusion.schedule import SchedulerConfig
+
+
+@struct.dataclass
+class Steps:
+    """The steps of one chunk; every field has the steps as its first dimension.
+
+    timestep, sigma: [steps]. predictor: [steps, 1 + order], the weights of x and of m now and before.
+    corrector: [steps, 3 + order], the weights of x, of the sample one step before, and of m now and before; None for a
+    solver that does not correct.
+    """
+
+    timestep: Any
+    sigma: Any
+    predictor: Any
+    corrector: Any = None
+
+
+@struct.dataclass
+class SolverState:
+    """Sample x, the (corrected) sample one step before, and the last `order` predictions m, the newest first."""
+
+    sample: Any
+    last: Any
+    predictions: Any
+
+
+def make_steps(config: SchedulerConfig, sigmas: np.ndarray) -> Steps:
+    """The tables for `sigmas` [steps + 1] (float64, ending in 0)."""
+    predictor, corrector = euler(sigmas) if config.scheduler_type == "euler" else unipc(config, sigmas)
+
+    def f32(x):
+        return None if x is None else jnp.asarray(x, jnp.float32)
+
+    return Steps(f32(sigmas[:-1] * config.num_train_timesteps), f32(sigmas[:-1]), f32(predictor), f32(corrector))
+
+
+def euler(sigmas: np.ndarray) -> tuple[np.ndarray, None]:
+    """x + (next - sigma) v, written in x and m."""
+    ratio = sigmas[1:] / sigmas[:-1]
+    return np.stack([ratio, 1 - ratio], 1), None
+
+
+def unipc(config: SchedulerConfig, sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """UniPC of order `solver_order` in B(h) form, predicting data; a lower order at both ends."""
+    steps, order = len(sigmas) - 1, config.solver_order
+    predictor, corrector = np.zeros((steps, 1 + order)), np.zeros((steps, 3 + order))
+    used = 0  # the order of the step before, which its corrector shares
+    for i in range(steps):
+        corrector[i, 0] = 1.0
+        if i > 0 and i - 1 not in config.disable_corrector:
+            x, m = _bh_weights(sigmas, i - 1, used, config.solver_type, correct=True)
+            corrector[i, :2] = 0.0, x
+            corrector[i, 2 : 2 + len(m)] = m
+        final = min(order, steps - i) if config.lower_order_final else order
+        used = min(final, i + 1)
+        x, m = _bh_weights(sigmas, i, used, config.solver_type, correct=False)
+        predictor[i, 0] = x
+        predictor[i, 1 : 1 + len(m)] = m
+    return predictor, corrector
+
+
+def _bh_weights(sigmas: np.ndarray, i: int, order: int, kind: str, correct: bool) -> tuple[float, np.ndarray]:
+    """The weights of x_i and of the predictions m (newest first) in x_{i+1}; a corrector also uses m_{i+1}."""
+
+    def log_snr(sigma):
+        return math.log(1 - sigma) - math.log(max(sigma, 1e-8))
+
+    start, end = sigmas[i], sigmas[i + 1]
+    h = log_snr(end) - log_snr(start)
+    # Positions of the predictions in units of h, from the newest that the formula uses.
+    nodes = [(log_snr(sigmas[i - k]) - log_snr(start)) / h for k in range(1, order)]
+    if correct:
+        nodes.append(1.0)
+    phi1 = math.expm1(-h)
+    b_h = -h if kind == "bh1" else phi1
+
+    rho = np.array([0.5])
+    # The simplified weights of UniP-2 and UniC-1 are part of the method as released.
+    if not ((correct and order == 1) or (not correct and order == 2)) and nodes:
+        rows, right, phi, factorial = [], [], phi1 / -h - 1, 1
+        for k in range(1, len(nodes) + 1):
+            rows.append([r ** (k - 1) for r in nodes])
+            right.append(phi * factorial / b_h)
+            factorial *= k + 1
+            phi = phi / -h - 1 / factorial
+        rho = np.linalg.solve(np.array(rows), np.array(right))
+
+    weights = np.zeros(order + 1 if correct else order)  # [m_{i+1},] m_i, m_{i-1}, ...
+    now = 1 if correct else 0
+    weights[now] = -(1 - end) * phi1
+    for k, node in enumerate(nodes):
+        weight = -(1 - end) * b_h * rho[k] / node
+        at = 0 if correct and k == len(nodes) - 1 else now + 1 + k
+        weights[at] += weight
+        weights[now] -= weight
+    return max(end, 1e-8) / max(start, 1e-8), weights
+
+
+def start(sample: Float[Array, "*shape"], steps: Steps) -> SolverState:
+    """The state before the first step."""
+    order = steps.predictor.shape[-1] - 1
+    return SolverState(sample, jnp.zeros_like(sample), jnp.zeros((order, *sample.shape), sample.dtype))
+
+
+def advance(state: SolverState, velocity: Float[Array, "*shape"], step: Steps) -> SolverState:
+    """One step; `step` is one row of the tables. Computes in float32."""
+    sample = state.sample
+    prediction = sample - step.sigma * velocity
+    if step.corrector is not None:
+        seen = jnp.concatenate([prediction[None], state.predictions])
+        sample = step.corrector[0] * sample + step.corrector[1] * state.last
+        sample = sample + jnp.tensordot(step.corrector[2:], seen, 1, precision=jax.lax.Precision.HIGHEST)
+    predictions = jnp.concatenate([prediction[None], state.predictions[:-1]])
+    after = step.predictor[0] * sample + jnp.tensordot(
+        step.predictor[1:], predictions, 1, precision=jax.lax.Precision.HIGHEST
+    )
+    return SolverState(after, sample, predictions)
