@@ -147,7 +147,7 @@ class CausalConv(Conv):
 
 
 class ChannelNorm(nnx.Module):
-    """x / |x| * sqrt(c) * gamma over the channels, in float32, returned in the input's dtype (upstream's WanRMS_norm)."""
+    """x / |x| * sqrt(c) * gamma over the channels, in float32, returned in the input's dtype (WanRMS_norm)."""
 
     def __init__(self, dim: int, *, ones_after: int = 3, rngs: nnx.Rngs):
         self.gamma = param(rngs, ones, (dim,), (None,), (dim, *[1] * ones_after))
@@ -183,7 +183,7 @@ class AttentionBlock(nnx.Module):
         self.proj = Conv(dim, dim, (1, 1), axes=WHOLE, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
-        b, t, h, w, _ = x.shape
+        b, _, h, _, _ = x.shape
         y = self.to_qkv(rearrange(self.norm(x), "b t h w c -> (b t) h w c"))
         q, k, v = rearrange(y, "b h w (three d) -> three b (h w) 1 d", three=3)
         y = jax.nn.dot_product_attention(q, k, v, implementation="xla")  # cuDNN has no heads as wide as these 384
