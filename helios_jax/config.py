@@ -19,6 +19,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from helios_jax.diffusion.corruption import CorruptionConfig, DropConfig
+from helios_jax.diffusion.memory import MemoryConfig
+from helios_jax.models.transformer import TransformerConfig
+from helios_jax.models.vae import VAEConfig
+
 T = TypeVar("T")
 
 
@@ -34,6 +39,14 @@ def _require(ok: bool, message: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # What a training run is
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of the networks a run makes; null: not part of it, or read from what `init` names."""
+
+    transformer: TransformerConfig | None = None
+    vae: VAEConfig | None = None
 
 
 @dataclass
@@ -138,6 +151,29 @@ class ReconstructionConfig:
 
 
 @dataclass
+class FlowConfig:
+    """The flow stage: memory, what is done to the history, and the distribution of times.
+
+    Times are logit-normal: sigma falls with sigmoid(logit_mean + logit_std * normal). `text_drop` is how often the
+    caption is replaced by the empty one, which classifier-free guidance needs; released models start from one that
+    knows it. `components` is a diffusers folder whose other parts (VAE, text encoder, tokenizer, scheduler) are copied
+    beside the exported transformer, so that the export is a whole pipeline; null exports the transformer alone.
+    """
+
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    drop: DropConfig | None = field(default_factory=DropConfig)
+    corruption: CorruptionConfig | None = field(default_factory=CorruptionConfig)
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    text_drop: float = 0.0
+    components: str | None = None
+
+    def __post_init__(self):
+        _require(self.logit_std > 0, f"logit_std must be above 0, got {self.logit_std}")
+        _require(0 <= self.text_drop < 1, f"text_drop must lie in [0, 1), got {self.text_drop}")
+
+
+@dataclass
 class TrainConfig:
     """One training run. `run` is the folder for everything it writes."""
 
@@ -149,11 +185,13 @@ class TrainConfig:
     log_every: int = 20
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products; parameters stay float32
     remat: Literal["block"] | None = None  # "block": the backward pass computes each block again, to save memory
+    model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
 
     def __post_init__(self):
         _require(self.steps > 0, f"steps must be at least 1, got {self.steps}")

@@ -41,7 +41,7 @@ class MemoryConfig:
 @struct.dataclass
 class History:
     """The last latent frames [b, frames, h, w, c], zeros where the video has not begun; the anchor [b, 1, h, w, c];
-    whether an anchor is known yet; and the number of chunks made."""
+    whether an anchor is known yet; and the number of chunks made, one number or one per sample."""
 
     latents: Any
     anchor: Any
@@ -77,7 +77,7 @@ def window(config: MemoryConfig, history: History) -> tuple[HistoryLatents, Fram
     """
     long, mid = config.long, config.long + config.mid
     latents, first = history.latents, 1 if config.anchor else 0
-    start = history.chunk * config.frames_per_chunk if config.positions == "absolute" else 0
+    start = jnp.reshape(history.chunk, (-1, 1)) * config.frames_per_chunk if config.positions == "absolute" else 0
     row = first + start + jnp.arange(config.frames + config.frames_per_chunk)[None]
 
     short, short_index = latents[:, mid:], row[:, mid : config.frames]

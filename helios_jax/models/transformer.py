@@ -251,9 +251,9 @@ class OutputNorm(nnx.Module):
 class Transformer(nnx.Module):
     """Predicts the velocity of noisy latents, given history, text and time (diffusers' HeliosTransformer3DModel).
 
-    `stacked=True` keeps the blocks as one block whose parameters have a leading layer dimension, run by `lax.scan` with
-    rematerialisation: short compilation, for training and TPUs. Otherwise blocks are a list and are unrolled: no copies
-    of stacked weights, for inference on GPUs. The files and the numbers are the same.
+    `stacked=True` keeps the blocks as one block whose parameters have a leading layer dimension, run by `lax.scan`:
+    short compilation, for training and TPUs. Otherwise blocks are a list and are unrolled: no copies of stacked
+    weights, for inference on GPUs. The files and the numbers are the same.
     """
 
     FILE_NAMES = (("ffn.up", "ffn.net.0.proj"), ("ffn.down", "ffn.net.2"), ("to_out", "to_out.0"))
@@ -308,12 +308,13 @@ class Transformer(nnx.Module):
         history: HistoryLatents | None = None,
         indices: FrameIndices | None = None,
         *,
+        remat: bool = False,
         implementation: Implementation | None = None,
     ) -> Float[Array, "b t h w c_out"]:
         """Velocity (noise minus data) of `latents` at `timestep` (0 to 1000).
 
         `text` comes from `text_kv`. Computes in the dtype of `latents`. Without `indices` frames count from zero, which
-        fits a call without history only.
+        fits a call without history only. `remat` computes each block again in the backward pass, to save memory.
         """
         config = self.config
         t, h, w = (size // p for size, p in zip(latents.shape[1:4], config.patch_size))
@@ -324,20 +325,19 @@ class Transformer(nnx.Module):
         zero = jnp.zeros_like(timestep) if config.zero_history_timestep else timestep
         time, modulation = self.condition_embedder.time(jnp.stack([zero, timestep], 1), x.dtype)
 
+        def run(block: Block, kv: TextKV, x: Array, keep_history: bool) -> Array:
+            return block(
+                x, modulation, table, kv, num_history, keep_history=keep_history, implementation=implementation
+            )
+
+        if remat:
+            run = jax.checkpoint(run, static_argnums=3)
         if isinstance(self.blocks, nnx.List):
             for i, (block, kv) in enumerate(zip(self.blocks, text, strict=True)):
-                last = i == len(self.blocks) - 1
                 with jax.named_scope(f"block_{i}"):
-                    x = block(
-                        x, modulation, table, kv, num_history, keep_history=not last, implementation=implementation
-                    )
+                    x = run(block, kv, x, i < len(self.blocks) - 1)
         else:
-
-            def body(x, xs):
-                block, kv = xs
-                return block(x, modulation, table, kv, num_history, implementation=implementation), None
-
-            x, _ = jax.lax.scan(jax.checkpoint(body), x, (self.blocks, text))
+            x, _ = jax.lax.scan(lambda x, xs: (run(*xs, x, True), None), x, (self.blocks, text))
             x = x[:, num_history:]
 
         x = self.proj_out(self.norm_out(x, time[:, 1]))

@@ -1,6 +1,5 @@
 """`HeliosPipeline`: a diffusers folder in, prompts in, latents or frames out."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -146,15 +145,7 @@ class HeliosPipeline:
         pretrained.save_model(self.text_encoder, self.text_encoder.config, folder / "text_encoder", dtype=dtype)
         pretrained.write_config(self.scheduler, folder / "scheduler", "scheduler_config.json")
         self.tokenizer.save_pretrained(folder / "tokenizer")
-        index = {
-            "_class_name": type(self).__name__,
-            "scheduler": ["diffusers", "HeliosScheduler"],
-            "text_encoder": ["transformers", "UMT5EncoderModel"],
-            "tokenizer": ["transformers", "T5TokenizerFast"],
-            "transformer": ["diffusers", "HeliosTransformer3DModel"],
-            "vae": ["diffusers", "AutoencoderKLWan"],
-        }
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        pretrained.write_index(folder)
 
     def encode_prompt(self, prompts: Sequence[str], max_sequence_length: int = 512) -> Float[Array, "b m d"]:
         """Text embeddings, zero past each prompt's end."""
