@@ -1,0 +1,129 @@
+"""Batches: a resumed run sees what an uninterrupted one does, and hosts share each global batch exactly."""
+
+import json
+from itertools import chain
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helios_jax.data.loader import chunk_transform, clip_transform, loader
+
+
+def tagged(i, rng):
+    """An example that shows which record and which random choice it was made of."""
+    return {"i": int(i), "r": int(rng.integers(2**30))}
+
+
+def take(iterator, steps):
+    # The range first: zip asks its first argument once more than its last.
+    return [list(zip(batch["i"].tolist(), batch["r"].tolist())) for _, batch in zip(range(steps), iterator)]
+
+
+def make(length=11, batch_size=4, seed=0, **kwargs):
+    return loader(range(length), seed=seed, batch_size=batch_size, transform=tagged, **kwargs)
+
+
+sizes = {"length": st.integers(1, 40), "seed": st.integers(0, 2**32 - 1), "threads": st.sampled_from([0, 2])}
+
+
+@given(done=st.integers(0, 9), batch_size=st.integers(1, 9), **sizes)
+@settings(max_examples=25, deadline=None)
+def test_resuming_is_not_having_stopped(done, batch_size, **kwargs):
+    whole = take(make(batch_size=batch_size, **kwargs), done + 4)
+    first = make(batch_size=batch_size, **kwargs)
+    assert take(first, done) == whole[:done]
+    state = json.loads(json.dumps(first.get_state()))
+    again = make(batch_size=batch_size, **kwargs)
+    again.set_state(state)
+    assert take(again, 4) == take(make(batch_size=batch_size, start=done, **kwargs), 4) == whole[done:]
+
+
+@given(hosts=st.sampled_from([2, 4]), share=st.integers(1, 3), start=st.integers(0, 5), **sizes)
+@settings(max_examples=25, deadline=None)
+def test_hosts_partition_every_global_batch(hosts, share, start, **kwargs):
+    batch_size = hosts * share
+    alone = take(make(batch_size=batch_size, start=start, **kwargs), 5)
+    parts = [
+        take(make(batch_size=batch_size, start=start, num_hosts=hosts, host=host, **kwargs), 5) for host in range(hosts)
+    ]
+    for step, batch in enumerate(alone):
+        assert all(len(part[step]) == share for part in parts)
+        assert sorted(batch) == sorted(chain.from_iterable(part[step] for part in parts))
+
+
+@given(length=st.integers(1, 30), epochs=st.integers(1, 3), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_every_example_is_seen_once_an_epoch_with_new_random_choices(length, epochs, seed):
+    stream = list(chain.from_iterable(take(make(length, 1, seed), length * epochs)))
+    for epoch in range(epochs):
+        assert sorted(i for i, _ in stream[epoch * length : (epoch + 1) * length]) == list(range(length))
+    assert len({r for _, r in stream}) == len(stream)
+
+
+def test_epochs_and_seeds_have_their_own_order():
+    order = [[i for i, _ in chain.from_iterable(take(make(50, 10, seed), 10))] for seed in (0, 1)]
+    assert order[0][:50] != order[0][50:]
+    assert order[0][:50] != order[1][:50]
+    assert order[0][:50] != list(range(50))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"length": 0}, "no examples"),
+        ({"num_hosts": 3}, "batch of 4 cannot be shared evenly by 3 hosts"),
+        ({"num_hosts": 2, "host": 2}, "host 2 is not one of 2"),
+        ({"start": -1}, "start is -1"),
+        ({"seed": -1}, "seed is -1"),
+        ({"batch_size": 0}, "batch of 0"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_in_one_line(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make(**change)
+    assert "\n" not in str(error.value)
+
+
+def test_clips_are_consecutive_frames_from_anywhere_in_the_video():
+    video = np.arange(12, dtype=np.uint8)[:, None, None, None]
+    clip, firsts = clip_transform(9), set()
+    for seed in range(60):
+        got = clip({"video": video, "caption": "c"}, np.random.default_rng(seed))
+        frames = got["video"].ravel().tolist()
+        assert frames == list(range(frames[0], frames[0] + 9))
+        assert got["caption"] == "c"
+        firsts.add(frames[0])
+    assert firsts == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match="12 frames is too short: a clip has 13"):
+        clip_transform(13)({"video": video}, np.random.default_rng(0))
+
+
+@given(
+    chunks=st.integers(1, 5), frames=st.integers(1, 9), seed=st.integers(0, 99),
+    sizes=st.lists(st.integers(0, 16), min_size=1, max_size=3),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_a_chunk_comes_with_what_was_before_it(chunks, frames, seed, sizes):
+    # Latent frame f of the video holds f + 1 everywhere, so that zero means "before the video".
+    flat = np.arange(1, chunks * frames + 1, dtype=np.float32)
+    latents = np.broadcast_to(flat.reshape(chunks, frames, 1, 1, 1), (chunks, frames, 2, 3, 4))
+    got = chunk_transform(sizes, frames)({"latents": latents, "text": "t"}, np.random.default_rng(seed))
+    k, size = int(got["chunk"]), sum(sizes)
+    assert got["target"].shape == (frames, 2, 3, 4)
+    assert got["history"].shape == (size, 2, 3, 4)
+    assert got["anchor"].shape == (1, 2, 3, 4)
+    assert set(got) == {"target", "history", "anchor", "chunk", "text"}
+    np.testing.assert_array_equal(got["target"][:, 0, 0, 0], flat[k * frames : (k + 1) * frames])
+    expected = np.arange(k * frames - size + 1, k * frames + 1).clip(0)
+    np.testing.assert_array_equal(got["history"][:, 1, 2, 3], expected)
+    np.testing.assert_array_equal(got["anchor"], np.full((1, 2, 3, 4), 1.0 if k else 0.0))
+
+
+def test_every_chunk_is_picked():
+    latents = np.zeros((4, 9, 1, 1, 1), np.float32)
+    pick = chunk_transform((16, 2, 1), 9)
+    assert {int(pick({"latents": latents}, np.random.default_rng(s))["chunk"]) for s in range(60)} == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match=r"latents must be \[chunks, 8, h, w, c\], got \[4, 9, 1, 1, 1\]"):
+        chunk_transform((1,), 8)({"latents": latents}, np.random.default_rng(0))

@@ -1,0 +1,138 @@
+"""Datasets on disk: what is written is read back, in order, and an unfinished folder never looks complete."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from helios_jax.data import records, toy, toy_build
+
+FEATURES = {"x": records.tensor((None, 2), np.float16), "name": records.text()}
+
+
+def example(i: int) -> records.Example:
+    return {"x": np.full((i % 3 + 1, 2), i, np.float16), "name": f"№ {i}"}
+
+
+@given(num=st.integers(1, 20), shard_bytes=st.sampled_from([1, 100, 2**20]))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_examples_come_back_in_order_from_any_number_of_files(tmp_path_factory, num, shard_bytes):
+    folder = tmp_path_factory.mktemp("records") / "My Data-1"
+    records.write(folder, FEATURES, {"train": map(example, range(num))}, shard_bytes=shard_bytes)
+    source = records.open_source(folder, "train")
+    assert len(source) == num
+    for i, got in enumerate(source):
+        assert got["name"] == example(i)["name"]
+        assert got["x"].dtype == np.float16
+        np.testing.assert_array_equal(got["x"], example(i)["x"])
+    files = len(list(folder.glob("*array_record*")))
+    assert files == num if shard_bytes == 1 else 1 <= files <= num
+    assert [p.name for p in folder.parent.iterdir()] == [folder.name]
+
+
+def test_tensors_of_every_dtype_and_rank_survive(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "a": rng.integers(0, 256, (3, 4, 5, 3)).astype(np.uint8),
+        "b": rng.standard_normal((2, 9, 4, 4, 16)).astype(np.float32),
+        "c": rng.standard_normal((7, 8)).astype(np.float16),
+        "d": np.array(5, np.int64),
+        "e": rng.standard_normal((2, 3)).astype(ml_dtypes.bfloat16).view(np.uint16),  # bfloat16 goes as its bits
+    }
+    features = {key: records.tensor(value.shape, value.dtype) for key, value in arrays.items()}
+    features["b"] = records.tensor((None, 9, None, None, 16), np.float32)
+    records.write(tmp_path / "d", features, {"train": [arrays]})
+    (got,) = records.open_source(tmp_path / "d", "train")
+    for key, value in arrays.items():
+        assert got[key].dtype == value.dtype
+        np.testing.assert_array_equal(got[key], value)
+
+
+def test_errors_name_the_folder_the_rule_and_the_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing does not exist: .* make it with `python -m helios_jax\."):
+        records.open_source(tmp_path / "nothing", "train")
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "features.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"half is not a complete dataset: .* make it with `make half`"):
+        records.open_source(tmp_path / "half", "train", make="make half")
+    folder = records.write(tmp_path / "d", FEATURES, {"train": [example(0)], "test": [example(1)]})
+    with pytest.raises(ValueError, match="has no split 'valid': choose one of test, train"):
+        records.open_source(folder, "valid")
+    with pytest.raises(FileExistsError, match="never overwritten"):
+        records.write(folder, FEATURES, {"train": [example(0)]})
+    assert len(records.open_source(folder, "test")) == 1
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path):
+    def broken():
+        yield example(0)
+        raise RuntimeError("the camera broke")
+
+    for examples, error in ((broken(), "camera"), ([], "split 'train' has no examples")):
+        with pytest.raises((RuntimeError, ValueError), match=error):
+            records.write(tmp_path / "d", FEATURES, {"train": examples})
+    with pytest.raises(ValueError, match="float64"):
+        records.write(tmp_path / "d", FEATURES, {"train": [{"x": np.zeros((1, 2)), "name": ""}]})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_writer_leaves_no_folder_that_looks_complete(tmp_path):
+    code = f"""
+import numpy as np
+from helios_jax.data import records
+def forever():
+    i = 0
+    while True:
+        yield {{"x": np.zeros((1, 2), np.float16), "name": "n"}}
+        i += 1
+        if i == 100: print("writing", flush=True)
+records.write({str(tmp_path / "d")!r}, {{"x": records.tensor((None, 2), np.float16), "name": records.text()}},
+              {{"train": forever()}}, shard_bytes=1000)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ})
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (tmp_path / "d").exists()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        records.open_source(tmp_path / "d", "train")
+    records.write(tmp_path / "d", FEATURES, {"train": [example(0)]})  # and does not stand in the way
+
+
+def test_the_toy_dataset_holds_renderings_of_its_scenes(tmp_path, capsys):
+    toy_build.main(
+        ["--out", str(tmp_path / "toy"), "--videos", "5", "--test-videos", "2", "--chunks", "2", "--seed", "7"]
+    )
+    assert "5 training and 2 test videos of 2 chunks" in capsys.readouterr().out
+    for split, num in (("train", 5), ("test", 2)):
+        source = records.open_source(tmp_path / "toy", split)
+        assert len(source) == num
+        for i, got in enumerate(source):
+            scene = toy.sample_scene(7 * 10**9 + i, split)
+            assert got["caption"] == toy.caption(scene)
+            assert got["id"] == f"{split}-7-{i:06d}"
+            np.testing.assert_array_equal(got["video"], toy.render(scene, 66))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--videos", "0"], "--videos is 0"), (["--seed", "-1"], "--seed is -1"), (["--chunks", "x"], "invalid int")],
+)
+def test_the_command_refuses_what_it_cannot_build(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        toy_build.main(["--out", str(tmp_path / "toy"), *arguments])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "mine").touch()
+    with pytest.raises(SystemExit):
+        toy_build.main(["--out", str(tmp_path / "toy"), "--videos", "1"])
+    assert "already exists" in capsys.readouterr().err
