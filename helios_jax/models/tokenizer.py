@@ -1,0 +1,87 @@
+"""Prompts to token ids, with the `tokenizers` package alone."""
+
+import html
+import json
+import re
+import shutil
+from pathlib import Path
+
+import ftfy
+import numpy as np
+import tokenizers
+
+PAD, END = 0, 1
+LIMIT = 512  # tokens of a prompt
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "spiece.model")
+
+
+def prompt_clean(text: str) -> str:
+    """`text` with mojibake and HTML entities (also doubly escaped ones) undone and each run of white space one space.
+
+    As Helios' training captions and diffusers' HeliosPipeline.
+    """
+    text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+class Tokenizer:
+    """The tokenizer of UMT5, as its tokenizer.json describes it.
+
+    transformers before version 5 (with which Helios was trained) does the same; version 5 rebuilds the steps before the
+    vocabulary from its own code, which differs for files of other steps than T5's.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, folder: Path, max_length: int):
+        self._backend = backend
+        self._folder = folder
+        self.max_length = max_length
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "Tokenizer":
+        """The tokenizer in `folder`, of which tokenizer.json is needed.
+
+        Raises:
+            ValueError: the file is missing or broken, or it is not a tokenizer with `<pad>` 0 that ends with `</s>` 1.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: copy the tokenizer folder of a Helios or Wan 2.1 checkpoint")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing narrower
+            raise ValueError(f"{path} is not a tokenizer ({error}): download it again") from None
+        for token, number in (("<pad>", PAD), ("</s>", END)):
+            if backend.token_to_id(token) != number:
+                raise ValueError(
+                    f"{path} gives {token} the id {backend.token_to_id(token)}, UMT5 {number}: not its file"
+                )
+        backend.no_truncation()
+        backend.no_padding()
+        if backend.encode("").ids != [END]:
+            raise ValueError(f"{path} does not end a prompt with </s>, UMT5 does: not its file")
+        config = folder / "tokenizer_config.json"
+        limit = json.loads(config.read_text()).get("model_max_length") if config.is_file() else None
+        return cls(backend, folder, min(int(limit or LIMIT), LIMIT))  # transformers writes 1e30 for no limit
+
+    def __call__(self, prompts: list[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (int32, 0 after the end) and mask (bool) of the cleaned `prompts`, both [b, max_length].
+
+        A prompt that is too long loses its last tokens, not its `</s>`.
+        """
+        ids = np.full((len(prompts), max_length), PAD, np.int32)
+        mask = np.zeros((len(prompts), max_length), bool)
+        for i, encoding in enumerate(self._backend.encode_batch([prompt_clean(p) for p in prompts])):
+            row = encoding.ids if len(encoding.ids) <= max_length else [*encoding.ids[: max_length - 1], END]
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = True
+        return ids, mask
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copies the tokenizer's files to `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            source = self._folder / name
+            if source.is_file() and source.resolve() != (folder / name).resolve():
+                shutil.copyfile(source, folder / name)
