@@ -17,7 +17,7 @@ Transform = Callable[[Example, np.random.Generator], Example]
 
 
 def loader(
-    source: Sequence,
+    source: grain.sources.RandomAccessDataSource,
     *,
     seed: int,
     batch_size: int,

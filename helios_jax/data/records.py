@@ -15,6 +15,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 
 Example = dict[str, Any]
 # One record a group: every example can be read alone.
@@ -55,8 +56,8 @@ def write(
     try:
         connector = tfds.features.FeaturesDict(dict(features))
         name = "".join(c if c.isalnum() else "_" for c in folder.name.lower()).strip("_") or "dataset"
-        template = tfds.core.ShardedFileTemplate(data_dir=part, dataset_name=name, filetype_suffix="array_record")
-        infos = [_write_split(template.replace(split=k), connector, v, shard_bytes) for k, v in splits.items()]
+        template = tfds.core.ShardedFileTemplate(epath.Path(part), dataset_name=name, filetype_suffix="array_record")
+        infos = [_write_split(split, template, connector, each, shard_bytes) for split, each in splits.items()]
         tfds.folder_dataset.write_metadata(
             data_dir=part, features=connector, split_infos=infos, filename_template=template, check_data=False
         )
@@ -67,11 +68,13 @@ def write(
 
 
 def _write_split(
+    split: str,
     template: tfds.core.ShardedFileTemplate,
     connector: tfds.features.FeaturesDict,
     examples: Iterable[Example],
     shard_bytes: int,
 ) -> tfds.core.SplitInfo:
+    template = template.replace(split=split)
     lengths: list[int] = []
     paths: list[Path] = []
     total = room = 0
@@ -82,7 +85,7 @@ def _write_split(
             if writer is None or room < len(record):
                 if writer is not None:
                     writer.close()
-                paths.append(Path(template.data_dir) / f"{template.split}-{len(paths)}")
+                paths.append(Path(template.data_dir) / f"{split}-{len(paths)}")
                 writer = ArrayRecordWriter(str(paths[-1]), WRITER_OPTIONS)
                 lengths.append(0)
                 room = shard_bytes
@@ -94,17 +97,17 @@ def _write_split(
         if writer is not None:
             writer.close()
     if not paths:
-        raise ValueError(f"split {template.split!r} has no examples: give at least one or leave the split out")
+        raise ValueError(f"split {split!r} has no examples: give at least one or leave the split out")
     # Only now is the number of shards, a part of each file's name, known.
     for i, path in enumerate(paths):
         path.rename(template.sharded_filepath(shard_index=i, num_shards=len(paths)))
-    return tfds.core.SplitInfo(name=template.split, shard_lengths=lengths, num_bytes=total, filename_template=template)
+    return tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=total, filename_template=template)
 
 
-class Source(Sequence):
+class Source:
     """A split of a dataset by index: examples are dicts of arrays, with text as str."""
 
-    def __init__(self, records: Sequence, text_keys: Iterable[str], name: str):
+    def __init__(self, records: Any, text_keys: Iterable[str], name: str):
         self._records = records
         self._text_keys = tuple(text_keys)
         self._name = name
@@ -139,7 +142,7 @@ def open_source(folder: str | os.PathLike, split: str, *, make: str | None = Non
             f"{folder} {state}: it must hold dataset_info.json, features.json and array_record files; make it with "
             f"`{make or f'python -m helios_jax.data.toy_build --out {folder}'}`"
         )
-    builder = tfds.builder_from_directory(str(folder))
+    builder: Any = tfds.builder_from_directory(str(folder))
     if split not in builder.info.splits:
         raise ValueError(f"{folder} has no split {split!r}: choose one of {', '.join(sorted(builder.info.splits))}")
     text_keys = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]

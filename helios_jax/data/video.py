@@ -1,0 +1,134 @@
+"""Video files: an mp4 that plays while it grows, and strict reading.
+
+Everything that a writer cannot do is refused before the file is touched; a reader refuses a damaged file where a
+decoder would by default fill in what is missing.
+"""
+
+import math
+import os
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+
+import av
+import numpy as np
+from jaxtyping import UInt8
+
+CODEC, SUFFIX = "libx264", ".mp4"
+# A fragment for each frame behind an empty index: whatever has been written so far is a complete file.
+CONTAINER_OPTIONS = {"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
+# zerolatency: the encoder gives back each frame at once instead of looking ahead.
+CODEC_OPTIONS = {"crf": "17", "preset": "veryfast", "tune": "zerolatency"}
+
+
+class VideoWriter:
+    """Writes H.264 into an mp4, frame by frame: `with VideoWriter(path, 24, 384, 640) as video: video.write(frames)`.
+
+    Missing folders of `path` are made, an existing file is replaced by the first frame. If the process dies, what was
+    written so far (but for the newest frame) plays. Raises ValueError, in one line and before anything is written,
+    for a suffix that is not .mp4, an odd or non-positive size, a rate that is not positive, and a place that cannot be
+    written.
+    """
+
+    def __init__(self, path: str | os.PathLike, fps: float, height: int, width: int):
+        self.path = Path(path)
+        if self.path.suffix.lower() != SUFFIX:
+            raise ValueError(f"{path}: unknown suffix {self.path.suffix!r}; video is written as {SUFFIX}, name it so")
+        if height < 2 or width < 2 or height % 2 or width % 2:
+            even = f"{max(2, height + height % 2)}x{max(2, width + width % 2)}"
+            raise ValueError(f"{path}: frames of {height}x{width}; H.264 needs even height and width, such as {even}")
+        rate = Fraction(fps).limit_denominator(1001) if math.isfinite(fps) else Fraction(0)
+        if rate <= 0:
+            raise ValueError(f"{path}: {fps} frames a second; the rate must be positive, such as 24")
+        _check_writable(self.path)
+        self._size = (height, width)
+        self._container = av.open(str(self.path), "w", format="mp4", options=CONTAINER_OPTIONS)
+        self._stream = self._container.add_stream(CODEC, rate=rate, options=CODEC_OPTIONS)
+        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
+        self._time_base = 1 / rate
+        self._closed = False
+        self.frames = 0  # written so far
+
+    def write(self, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
+        """Appends RGB frames; when it returns they are in the file. Raises ValueError for another shape or dtype."""
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self._size, 3):
+            expected = f"uint8 [t, {self._size[0]}, {self._size[1]}, 3]"
+            raise ValueError(f"{self.path}: got frames of {frames.dtype} {list(frames.shape)}; they must be {expected}")
+        for array in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+            frame.pts, frame.time_base = self.frames, self._time_base
+            self._container.mux(self._stream.encode(frame))
+            self.frames += 1
+
+    def close(self) -> None:
+        """Completes the file. Later calls do nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            if self.frames:
+                self._container.mux(self._stream.encode(None))
+        finally:
+            self._container.close()
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_video(path: str | os.PathLike) -> tuple[UInt8[np.ndarray, "t h w 3"], float]:
+    """All RGB frames of a file's first video stream, and its frames a second.
+
+    Raises FileNotFoundError for a missing file and ValueError, in one line, for a file without a video stream and
+    for one that is damaged: data that does not decode, or fewer frames than it declares. (Changed bits that still
+    decode cannot be noticed: H.264 has no checksum.)
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; name a video file, such as clip{SUFFIX}")
+    frames = []
+    try:
+        with av.open(str(path), options={"err_detect": "explode"}) as container:
+            if not container.streams.video:
+                kinds = sorted({stream.type for stream in container.streams})
+                holds = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
+                raise ValueError(f"{path}: holds no video, {holds}; name a file with a video stream")
+            stream = container.streams.video[0]
+            # By default a decoder guesses what is missing, and the damage looks like content.
+            stream.codec_context.options = {"err_detect": "explode"}
+            stream.thread_type = "AUTO"
+            rate = stream.average_rate or stream.guessed_rate
+            declared = stream.frames
+            # A file in fragments declares only how long it is.
+            if not declared and stream.duration and stream.time_base and rate:
+                declared = round(stream.duration * stream.time_base * rate)
+            for frame in container.decode(stream):
+                if frame.is_corrupt:
+                    raise ValueError(f"{path}: frame {len(frames)} is damaged; copy or encode the file again")
+                frames.append(frame.to_ndarray(format="rgb24"))
+    except av.FFmpegError as error:
+        place = f"after {len(frames)} frames" if frames else "as video"
+        raise ValueError(f"{path}: does not decode {place} ({error.strerror}); copy or encode the file again") from None
+    if not frames or len(frames) < declared:
+        raise ValueError(
+            f"{path}: {len(frames)} frames decode of {declared or 'at least 1'} declared; copy or encode the file again"
+        )
+    if len({frame.shape for frame in frames}) > 1:
+        raise ValueError(f"{path}: its frames change size; encode it again at one size")
+    return np.stack(frames), float(rate or 0)
+
+
+def _check_writable(path: Path) -> None:
+    """Makes the folder of `path`, or raises ValueError if the file could not be written."""
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; name a file in it, such as {path / f'video{SUFFIX}'}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path}: its folder cannot be made ({error.strerror}); name another folder") from None
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path}: writing there is not permitted; name another folder")
