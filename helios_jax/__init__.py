@@ -10,3 +10,18 @@ Axis letters, the same in einops patterns, einsums and shape annotations through
 
 Video is `[b, t, h, w, c]`, tokens `[b, n, d]`, attention `[b, n, heads, head_dim]`.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from helios_jax.sampling.pipeline import HeliosPipeline, HeliosPipelineOutput
+
+__all__ = ["HeliosPipeline", "HeliosPipelineOutput"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the pipeline when it is asked for: a config can then be checked without waiting for jax."""
+    if name in __all__:
+        return getattr(importlib.import_module("helios_jax.sampling.pipeline"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ An optional part is None or a value: `null` leaves it out, `{}` takes its defaul
 import dataclasses
 import difflib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -56,6 +56,7 @@ class DataConfig:
     folder: str = "data/toy"
     batch_size: int = 8
     frames: int = 33  # pixel frames of a clip (the vae stage); 1 + a multiple of 4
+    crop: int | None = None  # side in pixels of a random square of each clip (the vae stage); null: whole frames
     seed: int = 0  # of the shuffle, apart from the run's seed so that two runs can see the same clips
 
     def __post_init__(self):
@@ -63,6 +64,10 @@ class DataConfig:
         _require(
             self.frames > 0 and self.frames % 4 == 1,
             f"frames must be 1 + a multiple of 4 (the VAE's step in time), got {self.frames}; try 9, 17 or 33",
+        )
+        _require(
+            self.crop is None or (self.crop > 0 and self.crop % 8 == 0),
+            f"crop must be a multiple of 8 (the VAE's step in space), got {self.crop}; try 32 or 64",
         )
 
 
@@ -224,15 +229,20 @@ def _exists(module: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load(path: str | Path, overrides: Sequence[str], schema: type[T]) -> T:
+def load(path: str | Path, overrides: Sequence[str], schema: type[T], flags: Mapping[str, str] | None = None) -> T:
     """An instance of the dataclass `schema`: its defaults, the YAML file at `path` over its bases, then `overrides`.
+
+    `flags` are values of top-level fields as a person typed them, taken literally; they win over everything.
 
     Raises ConfigError, in one line, for a file that is missing or not YAML, an unknown key, a wrong type, a value
     out of range, an override that is not `key=value`. Reads files and nothing else.
     """
     merged = OmegaConf.structured(schema)
     sources: dict[str, str] = {}
-    for source, values in [*_files(Path(path)), *map(_override, overrides)]:
+    typed = [
+        (f"--{name.replace('_', '-')}", {name: value.replace("${", "\\${")}) for name, value in (flags or {}).items()
+    ]
+    for source, values in [*_files(Path(path)), *map(_override, overrides), *typed]:
         for key, value in _leaves(values):
             merged = _merge(merged, key, value, source, schema)
             sources[key] = source

@@ -34,7 +34,7 @@ def guided_velocity(
     memory: MemoryConfig,
 ) -> Float[Array, "b t h w c"]:
     """The model's velocity, moved away from the negative prompt's by classifier-free guidance; float32."""
-    dtype = model.patch_embedding.weight.dtype
+    dtype = model.dtype
     parts, indices = window(memory, history)
     guided = conditioning.guidance_scale is not None
 

@@ -280,6 +280,11 @@ class Transformer(nnx.Module):
         values = config.out_channels * patch[0] * patch[1] * patch[2]
         self.proj_out = Linear(dim, values, axes=("embed", None), init=zeros, rngs=rngs)
 
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the weights are in and the forward pass computes in."""
+        return self.patch_embedding.weight.dtype
+
     @classmethod
     def abstract(cls, config: TransformerConfig, *, stacked: bool = False) -> "Transformer":
         """The model with shapes in place of arrays. One block is traced, whatever the depth."""

@@ -2,13 +2,14 @@
 
 import zlib
 from collections import Counter
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from numpy.typing import ArrayLike
 
 
+@runtime_checkable
 class Noise(Protocol):
     """Called on the host once for every random draw, in the order in which the diffusers pipelines draw.
 

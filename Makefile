@@ -1,0 +1,72 @@
+# What one does often. `make sample` and `make test` set up all they need in .venv, with nothing but python3 before.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# On PyPI torch brings CUDA; the reference runs on CPU and has no further needs, so it is installed apart.
+TORCH ?= torch==2.13.0
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+ARGS ?=
+
+.PHONY: sample test test-light lint format parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score
+
+sample: $(VENV)/.run  ## sample a video of four chunks with the embedded model
+	$(BIN)/python sample.py configs/toy/sample.yaml $(ARGS)
+
+test: $(VENV)/.test  ## every test, those against torch, diffusers and transformers included
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+
+test-light: $(VENV)/.test-light  ## the tests that need no torch
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not reference" $(ARGS)
+
+lint: $(VENV)/.test  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+parity: $(VENV)/.test  ## measure our error against the references and write docs/parity.md
+	$(BIN)/python -m tests.parity.report docs/parity.md
+
+# --- the toy world, from nothing to the embedded model ---
+DATA := data/toy
+LATENTS := data/toy-latents
+TOY := helios_jax/assets/toy
+
+toy: toy-data toy-vae toy-latents toy-stage1 toy-score
+toy-data: $(VENV)/.run
+	test -d $(DATA) || $(BIN)/python -m helios_jax.data.toy_build --out $(DATA) --videos 3000 --chunks 4
+toy-vae: $(VENV)/.run
+	$(BIN)/python train.py configs/toy/vae.yaml $(ARGS)
+toy-latents: $(VENV)/.run
+	test -d $(LATENTS) || $(BIN)/python -m helios_jax.data.precompute --videos $(DATA) --vae $(TOY)/vae --text $(TOY) --out $(LATENTS)
+toy-stage1: $(VENV)/.run
+	$(BIN)/python train.py configs/toy/stage1.yaml $(ARGS)
+toy-score: $(VENV)/.run  ## score the model on captions that training never saw
+	$(BIN)/python -m helios_jax.bench.toy_report --model $(TOY) --out docs/toy.md $(ARGS)
+
+lock: $(VENV)/.test  ## requirements*.txt from pyproject.toml
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-header -q -o requirements.txt
+	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-header -q \
+		--extra test --extra reference -c requirements.txt -o requirements-test.txt
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: requirements.txt | $(BIN)/python
+	$(PIP) install -r requirements.txt
+	@touch $@
+
+$(VENV)/.test: requirements-test.txt | $(BIN)/python
+	$(PIP) install $(TORCH)
+	$(PIP) install -r requirements-test.txt
+	@touch $@ $(VENV)/.run
+
+$(VENV)/.test-light: requirements-test.txt | $(BIN)/python
+	$(PIP) install -r requirements-test.txt
+	@touch $@ $(VENV)/.run
