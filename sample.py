@@ -10,7 +10,6 @@ import resource
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,7 +36,7 @@ FLAGS = {
 
 def parse(argv: list[str]) -> SampleConfig:
     """The command line over the config; raises ConfigError."""
-    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="sample.py", description="Make a video from a prompt.")
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any other field of the config")
     for name, text in FLAGS.items():
@@ -107,13 +106,13 @@ def sample(config: SampleConfig, checkpoint: Any, plan: Any, writer: VideoWriter
                     print(f"chunk {len(times)}/{plan.num_chunks}  {writer.frames} frames", flush=True)
         except KeyboardInterrupt:
             interrupted = True
-    report(begin, loaded, times, writer, Path(config.out))
+    report(begin, loaded, times, writer, config.fps)
     if interrupted:
         print(f"interrupted: {config.out} holds the {len(times)} of {plan.num_chunks} chunks that were done")
     return 130 if interrupted else 0
 
 
-def report(begin: float, loaded: float, times: list[float], writer: VideoWriter, out: Path) -> None:
+def report(begin: float, loaded: float, times: list[float], writer: VideoWriter, fps: int) -> None:
     """One line a figure. The first chunk includes compiling; the seconds a chunk are those of the later ones."""
     print(f"loading: {loaded - begin:.2f} s")
     if times:
@@ -121,11 +120,10 @@ def report(begin: float, loaded: float, times: list[float], writer: VideoWriter,
     if len(times) > 1:
         seconds = (times[-1] - times[0]) / (len(times) - 1)
         print(f"seconds a chunk: {seconds:.2f} s")
-        print(
-            f"frames/s: {writer.frames / len(times) / seconds:.1f} warm, {writer.frames / (times[-1] - begin):.1f} in all"
-        )
+        warm, overall = writer.frames / len(times) / seconds, writer.frames / (times[-1] - begin)
+        print(f"frames/s: {warm:.1f} warm, {overall:.1f} in all")
     print(f"peak host memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
-    print(f"video: {out} ({writer.frames} frames, {writer.frames / writer.fps:.1f} s)")
+    print(f"video: {writer.path} ({writer.frames} frames, {writer.frames / fps:.1f} s)")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,9 @@ def build(videos: Path, vae: Path, text: Path, out: Path, max_length: int | None
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and builds; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m helios_jax.data.precompute", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m helios_jax.data.precompute", description="Encode videos and captions for the flow stages."
+    )
     parser.add_argument("--videos", type=Path, required=True, help="a dataset of pixels and captions")
     parser.add_argument("--vae", type=Path, required=True, help="folder with the VAE's config.json and weights")
     parser.add_argument("--text", type=Path, required=True, help="folder with text_encoder/ and tokenizer/")

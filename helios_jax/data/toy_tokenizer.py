@@ -19,7 +19,7 @@ from helios_jax.data import toy
 
 FOLDER = Path(__file__).parent.parent / "assets" / "toy" / "tokenizer"
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-MAX_LENGTH = 512
+MAX_LENGTH = 16
 # Far below any word's score: a word is never spelt when it is known.
 LETTER_SCORE = -20.0
 

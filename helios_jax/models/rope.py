@@ -8,7 +8,7 @@ Rotary = tuple[Float[Array, "#b n pairs"], Float[Array, "#b n pairs"]]
 
 
 def _grid(
-    frames: Int[Array, "#b t"], height: int, width: int, dims: tuple[int, int, int], theta: float
+    frames: Int[Array, "#b t"], height: int, width: int, dims: tuple[int, ...], theta: float
 ) -> Float[Array, "#b t h w pairs"]:
     def angles(position, dim):
         return position[..., None] * (1.0 / theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim))
@@ -21,7 +21,7 @@ def _grid(
     return jnp.concatenate([jnp.broadcast_to(a, (*shape, a.shape[-1])) for a in (time, rows, columns)], -1)
 
 
-def pad_replicate(x: Float[Array, "#b t h w c"], multiple: tuple[int, int, int]) -> Float[Array, "#b t2 h2 w2 c"]:
+def pad_replicate(x: Float[Array, "#b t h w c"], multiple: tuple[int, ...]) -> Float[Array, "#b t2 h2 w2 c"]:
     """Repeats the last frame, row and column until each is a multiple."""
     pads = [(0, -size % m) for size, m in zip(x.shape[1:4], multiple)]
     return jnp.pad(x, [(0, 0), *pads, (0, 0)], mode="edge")
@@ -32,7 +32,7 @@ def rotary(
     height: int,
     width: int,
     *,
-    dims: tuple[int, int, int],
+    dims: tuple[int, ...],
     theta: float,
     pool: int = 1,
 ) -> Rotary:

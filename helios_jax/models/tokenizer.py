@@ -64,6 +64,11 @@ class Tokenizer:
         limit = json.loads(config.read_text()).get("model_max_length") if config.is_file() else None
         return cls(backend, folder, min(int(limit or LIMIT), LIMIT))  # transformers writes 1e30 for no limit
 
+    @property
+    def vocab_size(self) -> int:
+        """Ids that it can give."""
+        return self._backend.get_vocab_size()
+
     def __call__(self, prompts: list[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int32, 0 after the end) and mask (bool) of the cleaned `prompts`, both [b, max_length].
 

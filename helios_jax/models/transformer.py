@@ -23,7 +23,7 @@ class TransformerConfig:
     CLASS_NAME: ClassVar[str] = "HeliosTransformer3DModel"
     WEIGHTS_NAME: ClassVar[str] = "diffusion_pytorch_model.safetensors"
 
-    patch_size: tuple[int, int, int] = (1, 2, 2)
+    patch_size: tuple[int, ...] = (1, 2, 2)
     num_attention_heads: int = 40
     attention_head_dim: int = 128
     in_channels: int = 16
@@ -36,7 +36,7 @@ class TransformerConfig:
     qk_norm: str = "rms_norm_across_heads"
     eps: float = 1e-6
     added_kv_proj_dim: int | None = None
-    rope_dim: tuple[int, int, int] = (44, 42, 42)
+    rope_dim: tuple[int, ...] = (44, 42, 42)
     rope_theta: float = 10000.0
     guidance_cross_attn: bool = True
     zero_history_timestep: bool = True
@@ -330,7 +330,7 @@ class Transformer(nnx.Module):
         zero = jnp.zeros_like(timestep) if config.zero_history_timestep else timestep
         time, modulation = self.condition_embedder.time(jnp.stack([zero, timestep], 1), x.dtype)
 
-        def run(block: Block, kv: TextKV, x: Array, keep_history: bool) -> Array:
+        def run(block: Block, kv: Any, x: Array, keep_history: bool) -> Array:
             return block(
                 x, modulation, table, kv, num_history, keep_history=keep_history, implementation=implementation
             )

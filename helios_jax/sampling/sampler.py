@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
 
 from helios_jax.diffusion import solvers
 from helios_jax.diffusion.denoise import Conditioning, denoise_chunk, denoise_step
@@ -47,7 +48,7 @@ _push = jax.jit(push)
 def stream(
     model: Transformer,
     history: History,
-    noise: Iterable[Float[Array, "b t h w c"]],
+    noise: Iterable[ArrayLike],
     conditioning: Conditioning,
     steps: Steps,
     *,

@@ -1,7 +1,12 @@
 """What the parity tests share: random torch weights, channel order, the error."""
 
+from collections import defaultdict
+
 import numpy as np
 import torch
+
+# What `check` has seen, for the report: (error, bar) by what was compared.
+MEASURED: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
 
 
 def channels_last(x: torch.Tensor) -> np.ndarray:
@@ -36,3 +41,10 @@ def error(ours, reference) -> float:
     """norm(ours - reference) / norm(reference)."""
     reference = reference.detach().float().numpy() if isinstance(reference, torch.Tensor) else np.asarray(reference)
     return float(np.linalg.norm(np.asarray(ours, np.float32) - reference) / np.linalg.norm(reference))
+
+
+def check(what: str, ours, reference, bar: float, where: object = "") -> None:
+    """Asserts that the error is at most `bar`, and remembers it."""
+    value = error(ours, reference)
+    MEASURED[what].append((value, bar))
+    assert value <= bar, f"{what}: error {value:.2e} is above {bar:.0e} {where}"

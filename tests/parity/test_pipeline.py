@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel  # noqa: E4
 
 import helios_jax  # noqa: E402
 from helios_jax import HeliosPipeline  # noqa: E402
-from tests.parity.reference import channels_last, error, randomise  # noqa: E402
+from tests.parity.reference import channels_last, check, randomise  # noqa: E402
 
 TOKENIZER = Path(helios_jax.__file__).parent / "assets" / "toy" / "tokenizer"
 LATENTS_MEAN, LATENTS_STD = [0.1, -0.2, 0.3, 0.0], [1.1, 0.9, 1.3, 0.8]
@@ -129,8 +129,8 @@ def test_latents_and_frames_over_three_chunks(name, tmp_path, monkeypatch):
     ours = HeliosPipeline.from_pretrained(tmp_path)
     latents = ours(**options, num_frames=frames, output_type="latent", noise=noise).frames
     assert noise.sites == ["latents"] * 3
-    assert error(latents, expected_latents) <= 1e-4, f"seed {seed}"
+    check("pipeline, latents of three chunks", latents, expected_latents, 1e-4, f"seed {seed}")
     noise.drawn = drawn
     video = ours(**options, num_frames=frames, noise=noise).frames
     assert video.shape[1] == frames  # the reference drops some
-    assert error(video[:, : expected.shape[1]], expected) <= 1e-3, f"seed {seed}"
+    check("pipeline, frames of three chunks", video[:, : expected.shape[1]], expected, 1e-3, f"seed {seed}")

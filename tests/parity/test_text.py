@@ -17,7 +17,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from helios_jax.models.text import TIED, UMT5Config, UMT5Encoder, encode, relative_buckets  # noqa: E402
 from helios_jax.pretrained import CheckpointError, count, file_entries, from_arrays  # noqa: E402
-from tests.parity.reference import arrays, error, randomise  # noqa: E402
+from tests.parity.reference import arrays, check, error, randomise  # noqa: E402
 
 ALIAS, KEY = next(iter(TIED.items()))
 CASES = settings(
@@ -93,9 +93,9 @@ def test_encoder(config, length, seed):
         expected = theirs(torch.from_numpy(ids).long(), torch.from_numpy(mask).long()).last_hidden_state
         zeroed = pipeline_embeddings(theirs, ids, mask)
     got = jax.jit(UMT5Encoder.__call__)(ours, ids, mask)
-    assert error(got, expected) <= 1e-5
+    check("UMT5 encoder", got, expected, 1e-5)
     embeddings = jax.jit(encode)(ours, ids, mask.astype(np.int32))
-    assert error(embeddings, zeroed) <= 1e-5
+    check("text embeddings of the pipeline", embeddings, zeroed, 1e-5)
     assert not np.asarray(embeddings)[~mask].any()
 
 

@@ -23,7 +23,7 @@ from helios_jax.models.transformer import (  # noqa: E402
     init_memory_patches,
 )
 from helios_jax.pretrained import count, file_entries, from_arrays, to_arrays  # noqa: E402
-from tests.parity.reference import arrays, channels_first, channels_last, error, randomise  # noqa: E402
+from tests.parity.reference import arrays, channels_first, channels_last, check, error, randomise  # noqa: E402
 
 CASES = settings(
     max_examples=12,
@@ -143,7 +143,7 @@ def test_values(case):
     x = inputs(config, sizes, seed)
     with torch.no_grad():
         expected = channels_last(run_theirs(theirs, x))
-    assert error(run_ours(ours, x), expected) <= 1e-5
+    check("transformer, float32", run_ours(ours, x), expected, 1e-5)
 
 
 @given(cases())
@@ -176,7 +176,7 @@ def test_gradients(case):
         ours_flat.append(value.ravel())
         theirs_flat.append(expected.ravel())
         assert np.linalg.norm(value - expected) <= 1e-4 * np.linalg.norm(expected) + 1e-3, key
-    assert error(np.concatenate(ours_flat), np.concatenate(theirs_flat)) <= 1e-4
+    check("transformer, gradients", np.concatenate(ours_flat), np.concatenate(theirs_flat), 1e-4)
 
 
 @given(cases())
@@ -196,7 +196,7 @@ def test_bfloat16(case):
     x = inputs(config, sizes, seed)
     with torch.no_grad():
         expected = channels_last(run_theirs(theirs, x))
-    assert error(run_ours(ours, x, jnp.bfloat16), expected) <= 2e-2
+    check("transformer, bfloat16", run_ours(ours, x, jnp.bfloat16), expected, 2e-2)
 
 
 @pytest.mark.parametrize("stacked", [False, True])

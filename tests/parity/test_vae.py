@@ -1,6 +1,7 @@
 """The autoencoder against diffusers' AutoencoderKLWan: values, gradients, names and shapes."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -18,9 +19,11 @@ from hypothesis import strategies as st  # noqa: E402
 
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig  # noqa: E402
 from helios_jax.pretrained import count, file_entries, from_arrays, to_arrays  # noqa: E402
-from tests.parity.reference import arrays, channels_first, channels_last, error, randomise  # noqa: E402
+from tests.parity.reference import arrays, channels_first, channels_last, check, error, randomise  # noqa: E402
 
 BAR = 2e-5
+# Compiling is what these tests would spend their time on.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 FRAMES = pytest.mark.parametrize("frames", [1, 5, 17, 33])
 CASES = settings(
     max_examples=2,  # compiling takes the time
@@ -52,8 +55,8 @@ def configs(draw):
 def build(config: VAEConfig, seed: int):
     values = json.loads(json.dumps(dataclasses.asdict(config)))  # as in a config.json: upstream needs its lists
     theirs = randomise(Reference(**values), seed)
-    # Smaller outputs: past the decoder's clip there is nothing to compare.
-    theirs.decoder.conv_out.weight.data.mul_(0.1)
+    # Smaller outputs: few of them past the decoder's clip, where there is nothing to compare.
+    theirs.decoder.conv_out.weight.data.mul_(0.5)
     abstract = nnx.eval_shape(lambda: AutoencoderKLWan(config, rngs=nnx.Rngs(0)))
     return theirs, from_arrays(abstract, arrays(theirs))
 
@@ -74,9 +77,9 @@ def test_encode(frames, config, seed):
     video = video_for(config, frames, seed)
     with torch.no_grad():
         expected = theirs.encode(channels_first(video)).latent_dist
-    mean, logvar = jax.jit(AutoencoderKLWan.encode)(ours, video)
-    assert error(mean, channels_last(expected.mean)) <= BAR
-    assert error(logvar, channels_last(expected.logvar)) <= BAR
+    mean, logvar = jit(AutoencoderKLWan.encode)(ours, video)
+    check(f"VAE encode, mean, {frames} frames", mean, channels_last(expected.mean), BAR)
+    check(f"VAE encode, log-variance, {frames} frames", logvar, channels_last(expected.logvar), BAR)
 
 
 @FRAMES
@@ -88,10 +91,10 @@ def test_decode(frames, config, seed):
     latents = rng.standard_normal((2, 1 + (frames - 1) // 4, *rng.integers(1, 4, 2), config.z_dim), np.float32)
     with torch.no_grad():
         expected = channels_last(theirs.decode(channels_first(latents)).sample)
-    assert (np.abs(expected) < 1).mean() > 0.5
-    video = jax.jit(AutoencoderKLWan.decode)(ours, latents)
+    assert (np.abs(expected) < 1).mean() > 0.7
+    video = jit(AutoencoderKLWan.decode)(ours, latents)
     assert video.shape[1] == frames
-    assert error(video, expected) <= BAR
+    check(f"VAE decode, {frames} frames", video, expected, BAR)
 
 
 def test_gradients():
@@ -103,7 +106,7 @@ def test_gradients():
     out = theirs.decode(posterior.mean + posterior.logvar.exp()).sample
     (out * channels_first(weights)).sum().backward()
 
-    @jax.jit
+    @jit
     @jax.grad
     def gradients(model):
         mean, logvar = model.encode(video)
@@ -120,8 +123,8 @@ def test_bfloat16_loses_no_more_than_the_references():
     video = video_for(config, 9, 3)
 
     def run(dtype):
-        mean, _ = jax.jit(AutoencoderKLWan.encode)(ours, jnp.asarray(video, dtype))
-        out = jax.jit(AutoencoderKLWan.decode)(ours, jnp.asarray(full[0], dtype))
+        mean, _ = jit(AutoencoderKLWan.encode)(ours, jnp.asarray(video, dtype))
+        out = jit(AutoencoderKLWan.decode)(ours, jnp.asarray(full[0], dtype))
         assert mean.dtype == out.dtype == dtype
         return mean, out
 
