@@ -133,10 +133,10 @@ class CausalConv(Conv):
             # A concatenation: cuDNN takes symmetric padding only, and XLA would pad space in the same copy again.
             zeros = jnp.zeros((x.shape[0], taps - 1, *x.shape[2:]), x.dtype)
             x = jnp.concatenate([zeros, x], 1)
-        # XLA's 3-D convolution on a CPU is slow: 3x3x3 with 8 to 32 channels takes 4 to 10 times as long forward, and
-        # 3 to 7 times backward, as one 2-D convolution over the three frames' channels, which also beats a sum of
-        # three. GPUs and TPUs have the real one. The choice is made while lowering, so that programs compiled on a
-        # host for another platform get theirs.
+        # XLA's 3-D convolution is slow on a CPU: 3x3x3 with 3 to 32 channels takes 3 to 14 times as long forward and 3
+        # to 7 times as long with gradients as one 2-D convolution over the channels of three frames, which also beats
+        # the sum of three 2-D ones. GPUs and TPUs have a fast one. The choice falls while lowering, so a program that
+        # is compiled on a host for another platform gets that platform's.
         y = jax.lax.platform_dependent(
             x,
             weight,
@@ -284,8 +284,9 @@ class Decoder(nnx.Module):
         self.mid_block = MidBlock(widths[0], rngs=rngs)
         ins = [widths[0]] + [width // 2 for width in widths[:-1]]  # an Upsample halves the channels
         times = [*reversed(config.temperal_downsample), None]
+        blocks = config.num_res_blocks
         self.up_blocks = nnx.List(
-            [UpBlock(*widths, config.num_res_blocks, time, rngs=rngs) for *widths, time in zip(ins, widths, times)]
+            [UpBlock(dim, width, blocks, time, rngs=rngs) for dim, width, time in zip(ins, widths, times)]
         )
         self.norm_out = ChannelNorm(widths[-1], rngs=rngs)
         self.conv_out = CausalConv(widths[-1], config.out_channels, rngs=rngs)

@@ -22,6 +22,7 @@ from helios_jax.pretrained import count, file_entries, from_arrays, to_arrays  #
 from tests.parity.reference import arrays, channels_first, channels_last, check, error, randomise  # noqa: E402
 
 BAR = 2e-5
+torch.set_num_threads(1)  # for arrays this small, more threads mostly wait for each other
 # Compiling is what these tests would spend their time on.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 FRAMES = pytest.mark.parametrize("frames", [1, 5, 17, 33])
@@ -61,10 +62,14 @@ def build(config: VAEConfig, seed: int):
     return theirs, from_arrays(abstract, arrays(theirs))
 
 
+def batch(frames: int) -> int:
+    return 2 if frames < 17 else 1
+
+
 def video_for(config: VAEConfig, frames: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    h, w = (int(n) * config.scale_factor_spatial for n in rng.integers(1, 4, 2))
-    return rng.uniform(-1, 1, (2, frames, h, w, 3)).astype(np.float32)
+    h, w = (int(n) * config.scale_factor_spatial for n in rng.integers(1, 3, 2))
+    return rng.uniform(-1, 1, (batch(frames), frames, h, w, 3)).astype(np.float32)
 
 
 @FRAMES
@@ -88,7 +93,8 @@ def test_encode(frames, config, seed):
 def test_decode(frames, config, seed):
     theirs, ours = build(config, seed)
     rng = np.random.default_rng(seed)
-    latents = rng.standard_normal((2, 1 + (frames - 1) // 4, *rng.integers(1, 4, 2), config.z_dim), np.float32)
+    shape = (batch(frames), 1 + (frames - 1) // 4, *rng.integers(1, 4, 2), config.z_dim)
+    latents = rng.standard_normal(shape, np.float32)
     with torch.no_grad():
         expected = channels_last(theirs.decode(channels_first(latents)).sample)
     assert (np.abs(expected) < 1).mean() > 0.7
