@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +168,7 @@ class HeliosPipeline:
         history_sizes: Sequence[int] = HISTORY_SIZES,
         num_latent_frames_per_chunk: int = 9,
         max_sequence_length: int | None = None,
-        output_type: Literal["np", "latent"] = "np",
+        output_type: str = "np",
         seed: int = 0,
         noise: Noise | None = None,
     ) -> HeliosPipelineOutput:

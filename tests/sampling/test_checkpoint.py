@@ -1,0 +1,173 @@
+"""Folders that cannot be used: one line that names the file and the rule, before weights are read."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from helios_jax import HeliosPipeline, pretrained
+from helios_jax.pretrained import CheckpointError
+from helios_jax.sampling.checkpoint import Checkpoint
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return tiny.folder(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "pipeline")
+
+
+def edit(path, **changes):
+    values = json.loads(path.read_text())
+    values.update(changes)
+    path.write_text(json.dumps(values))
+
+
+def rewrite(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def missing_part(folder):
+    shutil.rmtree(folder / "vae")
+    return ["vae", "missing"]
+
+
+def missing_weights(folder):
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    return ["transformer", "no weights"]
+
+
+def truncated(folder):
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return ["transformer", "download"]
+
+
+def lacking_key(folder):
+    rewrite(folder / "vae" / "diffusion_pytorch_model.safetensors", lambda t: t.pop("quant_conv.bias"))
+    return ["vae", "lacks quant_conv.bias"]
+
+
+def unknown_key(folder):
+    path = folder / "text_encoder" / "model.safetensors"
+    rewrite(path, lambda t: t.update(extra=np.zeros(2, np.float32)))
+    return ["text_encoder", "extra"]
+
+
+def wrong_shape(folder):
+    def change(tensors):
+        tensors["proj_out.bias"] = np.zeros(3, np.float32)
+
+    rewrite(folder / "transformer" / "diffusion_pytorch_model.safetensors", change)
+    return ["proj_out.bias", "[3]", "[16]"]
+
+
+def pyramid(folder):
+    edit(folder / "scheduler" / "scheduler_config.json", stages=3)
+    return ["stages", "3"]
+
+
+def other_class(folder):
+    edit(folder / "model_index.json", _class_name="WanPipeline")
+    return ["WanPipeline"]
+
+
+def broken_json(folder):
+    (folder / "transformer" / "config.json").write_text("{")
+    return ["config.json", "not JSON"]
+
+
+def bad_value(folder):
+    edit(folder / "transformer" / "config.json", rope_dim=[4, 4, 4])
+    return ["rope_dim", "attention_head_dim"]
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    return ["tokenizer.json", "missing"]
+
+
+def lost_shard(folder):
+    part = folder / "transformer"
+    (part / "diffusion_pytorch_model.safetensors").rename(part / "a.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (part / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    return ["b.safetensors", "missing"]
+
+
+BREAKS = [
+    missing_part,
+    missing_weights,
+    truncated,
+    lacking_key,
+    unknown_key,
+    wrong_shape,
+    pyramid,
+    other_class,
+    broken_json,
+    bad_value,
+    no_tokenizer,
+    lost_shard,
+]
+
+
+@pytest.mark.parametrize("spoil", BREAKS, ids=lambda f: f.__name__)
+def test_one_line_names_the_fault(spoil, folder):
+    words = spoil(folder)
+    with pytest.raises((CheckpointError, ValueError)) as error:
+        Checkpoint.open(folder)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_no_such_folder():
+    with pytest.raises(CheckpointError, match="no folder nowhere"):
+        Checkpoint.open("nowhere")
+
+
+def test_an_unknown_config_key_is_ignored_with_a_warning(folder):
+    edit(folder / "transformer" / "config.json", is_train_restrict_lora=False)
+    with pytest.warns(UserWarning, match="is_train_restrict_lora"):
+        Checkpoint.open(folder)
+
+
+def test_saving_and_loading_keeps_every_value(whole, tmp_path):
+    pipe = HeliosPipeline.from_pretrained(whole)
+    stacked = HeliosPipeline.from_pretrained(whole, stacked=True)
+    pipe.save_pretrained(tmp_path / "a")
+    stacked.save_pretrained(tmp_path / "b")
+    for part in ("transformer", "vae", "text_encoder"):
+        file = next((whole / part).glob("*.safetensors")).name
+        expected = load_file(whole / part / file)
+        for copy in ("a", "b"):
+            values = load_file(tmp_path / copy / part / file)
+            assert values.keys() == expected.keys()
+            for key, value in values.items():
+                np.testing.assert_array_equal(value, expected[key])
+
+
+def test_shards_are_written_and_read(whole, tmp_path, monkeypatch):
+    pipe = HeliosPipeline.from_pretrained(whole)
+    monkeypatch.setattr(pretrained, "SHARD_BYTES", 20_000)
+    pipe.save_pretrained(tmp_path)
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
+    again = HeliosPipeline.from_pretrained(tmp_path)
+    weight, expected = (p.transformer.blocks[1].ffn.up.weight[...] for p in (again, pipe))
+    np.testing.assert_array_equal(weight, expected)
+
+
+def test_half_precision_keeps_float32_islands(whole):
+    pipe = HeliosPipeline.from_pretrained(whole, dtype=jnp.bfloat16)
+    block = pipe.transformer.blocks[0]
+    assert block.ffn.up.weight.dtype == jnp.bfloat16
+    assert block.scale_shift_table.dtype == jnp.float32
+    assert pipe.vae.decoder.conv_in.weight.dtype == jnp.float32
