@@ -31,7 +31,7 @@ from helios_jax.data import toy
 
 # Correlation from which a shape counts as recognised: two different shapes reach at most 0.75, noise 0.2.
 RECOGNISED = 0.8
-# Share of full scale by which the channels of a colour must differ for it to have a name.
+# Share of full scale by which a colour's channels must differ, and it from the background, for it to have a name.
 COLOURED = 0.2
 BACKGROUND_TOLERANCE = 0.1
 # The first movement is read from these frames: by construction no bounce comes sooner.
@@ -152,13 +152,13 @@ def _frame_scores(track: Track, target: toy.Attributes) -> dict[str, float]:
     right = (track.correlation.argmax(1) == index) & (track.correlation[:, index] > RECOGNISED)
     colours = [_hue(rgb) for rgb in track.foreground]
     wanted = np.array([_wanted_colour(hue, target) for hue in colours])
-    named = [hue is not None and toy.colour_name(hue) == target.colour for hue in colours]
+    contrast = np.linalg.norm(track.foreground - track.background, axis=1)
+    named = [hue is not None and toy.colour_name(hue) == target.colour for hue in colours] & (contrast > COLOURED)
     names = list(toy.BACKGROUNDS)
     backgrounds = np.array([toy.BACKGROUNDS[name] for name in names]) / 255
     offsets = track.background[:, None] - backgrounds
     errors = np.sqrt((offsets**2).mean(-1) + track.unevenness[:, None] ** 2)
     chosen = names.index(target.background)
-    contrast = np.linalg.norm(track.foreground - track.background, axis=1)
     speed, true_speed = _speed(track), toy.SPEEDS[target.speed]
     return {
         "shape": float(right.mean()),

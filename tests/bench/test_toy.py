@@ -78,7 +78,7 @@ def test_an_empty_frame_has_only_its_background():
     empty = [np.broadcast_to(np.uint8(toy.BACKGROUNDS[scene.background]), v.shape) for scene, v in zip(SCENES, VIDEOS)]
     got = bench.aggregate(empty, SCENES)
     assert got["background"] == 1
-    assert got["shape"] == got["speed"] == got["direction"] == 0
+    assert got["shape"] == got["colour"] == got["speed"] == got["direction"] == 0
     assert max(got["contrast"], got["shape_correlation"]) < 1e-3
 
 

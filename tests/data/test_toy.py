@@ -61,7 +61,7 @@ def test_captions_read_as_sentences():
 @settings(max_examples=50, deadline=None)
 def test_the_shape_moves_in_straight_lines_and_stays_in_the_box(seed, size):
     scene = toy.sample_scene(seed, "train", *size)
-    centres = toy.positions(scene, 400)
+    centres = toy.positions(scene, 800)
     half = toy.extent(scene.shape, *size) / 2
     assert (centres >= half - 1e-9).all()
     assert (centres <= np.array(size) - half + 1e-9).all()
