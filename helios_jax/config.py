@@ -144,10 +144,11 @@ class CheckpointConfig:
 
 @dataclass
 class ReconstructionConfig:
-    """Weights of what the vae stage adds to the mean absolute error of the pixels."""
+    """Weights of what the vae stage adds to the mean squared error of the pixels."""
 
+    l1: float = 0.1  # mean absolute error
+    edge: float = 0.5  # both errors of the differences between neighbouring pixels: sharp outlines
     kl: float = 1e-6
-    edge: float = 0.5  # mean absolute error of the differences between neighbouring pixels: sharp outlines
     first_frame: float = 1.0  # weight of a clip's first frame beside 1 for the others
 
     def __post_init__(self):

@@ -95,7 +95,7 @@ def test_eight_devices_compute_what_one_does_and_checkpoints_cross_meshes(tmp_pa
     np.testing.assert_allclose(eight["plain"]["metrics"], one["metrics"], rtol=1e-5)
     np.testing.assert_allclose(eight["plain"]["weight"], one["weight"], rtol=1e-5, atol=1e-5)
     # Steps 4 and 5 on another mesh, from the checkpoint that one device wrote.
-    assert eight["restored"]["split"] == ["fsdp", None]
+    assert eight["restored"]["split"] == ["fsdp", "tensor"]  # a mesh axis of one device
     np.testing.assert_allclose(eight["restored"]["metrics"], longer["metrics"][3:], rtol=1e-4)
 
 

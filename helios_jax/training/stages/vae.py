@@ -1,0 +1,205 @@
+"""Trains the Wan autoencoder on clips of pixels, then measures its latents and exports it.
+
+A batch is `video`, uint8 [b, t, h, w, 3]. The loss is the squared error of the pixels and of the differences between
+neighbouring ones, a share of the absolute error of both, and a small KL term; latents are sampled, which smooths the
+space the transformer works in.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from PIL import Image
+
+from helios_jax import pretrained
+from helios_jax.config import ConfigError, TrainConfig
+from helios_jax.data.loader import Example, Transform, clip_transform, loader
+from helios_jax.data.records import open_source
+from helios_jax.models.nn import Conv
+from helios_jax.models.vae import (
+    AttentionBlock,
+    AutoencoderKLWan,
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    VAEConfig,
+)
+
+CHUNK = 33  # frames that are encoded together when videos are made: what latents are measured on
+STATISTICS_CLIPS = 256
+TEST_CLIPS = 32
+
+
+def init(config: TrainConfig, key: jax.Array) -> AutoencoderKLWan:
+    """Random parameters of `config.model.vae`."""
+    model = AutoencoderKLWan(_vae(config), rngs=nnx.Rngs(key))
+    _start_plain(model)
+    # Sampling noise as large as the latents would drown what the encoder has yet to learn: it starts at a seventh.
+    bias = model.quant_conv.bias
+    bias[...] = bias[...].at[_vae(config).z_dim :].set(-4.0)
+    return model
+
+
+def _start_plain(model: AutoencoderKLWan) -> None:
+    """Residual branches start at zero and resampling as averaging and repetition: a blurred picture gets through.
+
+    From random ones this narrow network stays for hundreds of steps at the mean colour.
+    """
+    for _, module in nnx.iter_modules(model):
+        match module:
+            case ResidualBlock():
+                _set(module.conv2, 0.0)
+            case AttentionBlock():
+                _set(module.proj, 0.0)
+            case Downsample():
+                eye = jnp.eye(module.resample.weight.shape[-1])
+                _set(module.resample, jnp.zeros((3, 3, 1, 1)).at[:2, :2].set(0.25) * eye)
+                if module.time_conv is not None:
+                    _set(module.time_conv, jnp.full((3, 1, 1, 1, 1), 1 / 3) * eye)
+            case Upsample():
+                weight = module.resample.weight[...]
+                _set(module.resample, jnp.zeros((3, 3, 1, 1)).at[1, 1].set(3.0) * weight)
+                if module.time_conv is not None:
+                    eye = jnp.eye(weight.shape[-2])
+                    _set(module.time_conv, jnp.zeros((3, 1, 1, 1, 1)).at[-1].set(1.0) * jnp.concatenate([eye, eye], 1))
+
+
+def _set(conv: Conv, value: Any) -> None:
+    conv.weight[...] = jnp.broadcast_to(jnp.asarray(value, jnp.float32), conv.weight.shape)
+
+
+def load(config: TrainConfig, model: AutoencoderKLWan) -> AutoencoderKLWan:
+    """The abstract `model` with the weights in `config.init`/vae, or in `config.init` itself."""
+    folder = pretrained.resolve(config.init or "")
+    return pretrained.load_model(model, folder / "vae" if (folder / "vae").is_dir() else folder, dtype=jnp.float32)
+
+
+def batches(config: TrainConfig) -> Any:
+    """Random clips of `config.data.frames` frames, this host's part of each batch."""
+    _vae(config)
+    try:
+        source = open_source(config.data.folder, "train")
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"data.folder: {error}") from None
+    return loader(
+        source,
+        seed=config.data.seed,
+        batch_size=config.data.batch_size,
+        transform=_clips(config.data.frames, config.data.crop),
+        num_hosts=jax.process_count(),
+        host=jax.process_index(),
+    )
+
+
+def loss(
+    model: AutoencoderKLWan, batch: dict[str, jax.Array], key: jax.Array, config: TrainConfig
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """(loss, metrics) with PSNR in dB of the batch, and of its first frames."""
+    weights = config.reconstruction
+    video = to_float(batch["video"])
+    mean, logvar = model.encode(video.astype(config.precision))
+    mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+    latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    error = model.decode_unclipped(latents.astype(config.precision)).astype(jnp.float32) - video
+
+    # Every chunk starts anew, so its first frame is seen as often as any other though it is rarer here.
+    frame = jnp.ones(video.shape[1]).at[0].set(weights.first_frame)
+    frame = (frame / frame.mean())[None, :, None, None, None]
+
+    def penalty(x: jax.Array) -> jax.Array:
+        # The absolute error alone is best served by leaving a small shape out; the squared one blurs fine detail.
+        return jnp.mean(frame * (jnp.square(x) + weights.l1 * jnp.abs(x)))
+
+    pixels = penalty(error)
+    edges = penalty(jnp.diff(error, axis=2)) + penalty(jnp.diff(error, axis=3))
+    kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+    total = pixels + weights.edge * edges + weights.kl * kl
+    metrics = {"pixels": pixels, "edges": edges, "kl": kl}
+    metrics |= {"psnr": psnr(error).mean(), "psnr_first": psnr(error)[:, 0].mean()}
+    return total, metrics
+
+
+def export(model: AutoencoderKLWan, config: TrainConfig, folder: Path) -> None:
+    """Writes `folder`/vae with the latents' mean and deviation per channel over training chunks in its config.json.
+
+    Beside it: `vae.json`, PSNR of whole chunks of the test split, and `vae.png`, four of them over their
+    reconstructions.
+    """
+    if jax.process_index():
+        return
+    encode, decode = jax.jit(lambda m, v: m.encode(to_float(v))[0]), jax.jit(lambda m, z: m.decode(z))
+    latents = np.concatenate([np.asarray(encode(model, v)) for v in _chunks(config, "train", STATISTICS_CLIPS)])
+    mean, std = latents.mean((0, 1, 2, 3)), latents.std((0, 1, 2, 3))
+    measured = VAEConfig(**{**vars(_vae(config)), "latents_mean": mean.tolist(), "latents_std": std.tolist()})
+    pretrained.save_model(model, measured, folder / "vae")
+
+    videos, made = [], []
+    for video in _chunks(config, "test", TEST_CLIPS):
+        videos.append(video)
+        made.append(np.asarray(decode(model, encode(model, video))))
+    video, made = np.concatenate(videos), np.concatenate(made)
+    quality = np.asarray(psnr(made - to_float(video)))
+    report = {
+        "clips": len(video),
+        "frames": video.shape[1],
+        "psnr": float(quality.mean()),
+        "psnr_first": float(quality[:, 0].mean()),
+        "psnr_worst_clip": float(quality.mean(1).min()),
+        "latents_mean": mean.tolist(),
+        "latents_std": std.tolist(),
+    }
+    (folder / "vae.json").write_text(json.dumps(report, indent=2) + "\n")
+    _picture(video[:4], made[:4], folder / "vae.png")
+    print(f"PSNR of {len(video)} test chunks: {report['psnr']:.2f} dB, first frames {report['psnr_first']:.2f} dB")
+    print(f"exported {folder / 'vae'}", flush=True)
+
+
+def to_float(video: Any) -> Any:
+    """Pixels 0 to 255 as float32 in [-1, 1]."""
+    return video.astype("float32") / 127.5 - 1.0
+
+
+def psnr(error: Any) -> Float[Array, "b t"]:
+    """Peak signal to noise ratio in dB of each frame, from differences of values in [-1, 1]."""
+    return -10 * jnp.log10(jnp.mean(jnp.square(error), (2, 3, 4)) / 4 + 1e-10)
+
+
+def _vae(config: TrainConfig) -> VAEConfig:
+    if config.model.vae is None:
+        raise ConfigError("model.vae: the vae stage needs its sizes; as in configs/toy/base.yaml")
+    return config.model.vae
+
+
+def _clips(frames: int, crop: int | None) -> Transform:
+    """Random `frames` of a video, and a random square of `crop` pixels of them; nothing but `video`."""
+    clip = clip_transform(frames)
+
+    def transform(example: Example, rng: np.random.Generator) -> Example:
+        video = clip(example, rng)["video"]
+        if crop is not None:
+            y, x = (int(rng.integers(max(1, size - crop + 1))) for size in video.shape[1:3])
+            video = np.ascontiguousarray(video[:, y : y + crop, x : x + crop])
+        return {"video": video}
+
+    return transform
+
+
+def _chunks(config: TrainConfig, split: str, num: int, batch: int = 16) -> Any:
+    """The first chunk of up to `num` videos of a split, uint8 [<= batch, CHUNK, h, w, 3] at a time."""
+    source = open_source(config.data.folder, split)
+    num = min(num, len(source))
+    for start in range(0, num, batch):
+        yield np.stack([source[i]["video"][:CHUNK] for i in range(start, min(num, start + batch))])
+
+
+def _picture(video: np.ndarray, made: np.ndarray, path: Path) -> None:
+    """Frames from left to right; clip, reconstruction, clip, ... from top to bottom."""
+    columns = np.unique(np.linspace(0, video.shape[1] - 1, 9).astype(int))
+    made = np.clip((made + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
+    rows = [np.concatenate(list(x[columns]), 1) for pair in zip(video, made) for x in pair]
+    Image.fromarray(np.concatenate(rows, 0)).save(path)

@@ -1,0 +1,97 @@
+"""The vae stage on a tiny autoencoder and a tiny dataset: it learns, exports, and says what is wrong."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from flax import nnx
+from PIL import Image
+
+import train
+from helios_jax import pretrained
+from helios_jax.config import ConfigError, TrainConfig, load
+from helios_jax.data import toy_build
+from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
+from helios_jax.training.stages import vae
+
+SIZES = {"base_dim": 4, "z_dim": 2, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+STATISTICS = {"latents_mean": [0, 0], "latents_std": [1, 1]}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    toy_build.build(folder / "data", videos=6, test_videos=4, chunks=1, seed=0, size=16)
+    values = {
+        "stage": "vae",
+        "run": str(folder / "run"),
+        "steps": 8,
+        "log_every": 4,
+        "precision": "float32",
+        "model": {"vae": {**SIZES, **STATISTICS}},
+        "data": {"folder": str(folder / "data"), "batch_size": 4, "frames": 5, "crop": 8},
+        "optim": {"lr": 3e-3},
+    }
+    (folder / "c.yaml").write_text(yaml.safe_dump(values))
+    return folder / "c.yaml"
+
+
+def test_trains_and_exports(config):
+    assert train.main([str(config)]) == 0
+    run = config.parent / "run"
+    losses = [json.loads(x)["loss"] for x in (run / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    measured = pretrained.read_config(run / "vae", VAEConfig)
+    report = json.loads((run / "vae.json").read_text())
+    assert report["clips"] == 4
+    assert report["frames"] == vae.CHUNK
+    np.testing.assert_allclose(measured.latents_std, report["latents_std"])
+    assert Image.open(run / "vae.png").size == (9 * 16, 8 * 16)
+    # The statistics are those of the exported weights, and a new run can start from them.
+    model = jax.eval_shape(lambda: AutoencoderKLWan(measured, rngs=nnx.Rngs(0)))
+    model = pretrained.load_model(model, run / "vae")
+    latents = [
+        np.asarray(model.encode(vae.to_float(v))[0]) for v in vae._chunks(load(config, [], TrainConfig), "train", 6)
+    ]
+    np.testing.assert_allclose(np.concatenate(latents).mean((0, 1, 2, 3)), measured.latents_mean, atol=1e-5)
+    again = load(config, [f"init={run}"], TrainConfig)
+    started = vae.load(again, jax.eval_shape(lambda: vae.init(again, jax.random.key(1))))
+    assert np.array_equal(started.decoder.conv_in.weight[...], model.decoder.conv_in.weight[...])
+
+
+def test_first_frame_weight_keeps_the_scale(config):
+    """Doubling the first frame's weight moves the loss towards its error; equal errors give an equal loss."""
+    got = load(config, [], TrainConfig)
+    heavy = load(config, ["reconstruction.first_frame=3"], TrainConfig)
+    model = vae.init(got, jax.random.key(0))
+    still = {"video": np.full((1, 5, 8, 8, 3), 128, np.uint8)}
+    key = jax.random.key(0)
+    a, b = (float(vae.loss(model, still, key, c)[1]["pixels"]) for c in (got, heavy))
+    assert np.isfinite([a, b]).all()
+    assert abs(a - b) < 0.5 * a
+
+
+def test_batches_are_crops_of_clips_without_text(config):
+    batch = next(vae.batches(load(config, [], TrainConfig)))
+    assert set(batch) == {"video"}
+    assert batch["video"].shape == (4, 5, 8, 8, 3)
+    whole = next(vae.batches(load(config, ["data.crop=null", "data.frames=33"], TrainConfig)))
+    assert whole["video"].shape == (4, 33, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.vae=null"], "model.vae: the vae stage needs its sizes"),
+        (["data.folder=nowhere"], "data.folder: nowhere does not exist"),
+        (["model.vae.z_dim=3"], "latents_mean"),
+        (["data.crop=12"], "multiple of 8"),
+    ],
+)
+def test_bad_input(config, overrides, message):
+    with pytest.raises(ConfigError) as e:
+        vae.batches(load(config, overrides, TrainConfig))
+    assert message in str(e.value)
+    assert "\n" not in str(e.value)
