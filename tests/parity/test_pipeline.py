@@ -112,7 +112,8 @@ def test_latents_and_frames_over_three_chunks(name, tmp_path, monkeypatch):
     scheduler, options = CASES[name]
     seed = int(np.random.default_rng().integers(2**31))
     reference = build(seed, scheduler, amplify=name.startswith("euler"))
-    reference.save_pretrained(tmp_path)
+    reference.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1
     reference.set_progress_bar_config(disable=True)
     options = {"prompt": PROMPTS[0], "height": 32, "width": 48, "max_sequence_length": 24, **options}
     frames = 3 * (4 * (options.get("num_latent_frames_per_chunk", 9) - 1) + 1)

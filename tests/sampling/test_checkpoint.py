@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -153,6 +155,16 @@ def test_saving_and_loading_keeps_every_value(whole, tmp_path):
             assert values.keys() == expected.keys()
             for key, value in values.items():
                 np.testing.assert_array_equal(value, expected[key])
+
+
+def test_neither_torch_nor_transformers_is_imported(whole):
+    code = f"""
+import sys
+from helios_jax import HeliosPipeline
+HeliosPipeline.from_pretrained({str(whole)!r})
+assert not {{"torch", "transformers", "diffusers", "tensorflow"}} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_shards_are_written_and_read(whole, tmp_path, monkeypatch):

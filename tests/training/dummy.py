@@ -42,7 +42,7 @@ class Batches:
             x[0, 0] = np.nan
         if self.index == int(os.environ.get("DUMMY_SIGNAL_AT", -1)):
             os.kill(os.getpid(), int(os.environ["DUMMY_SIGNAL"]))
-        return {"x": x}
+        return {"x": x[jax.process_index() :: jax.process_count()]}
 
     def get_state(self):
         return {"next_index": self.index}
@@ -66,4 +66,5 @@ def loss(model: Net, batch, key: jax.Array, config: TrainConfig):
 
 
 def export(model: Net, config: TrainConfig, folder: Path) -> None:
-    np.save(folder / "weight.npy", np.asarray(model.up.weight[...]))
+    if jax.process_index() == 0:
+        np.save(folder / "weight.npy", np.asarray(model.up.weight[...]))

@@ -3,6 +3,10 @@
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -155,6 +159,37 @@ def test_checkpoint_of_another_model_is_one_line(config, tmp_path, capsys, monke
     monkeypatch.setattr(dummy, "WIDTH", 8)
     assert run(config, f"run={tmp_path / 'r'}", "steps=2") == 2
     assert "was written by another model" in capsys.readouterr().err
+
+
+def test_two_hosts_train_as_one_does_and_one_continues(config, tmp_path):
+    """Two processes of two devices each over loopback: same losses, and one process takes over."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    root = Path(train.__file__).parent
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    flags = ["mesh.processes=2", "mesh.fsdp=2", "optim.ema=null"]
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, str(root / "train.py"), str(config), f"run={both}", *flags],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(root),
+                "JAX_PLATFORMS": "cpu",
+                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+                "JAX_PROCESS_ID": str(i),
+            },
+        )
+        for i in range(2)
+    ]
+    assert run(config, f"run={alone}", "optim.ema=null") == 0
+    assert [host.wait(timeout=120) for host in hosts] == [0, 0]
+    losses = [[x["loss"] for x in lines(folder)] for folder in (both, alone)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    np.testing.assert_allclose(np.load(both / "weight.npy"), np.load(alone / "weight.npy"), atol=1e-5)
+    assert run(config, f"run={both}", "optim.ema=null", "steps=14") == 0
+    assert lines(both)[-1]["step"] == 14
 
 
 def test_learning_rate_and_decay_mask(config):
