@@ -20,8 +20,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from helios_jax import config as configs
 from helios_jax.config import ConfigError, TrainConfig
+from helios_jax.pretrained import CheckpointError
+from helios_jax.sharding import check_batch, gather, join_hosts, make_mesh
+from helios_jax.training import loop
+from helios_jax.training.checkpoint import Checkpoints, RestoreError
+from helios_jax.training.optim import make_optimizer
+from helios_jax.training.state import abstract_like, init_sharded
 
 
 def main(argv: list[str]) -> int:
@@ -40,18 +48,10 @@ def main(argv: list[str]) -> int:
 
 def train(config: TrainConfig, stage: Any) -> int:
     """Build, restore, loop, export."""
-    import jax
-
-    from helios_jax.pretrained import CheckpointError
-    from helios_jax.training import loop
-    from helios_jax.training.checkpoint import Checkpoints, RestoreError
-    from helios_jax.training.optim import make_optimizer
-    from helios_jax.training.state import abstract_like, init_sharded
-
     run = Path(config.run)
     try:
-        batches = stage.batches(config)
         mesh = fit_mesh(config)
+        batches = stage.batches(config)
         optimizer = make_optimizer(config.optim, config.steps)
         load = partial(stage.load, config) if config.init else None
         with jax.set_mesh(mesh):
@@ -63,15 +63,16 @@ def train(config: TrainConfig, stage: Any) -> int:
                 batches.set_state(position)
                 changed = changes(before, configs.to_dict(config))
                 say(f"resumed at step {int(state.step)} of {checkpoints.folder}{changed}")
-            configs.save(config, run / "config.yaml")
+            if jax.process_index() == 0:
+                configs.save(config, run / "config.yaml")
             step = loop.make_step(stage, config, optimizer, state, mesh)
             state, stopped = loop.run(step, state, batches, checkpoints, config, mesh)
             checkpoints.close()
-            if stopped is not None:
-                say(f"{stopped.name}: saved step {int(state.step)} in {checkpoints.folder}; the same command continues")
-                return 130 if stopped is signal.SIGINT else 0
-            if hasattr(stage, "export"):
-                stage.export(state.best, config, run)
+        if stopped is not None:
+            say(f"{stopped.name}: saved step {int(state.step)} in {checkpoints.folder}; the same command continues")
+            return 130 if stopped is signal.SIGINT else 0
+        if hasattr(stage, "export"):
+            stage.export(gather(state.best), config, run)
         return 0
     except loop.NotFiniteError as error:
         return fail(error, 1)
@@ -80,10 +81,9 @@ def train(config: TrainConfig, stage: Any) -> int:
 
 
 def fit_mesh(config: TrainConfig) -> Any:
-    """The mesh, or a ConfigError when it fits neither the devices nor the batch."""
-    from helios_jax.sharding import check_batch, make_mesh
-
+    """The mesh over all hosts, or a ConfigError when it fits neither the devices nor the batch."""
     try:
+        join_hosts(config.mesh.processes)
         mesh = make_mesh(config.mesh)
         check_batch(config.data.batch_size, mesh)
     except ValueError as error:
@@ -104,8 +104,9 @@ def changes(before: dict, now: dict, prefix: str = "") -> str:
 
 
 def say(message: str) -> None:
-    """One line for the person who watches."""
-    print(message, flush=True)
+    """One line for the person who watches, from the first host."""
+    if jax.process_index() == 0:
+        print(message, flush=True)
 
 
 def fail(error: Exception, code: int) -> int:

@@ -118,9 +118,11 @@ class MeshConfig:
     fsdp: int | None = 1
     tensor: int | None = 1
     context: int | None = 1
+    processes: int = 1  # one per host; more than one: each host runs the same command, see `sharding.join_hosts`
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
+        _require(sizes.pop("processes") > 0, f"processes must be at least 1, got {self.processes}")
         for name, size in sizes.items():
             _require(size is None or size > 0, f"{name} must be at least 1, or null for the rest, got {size}")
         rest = [name for name, size in sizes.items() if size is None]

@@ -4,12 +4,14 @@ Parameters name their dimensions (`axes` of an `nnx.Param`); `RULES` says which 
 dimension that its mesh axis does not divide stays whole, so the same code runs on one device, eight and a pod.
 """
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
@@ -24,6 +26,22 @@ AXES = ("data", "fsdp", "tensor", "context")
 RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
 
 BATCH = ("data", "fsdp")  # samples are split over both
+
+
+def join_hosts(processes: int) -> None:
+    """Connect this process to the others of a run of `processes`; to be called before anything asks for devices.
+
+    TPU pods and Slurm say where the others are; elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first process) and
+    JAX_PROCESS_ID (0 and up) do. Raises ValueError when they cannot be found.
+    """
+    if processes == 1 or jax.distributed.is_initialized():
+        return
+    number = os.environ.get("JAX_PROCESS_ID")
+    try:
+        jax.distributed.initialize(num_processes=processes, process_id=None if number is None else int(number))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"mesh.processes: cannot join {processes} processes: {reason}") from None
 
 
 def make_mesh(config: "MeshConfig", devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -66,6 +84,13 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
         )
 
     return jax.tree.map(leaf, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def gather(tree: Tree) -> Tree:
+    """The tree with every array in this host's reach; all hosts must call it."""
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

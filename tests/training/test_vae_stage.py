@@ -16,7 +16,7 @@ from helios_jax.data import toy_build
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
 from helios_jax.training.stages import vae
 
-SIZES = {"base_dim": 4, "z_dim": 2, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+SIZES = {"base_dim": 4, "z_dim": 2, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [True]}
 STATISTICS = {"latents_mean": [0, 0], "latents_std": [1, 1]}
 
 
@@ -52,25 +52,12 @@ def test_trains_and_exports(config):
     # The statistics are those of the exported weights, and a new run can start from them.
     model = jax.eval_shape(lambda: AutoencoderKLWan(measured, rngs=nnx.Rngs(0)))
     model = pretrained.load_model(model, run / "vae")
-    latents = [
-        np.asarray(model.encode(vae.to_float(v))[0]) for v in vae._chunks(load(config, [], TrainConfig), "train", 6)
-    ]
+    encode = jax.jit(lambda m, v: m.encode(vae.to_float(v))[0])
+    latents = [np.asarray(encode(model, v)) for v in vae._chunks(load(config, [], TrainConfig), "train", 6)]
     np.testing.assert_allclose(np.concatenate(latents).mean((0, 1, 2, 3)), measured.latents_mean, atol=1e-5)
     again = load(config, [f"init={run}"], TrainConfig)
     started = vae.load(again, jax.eval_shape(lambda: vae.init(again, jax.random.key(1))))
     assert np.array_equal(started.decoder.conv_in.weight[...], model.decoder.conv_in.weight[...])
-
-
-def test_first_frame_weight_keeps_the_scale(config):
-    """Doubling the first frame's weight moves the loss towards its error; equal errors give an equal loss."""
-    got = load(config, [], TrainConfig)
-    heavy = load(config, ["reconstruction.first_frame=3"], TrainConfig)
-    model = vae.init(got, jax.random.key(0))
-    still = {"video": np.full((1, 5, 8, 8, 3), 128, np.uint8)}
-    key = jax.random.key(0)
-    a, b = (float(vae.loss(model, still, key, c)[1]["pixels"]) for c in (got, heavy))
-    assert np.isfinite([a, b]).all()
-    assert abs(a - b) < 0.5 * a
 
 
 def test_batches_are_crops_of_clips_without_text(config):

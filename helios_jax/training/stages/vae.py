@@ -5,6 +5,7 @@ neighbouring ones, a share of the absolute error of both, and a small KL term; l
 space the transformer works in.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,8 @@ def export(model: AutoencoderKLWan, config: TrainConfig, folder: Path) -> None:
     encode, decode = jax.jit(lambda m, v: m.encode(to_float(v))[0]), jax.jit(lambda m, z: m.decode(z))
     latents = np.concatenate([np.asarray(encode(model, v)) for v in _chunks(config, "train", STATISTICS_CLIPS)])
     mean, std = latents.mean((0, 1, 2, 3)), latents.std((0, 1, 2, 3))
-    measured = VAEConfig(**{**vars(_vae(config)), "latents_mean": mean.tolist(), "latents_std": std.tolist()})
+    statistics = {"latents_mean": tuple(mean.tolist()), "latents_std": tuple(std.tolist())}
+    measured = dataclasses.replace(_vae(config), **statistics)
     pretrained.save_model(model, measured, folder / "vae")
 
     videos, made = [], []
@@ -150,8 +152,7 @@ def export(model: AutoencoderKLWan, config: TrainConfig, folder: Path) -> None:
         "psnr": float(quality.mean()),
         "psnr_first": float(quality[:, 0].mean()),
         "psnr_worst_clip": float(quality.mean(1).min()),
-        "latents_mean": mean.tolist(),
-        "latents_std": std.tolist(),
+        **statistics,
     }
     (folder / "vae.json").write_text(json.dumps(report, indent=2) + "\n")
     _picture(video[:4], made[:4], folder / "vae.png")
