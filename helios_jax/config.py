@@ -16,7 +16,7 @@ from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from helios_jax.diffusion.corruption import CorruptionConfig, DropConfig
@@ -250,7 +250,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[T], flags: Map
             merged = _merge(merged, key, value, source, schema)
             sources[key] = source
     try:
-        values = OmegaConf.to_container(merged, resolve=True)
+        values: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as e:
         raise ConfigError(f"{path}: {getattr(e, 'full_key', None)}: {_first_line(e)}") from None
     return _build(schema, merged, values, "", sources, str(path))
@@ -310,9 +310,10 @@ def _override(text: str) -> tuple[str, dict]:
     if not equals or not key or key.startswith("-"):
         raise ConfigError(f"override {text!r}: must read key=value, as in optim.lr=1e-4")
     try:
-        return f"override {text!r}", OmegaConf.to_container(OmegaConf.from_dotlist([text]))
+        values: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
     except (yaml.YAMLError, OmegaConfBaseException) as e:
         raise ConfigError(f"override {text!r}: cannot read the value: {_one_line(e)}") from None
+    return f"override {text!r}", values
 
 
 def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -323,7 +324,7 @@ def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _merge(merged: DictConfig, key: str, value: Any, source: str, schema: type) -> DictConfig:
+def _merge(merged: Any, key: str, value: Any, source: str, schema: type) -> Any:
     nested = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
@@ -353,7 +354,7 @@ def _rule(schema: type, key: str, value: Any) -> str:
     return f"must be {name.replace('None', 'null')}, got {value!r}"
 
 
-def _build(cls: type[T], node: Any, values: dict, prefix: str, sources: dict[str, str], default: str) -> T:
+def _build(cls: Any, node: Any, values: dict, prefix: str, sources: dict[str, str], default: str) -> Any:
     """`values` as the dataclass `cls`, part by part from the inside, so that a range error knows its key."""
     arguments, hints = {}, get_type_hints(cls)
     for f in dataclasses.fields(cls):

@@ -44,7 +44,7 @@ def join_hosts(processes: int) -> None:
         raise ValueError(f"mesh.processes: cannot join {processes} processes: {reason}") from None
 
 
-def make_mesh(config: "MeshConfig", devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: "MeshConfig", devices: Sequence[Any] | None = None) -> Mesh:
     """The (data, fsdp, tensor, context) mesh over `devices` (default: all); a null size takes the devices left over.
 
     Raises ValueError when the sizes do not multiply to the number of devices.

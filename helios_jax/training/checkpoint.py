@@ -62,7 +62,7 @@ class Checkpoints:
         step = self.latest if step is None else step
         target = _flat(state)
         self._check(target, step)
-        got = self._manager.restore(
+        got: Any = self._manager.restore(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore(), config=ocp.args.JsonRestore()

@@ -143,7 +143,7 @@ class Reporter:
         self._config, self._first, self._begin = config, first, time.monotonic()
         self._last = (first, self._begin)
         self._rate: float | None = None
-        self._learning_rate = learning_rate(config.optim, config.steps)
+        self._learning_rate: Callable[[int], Any] = learning_rate(config.optim, config.steps)
         self._writes = jax.process_index() == 0
         self._bar = None
         if not self._writes:

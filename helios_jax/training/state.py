@@ -28,7 +28,7 @@ class TrainState:
         return self.model if self.ema is None else self.ema
 
 
-def create(model: nnx.Module, optimizer: optax.GradientTransformation, ema: EMAConfig | None) -> TrainState:
+def create(model: Any, optimizer: optax.GradientTransformation, ema: EMAConfig | None) -> TrainState:
     """The state before the first step."""
     average = None if ema is None else jax.tree.map(lambda x: jnp.array(x, jnp.float32), model)
     return TrainState(step=jnp.zeros((), jnp.int32), model=model, opt_state=optimizer.init(model), ema=average)
