@@ -37,13 +37,16 @@ TOY := helios_jax/assets/toy
 
 toy: toy-data toy-vae toy-latents toy-stage1 toy-score
 toy-data: $(VENV)/.run
-	test -d $(DATA) || $(BIN)/python -m helios_jax.data.toy_build --out $(DATA) --videos 3000 --chunks 4
+	test -d $(DATA) || $(BIN)/python -m helios_jax.data.toy_build --out $(DATA) --videos 1200 --chunks 4
 toy-vae: $(VENV)/.run
 	$(BIN)/python train.py configs/toy/vae.yaml $(ARGS)
+	$(BIN)/python train.py configs/toy/vae_long.yaml $(ARGS)
+	cp -r runs/toy-vae-long/vae $(TOY)/
 toy-latents: $(VENV)/.run
 	test -d $(LATENTS) || $(BIN)/python -m helios_jax.data.precompute --videos $(DATA) --vae $(TOY)/vae --text $(TOY) --out $(LATENTS)
-toy-stage1: $(VENV)/.run
-	$(BIN)/python train.py configs/toy/stage1.yaml $(ARGS)
+toy-stage1: $(VENV)/.run  ## on two CPU devices: small steps use two cores better that way
+	XLA_FLAGS=--xla_force_host_platform_device_count=2 $(BIN)/python train.py configs/toy/stage1.yaml $(ARGS)
+	cp -r runs/toy-stage1/pipeline/transformer $(TOY)/
 toy-score: $(VENV)/.run  ## score the model on captions that training never saw
 	$(BIN)/python -m helios_jax.bench.toy_report --model $(TOY) --out docs/toy.md $(ARGS)
 

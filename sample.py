@@ -27,11 +27,25 @@ FLAGS = {
     "model": "a diffusers folder or a hub name",
     "height": "pixels",
     "width": "pixels",
-    "num_inference_steps": "denoising steps a chunk",
+    "num_inference_steps": "denoising steps a chunk (Base)",
     "guidance_scale": "how closely to follow the prompt; 1 switches guidance off and halves the time",
     "fps": "frames a second of the mp4",
     "precision": "float32 or bfloat16",
 }
+# Fields that say what a call means for a checkpoint.
+PLANNED = (
+    "height",
+    "width",
+    "num_frames",
+    "num_inference_steps",
+    "pyramid_num_inference_steps_list",
+    "guidance_scale",
+    "use_zero_init",
+    "zero_steps",
+    "is_amplify_first_chunk",
+    "history_sizes",
+    "num_latent_frames_per_chunk",
+)
 
 
 def parse(argv: list[str]) -> SampleConfig:
@@ -63,12 +77,8 @@ def main(argv: list[str]) -> int:
             checkpoint.transformer,
             checkpoint.vae,
             checkpoint.scheduler,
-            height=config.height,
-            width=config.width,
-            num_frames=config.num_frames,
-            num_inference_steps=config.num_inference_steps,
-            history_sizes=config.history_sizes,
-            num_latent_frames_per_chunk=config.num_latent_frames_per_chunk,
+            checkpoint.variant,
+            **{name: getattr(config, name) for name in PLANNED},
         )
         with VideoWriter(config.out, config.fps, config.height, config.width) as writer:
             return sample(config, checkpoint, plan, writer, begin)
@@ -87,7 +97,6 @@ def sample(config: SampleConfig, checkpoint: Any, plan: Any, writer: VideoWriter
         [config.prompt],
         [config.negative_prompt],
         plan,
-        guidance_scale=config.guidance_scale,
         max_sequence_length=config.max_sequence_length,
         seed=config.seed,
     )
@@ -96,9 +105,13 @@ def sample(config: SampleConfig, checkpoint: Any, plan: Any, writer: VideoWriter
     interrupted = False
     with Progress(*columns, disable=not sys.stderr.isatty()) as bars:
         chunks = bars.add_task("chunks", total=plan.num_chunks)
-        steps = bars.add_task("steps", total=config.num_inference_steps)
+        steps = bars.add_task("steps", total=plan.num_steps(0))
+
+        def progress(chunk: int, step: int) -> None:
+            bars.update(steps, completed=step + 1, total=plan.num_steps(chunk))
+
         try:
-            for frames in pipe.stream(run, lambda chunk, step: bars.update(steps, completed=step + 1)):
+            for frames in pipe.stream(run, progress):
                 writer.write(frames[0])
                 times.append(time.monotonic())
                 bars.update(chunks, completed=len(times))

@@ -330,19 +330,6 @@ def write_config(config: Any, folder: Path, name: str = "config.json") -> None:
     (folder / name).write_text(json.dumps(values, indent=2) + "\n")
 
 
-def write_index(folder: Path) -> None:
-    """Writes model_index.json: which class of diffusers or transformers reads each part of a Helios folder."""
-    index = {
-        "_class_name": "HeliosPipeline",
-        "scheduler": ["diffusers", "HeliosScheduler"],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "HeliosTransformer3DModel"],
-        "vae": ["diffusers", "AutoencoderKLWan"],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
 def count(model: nnx.Module) -> int:
     """The number of parameters of `model`, concrete or abstract."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

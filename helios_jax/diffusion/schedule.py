@@ -51,6 +51,16 @@ class SchedulerConfig:
             raise ValueError(f"use_dynamic_shifting replaces shift, so shift must be 1, not {self.shift}")
 
 
+@dataclass(unsafe_hash=True)
+class DMDSchedulerConfig(SchedulerConfig):
+    """scheduler_config.json of diffusers' `HeliosDMDScheduler`: few steps, each noised again from the level's start."""
+
+    CLASS_NAME: ClassVar[str] = "HeliosDMDScheduler"
+
+    scheduler_type: str = "dmd"
+    time_shift_type: Literal["exponential", "linear"] = "linear"
+
+
 def dynamic_shift(tokens: int) -> float:
     """mu, linear in the tokens of a chunk: 0.5 at 256 and 1.15 at 4096 (diffusers' calculate_shift)."""
     return 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
@@ -65,7 +75,71 @@ def shift_sigmas(sigmas: np.ndarray, mu: float, kind: str) -> np.ndarray:
 def sigmas(config: SchedulerConfig, num_inference_steps: int, tokens: int) -> np.ndarray:
     """Sigmas [steps + 1] of one chunk of `tokens` noisy tokens, float64, from 0.999 (shifted) down to 0.
 
-    The Base pipeline's table: `HeliosScheduler.set_timesteps` as `HeliosPipeline` calls it.
+    The table of a model without a pyramid: `HeliosScheduler.set_timesteps` as `HeliosPipeline` calls it.
     """
     table = np.linspace(0.999, 0.0, num_inference_steps + 1)
     return shift_sigmas(table, dynamic_shift(tokens), config.time_shift_type) if config.use_dynamic_shifting else table
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One level of the pyramid on the training schedule.
+
+    `start` and `end` are the sigmas between which it moves, `start` after the correction for upsampled noise;
+    `entry` is its start before that correction; `timesteps` the highest and the lowest timestep the model is given.
+    """
+
+    start: float
+    end: float
+    entry: float
+    timesteps: tuple[float, float]
+
+
+def stages(config: SchedulerConfig) -> tuple[Stage, ...]:
+    """The levels, coarsest first (`HeliosScheduler.init_sigmas_for_each_stage`)."""
+    train = config.num_train_timesteps
+    base = 1.0 - np.linspace(1, 1 / train, train + 1)
+    table = np.flip(config.shift * base / (1 + (config.shift - 1) * base))[:-1]
+    moves = []
+    for i in range(config.stages):
+        first, last = int(config.stage_range[i] * train), int(config.stage_range[i + 1] * train)
+        entry, end = float(table[first]), float(table[last]) if last < train else 0.0
+        start = entry if i == 0 else 1 - upsampling_weights(entry, config.gamma)[0] * (1 - entry)
+        moves.append((start, end, entry))
+    # Each level's share of the timesteps is the distance that it moves.
+    passed = np.concatenate([[0.0], np.cumsum([start - end for start, end, _ in moves])])
+    shares = passed / passed[-1]
+    out = []
+    for i, (start, end, entry) in enumerate(moves):
+        high = min(table[int(shares[i] * train)] * train, 999.0)
+        low = table[min(int(shares[i + 1] * train), train - 1)] * train
+        # The lowest is one of a thousand steps above the next level's highest.
+        out.append(Stage(start, end, entry, (float(high), float(high + (low - high) * (train - 1) / train))))
+    return tuple(out)
+
+
+def upsampling_weights(entry: float, gamma: float) -> tuple[float, float]:
+    """(alpha, beta) of alpha * upsampled latents + beta * block noise on entering a level at sigma `entry`."""
+    alpha = 1 / (np.sqrt(1 + 1 / gamma) * entry + (1 - entry))
+    return float(alpha), float(alpha * entry / np.sqrt(gamma))
+
+
+def stage_table(
+    config: SchedulerConfig, stage: Stage, num_inference_steps: int, tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(timesteps [steps], sigmas [steps + 1]) of one level of `tokens` noisy tokens, float64.
+
+    Sigmas run from 0.999 to 0 within the level. The DMD schedule leaves out the step before the end.
+    Timesteps are whole numbers: the pyramid pipeline hands the model integers.
+    """
+    few = config.scheduler_type == "dmd"
+    count = num_inference_steps + few
+    last = 0.999 / config.num_train_timesteps
+    table = np.append(np.linspace(0.999, last, count)[: count - few], 0.0)
+    high, low = stage.timesteps
+    if config.use_dynamic_shifting:
+        table = shift_sigmas(table, dynamic_shift(tokens), config.time_shift_type)
+        timesteps = low + table[:-1] * (high - low)
+    else:
+        timesteps = np.linspace(high, low, count)[: count - few]
+    return np.trunc(timesteps), table

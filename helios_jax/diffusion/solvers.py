@@ -1,7 +1,8 @@
 """Solvers as tables: a step is a linear combination of samples and predictions, its coefficients made on the host.
 
-With velocity v and sigma, the model's prediction of the data is m = x - sigma v. Euler and UniPC (arXiv 2302.04867)
-then only differ in how the next sample is mixed from x, the sample before it and the last few m.
+With velocity v and sigma, the model's prediction of the data is m = x - sigma v. Euler, UniPC (arXiv 2302.04867) and
+the few-step DMD schedule then only differ in how the next sample is mixed from x, the sample before it, the last few m
+and the point where the level began.
 """
 
 import math
@@ -18,42 +19,56 @@ from helios_jax.diffusion.schedule import SchedulerConfig
 
 @struct.dataclass
 class Steps:
-    """The steps of one chunk; every field has the steps as its first dimension.
+    """The steps of one level; every field has the steps as its first dimension.
 
     timestep, sigma: [steps]. predictor: [steps, 1 + order], the weights of x and of m now and before.
     corrector: [steps, 3 + order], the weights of x, of the sample one step before, and of m now and before; None for a
-    solver that does not correct.
+    solver that does not correct. restart: [steps], the weight of the level's start point; None without one.
     """
 
     timestep: Any
     sigma: Any
     predictor: Any
     corrector: Any = None
+    restart: Any = None
 
 
 @struct.dataclass
 class SolverState:
-    """Sample x, the (corrected) sample one step before, and the last `order` predictions m, the newest first."""
+    """Sample x, the (corrected) sample one step before, the last `order` predictions m, the newest first, and the
+    sample that the level began with (None unless the solver returns to it)."""
 
     sample: Any
     last: Any
     predictions: Any
+    origin: Any = None
 
 
-def make_steps(config: SchedulerConfig, sigmas: np.ndarray) -> Steps:
-    """The tables for `sigmas` [steps + 1] (float64, ending in 0)."""
-    predictor, corrector = euler(sigmas) if config.scheduler_type == "euler" else unipc(config, sigmas)
+def make_steps(config: SchedulerConfig, timesteps: np.ndarray, sigmas: np.ndarray) -> Steps:
+    """The tables for `timesteps` [steps] and `sigmas` [steps + 1] (float64, ending in 0)."""
+    corrector = restart = None
+    if config.scheduler_type == "euler":
+        predictor = euler(sigmas)
+    elif config.scheduler_type == "dmd":
+        predictor, restart = dmd(sigmas)
+    else:
+        predictor, corrector = unipc(config, sigmas)
 
     def f32(x):
         return None if x is None else jnp.asarray(x, jnp.float32)
 
-    return Steps(f32(sigmas[:-1] * config.num_train_timesteps), f32(sigmas[:-1]), f32(predictor), f32(corrector))
+    return Steps(f32(timesteps), f32(sigmas[:-1]), f32(predictor), f32(corrector), f32(restart))
 
 
-def euler(sigmas: np.ndarray) -> tuple[np.ndarray, None]:
+def euler(sigmas: np.ndarray) -> np.ndarray:
     """x + (next - sigma) v, written in x and m."""
     ratio = sigmas[1:] / sigmas[:-1]
-    return np.stack([ratio, 1 - ratio], 1), None
+    return np.stack([ratio, 1 - ratio], 1)
+
+
+def dmd(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(1 - next) m + next * start point: the prediction, noised again with what the level began with."""
+    return np.stack([np.zeros(len(sigmas) - 1), 1 - sigmas[1:]], 1), sigmas[1:]
 
 
 def unipc(config: SchedulerConfig, sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +130,8 @@ def _bh_weights(sigmas: np.ndarray, i: int, order: int, kind: str, correct: bool
 def start(sample: Float[Array, "*shape"], steps: Steps) -> SolverState:
     """The state before the first step."""
     order = steps.predictor.shape[-1] - 1
-    return SolverState(sample, jnp.zeros_like(sample), jnp.zeros((order, *sample.shape), sample.dtype))
+    origin = None if steps.restart is None else sample
+    return SolverState(sample, jnp.zeros_like(sample), jnp.zeros((order, *sample.shape), sample.dtype), origin)
 
 
 def advance(state: SolverState, velocity: Float[Array, "*shape"], step: Steps) -> SolverState:
@@ -130,4 +146,6 @@ def advance(state: SolverState, velocity: Float[Array, "*shape"], step: Steps) -
     after = step.predictor[0] * sample + jnp.tensordot(
         step.predictor[1:], predictions, 1, precision=jax.lax.Precision.HIGHEST
     )
-    return SolverState(after, sample, predictions)
+    if step.restart is not None:
+        after = after + step.restart * state.origin
+    return SolverState(after, sample, predictions, state.origin)

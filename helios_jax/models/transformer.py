@@ -10,7 +10,7 @@ from flax import nnx, struct
 from jaxtyping import Array, Float
 
 from helios_jax.models.attention import Implementation, attention
-from helios_jax.models.nn import Conv, LayerNorm, Linear, RMSNorm, layer_norm, normal, ones, param, zeros
+from helios_jax.models.nn import LayerNorm, Linear, RMSNorm, layer_norm, lecun_normal, normal, ones, param, zeros
 from helios_jax.models.rope import Rotary, apply_rotary, pad_replicate, rotary
 
 MAX_KEY_SCALE = 10.0  # history keys are multiplied by 1 to 10
@@ -108,6 +108,20 @@ def two_rows(
         return rows[:, 1:]
     noisy = (jnp.arange(num_tokens) >= num_history)[None, :, None]
     return jnp.where(noisy, rows[:, 1:], rows[:, :1])
+
+
+class Patches(nnx.Module):
+    """A convolution whose stride is its kernel, [kt, kh, kw, in, out]: one matrix product over patches."""
+
+    def __init__(self, in_features: int, dim: int, kernel: tuple[int, ...], *, rngs: nnx.Rngs):
+        spatial = (None,) * len(kernel)
+        self.weight = param(rngs, lecun_normal(), (*kernel, in_features, dim), (*spatial, None, "embed"), "conv")
+        self.bias = param(rngs, zeros, (dim,), ("embed",))
+
+    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 d"]:
+        i, j, k, c, d = self.weight.shape
+        patches = rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=i, j=j, k=k)
+        return patches @ self.weight[...].reshape(i * j * k * c, d).astype(x.dtype) + self.bias[...].astype(x.dtype)
 
 
 class Embedder(nnx.Module):
@@ -263,9 +277,8 @@ class Transformer(nnx.Module):
         self.config = config
         patch, dim = config.patch_size, config.dim
 
-        def patches(scale: int) -> Conv:
-            kernel = tuple(scale * p for p in patch)
-            return Conv(config.in_channels, dim, kernel, stride=kernel, axes=(None, "embed"), rngs=rngs)
+        def patches(scale: int) -> Patches:
+            return Patches(config.in_channels, dim, tuple(scale * p for p in patch), rngs=rngs)
 
         self.patch_embedding = patches(1)
         if config.has_multi_term_memory_patch:

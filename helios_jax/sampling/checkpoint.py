@@ -1,5 +1,6 @@
 """A diffusers folder, checked from configs and file headers before anything is read or built."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,19 +8,30 @@ import jax.numpy as jnp
 from flax import nnx
 
 from helios_jax import pretrained
-from helios_jax.diffusion.schedule import SchedulerConfig
+from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig
 from helios_jax.models.text import UMT5Config, UMT5Encoder
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
 from helios_jax.pretrained import CheckpointError
+from helios_jax.sampling.plan import Variant
+
+PIPELINES = ("HeliosPipeline", "HeliosPyramidPipeline")
+
+
+def _read_scheduler(folder: Path) -> SchedulerConfig:
+    """HeliosDMDScheduler's file names no solver: its class is one, with its own default shift."""
+    name = "scheduler_config.json"
+    few = pretrained.read_json(folder / name).get("_class_name") == DMDSchedulerConfig.CLASS_NAME
+    return pretrained.read_config(folder, DMDSchedulerConfig if few else SchedulerConfig, name)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds: the configs of its parts, and the tokenizer."""
+    """What a folder holds: which kind it is, the configs of its parts, and the tokenizer."""
 
     folder: Path
+    variant: Variant
     transformer: TransformerConfig
     vae: VAEConfig
     text_encoder: UMT5Config
@@ -34,17 +46,22 @@ class Checkpoint:
             CheckpointError: something is missing, broken or does not fit; one line says what and what to do.
         """
         folder = pretrained.resolve(name)
-        kind = pretrained.read_json(folder / "model_index.json").get("_class_name")
-        if kind != "HeliosPipeline":
-            raise CheckpointError(
-                f"{folder}/model_index.json names {kind}: only a HeliosPipeline (Base) can be sampled"
-            )
+        index = pretrained.read_json(folder / "model_index.json")
+        kind = index.get("_class_name")
+        if kind not in PIPELINES:
+            raise CheckpointError(f"{folder}/model_index.json names {kind}, not one of {', '.join(PIPELINES)}")
+        variant = Variant(
+            pyramid=kind == "HeliosPyramidPipeline",
+            is_cfg_zero_star=bool(index.get("is_cfg_zero_star", False)),
+            is_distilled=bool(index.get("is_distilled", False)),
+        )
         checkpoint = cls(
             folder=folder,
+            variant=variant,
             transformer=pretrained.read_config(folder / "transformer", TransformerConfig),
             vae=pretrained.read_config(folder / "vae", VAEConfig),
             text_encoder=pretrained.read_config(folder / "text_encoder", UMT5Config),
-            scheduler=pretrained.read_config(folder / "scheduler", SchedulerConfig, "scheduler_config.json"),
+            scheduler=_read_scheduler(folder / "scheduler"),
             tokenizer=Tokenizer.from_pretrained(folder / "tokenizer"),
         )
         checkpoint._check_parts()
@@ -57,10 +74,17 @@ class Checkpoint:
         return checkpoint
 
     def _check_parts(self) -> None:
-        if self.scheduler.stages != 1:
-            raise CheckpointError(f"{self.folder}/scheduler: stages is {self.scheduler.stages}; a Base model has 1")
-        if self.scheduler.scheduler_type == "dmd":
-            raise CheckpointError(f"{self.folder}/scheduler: scheduler_type is dmd; a Base model has euler or unipc")
+        stages, kind = self.scheduler.stages, self.scheduler.scheduler_type
+        if (stages > 1) != self.variant.pyramid:
+            raise CheckpointError(
+                f"{self.folder}/scheduler: stages is {stages}, but model_index.json says {self.variant.name},"
+                f" which has {'more than one' if self.variant.pyramid else '1'}"
+            )
+        if (kind == "dmd") != self.variant.is_distilled:
+            raise CheckpointError(
+                f"{self.folder}/scheduler: the solver is {kind}, but model_index.json says {self.variant.name},"
+                f" which needs {'dmd' if self.variant.is_distilled else 'euler or unipc'}"
+            )
         for ours, theirs in (
             (("transformer in_channels", self.transformer.in_channels), ("vae z_dim", self.vae.z_dim)),
             (("transformer text_dim", self.transformer.text_dim), ("text_encoder d_model", self.text_encoder.d_model)),
@@ -84,3 +108,18 @@ class Checkpoint:
             pretrained.load_model(self.abstract_vae(), self.folder / "vae", dtype=vae_dtype),
             pretrained.load_model(self.abstract_text_encoder(), self.folder / "text_encoder", dtype=dtype),
         )
+
+
+def write_index(folder: Path, scheduler: SchedulerConfig, variant: Variant) -> None:
+    """Writes model_index.json: the kind of the pipeline, and which upstream class reads each part."""
+    index: dict[str, object] = {"_class_name": PIPELINES[variant.pyramid]}
+    if variant.pyramid:
+        index |= {"is_cfg_zero_star": variant.is_cfg_zero_star, "is_distilled": variant.is_distilled}
+    index |= {
+        "scheduler": ["diffusers", scheduler.CLASS_NAME],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"],
+        "transformer": ["diffusers", "HeliosTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

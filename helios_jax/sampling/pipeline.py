@@ -1,7 +1,7 @@
 """`HeliosPipeline`: a diffusers folder in, prompts in, latents or frames out."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from helios_jax import pretrained
 from helios_jax.diffusion import memory as memories
-from helios_jax.diffusion.denoise import Conditioning
+from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, Level
 from helios_jax.diffusion.memory import History
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models import text as umt5
@@ -22,9 +22,9 @@ from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer
 from helios_jax.models.vae import AutoencoderKLWan, denormalize
 from helios_jax.sampling import sampler
-from helios_jax.sampling.checkpoint import Checkpoint
+from helios_jax.sampling.checkpoint import Checkpoint, write_index
 from helios_jax.sampling.noise import Noise, SeededNoise, draw
-from helios_jax.sampling.plan import HISTORY_SIZES, Plan, make_plan
+from helios_jax.sampling.plan import HISTORY_SIZES, Plan, Variant, make_plan
 
 
 @dataclass
@@ -47,11 +47,17 @@ class Run:
     noise: Noise
     batch: int
 
-    def draws(self) -> Iterator[Array | np.ndarray]:
-        """The noise of each chunk, drawn when it is asked for."""
-        shape = (self.batch, *self.plan.latent_shape)
-        for _ in range(self.plan.num_chunks):
-            yield draw(self.noise.normal("latents", shape), shape, "latents")
+    def chunks(self) -> Iterator[tuple[ChunkNoise, tuple[Level, ...]]]:
+        """The noise of each chunk, drawn when it is asked for, and its levels."""
+
+        def normal(site: str, shape: tuple[int, ...]) -> Array:
+            shape = (self.batch, *shape)
+            return jnp.asarray(draw(self.noise.normal(site, shape), shape, site))
+
+        for chunk in range(self.plan.num_chunks):
+            latents = normal("latents", self.plan.latent_shape)
+            blocks = tuple(normal("block_noise", shape) for shape in self.plan.block_shapes())
+            yield ChunkNoise(latents, blocks), self.plan.levels if chunk else self.plan.first_levels
 
 
 @jax.jit
@@ -74,7 +80,7 @@ def decode(vae: AutoencoderKLWan, latents: Float[Array, "b t h w c"], *, dtype: 
 
 @dataclass
 class HeliosPipeline:
-    """Text to video with a Base checkpoint (diffusers' `HeliosPipeline`).
+    """Text to video (diffusers' `HeliosPipeline` and `HeliosPyramidPipeline`: the checkpoint's files say which).
 
     ```python
     pipe = HeliosPipeline.from_pretrained("BestWishYsh/Helios-Base")
@@ -87,6 +93,7 @@ class HeliosPipeline:
     text_encoder: UMT5Encoder
     tokenizer: Tokenizer
     scheduler: SchedulerConfig
+    variant: Variant = field(default_factory=Variant)
 
     @classmethod
     def from_pretrained(
@@ -111,7 +118,7 @@ class HeliosPipeline:
         dtype = jnp.dtype(dtype or (jnp.float32 if backend == "cpu" else jnp.bfloat16))
         stacked = backend == "tpu" if stacked is None else stacked
         networks = checkpoint.load(dtype, jnp.dtype(vae_dtype), stacked)
-        return cls(*networks, checkpoint.tokenizer, checkpoint.scheduler)
+        return cls(*networks, checkpoint.tokenizer, checkpoint.scheduler, checkpoint.variant)
 
     def save_pretrained(self, folder: str | Path, *, dtype: Any = None) -> None:
         """Writes the pipeline as a folder that this class and diffusers load."""
@@ -121,7 +128,7 @@ class HeliosPipeline:
         pretrained.save_model(self.text_encoder, self.text_encoder.config, folder / "text_encoder", dtype=dtype)
         pretrained.write_config(self.scheduler, folder / "scheduler", "scheduler_config.json")
         self.tokenizer.save_pretrained(folder / "tokenizer")
-        pretrained.write_index(folder)
+        write_index(folder, self.scheduler, self.variant)
 
     def encode_prompt(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> Float[Array, "b m d"]:
         """Text embeddings, zero past each prompt's end; as many positions as the tokenizer allows unless given."""
@@ -137,20 +144,20 @@ class HeliosPipeline:
         negative_prompts: Sequence[str],
         plan: Plan,
         *,
-        guidance_scale: float = 5.0,
         max_sequence_length: int | None = None,
         seed: int = 0,
         noise: Noise | None = None,
     ) -> Run:
         """Encodes the prompts of a call; the rest of its arguments are in `plan`."""
-        guided = guidance_scale > 1
-        embeddings = self.encode_prompt([*prompts, *negative_prompts] if guided else prompts, max_sequence_length)
-        scale = jnp.asarray(guidance_scale, jnp.float32) if guided else None
+        scale = None if plan.guidance_scale is None else jnp.asarray(plan.guidance_scale, jnp.float32)
+        embeddings = self.encode_prompt(
+            prompts if scale is None else [*prompts, *negative_prompts], max_sequence_length
+        )
         _, h, w, c = plan.latent_shape
         return Run(
             plan=plan,
             history=memories.empty(plan.memory, len(prompts), h, w, c),
-            conditioning=Conditioning(text_kv(self.transformer, embeddings), scale),
+            conditioning=Conditioning(text_kv(self.transformer, embeddings), scale, plan.zero_star),
             noise=SeededNoise(seed) if noise is None else noise,
             batch=len(prompts),
         )
@@ -163,8 +170,12 @@ class HeliosPipeline:
         height: int = 384,
         width: int = 640,
         num_frames: int = 132,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
+        num_inference_steps: int | None = None,
+        pyramid_num_inference_steps_list: Sequence[int] | None = None,
+        guidance_scale: float | None = None,
+        use_zero_init: bool = True,
+        zero_steps: int = 1,
+        is_amplify_first_chunk: bool = False,
         history_sizes: Sequence[int] = HISTORY_SIZES,
         num_latent_frames_per_chunk: int = 9,
         max_sequence_length: int | None = None,
@@ -172,13 +183,18 @@ class HeliosPipeline:
         seed: int = 0,
         noise: Noise | None = None,
     ) -> HeliosPipelineOutput:
-        """A video per prompt, all chunks in one program. Names and meanings are those of diffusers' HeliosPipeline.
+        """A video per prompt, all chunks in one program. Names and meanings are those of diffusers' pipelines.
 
         Args:
             prompt, negative_prompt: one string, or one per video.
-            height, width: pixels; multiples of 16 for the released weights.
+            height, width: pixels; multiples of 16 for Base and of 64 for the released pyramid weights.
             num_frames: pixel frames, exactly as many are returned.
-            guidance_scale: classifier-free guidance; off at 1 and below.
+            num_inference_steps: steps a chunk of a Base checkpoint, by default 50.
+            pyramid_num_inference_steps_list: steps per level of a pyramid checkpoint, coarsest first, by default
+                20, 20, 20 for Mid and 2, 2, 2 for Distilled.
+            guidance_scale: classifier-free guidance, by default 5 (Distilled: none); off at 1 and below.
+            use_zero_init, zero_steps: with CFG-Zero*, steps 0 to zero_steps of the first level stand still.
+            is_amplify_first_chunk: twice the steps for the first chunk (Distilled).
             history_sizes: latent frames of the long, mid and short history.
             max_sequence_length: positions of the text; by default what the tokenizer allows, 512 at most.
             output_type: "np" for float32 frames [b, t, h, w, 3] in [0, 1]; "latent" for the latents [b, t, h, w, c] of
@@ -196,10 +212,16 @@ class HeliosPipeline:
             self.transformer.config,
             self.vae.config,
             self.scheduler,
+            self.variant,
             height=height,
             width=width,
             num_frames=num_frames,
             num_inference_steps=num_inference_steps,
+            pyramid_num_inference_steps_list=pyramid_num_inference_steps_list,
+            guidance_scale=guidance_scale,
+            use_zero_init=use_zero_init,
+            zero_steps=zero_steps,
+            is_amplify_first_chunk=is_amplify_first_chunk,
             history_sizes=history_sizes,
             num_latent_frames_per_chunk=num_latent_frames_per_chunk,
         )
@@ -207,21 +229,31 @@ class HeliosPipeline:
             prompts,
             negatives,
             plan,
-            guidance_scale=guidance_scale,
             max_sequence_length=max_sequence_length,
             seed=seed,
             noise=noise,
         )
-        chunks = jnp.stack([jnp.asarray(x) for x in run.draws()])
-        _, latents = sampler.generate(
-            self.transformer, run.history, chunks, run.conditioning, plan.steps, memory=plan.memory
-        )
+        latents = self._generate(run)
         if output_type == "latent":
             return HeliosPipelineOutput(np.asarray(latents))
         # A chunk is decoded on its own: its first latent frame is an image's.
         parts = jnp.split(latents, plan.num_chunks, axis=1)
         frames = np.concatenate([np.asarray(decode(self.vae, part, dtype="float32")) for part in parts], 1)
         return HeliosPipelineOutput(frames[:, :num_frames])
+
+    def _generate(self, run: Run) -> Float[Array, "b t h w c"]:
+        """The latents of all chunks; a first chunk with steps of its own is a program of its own."""
+        plan, chunks = run.plan, list(run.chunks())
+        split = 0 if plan.first_levels is plan.levels else 1
+        history, parts = run.history, []
+        for some in (chunks[:split], chunks[split:]):
+            if some:
+                noise = jax.tree.map(lambda *x: jnp.stack(x), *(noise for noise, _ in some))
+                history, latents = sampler.generate(
+                    self.transformer, history, noise, run.conditioning, some[0][1], memory=plan.memory
+                )
+                parts.append(latents)
+        return jnp.concatenate(parts, 1)
 
     def stream(self, run: Run, progress: sampler.Progress | None = None) -> Iterator[np.ndarray]:
         """Yields uint8 frames [b, t, h, w, 3] chunk by chunk while the next chunk is computed; `run` is `prepare`'s.
@@ -233,9 +265,8 @@ class HeliosPipeline:
         chunks = sampler.stream(
             self.transformer,
             run.history,
-            run.draws(),
+            run.chunks(),
             run.conditioning,
-            run.plan.steps,
             memory=run.plan.memory,
             finish=partial(decode, self.vae, dtype="uint8"),
             progress=progress,

@@ -1,6 +1,6 @@
 """The autoregressive loop over chunks, in one program (`generate`) or chunk by chunk (`stream`)."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
 from typing import TypeVar
@@ -9,12 +9,19 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float
-from numpy.typing import ArrayLike
 
 from helios_jax.diffusion import solvers
-from helios_jax.diffusion.denoise import Conditioning, denoise_chunk, denoise_step
+from helios_jax.diffusion.denoise import (
+    ChunkNoise,
+    Conditioning,
+    Level,
+    denoise_chunk,
+    denoise_step,
+    enter,
+    first_sample,
+    rows,
+)
 from helios_jax.diffusion.memory import History, MemoryConfig, push
-from helios_jax.diffusion.solvers import Steps
 from helios_jax.models.transformer import Transformer
 
 Progress = Callable[[int, int], None]
@@ -25,16 +32,19 @@ Chunk = TypeVar("Chunk")
 def generate(
     model: Transformer,
     history: History,
-    noise: Float[Array, "chunks b t h w c"],
+    noise: ChunkNoise,
     conditioning: Conditioning,
-    steps: Steps,
+    levels: Sequence[Level],
     *,
     memory: MemoryConfig,
-) -> tuple[History, Float[Array, "b t_all h w c"]]:
-    """All chunks as one `lax.scan`: the latents without the history they began with, and the history after them."""
+) -> tuple[History, Float[Array, "b t h w c"]]:
+    """Chunks as one `lax.scan`: the latents without the history they began with, and the history after them.
+
+    `noise` has the chunks as the first dimension of its arrays.
+    """
 
     def body(history, noise):
-        latents = denoise_chunk(model, history, noise, conditioning, steps, memory)
+        latents = denoise_chunk(model, history, noise, conditioning, levels, memory)
         return push(history, latents), latents
 
     history, chunks = jax.lax.scan(body, history, noise)
@@ -42,36 +52,46 @@ def generate(
 
 
 _step = jax.jit(denoise_step, static_argnames="memory")
+_enter = jax.jit(enter)
 _push = jax.jit(push)
 
 
 def stream(
     model: Transformer,
     history: History,
-    noise: Iterable[ArrayLike],
+    chunks: Iterable[tuple[ChunkNoise, Sequence[Level]]],
     conditioning: Conditioning,
-    steps: Steps,
     *,
     memory: MemoryConfig,
     finish: Callable[[Array], Chunk],
     progress: Progress | None = None,
 ) -> Iterator[Chunk]:
-    """Yields `finish(latents)` of each chunk; the noise decides how many there are.
+    """Yields `finish(latents)` of each chunk; `chunks` gives its noise and its levels, and how many there are.
 
     A chunk is yielded once the next one has begun, so that the device works while the host handles frames.
-    `progress(chunk, step)` is called when a step has been computed.
+    `progress(chunk, step)` is called when a step has been computed, steps counted over all levels.
     """
-    rows = [jax.tree.map(itemgetter(i), steps) for i in range(len(steps.sigma))]
     done: list[Chunk] = []
-    for chunk, sample in enumerate(noise):
-        state = solvers.start(jnp.asarray(sample), steps)
-        for i, row in enumerate(rows):
-            state = _step(model, state, row, history, conditioning, memory=memory)
-            yield from done
-            done = []
-            if progress is not None:
-                jax.block_until_ready(state.sample)
-                progress(chunk, i)
-        history = _push(history, state.sample)
-        done = [finish(state.sample)]
+    for chunk, (noise, levels) in enumerate(chunks):
+        sample = jax.tree.map(jnp.asarray, first_sample(noise, levels))
+        count = 0
+        for i, level in enumerate(levels):
+            if i > 0:
+                sample = _enter(level, sample, noise.blocks[i - 1])
+            state = solvers.start(sample, level.steps)
+            for row in _split(rows(level)):
+                state = _step(model, state, row, history, conditioning, memory=memory)
+                yield from done
+                done = []
+                if progress is not None:
+                    jax.block_until_ready(state.sample)
+                    progress(chunk, count)
+                count += 1
+            sample = state.sample
+        history = _push(history, sample)
+        done = [finish(sample)]
     yield from done
+
+
+def _split(level: Level) -> list[Level]:
+    return [jax.tree.map(itemgetter(i), level) for i in range(len(level.steps.sigma))]

@@ -16,6 +16,8 @@ from helios_jax import pretrained
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.text import UMT5Config, UMT5Encoder
 from helios_jax.models.tokenizer import Tokenizer
+from helios_jax.sampling.checkpoint import write_index
+from helios_jax.sampling.plan import Variant
 
 SCHEDULER = SchedulerConfig(stages=1, stage_range=(0.0, 1.0), use_dynamic_shifting=True)
 
@@ -27,6 +29,7 @@ def build(out: Path, seed: int = 0) -> None:
     encoder = UMT5Encoder(config, rngs=nnx.Rngs(seed))
     pretrained.save_model(encoder, config, out / "text_encoder", dtype=jnp.bfloat16)
     pretrained.write_config(SCHEDULER, out / "scheduler", "scheduler_config.json")
+    write_index(out, SCHEDULER, Variant())
 
 
 def main() -> None:

@@ -1,5 +1,7 @@
 """Sigma tables, shifts and solvers against diffusers' HeliosScheduler, driven by an arbitrary velocity field."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +10,13 @@ import pytest
 pytestmark = pytest.mark.reference
 torch = pytest.importorskip("torch")
 
-from diffusers import HeliosScheduler  # noqa: E402
+from diffusers import HeliosDMDScheduler, HeliosScheduler  # noqa: E402
 from diffusers.pipelines.helios.pipeline_helios import calculate_shift  # noqa: E402
 from hypothesis import Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from helios_jax.diffusion import solvers  # noqa: E402
-from helios_jax.diffusion.schedule import SchedulerConfig, sigmas  # noqa: E402
+from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig, sigmas, stage_table, stages  # noqa: E402
 from tests.parity.reference import check  # noqa: E402
 
 CASES = settings(max_examples=30, deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
@@ -59,7 +61,7 @@ def test_tables_and_samples(case):
     config = SchedulerConfig(**options)
     ours = sigmas(config, steps, tokens)
     np.testing.assert_allclose(ours, table, rtol=1e-12, atol=1e-15)
-    rows = solvers.make_steps(config, ours)
+    rows = solvers.make_steps(config, ours[:-1] * 1000, ours)
     np.testing.assert_allclose(rows.timestep, timesteps, rtol=1e-6)
 
     def body(state, step):
@@ -81,3 +83,22 @@ def test_a_scheduler_file_that_cannot_be_used_is_named():
     ):
         with pytest.raises(ValueError, match=word):
             SchedulerConfig(**options)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("few", [False, True])
+def test_pyramid_tables(few, dynamic, kind):
+    options = {"use_dynamic_shifting": dynamic, "time_shift_type": kind}
+    scheduler = (HeliosDMDScheduler if few else HeliosScheduler)(**options)
+    config = (DMDSchedulerConfig if few else SchedulerConfig)(**options)
+    for i, stage in enumerate(stages(config)):
+        expected = scheduler.start_sigmas[i], scheduler.end_sigmas[i], scheduler.ori_start_sigmas[i]
+        np.testing.assert_allclose((stage.start, stage.end, stage.entry), expected, rtol=0, atol=1e-14)
+        for steps, tokens, twice in itertools.product((1, 2, 3, 20), (96, 540, 8640), (False, True)):
+            if twice and not few:
+                continue
+            scheduler.set_timesteps(steps, i, mu=calculate_shift(tokens), is_amplify_first_chunk=twice)
+            timesteps, table = stage_table(config, stage, 2 * steps if twice else steps, tokens)
+            np.testing.assert_array_equal(timesteps, np.trunc(scheduler.timesteps.numpy()))
+            np.testing.assert_allclose(table, scheduler.sigmas.numpy(), rtol=0, atol=1e-12)

@@ -18,9 +18,9 @@ def pipe():
 
 
 def stream(pipe, num_frames: int, progress=None, **options):
-    settings = {**SMALL, "num_frames": num_frames, **options}
-    plan = make_plan(pipe.transformer.config, pipe.vae.config, pipe.scheduler, **settings)
-    run = pipe.prepare(["a red plus"], ["a bar"], plan, guidance_scale=3.0, seed=5)
+    settings = {**SMALL, "num_frames": num_frames, "guidance_scale": 3.0, **options}
+    plan = make_plan(pipe.transformer.config, pipe.vae.config, pipe.scheduler, pipe.variant, **settings)
+    run = pipe.prepare(["a red plus"], ["a bar"], plan, seed=5)
     return list(pipe.stream(run, progress))
 
 

@@ -43,7 +43,7 @@ def batches(config: TrainConfig) -> Any:
     """Random chunks with what came before them, this host's part of each batch."""
     memory = config.flow.memory
     if config.flow.components is not None:
-        missing = [c for c in COMPONENTS if not (Path(config.flow.components) / c).is_dir()]
+        missing = [c for c in (*COMPONENTS, "model_index.json") if not (Path(config.flow.components) / c).exists()]
         if missing:
             raise ConfigError(f"flow.components: {config.flow.components} has no {', '.join(missing)}")
     try:
@@ -121,7 +121,7 @@ def export(model: Transformer, config: TrainConfig, folder: Path) -> None:
     if config.flow.components is not None:
         for part in COMPONENTS:
             shutil.copytree(Path(config.flow.components) / part, out / part, dirs_exist_ok=True)
-        pretrained.write_index(out)
+        shutil.copy(Path(config.flow.components) / "model_index.json", out / "model_index.json")
     print(f"exported {out}", flush=True)
 
 

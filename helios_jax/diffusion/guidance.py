@@ -1,0 +1,30 @@
+"""Classifier-free guidance and CFG-Zero* (arXiv 2503.18886)."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@dataclass(unsafe_hash=True)
+class ZeroStar:
+    """CFG-Zero*: the negative velocity is scaled by its projection on the positive one, and the first `zero_steps`
+    steps and one more of the first level stand still (the released pipeline counts `i <= zero_steps`); None: none do.
+    """
+
+    zero_steps: int | None = 1
+
+
+def guide(
+    positive: Float[Array, "b t h w c"],
+    negative: Float[Array, "b t h w c"],
+    scale: Float[Array, ""],
+    *,
+    project: bool,
+) -> Float[Array, "b t h w c"]:
+    """negative + scale * (positive - negative), in float32; `project` scales the negative one per sample first."""
+    if project:
+        axes = tuple(range(1, positive.ndim))
+        dot = (positive * negative).sum(axes, keepdims=True)
+        negative = negative * (dot / (jnp.square(negative).sum(axes, keepdims=True) + 1e-8))
+    return negative + scale * (positive - negative)
