@@ -23,11 +23,12 @@ from typing import Any
 import jax
 
 from helios_jax import config as configs
-from helios_jax.config import ConfigError, TrainConfig
+from helios_jax.config import ConfigError
 from helios_jax.pretrained import CheckpointError
 from helios_jax.sharding import check_batch, gather, join_hosts, make_mesh
 from helios_jax.training import loop
 from helios_jax.training.checkpoint import Checkpoints, RestoreError
+from helios_jax.training.config import TrainConfig
 from helios_jax.training.optim import make_optimizer
 from helios_jax.training.state import abstract_like, init_sharded
 

@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 if TYPE_CHECKING:
-    from helios_jax.config import MeshConfig
+    from helios_jax.training.config import MeshConfig
 
 Tree = TypeVar("Tree")
 

@@ -6,7 +6,8 @@ from typing import Literal
 import pytest
 
 from helios_jax import config
-from helios_jax.config import ConfigError, TrainConfig, load
+from helios_jax.config import ConfigError, load
+from helios_jax.training.config import TrainConfig
 
 
 @dataclass(unsafe_hash=True)

@@ -92,7 +92,8 @@ def guided_velocity(
     ).astype(jnp.float32)
     if not guided:
         return velocity
-    return guide(*jnp.split(velocity, 2), conditioning.guidance_scale, project=conditioning.zero_star)
+    positive, negative = jnp.split(velocity, 2)
+    return guide(positive, negative, conditioning.guidance_scale, project=conditioning.zero_star)
 
 
 def denoise_step(

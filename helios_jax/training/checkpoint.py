@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from helios_jax import config as configs
-from helios_jax.config import TrainConfig
+from helios_jax.training.config import TrainConfig
 from helios_jax.training.state import TrainState
 
 

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tensorboardX import SummaryWriter
 
-from helios_jax.config import TrainConfig
 from helios_jax.sharding import put_batch, shardings
 from helios_jax.training.checkpoint import Checkpoints
+from helios_jax.training.config import TrainConfig
 from helios_jax.training.optim import learning_rate
 from helios_jax.training.state import TrainState, update
 

@@ -6,7 +6,7 @@ import jax
 import optax
 from flax import nnx
 
-from helios_jax.config import OptimConfig
+from helios_jax.training.config import OptimConfig
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:

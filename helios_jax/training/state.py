@@ -9,8 +9,8 @@ import optax
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from helios_jax.config import EMAConfig
 from helios_jax.sharding import shardings
+from helios_jax.training.config import EMAConfig
 
 
 @struct.dataclass

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from helios_jax.config import TrainConfig
 from helios_jax.models.nn import Linear
+from helios_jax.training.config import TrainConfig
 
 WIDTH = 16
 

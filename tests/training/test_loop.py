@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 import train
-from helios_jax.config import TrainConfig, load
+from helios_jax.config import load
 from helios_jax.training import optim
 from helios_jax.training.checkpoint import Checkpoints
+from helios_jax.training.config import TrainConfig
 from helios_jax.training.state import abstract_like, init_sharded
 from tests.training import dummy
 

@@ -11,9 +11,10 @@ from PIL import Image
 
 import train
 from helios_jax import pretrained
-from helios_jax.config import ConfigError, TrainConfig, load
+from helios_jax.config import ConfigError, load
 from helios_jax.data import toy_build
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
+from helios_jax.training.config import TrainConfig
 from helios_jax.training.stages import vae
 
 SIZES = {"base_dim": 4, "z_dim": 2, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [True]}

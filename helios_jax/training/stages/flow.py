@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from helios_jax import pretrained
-from helios_jax.config import ConfigError, TrainConfig
+from helios_jax.config import ConfigError
 from helios_jax.data.loader import chunk_transform, loader
 from helios_jax.data.precompute import EMPTY_TEXT
 from helios_jax.data.records import open_source
@@ -23,6 +23,7 @@ from helios_jax.diffusion.corruption import corrupt_history, drop_history
 from helios_jax.diffusion.memory import History, window
 from helios_jax.models.transformer import Transformer, TransformerConfig, init_memory_patches
 from helios_jax.pretrained import CheckpointError
+from helios_jax.training.config import TrainConfig
 
 COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 

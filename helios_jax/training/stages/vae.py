@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from PIL import Image
 
 from helios_jax import pretrained
-from helios_jax.config import ConfigError, TrainConfig
+from helios_jax.config import ConfigError
 from helios_jax.data.loader import Example, Transform, clip_transform, loader
 from helios_jax.data.records import open_source
 from helios_jax.models.nn import Conv
@@ -30,6 +30,7 @@ from helios_jax.models.vae import (
     Upsample,
     VAEConfig,
 )
+from helios_jax.training.config import TrainConfig
 
 CHUNK = 33  # frames that are encoded together when videos are made: what latents are measured on
 STATISTICS_CLIPS = 256
