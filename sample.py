@@ -62,7 +62,6 @@ def parse(argv: list[str]) -> SampleConfig:
 
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         config = parse(argv)
         # After the arguments: jax takes seconds to import.
@@ -140,4 +139,5 @@ def report(begin: float, loaded: float, times: list[float], writer: VideoWriter,
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: what was made is kept
     sys.exit(main(sys.argv[1:]))
