@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,12 @@ from helios_jax.data.video import read_video
 from tests import tiny
 
 ROOT = Path(sample.__file__).parent
+# sample.py where Ctrl-C works: a job in the background of a shell inherits an ignored SIGINT, and so do its children.
+LISTENING = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_path("sample.py", run_name="__main__")
+"""
 CONFIG = """
 prompt: a red plus
 height: 32
@@ -77,10 +82,8 @@ def test_unknown_config(capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_a_playable_video(number, config, tmp_path):
-    command = [sys.executable, "sample.py", str(config), "--num-frames", "90000"]
-    # A job in the background of a shell inherits an ignored SIGINT, and so would its children.
-    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=listen) as process:
+    command = [sys.executable, "-c", LISTENING, str(config), "--num-frames", "90000"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("chunk 2/"):
                 break
