@@ -1,5 +1,7 @@
 """The whole pipelines against diffusers': a folder it saved, its noise recorded, three chunks."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -99,6 +101,9 @@ def compare(what, reference, module, options, tmp_path, monkeypatch, seed):
 
 
 def fresh_seed() -> int:
+    """Anew by each run, but fixed in CI, as hypothesis' draws are."""
+    if os.environ.get("CI"):
+        return 0
     return int(np.random.default_rng().integers(2**31))
 
 
