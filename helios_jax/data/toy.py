@@ -51,7 +51,7 @@ DIRECTIONS: dict[str, tuple[tuple[float, float], ...]] = {
     "down": ((1, 0),),
     "diagonally": tuple((y * 0.5**0.5, x * 0.5**0.5) for y in (-1, 1) for x in (-1, 1)),
 }
-SPEEDS: dict[str, float] = {"slowly": 0.75, "fast": 2.0}
+SPEEDS: dict[str, float] = {"slowly": 0.6, "fast": 1.5}
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (0, 0, 0), "grey": (110, 110, 110), "navy": (0, 0, 90)}
 # A shape starts in this part of its way, so that it visibly moves as the caption says before it bounces.
 START_FRACTION = 0.35

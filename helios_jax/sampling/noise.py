@@ -1,10 +1,12 @@
-"""Where random numbers come from: a seed, or an object that hands them out."""
+"""Where random numbers come from: seeds, or an object that hands them out."""
 
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -22,22 +24,34 @@ class Noise(Protocol):
 
 
 class SeededNoise:
-    """Keys split from one seed by site and by how often the site was asked: more chunks never change earlier ones."""
+    """Keys split from a seed by site and by how often the site was asked: more chunks never change earlier ones.
 
-    def __init__(self, seed: int):
-        self._root = jax.random.key(seed)
-        self._asked: Counter[str] = Counter()
+    With several seeds the first dimension is the batch and each seed draws one row of it, so a video is the same alone
+    and in a batch; a draw that all videos share, with another first dimension, comes from the first seed.
+    """
 
-    def _key(self, site: str) -> jax.Array:
+    def __init__(self, *seeds: int, asked: Mapping[str, int] | None = None):
+        self.seeds = seeds
+        self._roots = [jax.random.key(seed) for seed in seeds]
+        self._asked: Counter[str] = Counter(asked)
+
+    def asked(self) -> dict[str, int]:
+        """How often each site was asked: `SeededNoise(*seeds, asked=...)` goes on from there."""
+        return dict(self._asked)
+
+    def _draw(self, kind, site: str, shape: tuple[int, ...]) -> jax.Array:
         index = self._asked[site]
         self._asked[site] += 1
-        return jax.random.fold_in(jax.random.fold_in(self._root, zlib.crc32(site.encode())), index)
+        keys = [jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(site.encode())), index) for root in self._roots]
+        if len(keys) == 1 or shape[0] != len(keys):
+            return kind(keys[0], shape)
+        return jnp.concatenate([kind(key, (1, *shape[1:])) for key in keys])
 
     def normal(self, site: str, shape: tuple[int, ...]) -> jax.Array:
-        return jax.random.normal(self._key(site), shape)
+        return self._draw(jax.random.normal, site, shape)
 
     def uniform(self, site: str, shape: tuple[int, ...]) -> jax.Array:
-        return jax.random.uniform(self._key(site), shape)
+        return self._draw(jax.random.uniform, site, shape)
 
 
 def draw(values: ArrayLike, shape: tuple[int, ...], site: str) -> np.ndarray | jax.Array:

@@ -1,8 +1,10 @@
-"""`HeliosPipeline`: a diffusers folder in, prompts in, latents or frames out."""
+"""`HeliosPipeline`: a diffusers folder in; prompts, an image or a video in; latents, frames or a stream out."""
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,22 @@ from jaxtyping import Array, Float
 
 from helios_jax import pretrained
 from helios_jax.diffusion import memory as memories
-from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, Level
-from helios_jax.diffusion.memory import History
 from helios_jax.diffusion.schedule import SchedulerConfig
-from helios_jax.models import text as umt5
 from helios_jax.models.text import UMT5Encoder
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer
 from helios_jax.models.vae import AutoencoderKLWan, denormalize
 from helios_jax.sampling import sampler
 from helios_jax.sampling.checkpoint import Checkpoint, write_index
-from helios_jax.sampling.noise import Noise, SeededNoise, draw
-from helios_jax.sampling.plan import HISTORY_SIZES, Plan, Variant, make_plan
+from helios_jax.sampling.config import Options, Switch
+from helios_jax.sampling.noise import Noise, SeededNoise
+from helios_jax.sampling.plan import Plan, Variant, make_plan
+from helios_jax.sampling.prompts import make_schedule
+from helios_jax.sampling.stream import Call, Stream, read_state
+from helios_jax.sampling.text import Texts, encode_prompts
+
+# A prompt of one video, or one per video of a batch.
+Prompt = str | Sequence[str]
 
 
 @dataclass
@@ -37,39 +43,6 @@ class HeliosPipelineOutput:
         return np.asarray(self.frames, dtype)
 
 
-@dataclass(frozen=True)
-class Run:
-    """Everything that a call's arguments decide, ready for the sampler."""
-
-    plan: Plan
-    history: History
-    conditioning: Conditioning
-    noise: Noise
-    batch: int
-
-    def chunks(self) -> Iterator[tuple[ChunkNoise, tuple[Level, ...]]]:
-        """The noise of each chunk, drawn when it is asked for, and its levels."""
-
-        def normal(site: str, shape: tuple[int, ...]) -> Array:
-            shape = (self.batch, *shape)
-            return jnp.asarray(draw(self.noise.normal(site, shape), shape, site))
-
-        for chunk in range(self.plan.num_chunks):
-            latents = normal("latents", self.plan.latent_shape)
-            blocks = tuple(normal("block_noise", shape) for shape in self.plan.block_shapes())
-            yield ChunkNoise(latents, blocks), self.plan.levels if chunk else self.plan.first_levels
-
-
-@jax.jit
-def encode_text(encoder: UMT5Encoder, ids: Array, mask: Array) -> Array:
-    return umt5.encode(encoder, ids, mask)
-
-
-@jax.jit
-def text_kv(transformer: Transformer, embeddings: Array) -> Any:
-    return transformer.text_kv(embeddings.astype(transformer.dtype))
-
-
 @partial(jax.jit, static_argnames="dtype")
 def decode(vae: AutoencoderKLWan, latents: Float[Array, "b t h w c"], *, dtype: str) -> Array:
     """One chunk's pixels: float32 in [0, 1], or uint8."""
@@ -80,11 +53,13 @@ def decode(vae: AutoencoderKLWan, latents: Float[Array, "b t h w c"], *, dtype: 
 
 @dataclass
 class HeliosPipeline:
-    """Text to video (diffusers' `HeliosPipeline` and `HeliosPyramidPipeline`: the checkpoint's files say which).
+    """Helios, all of diffusers' `HeliosPipeline` and `HeliosPyramidPipeline`: the checkpoint's files say which.
 
     ```python
     pipe = HeliosPipeline.from_pretrained("BestWishYsh/Helios-Base")
     frames = pipe("a cat bakes a cake", num_frames=132, seed=0).frames  # [1, 132, 384, 640, 3]
+    for frames in pipe.stream("a cat bakes a cake", num_frames=None):  # uint8 [1, 33, 384, 640, 3], for ever
+        ...
     ```
     """
 
@@ -94,6 +69,7 @@ class HeliosPipeline:
     tokenizer: Tokenizer
     scheduler: SchedulerConfig
     variant: Variant = field(default_factory=Variant)
+    _stream: Stream | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def from_pretrained(
@@ -132,41 +108,19 @@ class HeliosPipeline:
 
     def encode_prompt(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> Float[Array, "b m d"]:
         """Text embeddings, zero past each prompt's end; as many positions as the tokenizer allows unless given."""
-        length = min(512, self.tokenizer.max_length) if max_sequence_length is None else max_sequence_length
-        if length < 1:
-            raise ValueError(f"max_sequence_length must be at least 1, got {length}")
-        ids, mask = self.tokenizer(list(prompts), length)
-        return encode_text(self.text_encoder, jnp.asarray(ids), jnp.asarray(mask))
+        return encode_prompts(self.text_encoder, self.tokenizer, prompts, max_sequence_length)
 
-    def prepare(
-        self,
-        prompts: Sequence[str],
-        negative_prompts: Sequence[str],
-        plan: Plan,
-        *,
-        max_sequence_length: int | None = None,
-        seed: int = 0,
-        noise: Noise | None = None,
-    ) -> Run:
-        """Encodes the prompts of a call; the rest of its arguments are in `plan`."""
-        scale = None if plan.guidance_scale is None else jnp.asarray(plan.guidance_scale, jnp.float32)
-        embeddings = self.encode_prompt(
-            prompts if scale is None else [*prompts, *negative_prompts], max_sequence_length
-        )
-        _, h, w, c = plan.latent_shape
-        return Run(
-            plan=plan,
-            history=memories.empty(plan.memory, len(prompts), h, w, c),
-            conditioning=Conditioning(text_kv(self.transformer, embeddings), scale, plan.zero_star),
-            noise=SeededNoise(seed) if noise is None else noise,
-            batch=len(prompts),
-        )
+    def plan(self, options: Options) -> Plan:
+        """What `options` mean for this checkpoint; raises ValueError for what cannot be."""
+        return make_plan(self.transformer.config, self.vae.config, self.scheduler, self.variant, options)
 
     def __call__(
         self,
-        prompt: str | Sequence[str],
-        negative_prompt: str | Sequence[str] | None = None,
+        prompt: Prompt,
+        negative_prompt: Prompt | None = None,
         *,
+        image: Any = None,
+        video: Any = None,
         height: int = 384,
         width: int = 640,
         num_frames: int = 132,
@@ -176,107 +130,258 @@ class HeliosPipeline:
         use_zero_init: bool = True,
         zero_steps: int = 1,
         is_amplify_first_chunk: bool = False,
-        history_sizes: Sequence[int] = HISTORY_SIZES,
+        is_skip_first_chunk: bool = False,
+        history_sizes: Sequence[int] = (16, 2, 1),
         num_latent_frames_per_chunk: int = 9,
         max_sequence_length: int | None = None,
+        add_noise_to_image_latents: bool = True,
+        image_noise_sigma_min: float = 0.111,
+        image_noise_sigma_max: float = 0.135,
+        add_noise_to_video_latents: bool = True,
+        video_noise_sigma_min: float = 0.111,
+        video_noise_sigma_max: float = 0.135,
+        switches: Sequence[Switch] = (),
+        interpolation_steps: int = 3,
+        fps: int = 24,
+        num_videos_per_prompt: int = 1,
         output_type: str = "np",
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         noise: Noise | None = None,
     ) -> HeliosPipelineOutput:
-        """A video per prompt, all chunks in one program. Names and meanings are those of diffusers' pipelines.
+        """Videos of all prompts, all chunks in one program. Names and meanings are those of diffusers' pipelines.
 
         Args:
             prompt, negative_prompt: one string, or one per video.
-            height, width: pixels; multiples of 16 for Base and of 64 for the released pyramid weights.
-            num_frames: pixel frames, exactly as many are returned.
-            num_inference_steps: steps a chunk of a Base checkpoint, by default 50.
-            pyramid_num_inference_steps_list: steps per level of a pyramid checkpoint, coarsest first, by default
-                20, 20, 20 for Mid and 2, 2, 2 for Distilled.
-            guidance_scale: classifier-free guidance, by default 5 (Distilled: none); off at 1 and below.
-            use_zero_init, zero_steps: with CFG-Zero*, steps 0 to zero_steps of the first level stand still.
-            is_amplify_first_chunk: twice the steps for the first chunk (Distilled).
-            history_sizes: latent frames of the long, mid and short history.
-            max_sequence_length: positions of the text; by default what the tokenizer allows, 512 at most.
+            image: what the videos begin with: a PIL image, an array [h, w, 3] or a file; or a list of one per prompt.
+            video: what the videos continue: a list of PIL images, uint8 [t, h, w, 3] or a file, at least a chunk long.
+                Without image and video the task is text to video.
+            switches: prompts that take over at later chunks.
+            num_videos_per_prompt: videos of each prompt, in a row.
             output_type: "np" for float32 frames [b, t, h, w, 3] in [0, 1]; "latent" for the latents [b, t, h, w, c] of
                 whole chunks, without the history they began with.
-            seed, noise: where random numbers come from; `noise` has `normal(site, shape)` and `uniform(site, shape)`.
+            seed: of each prompt's first video, the next ones count on; or one per video. A video does not depend on
+                the others of its batch.
+            noise: where random numbers come from instead; it has `normal(site, shape)` and `uniform(site, shape)`.
+            height and all the others: see `helios_jax.sampling.config.Options`.
 
         Raises:
             ValueError: an argument cannot be; the message names it, the rule and the remedy.
         """
-        if output_type not in ("np", "latent"):
-            raise ValueError(f'output_type must be "np" or "latent", got {output_type!r}')
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = _negatives(negative_prompt, len(prompts))
-        plan = make_plan(
-            self.transformer.config,
-            self.vae.config,
-            self.scheduler,
-            self.variant,
+        _check_output_type(output_type)
+        options = Options(
             height=height,
             width=width,
             num_frames=num_frames,
             num_inference_steps=num_inference_steps,
-            pyramid_num_inference_steps_list=pyramid_num_inference_steps_list,
+            pyramid_num_inference_steps_list=_list(pyramid_num_inference_steps_list),
             guidance_scale=guidance_scale,
             use_zero_init=use_zero_init,
             zero_steps=zero_steps,
             is_amplify_first_chunk=is_amplify_first_chunk,
-            history_sizes=history_sizes,
+            is_skip_first_chunk=is_skip_first_chunk,
+            history_sizes=tuple(history_sizes),  # pyright: ignore[reportArgumentType]
             num_latent_frames_per_chunk=num_latent_frames_per_chunk,
-        )
-        run = self.prepare(
-            prompts,
-            negatives,
-            plan,
             max_sequence_length=max_sequence_length,
+            add_noise_to_image_latents=add_noise_to_image_latents,
+            image_noise_sigma_min=image_noise_sigma_min,
+            image_noise_sigma_max=image_noise_sigma_max,
+            add_noise_to_video_latents=add_noise_to_video_latents,
+            video_noise_sigma_min=video_noise_sigma_min,
+            video_noise_sigma_max=video_noise_sigma_max,
+            interpolation_steps=interpolation_steps,
+            fps=fps,
+        )
+        if num_frames is None:
+            raise ValueError("num_frames must be given: a video without end is a stream, see HeliosPipeline.stream")
+        call = self.prepare(
+            prompt,
+            negative_prompt,
+            options,
+            image=image,
+            video=video,
+            switches=switches,
+            num_videos_per_prompt=num_videos_per_prompt,
             seed=seed,
             noise=noise,
         )
-        latents = self._generate(run)
+        latents = self.generate(call)
         if output_type == "latent":
             return HeliosPipelineOutput(np.asarray(latents))
         # A chunk is decoded on its own: its first latent frame is an image's.
-        parts = jnp.split(latents, plan.num_chunks, axis=1)
+        parts = jnp.split(latents, latents.shape[1] // num_latent_frames_per_chunk, axis=1)
         frames = np.concatenate([np.asarray(decode(self.vae, part, dtype="float32")) for part in parts], 1)
         return HeliosPipelineOutput(frames[:, :num_frames])
 
-    def _generate(self, run: Run) -> Float[Array, "b t h w c"]:
+    def stream(
+        self,
+        prompt: Prompt,
+        negative_prompt: Prompt | None = None,
+        *,
+        image: Any = None,
+        video: Any = None,
+        switches: Sequence[Switch] = (),
+        num_videos_per_prompt: int = 1,
+        output_type: str = "np",
+        seed: int | Sequence[int] = 0,
+        noise: Noise | None = None,
+        progress: sampler.Progress | None = None,
+        options: Options | None = None,
+        **arguments: Any,
+    ) -> Stream:
+        """The same video chunk by chunk: an iterator of uint8 frames [b, t, h, w, 3] (or of latents).
+
+        A chunk comes as soon as it is decoded, while the next one is computed; memory does not grow. The text can be
+        changed on the way (`Stream.set_prompt`), and `save_state` writes what `resume` goes on from. The other
+        arguments of `__call__` are given by name or as `options`; `num_frames=None` never ends. `progress(chunk, step)`
+        is called after every step.
+        """
+        _check_output_type(output_type)
+        options = dataclasses.replace(options or Options(), **arguments)
+        call = self.prepare(
+            prompt,
+            negative_prompt,
+            options,
+            image=image,
+            video=video,
+            switches=switches,
+            num_videos_per_prompt=num_videos_per_prompt,
+            seed=seed,
+            noise=noise,
+        )
+        return self._start(call, output_type, progress)
+
+    def save_state(self, path: str | PathLike) -> None:
+        """`Stream.save_state` of the stream that was started last."""
+        if self._stream is None:
+            raise ValueError("save_state: no stream was started, see HeliosPipeline.stream")
+        self._stream.save_state(path)
+
+    def resume(
+        self,
+        path: str | PathLike,
+        *,
+        num_frames: int | None = None,
+        output_type: str = "np",
+        progress: sampler.Progress | None = None,
+    ) -> Stream:
+        """The stream whose state is in `path`, from the chunk after the last one it yielded, bit for bit as it would
+        have gone on. `num_frames` gives the whole video another length.
+
+        Raises:
+            ValueError: the file is no such state, or was made with another checkpoint.
+        """
+        _check_output_type(output_type)
+        state = read_state(path)
+        if state.identity != (identity := self._identity()):
+            differs = ", ".join(key for key in identity if state.identity.get(key) != identity[key])
+            raise ValueError(f"{path}: made with another checkpoint ({differs} differ): open the one it was made with")
+        options = state.options if num_frames is None else dataclasses.replace(state.options, num_frames=num_frames)
+        texts = self._texts(state.negatives, options)
+        texts.encode([entry.prompts for entry in state.prompts.entries])
+        call = Call(
+            options=options,
+            plan=self.plan(options),
+            prompts=state.prompts,
+            texts=texts,
+            noise=state.noise,
+            history=state.history,
+            identity=identity,
+            first=state.chunk,
+        )
+        return self._start(call, output_type, progress)
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        negative_prompt: Prompt | None,
+        options: Options,
+        *,
+        image: Any = None,
+        video: Any = None,
+        switches: Sequence[Switch] = (),
+        num_videos_per_prompt: int = 1,
+        seed: int | Sequence[int] = 0,
+        noise: Noise | None = None,
+    ) -> Call:
+        """Checks everything, encodes the prompts and the context; `generate` and `Stream` take what it returns."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        negatives = _negatives(negative_prompt, len(prompts))
+        if num_videos_per_prompt < 1:
+            raise ValueError(f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}")
+        if not prompts:
+            raise ValueError("prompt must be a string or a list of at least one, got an empty list")
+        seeds = _seeds(seed, len(prompts), num_videos_per_prompt)
+        prompts, negatives = ([p for p in some for _ in range(num_videos_per_prompt)] for some in (prompts, negatives))
+        if image is not None and video is not None:
+            raise ValueError("image and video were both given: a video begins with the one or continues the other")
+        plan = self.plan(options)
+        schedule = make_schedule(prompts, switches, options, plan.chunk_frames)
+        noise = SeededNoise(*seeds) if noise is None else noise
+
+        _, h, w, c = plan.latent_shape
+        history = memories.empty(plan.memory, len(prompts), h, w, c)
+        texts = self._texts(negatives if plan.guidance_scale is not None else (), options)
+        texts.encode([entry.prompts for entry in schedule.entries])
+        return Call(options, plan, schedule, texts, noise, history, self._identity())
+
+    def generate(self, call: Call) -> Float[Array, "b t h w c"]:
         """The latents of all chunks; a first chunk with steps of its own is a program of its own."""
-        plan, chunks = run.plan, list(run.chunks())
-        split = 0 if plan.first_levels is plan.levels else 1
-        history, parts = run.history, []
-        for some in (chunks[:split], chunks[split:]):
-            if some:
-                noise = jax.tree.map(lambda *x: jnp.stack(x), *(noise for noise, _ in some))
-                history, latents = sampler.generate(
-                    self.transformer, history, noise, run.conditioning, some[0][1], memory=plan.memory
+        assert call.plan.num_chunks is not None
+        mixtures = [call.prompts.mixture(chunk) for chunk in range(call.first, call.plan.num_chunks)]
+        noises = [call.chunk_noise() for _ in mixtures]
+        split = 0 if call.plan.first_levels is call.plan.levels or call.first else 1
+        history, parts = call.history, []
+        for begin, end in ((0, split), (split, len(mixtures))):
+            if begin == end:
+                continue
+            conditioning = call.conditioning(call.texts.kv(mixtures[begin]))
+            texts = None
+            if len(set(mixtures[begin:end])) > 1:
+                texts = sampler.Texts(
+                    jnp.stack([call.texts.embeddings(mixture) for mixture in mixtures[begin:end]]),
+                    jnp.array([i > begin and mixtures[i] != mixtures[i - 1] for i in range(begin, end)]),
                 )
-                parts.append(latents)
+            noise = jax.tree.map(lambda *x: jnp.stack(x), *noises[begin:end])
+            levels = call.levels(call.first + begin)
+            history, latents = sampler.generate(
+                self.transformer, history, noise, conditioning, texts, levels, memory=call.plan.memory
+            )
+            parts.append(latents)
         return jnp.concatenate(parts, 1)
 
-    def stream(self, run: Run, progress: sampler.Progress | None = None) -> Iterator[np.ndarray]:
-        """Yields uint8 frames [b, t, h, w, 3] chunk by chunk while the next chunk is computed; `run` is `prepare`'s.
+    def _start(self, call: Call, output_type: str, progress: sampler.Progress | None) -> Stream:
+        finish: Callable = partial(decode, self.vae, dtype="uint8") if output_type == "np" else lambda latents: latents
+        self._stream = Stream(self.transformer, call, finish, progress)
+        return self._stream
 
-        The chunks together have exactly the frames that were asked for. `progress(chunk, step)` is called after every
-        step.
-        """
-        left = run.plan.num_frames
-        chunks = sampler.stream(
-            self.transformer,
-            run.history,
-            run.chunks(),
-            run.conditioning,
-            memory=run.plan.memory,
-            finish=partial(decode, self.vae, dtype="uint8"),
-            progress=progress,
-        )
-        for frames in chunks:
-            yield np.asarray(frames)[:, :left]
-            left -= min(left, frames.shape[1])
+    def _texts(self, negatives: Sequence[str], options: Options) -> Texts:
+        embed = partial(self.encode_prompt, max_sequence_length=options.max_sequence_length)
+        return Texts(embed, self.transformer, negatives)
+
+    def _identity(self) -> dict[str, Any]:
+        config = dataclasses.asdict(self.transformer.config)
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+        return {"variant": self.variant.name, "transformer": plain, "precision": str(self.transformer.dtype)}
 
 
-def _negatives(negative_prompt: str | Sequence[str] | None, count: int) -> list[str]:
+def _check_output_type(output_type: str) -> None:
+    if output_type not in ("np", "latent"):
+        raise ValueError(f'output_type must be "np" or "latent", got {output_type!r}')
+
+
+def _list(values: Sequence[int] | None) -> list[int] | None:
+    return None if values is None else list(values)
+
+
+def _seeds(seed: int | Sequence[int], prompts: int, videos: int) -> list[int]:
+    if isinstance(seed, int):
+        return [seed + i for i in range(videos)] * prompts
+    if len(seed) != prompts * videos:
+        raise ValueError(f"seed has {len(seed)} numbers for {prompts * videos} videos: give as many, or one number")
+    return list(seed)
+
+
+def _negatives(negative_prompt: Prompt | None, count: int) -> list[str]:
     if negative_prompt is None or isinstance(negative_prompt, str):
         return [negative_prompt or ""] * count
     if len(negative_prompt) != count:

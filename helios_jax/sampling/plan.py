@@ -1,6 +1,7 @@
 """What a call means for a checkpoint: chunks, shapes, levels, steps. Needs configs only: errors come before weights."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,17 +19,20 @@ from helios_jax.diffusion.schedule import (
 from helios_jax.diffusion.solvers import make_steps
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
-
-HISTORY_SIZES = (16, 2, 1)
+from helios_jax.sampling.config import Options
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Which of the released kinds a checkpoint is, as its model_index.json says: Base (no pyramid), Mid, Distilled."""
+    """Which of the released kinds a checkpoint is, as its model_index.json says: Base (no pyramid), Mid, Distilled.
+
+    `trained_size` is the height and width in pixels that its weights know: 384 x 640 unless the file says otherwise.
+    """
 
     pyramid: bool = False
     is_cfg_zero_star: bool = False
     is_distilled: bool = False
+    trained_size: tuple[int, int] = (384, 640)
 
     @property
     def name(self) -> str:
@@ -37,10 +41,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plan:
-    """A video's sizes and steps. `latent_shape` is [t, h, w, c] of a chunk; `first_levels` are the first chunk's."""
+    """A video's sizes and steps: `latent_shape` [t, h, w, c] and `chunk_frames` pixel frames of a chunk, the levels of
+    all chunks and `first_levels` of the first. Without end `num_frames` and `num_chunks` are None."""
 
-    num_frames: int
-    num_chunks: int
+    num_frames: int | None
+    num_chunks: int | None
+    chunk_frames: int
     latent_shape: tuple[int, int, int, int]
     memory: MemoryConfig
     levels: tuple[Level, ...]
@@ -59,28 +65,17 @@ class Plan:
 
 
 def make_plan(
-    transformer: TransformerConfig,
-    vae: VAEConfig,
-    scheduler: SchedulerConfig,
-    variant: Variant,
-    *,
-    height: int = 384,
-    width: int = 640,
-    num_frames: int = 132,
-    num_inference_steps: int | None = None,
-    pyramid_num_inference_steps_list: Sequence[int] | None = None,
-    guidance_scale: float | None = None,
-    use_zero_init: bool = True,
-    zero_steps: int = 1,
-    is_amplify_first_chunk: bool = False,
-    history_sizes: Sequence[int] = HISTORY_SIZES,
-    num_latent_frames_per_chunk: int = 9,
+    transformer: TransformerConfig, vae: VAEConfig, scheduler: SchedulerConfig, variant: Variant, options: Options
 ) -> Plan:
-    """Arguments are those of `HeliosPipeline`; raises ValueError that names the one that cannot be."""
-    counts = _step_counts(variant, scheduler, num_inference_steps, pyramid_num_inference_steps_list)
+    """What `options` mean for a checkpoint. Raises ValueError that names the one that cannot be.
+
+    Warns of a size that the weights were not trained at.
+    """
+    counts = _step_counts(variant, scheduler, options.num_inference_steps, options.pyramid_num_inference_steps_list)
+    guidance_scale = options.guidance_scale
     if variant.is_distilled and guidance_scale is not None and guidance_scale > 1:
         raise ValueError(f"guidance_scale must be 1 for a Distilled checkpoint, got {guidance_scale}: leave it out")
-    if is_amplify_first_chunk and not variant.is_distilled:
+    if options.is_amplify_first_chunk and not variant.is_distilled:
         raise ValueError(
             f"is_amplify_first_chunk is for Distilled checkpoints, this one is {variant.name}: leave it out"
         )
@@ -88,29 +83,39 @@ def make_plan(
         guidance_scale = 1.0 if variant.is_distilled else 5.0
     guided = guidance_scale > 1
 
-    space = vae.scale_factor_spatial
+    height, width, space = options.height, options.width, vae.scale_factor_spatial
     check_size(height, width, multiple=space * math.lcm(*transformer.patch_size[1:]) * 2 ** (len(counts) - 1))
-    if num_frames < 1:
-        raise ValueError(f"num_frames must be at least 1, got {num_frames}")
-    if len(history_sizes) != 3:
-        raise ValueError(f"history_sizes must be three numbers (long, mid, short), got {list(history_sizes)}")
-    long, mid, recent = sorted(history_sizes, reverse=True)
-    memory = MemoryConfig(long=long, mid=mid, recent=recent, frames_per_chunk=num_latent_frames_per_chunk)
-    shape = (num_latent_frames_per_chunk, height // space, width // space, transformer.in_channels)
-    frames = (num_latent_frames_per_chunk - 1) * vae.scale_factor_temporal + 1
+    if (height, width) != tuple(variant.trained_size):
+        trained = " x ".join(map(str, variant.trained_size))
+        warnings.warn(
+            f"{height} x {width}: these weights were trained at {trained} only; expect worse videos", stacklevel=2
+        )
+    long, mid, recent = sorted(options.history_sizes, reverse=True)
+    chunk_latents = options.num_latent_frames_per_chunk
+    memory = MemoryConfig(
+        long=long,
+        mid=mid,
+        recent=recent,
+        anchor="second" if options.is_skip_first_chunk else "first",
+        frames_per_chunk=chunk_latents,
+    )
+    shape = (chunk_latents, height // space, width // space, transformer.in_channels)
+    frames = (chunk_latents - 1) * vae.scale_factor_temporal + 1
 
     def levels(counts: Sequence[int]) -> tuple[Level, ...]:
-        stand = zero_steps + 1 if variant.is_cfg_zero_star and guided and use_zero_init else 0
+        stand = options.zero_steps + 1 if variant.is_cfg_zero_star and guided and options.use_zero_init else 0
         tokens = math.prod(shape[:3]) // math.prod(transformer.patch_size)
         return make_levels(scheduler, variant, counts, tokens, stand)
 
+    every = levels(counts)
     return Plan(
-        num_frames=num_frames,
-        num_chunks=-(-num_frames // frames),
+        num_frames=options.num_frames,
+        num_chunks=None if options.num_frames is None else -(-options.num_frames // frames),
+        chunk_frames=frames,
         latent_shape=shape,
         memory=memory,
-        levels=levels(counts),
-        first_levels=levels([2 * n for n in counts] if is_amplify_first_chunk else counts),
+        levels=every,
+        first_levels=levels([2 * n for n in counts]) if options.is_amplify_first_chunk else every,
         guidance_scale=guidance_scale if guided else None,
         zero_star=variant.is_cfg_zero_star,
     )

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from flax import struct
 from jaxtyping import Array, Float
 
 from helios_jax.diffusion import solvers
@@ -28,51 +29,67 @@ Progress = Callable[[int, int], None]
 Chunk = TypeVar("Chunk")
 
 
+@struct.dataclass
+class Texts:
+    """Text that changes from chunk to chunk: `embeddings` [chunks, b, m, d] and, [chunks], where they are new ones."""
+
+    embeddings: Any
+    changed: Any
+
+
 @partial(jax.jit, static_argnames="memory")
 def generate(
     model: Transformer,
     history: History,
     noise: ChunkNoise,
     conditioning: Conditioning,
+    texts: Texts | None,
     levels: Sequence[Level],
     *,
     memory: MemoryConfig,
 ) -> tuple[History, Float[Array, "b t h w c"]]:
     """Chunks as one `lax.scan`: the latents without the history they began with, and the history after them.
 
-    `noise` has the chunks as the first dimension of its arrays.
+    `noise` has the chunks as the first dimension of its arrays. With `texts` the keys and values of `conditioning` are
+    replaced in every chunk whose text is a new one.
     """
 
-    def body(history, noise):
-        latents = denoise_chunk(model, history, noise, conditioning, levels, memory)
-        return push(history, latents), latents
+    def body(carry, chunk):
+        history, kv = carry
+        noise, text = chunk
+        if text is not None:
+            kv = jax.lax.cond(text.changed, lambda: model.text_kv(text.embeddings.astype(model.dtype)), lambda: kv)
+        now = conditioning if kv is None else conditioning.replace(text=kv)
+        latents = denoise_chunk(model, history, noise, now, levels, memory)
+        return (push(history, latents, memory), kv), latents
 
-    history, chunks = jax.lax.scan(body, history, noise)
+    # Text that stays is no part of the carry, which would be copied.
+    kv = None if texts is None else conditioning.text
+    (history, _), chunks = jax.lax.scan(body, (history, kv), (noise, texts))
     return history, rearrange(chunks, "k b t h w c -> b (k t) h w c")
 
 
 _step = jax.jit(denoise_step, static_argnames="memory")
 _enter = jax.jit(enter)
-_push = jax.jit(push)
+_push = jax.jit(push, static_argnums=2)
 
 
 def stream(
     model: Transformer,
     history: History,
-    chunks: Iterable[tuple[ChunkNoise, Sequence[Level]]],
-    conditioning: Conditioning,
+    chunks: Iterable[tuple[ChunkNoise, Sequence[Level], Conditioning]],
     *,
     memory: MemoryConfig,
     finish: Callable[[Array], Chunk],
     progress: Progress | None = None,
-) -> Iterator[Chunk]:
-    """Yields `finish(latents)` of each chunk; `chunks` gives its noise and its levels, and how many there are.
+) -> Iterator[tuple[Chunk, History]]:
+    """Yields `finish(latents)` of each chunk and the history after it; `chunks` gives noise, levels and text of each.
 
     A chunk is yielded once the next one has begun, so that the device works while the host handles frames.
     `progress(chunk, step)` is called when a step has been computed, steps counted over all levels.
     """
-    done: list[Chunk] = []
-    for chunk, (noise, levels) in enumerate(chunks):
+    done: list[tuple[Chunk, History]] = []
+    for chunk, (noise, levels, conditioning) in enumerate(chunks):
         sample = jax.tree.map(jnp.asarray, first_sample(noise, levels))
         count = 0
         for i, level in enumerate(levels):
@@ -88,8 +105,8 @@ def stream(
                     progress(chunk, count)
                 count += 1
             sample = state.sample
-        history = _push(history, sample)
-        done = [finish(sample)]
+        history = _push(history, sample, memory)
+        done = [(finish(sample), history)]
     yield from done
 
 

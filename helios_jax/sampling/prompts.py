@@ -1,0 +1,88 @@
+"""Which text speaks in which chunk: prompts that take over at a chunk, faded in by interpolated embeddings."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from helios_jax.sampling.config import Options, Switch
+
+# Prompts of a batch, one per video.
+Prompts = tuple[str, ...]
+# What a chunk's embedding is a sum of: prompts and their weights, which add up to 1.
+Mixture = tuple[tuple[Prompts, float], ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """`prompts` from `chunk` on, faded in over `crossfade` chunks."""
+
+    chunk: int
+    prompts: Prompts
+    crossfade: int = 0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Entries in the order of their chunks; the first one is there from the start."""
+
+    entries: tuple[Entry, ...]
+
+    def mixture(self, chunk: int) -> Mixture:
+        """The weights of `chunk`: those of the fade are linspace(0, 1, crossfade), upstream's rule.
+
+        So a fade over N chunks begins with a chunk of the text before and ends with one of the new text. A switch
+        during a fade fades from what was reached.
+        """
+        *before, last = (entry for entry in self.entries if entry.chunk <= chunk)
+        position = chunk - last.chunk
+        if not before or position >= last.crossfade:
+            return ((last.prompts, 1.0),)
+        weight = position / (last.crossfade - 1) if last.crossfade > 1 else 0.0
+        weights = {prompts: (1 - weight) * w for prompts, w in Schedule(tuple(before)).mixture(last.chunk - 1)}
+        weights[last.prompts] = weights.get(last.prompts, 0.0) + weight
+        return tuple((prompts, w) for prompts, w in weights.items() if w > 0)
+
+    def switch(self, entry: Entry) -> "Schedule":
+        """With `entry`; what was planned for its chunk or later is dropped."""
+        return Schedule((*(e for e in self.entries if e.chunk < entry.chunk), entry))
+
+    def prune(self, chunk: int) -> "Schedule":
+        """Without entries that no chunk from `chunk` on needs, so that a stream's schedule does not grow."""
+        if len(self.mixture(chunk)) > 1:
+            return self
+        past = [i for i, entry in enumerate(self.entries) if entry.chunk <= chunk]
+        last = self.entries[past[-1]]
+        if chunk - last.chunk < last.crossfade:  # the fade's first chunk is still the text before
+            return self
+        return Schedule((replace(last, crossfade=0), *self.entries[past[-1] + 1 :]))
+
+
+def make_schedule(prompts: Sequence[str], switches: Sequence[Switch], options: Options, chunk_frames: int) -> Schedule:
+    """The schedule of a call whose videos begin with `prompts` and all follow `switches`; a chunk is `chunk_frames`.
+
+    Raises ValueError for two switches in one chunk and for one after the video's end.
+    """
+    entries = [Entry(0, tuple(prompts))]
+    chunks = None if options.num_frames is None else -(-options.num_frames // chunk_frames)
+    for switch in switches:
+        if switch.chunk is None:
+            assert switch.seconds is not None
+            chunk, place = int(switch.seconds * options.fps) // chunk_frames, f"{switch.seconds} s"
+        else:
+            chunk, place = switch.chunk, f"chunk {switch.chunk}"
+        if chunks is not None and chunk >= chunks:
+            raise ValueError(
+                f"the switch to {switch.prompt!r} at {place} is past the end: num_frames {options.num_frames} is"
+                f" {chunks} chunks of {chunk_frames} frames, counted from 0; ask for more frames or switch sooner"
+            )
+        crossfade = options.interpolation_steps if switch.crossfade is None else switch.crossfade
+        entries.append(Entry(chunk, (switch.prompt,) * len(prompts), crossfade))
+    entries.sort(key=lambda entry: entry.chunk)
+    for one, other in itertools.pairwise(entries):
+        if one.chunk == other.chunk:
+            what = "the video begins with" if one.chunk == 0 else "another switch goes to"
+            raise ValueError(
+                f"the switch to {other.prompts[0]!r} falls into chunk {other.chunk}, where {what} {one.prompts[0]!r}:"
+                f" a chunk of {chunk_frames} frames has one prompt, so switch at least one chunk later"
+            )
+    return Schedule(tuple(entries))

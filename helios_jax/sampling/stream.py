@@ -1,0 +1,210 @@
+"""A video that is made chunk by chunk, may never end, changes its text on the way, and can be put away and resumed."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, Level
+from helios_jax.diffusion.memory import History
+from helios_jax.models.transformer import Transformer
+from helios_jax.sampling import sampler
+from helios_jax.sampling.config import Options
+from helios_jax.sampling.noise import Noise, SeededNoise, draw
+from helios_jax.sampling.plan import Plan
+from helios_jax.sampling.prompts import Entry, Schedule
+from helios_jax.sampling.text import Texts
+
+STATE_FORMAT = "helios_jax stream 1"
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything that a call's arguments decide: what a chunk is made from, and where to begin.
+
+    `first` chunks have been made already; `history` is what they left. `identity` says which checkpoint it was.
+    """
+
+    options: Options
+    plan: Plan
+    prompts: Schedule
+    texts: Texts
+    noise: Noise
+    history: History
+    identity: dict[str, Any]
+    first: int = 0
+
+    @property
+    def batch(self) -> int:
+        return len(self.prompts.entries[0].prompts)
+
+    def chunk_noise(self) -> ChunkNoise:
+        """The next chunk's noise."""
+
+        def normal(site: str, shape: tuple[int, ...]):
+            shape = (self.batch, *shape)
+            return jnp.asarray(draw(self.noise.normal(site, shape), shape, site))
+
+        latents = normal("latents", self.plan.latent_shape)
+        return ChunkNoise(latents, tuple(normal("block_noise", shape) for shape in self.plan.block_shapes()))
+
+    def levels(self, chunk: int) -> tuple[Level, ...]:
+        return self.plan.levels if chunk else self.plan.first_levels
+
+    def conditioning(self, text: Any) -> Conditioning:
+        scale = self.plan.guidance_scale
+        return Conditioning(text, None if scale is None else jnp.float32(scale), self.plan.zero_star)
+
+
+class Stream:
+    """An iterator of what `finish` makes of each chunk's latents, as numpy: `HeliosPipeline.stream` and `resume`.
+
+    The next chunk is under way while one is handled. A chunk that has begun keeps its text.
+    """
+
+    def __init__(
+        self,
+        transformer: Transformer,
+        call: Call,
+        finish: Callable[[Any], Any],
+        progress: sampler.Progress | None = None,
+    ):
+        self.call = call
+        self.plan = call.plan
+        self.chunk = call.first  # chunks yielded, over the whole video
+        self.latents: np.ndarray | None = None  # [b, t, h, w, c] of the chunk that was yielded last
+        self._prompts = call.prompts
+        self._begun = call.first
+        self._history = call.history
+        self._asked = {call.first: _asked(call.noise)}
+        self._chunks = sampler.stream(
+            transformer,
+            call.history,
+            self._inputs(),
+            memory=call.plan.memory,
+            finish=lambda latents: (latents, finish(latents)),
+            progress=None if progress is None else lambda chunk, step: progress(chunk + call.first, step),
+        )
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        """The next chunk; the last one ends where `num_frames` says."""
+        (latents, out), self._history = next(self._chunks)
+        out, self.latents = np.asarray(out), np.asarray(latents)
+        del self._asked[self.chunk]
+        left = None
+        if self.plan.num_frames is not None:
+            left = self.plan.num_frames - self.chunk * self.plan.chunk_frames
+        self.chunk += 1
+        self._prompts = self._prompts.prune(self.chunk)
+        if out.shape[1] == self.plan.chunk_frames and left is not None:
+            return out[:, :left]
+        return out
+
+    def set_prompt(self, prompt: str, crossfade: int | None = None) -> int:
+        """Every video of the batch follows `prompt` from the next chunk that has not begun; returns that chunk.
+
+        It fades in over `crossfade` chunks (by default the call's `interpolation_steps`), 0 changes at once. Later
+        switches that were planned are dropped.
+        """
+        if not prompt.strip():
+            raise ValueError("set_prompt needs a prompt, got an empty one")
+        crossfade = self.call.options.interpolation_steps if crossfade is None else crossfade
+        if crossfade < 0:
+            raise ValueError(f"crossfade must be at least 0 chunks, got {crossfade}")
+        entry = Entry(self._begun, (prompt,) * self.call.batch, crossfade if self._begun else 0)
+        self.call.texts.encode([entry.prompts])
+        self._prompts = self._prompts.switch(entry)
+        return entry.chunk
+
+    def save_state(self, path: str | os.PathLike) -> None:
+        """Writes what `HeliosPipeline.resume` goes on from, after the chunk that was yielded last; a few MB.
+
+        The file is whole or absent, whenever the process ends. Raises ValueError when the call's noise was not seeded.
+        """
+        asked = self._asked.get(self.chunk)
+        noise = self.call.noise
+        if asked is None and self._begun == self.chunk:
+            asked = _asked(noise)
+        if not isinstance(noise, SeededNoise) or asked is None:
+            raise ValueError("the state of a stream with noise= of its own cannot be saved: use seed= instead")
+        meta = {
+            "format": STATE_FORMAT,
+            "identity": self.call.identity,
+            "options": dataclasses.asdict(self.call.options),
+            "prompts": [dataclasses.asdict(entry) for entry in self._prompts.entries],
+            "negatives": self.call.texts.negatives,
+            "seeds": noise.seeds,
+            "asked": asked,
+            "chunk": self.chunk,
+        }
+        history = {name: np.asarray(getattr(self._history, name)) for name in _HISTORY}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        save_file(history, part, metadata={"state": json.dumps(meta)})
+        os.replace(part, path)
+
+    def _inputs(self) -> Iterator[tuple[ChunkNoise, tuple[Level, ...], Conditioning]]:
+        while self.plan.num_chunks is None or self._begun < self.plan.num_chunks:
+            chunk = self._begun
+            text = self.call.texts.kv(self._prompts.mixture(chunk))
+            noise = self.call.chunk_noise()
+            self._begun += 1
+            self._asked[self._begun] = _asked(self.call.noise)
+            yield noise, self.call.levels(chunk), self.call.conditioning(text)
+
+
+@dataclass(frozen=True)
+class State:
+    """What `Stream.save_state` wrote."""
+
+    identity: dict[str, Any]
+    options: Options
+    prompts: Schedule
+    negatives: tuple[str, ...]
+    noise: SeededNoise
+    history: History
+    chunk: int
+
+
+def read_state(path: str | os.PathLike) -> State:
+    """Raises ValueError, in one line, for a file that is missing, broken or of another kind."""
+    path = Path(path)
+    try:
+        with safe_open(path, "numpy") as file:
+            meta = json.loads((file.metadata() or {}).get("state", "{}"))
+            if meta.get("format") != STATE_FORMAT:
+                raise ValueError(f"{path}: not the state of a stream; name a file that save_state wrote")
+            history = History(**{name: jnp.asarray(file.get_tensor(name)) for name in _HISTORY})
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; name a file that save_state wrote") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not the state of a stream ({error}); name a file that save_state wrote") from None
+    entries = tuple(Entry(e["chunk"], tuple(e["prompts"]), e["crossfade"]) for e in meta["prompts"])
+    return State(
+        identity=meta["identity"],
+        options=Options(**meta["options"]),
+        prompts=Schedule(entries),
+        negatives=tuple(meta["negatives"]),
+        noise=SeededNoise(*meta["seeds"], asked=meta["asked"]),
+        history=history,
+        chunk=meta["chunk"],
+    )
+
+
+_HISTORY = [field.name for field in dataclasses.fields(History)]
+
+
+def _asked(noise: Noise) -> dict[str, int] | None:
+    return noise.asked() if isinstance(noise, SeededNoise) else None

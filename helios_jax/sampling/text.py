@@ -1,0 +1,75 @@
+"""Prompts to what the transformer attends to: each text is encoded once, keys and values once per text in a row."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from helios_jax.models import text as umt5
+from helios_jax.models.text import UMT5Encoder
+from helios_jax.models.tokenizer import Tokenizer
+from helios_jax.models.transformer import Transformer
+from helios_jax.sampling.prompts import Mixture, Prompts
+
+
+@jax.jit
+def encode_text(encoder: UMT5Encoder, ids: Array, mask: Array) -> Array:
+    return umt5.encode(encoder, ids, mask)
+
+
+@jax.jit
+def text_kv(transformer: Transformer, embeddings: Array) -> Any:
+    return transformer.text_kv(embeddings.astype(transformer.dtype))
+
+
+def encode_prompts(
+    encoder: UMT5Encoder, tokenizer: Tokenizer, prompts: Sequence[str], max_sequence_length: int | None
+) -> Array:
+    """Text embeddings [b, m, d], zero past each prompt's end; `max_sequence_length` is by default the tokenizer's."""
+    length = min(512, tokenizer.max_length) if max_sequence_length is None else max_sequence_length
+    if length < 1:
+        raise ValueError(f"max_sequence_length must be at least 1, got {length}")
+    ids, mask = tokenizer(list(prompts), length)
+    return encode_text(encoder, jnp.asarray(ids), jnp.asarray(mask))
+
+
+class Texts:
+    """The texts of one call. `negatives` are one per video, or empty without guidance."""
+
+    def __init__(self, embed: Callable[[Sequence[str]], Array], transformer: Transformer, negatives: Sequence[str]):
+        self.negatives = tuple(negatives)
+        self._embed = embed
+        self._transformer = transformer
+        self._known: dict[Prompts, Array] = {}
+        self._last: tuple[Mixture, Any] | None = None
+
+    def encode(self, batches: Sequence[Prompts]) -> None:
+        """Encodes all that are not known yet; a batch is one prompt per video."""
+        for prompts in batches:
+            if prompts not in self._known:
+                self._known[prompts] = self._embed(prompts)
+        if self.negatives and self.negatives not in self._known:
+            self._known[self.negatives] = self._embed(self.negatives)
+
+    def forget(self, batches: Sequence[Prompts]) -> None:
+        """Keeps `batches` and the negative prompts only."""
+        keep = {*batches, self.negatives}
+        self._known = {prompts: value for prompts, value in self._known.items() if prompts in keep}
+
+    def embeddings(self, mixture: Mixture) -> Array:
+        """[b, m, d] of the weighted prompts, then of the negative prompts."""
+        self.encode([prompts for prompts, _ in mixture])
+        (prompts, weight), *rest = mixture
+        out = self._known[prompts] if weight == 1.0 else weight * self._known[prompts]
+        for prompts, weight in rest:
+            out = out + weight * self._known[prompts]
+        return jnp.concatenate([out, self._known[self.negatives]]) if self.negatives else out
+
+    def kv(self, mixture: Mixture) -> Any:
+        """Keys and values of `embeddings(mixture)`; those of the mixture that was asked for last are kept."""
+        if self._last is None or self._last[0] != mixture:
+            self._last = None  # room for the new ones
+            self._last = (mixture, text_kv(self._transformer, self.embeddings(mixture)))
+        return self._last[1]
