@@ -45,7 +45,7 @@ def generate(
 
     def body(history, noise):
         latents = denoise_chunk(model, history, noise, conditioning, levels, memory)
-        return push(history, latents), latents
+        return push(history, latents, memory), latents
 
     history, chunks = jax.lax.scan(body, history, noise)
     return history, rearrange(chunks, "k b t h w c -> b (k t) h w c")
@@ -53,7 +53,7 @@ def generate(
 
 _step = jax.jit(denoise_step, static_argnames="memory")
 _enter = jax.jit(enter)
-_push = jax.jit(push)
+_push = jax.jit(push, static_argnames="config")
 
 
 def stream(
@@ -88,7 +88,7 @@ def stream(
                     progress(chunk, count)
                 count += 1
             sample = state.sample
-        history = _push(history, sample)
+        history = _push(history, sample, config=memory)
         done = [finish(sample)]
     yield from done
 
