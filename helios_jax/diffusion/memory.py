@@ -14,14 +14,16 @@ from helios_jax.models.transformer import FrameIndices, HistoryLatents
 class MemoryConfig:
     """The history window in latent frames (paper section 3.2), from far to near.
 
-    `anchor="first"` keeps the video's first latent frame in the window for ever, None does not. Positions are
-    "relative" (frame indices never grow; the released models) or "absolute" (they count from the video's start).
+    `anchor="first"` keeps the video's first latent frame in the window for ever, None does not; "second" does, and
+    replaces it, even that of an input image or video, by the first frame of the second generated chunk (diffusers'
+    `is_skip_first_chunk`). Positions are "relative" (frame indices never grow; the released models) or "absolute"
+    (they count from the video's start).
     """
 
     long: int = 16
     mid: int = 2
     recent: int = 1
-    anchor: Literal["first"] | None = "first"
+    anchor: Literal["first", "second"] | None = "first"
     frames_per_chunk: int = 9
     positions: Literal["relative", "absolute"] = "relative"
 
@@ -59,12 +61,18 @@ def empty(config: MemoryConfig, batch: int, height: int, width: int, channels: i
     )
 
 
-def push(history: History, latents: Float[Array, "b t h w c"]) -> History:
-    """The history after a chunk. The first chunk's first frame becomes the anchor unless one is known."""
+def push(history: History, latents: Float[Array, "b t h w c"], config: MemoryConfig) -> History:
+    """The history after a chunk. The first chunk's first frame becomes the anchor unless one is known.
+
+    With `config.anchor="second"` that of the second generated chunk then takes its place, in any case.
+    """
     frames = history.latents.shape[1]
+    keep = history.anchored
+    if config.anchor == "second":
+        keep = keep & (jnp.reshape(history.chunk, (-1, 1, 1, 1, 1)) != 1)
     return History(
         latents=jnp.concatenate([history.latents, latents], 1)[:, -frames:],
-        anchor=jnp.where(history.anchored, history.anchor, latents[:, :1]),
+        anchor=jnp.where(keep, history.anchor, latents[:, :1]),
         anchored=jnp.asarray(True),
         chunk=history.chunk + 1,
     )

@@ -337,7 +337,7 @@ class HeliosPipeline:
             conditioning = call.conditioning(call.texts.kv(mixtures[begin]))
             texts = None
             if len(set(mixtures[begin:end])) > 1:
-                texts = sampler.Texts(
+                texts = sampler.TextChanges(
                     jnp.stack([call.texts.embeddings(mixture) for mixture in mixtures[begin:end]]),
                     jnp.array([i > begin and mixtures[i] != mixtures[i - 1] for i in range(begin, end)]),
                 )

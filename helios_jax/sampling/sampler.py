@@ -30,7 +30,7 @@ Chunk = TypeVar("Chunk")
 
 
 @struct.dataclass
-class Texts:
+class TextChanges:
     """Text that changes from chunk to chunk: `embeddings` [chunks, b, m, d] and, [chunks], where they are new ones."""
 
     embeddings: Any
@@ -43,7 +43,7 @@ def generate(
     history: History,
     noise: ChunkNoise,
     conditioning: Conditioning,
-    texts: Texts | None,
+    texts: TextChanges | None,
     levels: Sequence[Level],
     *,
     memory: MemoryConfig,

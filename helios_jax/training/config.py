@@ -155,6 +155,7 @@ class FlowConfig:
 
     def __post_init__(self):
         _require(self.logit_std > 0, f"logit_std must be above 0, got {self.logit_std}")
+        _require(self.memory.anchor != "second", "memory.anchor must be first or null: second is for sampling only")
         _require(0 <= self.text_drop < 1, f"text_drop must lie in [0, 1), got {self.text_drop}")
 
 
