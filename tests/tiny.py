@@ -14,6 +14,7 @@ from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
 from helios_jax.pretrained import file_entries, from_arrays
 from helios_jax.sampling.pipeline import HeliosPipeline
+from helios_jax.sampling.plan import Variant
 
 TOKENIZER = Path(helios_jax.__file__).parent / "assets" / "toy" / "tokenizer"
 TRANSFORMER = TransformerConfig(
@@ -57,6 +58,7 @@ def pipeline(seed: int = 0) -> HeliosPipeline:
         draw(nnx.eval_shape(lambda: UMT5Encoder(text, rngs=nnx.Rngs(0))), rng),
         tokenizer,
         SchedulerConfig(stages=1, stage_range=(0.0, 1.0), use_dynamic_shifting=True),
+        Variant(trained_size=(32, 48)),
     )
 
 

@@ -70,7 +70,7 @@ class Options:
     zero_steps: int = 1
     is_amplify_first_chunk: bool = False
     is_skip_first_chunk: bool = False
-    history_sizes: tuple[int, int, int] = (16, 2, 1)
+    history_sizes: tuple[int, ...] = (16, 2, 1)
     num_latent_frames_per_chunk: int = 9
     max_sequence_length: int | None = None
     add_noise_to_image_latents: bool = True

@@ -123,7 +123,7 @@ class HeliosPipeline:
         video: Any = None,
         height: int = 384,
         width: int = 640,
-        num_frames: int = 132,
+        num_frames: int | None = 132,
         num_inference_steps: int | None = None,
         pyramid_num_inference_steps_list: Sequence[int] | None = None,
         guidance_scale: float | None = None,
@@ -179,7 +179,7 @@ class HeliosPipeline:
             zero_steps=zero_steps,
             is_amplify_first_chunk=is_amplify_first_chunk,
             is_skip_first_chunk=is_skip_first_chunk,
-            history_sizes=tuple(history_sizes),  # pyright: ignore[reportArgumentType]
+            history_sizes=tuple(history_sizes),
             num_latent_frames_per_chunk=num_latent_frames_per_chunk,
             max_sequence_length=max_sequence_length,
             add_noise_to_image_latents=add_noise_to_image_latents,

@@ -107,6 +107,7 @@ class Stream:
             left = self.plan.num_frames - self.chunk * self.plan.chunk_frames
         self.chunk += 1
         self._prompts = self._prompts.prune(self.chunk)
+        self.call.texts.forget([entry.prompts for entry in self._prompts.entries])
         if out.shape[1] == self.plan.chunk_frames and left is not None:
             return out[:, :left]
         return out
@@ -194,7 +195,7 @@ def read_state(path: str | os.PathLike) -> State:
     entries = tuple(Entry(e["chunk"], tuple(e["prompts"]), e["crossfade"]) for e in meta["prompts"])
     return State(
         identity=meta["identity"],
-        options=Options(**meta["options"]),
+        options=Options(**(meta["options"] | {"history_sizes": tuple(meta["options"]["history_sizes"])})),
         prompts=Schedule(entries),
         negatives=tuple(meta["negatives"]),
         noise=SeededNoise(*meta["seeds"], asked=meta["asked"]),

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from helios_jax.sampling.noise import SeededNoise
-from helios_jax.sampling.plan import make_plan
 from tests import tiny
 
 SMALL = {"height": 32, "width": 48, "num_inference_steps": 3, "num_latent_frames_per_chunk": 3}
@@ -18,10 +17,8 @@ def pipe():
 
 
 def stream(pipe, num_frames: int, progress=None, **options):
-    settings = {**SMALL, "num_frames": num_frames, "guidance_scale": 3.0, **options}
-    plan = make_plan(pipe.transformer.config, pipe.vae.config, pipe.scheduler, pipe.variant, **settings)
-    run = pipe.prepare(["a red plus"], ["a bar"], plan, seed=5)
-    return list(pipe.stream(run, progress))
+    settings = {**SMALL, "num_frames": num_frames, "guidance_scale": 3.0, "seed": 5, **options}
+    return list(pipe.stream("a red plus", "a bar", progress=progress, **settings))
 
 
 def call(pipe, num_frames: int, **options):
