@@ -6,12 +6,14 @@ decoder would by default fill in what is missing.
 
 import math
 import os
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
 
 import av
 import numpy as np
+from av.stream import Disposition
 from jaxtyping import UInt8
 
 CODEC, SUFFIX = "libx264", ".mp4"
@@ -19,6 +21,7 @@ CODEC, SUFFIX = "libx264", ".mp4"
 CONTAINER_OPTIONS = {"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
 # zerolatency: the encoder gives back each frame at once instead of looking ahead.
 CODEC_OPTIONS = {"crf": "17", "preset": "veryfast", "tune": "zerolatency"}
+ROUNDING = 1e-3  # seconds: many containers keep times in milliseconds
 
 
 class VideoWriter:
@@ -80,46 +83,89 @@ class VideoWriter:
         self.close()
 
 
-def read_video(path: str | os.PathLike) -> tuple[UInt8[np.ndarray, "t h w 3"], float]:
-    """All RGB frames of a file's first video stream, and its frames a second.
+def read_video(path: str | os.PathLike, fps: float | None = None) -> tuple[UInt8[np.ndarray, "t h w 3"], float]:
+    """All RGB frames of a file's first video stream, upright, and its frames a second.
 
-    Raises FileNotFoundError for a missing file and ValueError, in one line, for a file without a video stream and
-    for one that is damaged: data that does not decode, or fewer frames than it declares. (Changed bits that still
-    decode cannot be noticed: H.264 has no checksum.)
+    With `fps` it is read at that rate: of every instant 0, 1 / fps, ... the frame shown nearest to it.
+
+    Raises FileNotFoundError for a missing file and ValueError, in one line, for a rate that is not positive, for a
+    file without a video stream and for one that is damaged: data that does not decode, or fewer frames than it
+    declares. (Changed bits that still decode cannot be noticed: H.264 has no checksum.)
     """
-    path = Path(path)
+    frames = list(_at_rate(path, fps))
+    return np.stack([frame for frame, _ in frames]), frames[-1][1]
+
+
+def iterate_video(path: str | os.PathLike, fps: float | None = None) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """The frames of `read_video` one by one, for files that are too long for memory; raises what it raises."""
+    return (frame for frame, _ in _at_rate(path, fps))
+
+
+def _at_rate(path: str | os.PathLike, fps: float | None) -> Iterator[tuple[np.ndarray, float]]:
+    """Frames and their rate."""
+    if fps is None:
+        for frame, _, rate in _decode(Path(path)):
+            yield _upright(frame), rate
+        return
+    if not (math.isfinite(fps) and fps > 0):
+        raise ValueError(f"{path}: {fps} frames a second; the rate must be positive, such as 24")
+    last, shown, tick, rate = None, 0.0, 0, 0.0
+    for frame, time, rate in _decode(Path(path)):
+        if not rate:
+            raise ValueError(f"{path}: names no rate of its own; read all of its frames, without fps")
+        # Halfway between two frames it is the earlier one, whatever the rounding.
+        while last is not None and tick / fps <= (shown + time) / 2 + ROUNDING:
+            yield _upright(last), float(fps)
+            tick += 1
+        last, shown = frame, time
+    while last is not None and (tick == 0 or tick / fps < shown + 1 / rate - ROUNDING):
+        yield _upright(last), float(fps)
+        tick += 1
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """RGB as it is meant to be seen: phones store how they were held beside the picture."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+
+
+def _decode(path: Path) -> Iterator[tuple[av.VideoFrame, float, float]]:
+    """Each frame, the second it is shown at (the first at 0), and the average rate, 0 when the file has none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; name a video file, such as clip{SUFFIX}")
-    frames = []
+    count, size, start, declared = 0, None, None, 0
     try:
         with av.open(str(path), options={"err_detect": "explode"}) as container:
-            if not container.streams.video:
-                kinds = sorted({stream.type for stream in container.streams})
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not streams:
+                kinds = sorted({stream.type for stream in container.streams} - {"video"})
                 holds = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
                 raise ValueError(f"{path}: holds no video, {holds}; name a file with a video stream")
-            stream = container.streams.video[0]
+            stream = streams[0]
             # By default a decoder guesses what is missing, and the damage looks like content.
             stream.codec_context.options = {"err_detect": "explode"}
             stream.thread_type = "AUTO"
-            rate = stream.average_rate or stream.guessed_rate
+            rate = float(stream.average_rate or stream.guessed_rate or 0)
             declared = stream.frames
             # A file in fragments declares only how long it is.
-            if not declared and stream.duration and stream.time_base and rate:
-                declared = round(stream.duration * stream.time_base * rate)
+            if not declared and stream.duration and stream.time_base:
+                declared = round(float(stream.duration * stream.time_base) * rate)
             for frame in container.decode(stream):
                 if frame.is_corrupt:
-                    raise ValueError(f"{path}: frame {len(frames)} is damaged; copy or encode the file again")
-                frames.append(frame.to_ndarray(format="rgb24"))
+                    raise ValueError(f"{path}: frame {count} is damaged; copy or encode the file again")
+                if size not in (None, (frame.height, frame.width)):
+                    raise ValueError(f"{path}: its frames change size; encode it again at one size")
+                size = frame.height, frame.width
+                time = frame.time if frame.time is not None else count / rate if rate else 0.0
+                start = time if start is None else start
+                yield frame, time - start, rate
+                count += 1
     except av.FFmpegError as error:
-        place = f"after {len(frames)} frames" if frames else "as video"
+        place = f"after {count} frames" if count else "as video"
         raise ValueError(f"{path}: does not decode {place} ({error.strerror}); copy or encode the file again") from None
-    if not frames or len(frames) < declared:
+    if not count or count < declared:
         raise ValueError(
-            f"{path}: {len(frames)} frames decode of {declared or 'at least 1'} declared; copy or encode the file again"
+            f"{path}: {count} frames decode of {declared or 'at least 1'} declared; copy or encode the file again"
         )
-    if len({frame.shape for frame in frames}) > 1:
-        raise ValueError(f"{path}: its frames change size; encode it again at one size")
-    return np.stack(frames), float(rate or 0)
 
 
 def _check_writable(path: Path) -> None:

@@ -2,17 +2,20 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 import wave
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helios_jax.data import toy
-from helios_jax.data.video import VideoWriter, read_video
+from helios_jax.data.video import VideoWriter, iterate_video, read_video
 
 FRAMES = toy.render(toy.sample_scene(1, "train"), 33)
 
@@ -154,6 +157,94 @@ def test_what_holds_no_video_is_refused_in_one_line(tmp_path):
     with VideoWriter(tmp_path / "none.mp4", 24, 64, 64):
         pass
     assert not (tmp_path / "none.mp4").exists()
+
+
+def sound(path: Path, codec: str, *, cover: bool):
+    """A file of sound only; `cover`: with the picture of a record's sleeve, which containers keep as a video stream."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=44100)
+        if cover:
+            picture = file.add_stream("mjpeg")
+            picture.width, picture.height, picture.pix_fmt = 64, 64, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+            image = av.VideoFrame.from_ndarray(FRAMES[0], format="rgb24").reformat(format="yuvj420p")
+            file.mux(picture.encode(image))
+            file.mux(picture.encode(None))
+        for i in range(20):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44100, 1024 * i
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(("name", "codec", "cover"), [("a.mp4", "aac", False), ("a.mp3", "mp3", True)])
+def test_sound_is_no_video(tmp_path, name, codec, cover):
+    sound(tmp_path / name, codec, cover=cover)
+    with pytest.raises(ValueError, match="holds no video, only audio; name a file with a video stream") as error:
+        read_video(tmp_path / name)
+    assert str(error.value).startswith(str(tmp_path / name))
+
+
+def ramp(path: Path, times: list[float], step: int = 8) -> Path:
+    """A video whose frame i has the level step * i and is shown from times[i] on, in seconds."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=1000, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv444p"
+        for i, time in enumerate(times):
+            level = np.full((16, 16, 3), step * i, np.uint8)
+            frame = av.VideoFrame.from_ndarray(level, format="rgb24").reformat(format="yuv444p")
+            frame.pts = round(1000 * time)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return path
+
+
+def shown(path: Path, fps: float | None) -> list[int]:
+    """The numbers of the frames of `ramp` that are read."""
+    frames, rate = read_video(path, fps)
+    assert fps is None or rate == fps
+    return [round(frame.mean() / 8) for frame in frames]
+
+
+def test_a_rate_picks_the_nearest_frames(tmp_path):
+    path = ramp(tmp_path / "a.mp4", [i / 30 for i in range(30)])
+    assert shown(path, None) == shown(path, 30) == list(range(30))
+    assert shown(path, 15) == list(range(0, 30, 2))
+    assert shown(path, 60) == [i for i in range(30) for _ in range(2)]
+    assert shown(path, 24) == [round(i * 30 / 24 - 1e-3) for i in range(24)]
+    assert shown(path, 0.01) == [0]
+    # Frames at uneven times, as phones and screen recorders write them: what counts is when a frame is shown.
+    uneven = ramp(tmp_path / "b.mp4", [1.0, 1.1, 1.2, 1.9, 2.0])
+    assert shown(uneven, 10)[:10] == [0, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+    for fps in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="the rate must be positive, such as 24"):
+            read_video(path, fps)
+
+
+def test_frames_come_one_by_one_too(tmp_path):
+    path = ramp(tmp_path / "a.mp4", [i / 30 for i in range(12)])
+    for fps in (None, 24):
+        np.testing.assert_array_equal(np.stack(list(iterate_video(path, fps))), read_video(path, fps)[0])
+    frames = iterate_video(path)
+    next(frames)
+    frames.close()  # nothing is left open
+    (tmp_path / "b.mp4").write_bytes(path.read_bytes()[:-1500])
+    with pytest.raises(ValueError, match=r"b\.mp4"):
+        list(iterate_video(tmp_path / "b.mp4", 24))
+
+
+def test_a_phone_held_upright_gives_upright_frames(tmp_path):
+    frames = np.zeros((4, 32, 64, 3), np.uint8)
+    frames[:, :8] = 250
+    data = bytearray(write(tmp_path / "a.mp4", frames).read_bytes())
+    # The matrix of the track (ISO 14496-12, 8.3.2): (x, y) -> (32 - y, x), a quarter turn clockwise.
+    matrix = data.index(b"tkhd") + 44
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
+    (tmp_path / "b.mp4").write_bytes(data)
+    got, _ = read_video(tmp_path / "b.mp4")
+    assert got.shape == (4, 64, 32, 3)
+    assert got[:, :, 26:].min() > 200  # what was on top is on the right
+    assert got[:, :, :22].max() < 50
 
 
 def fragments(data):

@@ -1,0 +1,62 @@
+"""Image files and images at another size."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+# What Pillow raises for files that begin well.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
+    """The RGB picture in a file, upright, without its alpha channel (diffusers' `load_image`); the first of several.
+
+    Raises FileNotFoundError for a missing file and ValueError, in one line, for one that is damaged or no image.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; name an image file, such as photo.png")
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: is no image that can be read; name a PNG or JPEG file") from None
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        EOFError,
+        Image.DecompressionBombError,
+    ) as error:  # Pillow raises them all
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: does not decode ({reason}); copy or save the image again") from None
+    return np.asarray(to_rgb(upright, str(path)))
+
+
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """8-bit RGB, an alpha channel dropped; 16-bit grey is scaled, where Pillow would make it white.
+
+    Raises ValueError, in one line that begins with `name`, for pixels without a known range.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{name}: its pixels are 32-bit numbers without a known range; save it with 8 or 16 bits")
+    return image.convert("RGB")
+
+
+def resize(
+    image: UInt8[np.ndarray, "h w 3"] | Float[np.ndarray, "h w 3"], height: int, width: int
+) -> Float[np.ndarray, "height width 3"]:
+    """Lanczos to a size, whatever the proportions, as diffusers does with PIL images; values in [0, 1].
+
+    uint8 pixels are resized as Pillow does, with integers. Floats in [0, 1] are resized in float32.
+    """
+    size, how = (width, height), Image.Resampling.LANCZOS
+    if image.dtype == np.uint8:
+        return np.asarray(Image.fromarray(image).resize(size, how), np.float32) / np.float32(255)
+    channels = [Image.fromarray(np.ascontiguousarray(image[..., i], np.float32)).resize(size, how) for i in range(3)]
+    return np.stack([np.asarray(channel) for channel in channels], -1).clip(0, 1)

@@ -1,0 +1,305 @@
+"""What a video begins with: an image or a video as the history of the first chunk (image to video, video to video).
+
+The host part (`prepare_images`, `prepare_videos`) reads, checks and resizes, and needs no weights; the device part
+(`from_image`, `from_video`) encodes and adds noise, with the draws of diffusers' Helios pipelines in their order.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from PIL import Image
+
+from helios_jax.data.image import read_image, resize, to_rgb
+from helios_jax.data.video import iterate_video
+from helios_jax.diffusion.memory import History, MemoryConfig, empty
+from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
+from helios_jax.sampling.noise import Noise, draw
+
+ImageInput = Image.Image | np.ndarray | str | os.PathLike
+Posterior = Sequence[Array]  # mean and standard deviation [n, t, h, w, c]
+Drawn = TypeVar("Drawn")
+VideoInput = Sequence[Image.Image | np.ndarray] | np.ndarray | str | os.PathLike
+
+
+@dataclass(frozen=True)
+class ContextConfig:
+    """How much noise the given frames get, in the names of diffusers' Helios pipelines.
+
+    A frame becomes sigma * noise + (1 - sigma) * latent, sigma uniform between two bounds. As in diffusers the image
+    sigmas are those of the anchor, be it the image or a video's first frame; all else takes the video sigmas, an
+    image's repetition included.
+    """
+
+    add_noise_to_image_latents: bool = True
+    image_noise_sigma_min: float = 0.111
+    image_noise_sigma_max: float = 0.135
+    add_noise_to_video_latents: bool = True
+    video_noise_sigma_min: float = 0.111
+    video_noise_sigma_max: float = 0.135
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in {"image": self.image_sigmas, "video": self.video_sigmas}.items():
+            if not 0 <= low <= high <= 1:
+                raise ValueError(
+                    f"{name}_noise_sigma_min must be from 0 to {name}_noise_sigma_max, and that at most 1,"
+                    f" got {low} and {high}"
+                )
+
+    @property
+    def image_sigmas(self) -> tuple[float, float]:
+        return self.image_noise_sigma_min, self.image_noise_sigma_max
+
+    @property
+    def video_sigmas(self) -> tuple[float, float]:
+        return self.video_noise_sigma_min, self.video_noise_sigma_max
+
+
+def preprocess_image(image: ImageInput, height: int, width: int) -> Float[np.ndarray, "1 h w 3"]:
+    """An image as the VAE takes it: one RGB frame in [-1, 1] of the size asked for, its proportions not kept.
+
+    `image` is a file (upright by its EXIF data), a PIL image (as it is), or an array [h, w, 3], uint8 or floats in
+    [0, 1]. Every kind is resized by Lanczos. With PIL images that is what diffusers' `VideoProcessor` does, bit for
+    bit; of arrays it takes the nearest pixels, which aliases, and it does not scale uint8: there we differ.
+
+    Raises ValueError or FileNotFoundError, in one line, for anything else.
+    """
+    return _preprocess([image], height, width, "image")
+
+
+def preprocess_video(
+    video: VideoInput, height: int, width: int, fps: float | None = None
+) -> Float[np.ndarray, "t h w 3"]:
+    """Every frame of a video by the rules of `preprocess_image`.
+
+    `video` is a file, a sequence of PIL images or of arrays [h, w, 3], or one array [t, h, w, 3]. `fps` is the rate
+    that a file is read at (`helios_jax.data.video.read_video`), by default its own.
+    """
+    return _preprocess(_frames(video, fps, "video"), height, width, "video")
+
+
+def prepare_images(
+    image: ImageInput | Sequence[ImageInput], batch: int, height: int, width: int
+) -> Float[np.ndarray, "n 1 h w 3"]:
+    """One image for all of a batch (n is 1), or a sequence or an array [n, h, w, 3] of one each (n is `batch`)."""
+    many = _is_list(image) or (isinstance(image, np.ndarray) and image.ndim == 4)
+    images: Any = image if many else [image]
+    _check_count("image", len(images), batch)
+    return np.stack([_preprocess([x], height, width, f"image {i}" if many else "image") for i, x in enumerate(images)])
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What of n videos reaches the memory, in [-1, 1]: the first frame [n, 1, h, w, 3] and the last chunks
+    [n, t, h, w, 3]; and how many whole chunks the videos have."""
+
+    first: np.ndarray
+    tail: np.ndarray
+    num_chunks: int
+
+
+def prepare_videos(
+    video: VideoInput | Sequence[VideoInput],
+    batch: int,
+    height: int,
+    width: int,
+    memory: MemoryConfig,
+    vae: VAEConfig,
+    fps: float | None = None,
+) -> Clip:
+    """One video for all of a batch (n is 1), or a sequence or an array [n, t, h, w, 3] of one each (n is `batch`).
+
+    A list of images is one video, a list of files is as many. However long a file is, only what reaches the memory is
+    held, and resized. `fps` as in `preprocess_video`.
+
+    Raises ValueError or FileNotFoundError, in one line, for what cannot be read and for less than a chunk of frames.
+    """
+    many = (_is_list(video) and len(video) > 0 and not _is_frame(video[0])) or (
+        isinstance(video, np.ndarray) and video.ndim == 5
+    )
+    videos: Any = video if many else [video]
+    _check_count("video", len(videos), batch)
+    frames = _chunk_frames(memory, vae)
+    keep = frames * -(-memory.frames // memory.frames_per_chunk)
+    firsts, tails, counts = [], [], []
+    for i, one in enumerate(videos):
+        name = str(one) if _is_path(one) else f"video {i}" if many else "video"
+        first, last, count = _ends(_frames(one, fps, name), keep)
+        if count < frames:
+            rate = "" if fps is None else f" at {fps:g} frames a second"
+            raise ValueError(f"{name}: {count} frames{rate}, fewer than the {frames} of a chunk; give a longer video")
+        last = last[len(last) % frames :]  # whole chunks, counted from the end
+        firsts.append(_preprocess([first], height, width, f"the first frame of {name}"))
+        tails.append(_preprocess(last, height, width, f"a frame of {name}"))
+        counts.append(count)
+    if len(set(counts)) > 1:
+        raise ValueError(f"videos of one batch must be equally long, got {counts} frames; cut them, or make them apart")
+    return Clip(np.stack(firsts), np.stack(tails), counts[0] // frames)
+
+
+def from_image(
+    vae: AutoencoderKLWan,
+    pixels: Float[np.ndarray, "n 1 h w 3"],
+    memory: MemoryConfig,
+    config: ContextConfig,
+    noise: Noise,
+    batch: int | None = None,
+) -> History:
+    """The image as the anchor; the last latent of a chunk in which it stands still as the newest frame; zeros else.
+
+    `pixels` are `prepare_images`'. One image serves `batch` videos, with random draws for each.
+    """
+    posterior = _encode_still(vae, pixels, memory)
+    shape = (batch or len(pixels), *posterior[0].shape[1:])
+    one = (shape[0], 1, *shape[2:])
+    anchor = _sample(vae, [x[:, :1] for x in posterior], _normal(noise, "image_posterior", one))
+    recent = _sample(vae, posterior, _normal(noise, "fake_image_posterior", shape))[:, -1:]
+    if config.add_noise_to_image_latents:
+        anchor = _mix(anchor, *_draw_noise(noise, "image", one, *config.image_sigmas))
+        recent = _mix(recent, *_draw_noise(noise, "fake_image", one, *config.video_sigmas))
+    return _history(memory, anchor, recent)
+
+
+def from_video(
+    vae: AutoencoderKLWan,
+    clip: Clip,
+    memory: MemoryConfig,
+    config: ContextConfig,
+    noise: Noise,
+    batch: int | None = None,
+) -> History:
+    """The video's first frame as the anchor, its last latents as the history, zeros before them if they are few.
+
+    The video is cut into chunks from its end, what is left at its beginning is dropped. `clip` is `prepare_videos`'.
+    One video serves `batch` videos, with random draws for each.
+    """
+    posterior = _encode_still(vae, clip.first, memory)
+    shape = (batch or len(clip.first), *posterior[0].shape[1:])
+    one = (shape[0], 1, *shape[2:])
+    anchor = _sample(vae, [x[:, :1] for x in posterior], _normal(noise, "first_frame_posterior", one))
+    parts = np.split(clip.tail, clip.tail.shape[1] // _chunk_frames(memory, vae.config), axis=1)
+
+    def last(draws: Iterable[Drawn]) -> Iterable[Drawn]:
+        """Chunks that do not reach the memory have their draws, as in diffusers, but are not encoded."""
+        return deque(draws, maxlen=len(parts))
+
+    draws = last(_normal(noise, "video_posterior", shape) for _ in range(clip.num_chunks))
+    chunks = [_sample(vae, _posterior(vae, jnp.asarray(part)), z) for part, z in zip(parts, draws)]
+    if config.add_noise_to_video_latents:
+        anchor = _mix(anchor, *_draw_noise(noise, "first_frame", one, *config.image_sigmas))
+        draws = last(_draw_noise(noise, "video", shape, *config.video_sigmas) for _ in range(clip.num_chunks))
+        chunks = [_mix(chunk, *drawn) for chunk, drawn in zip(chunks, draws)]
+    return _history(memory, anchor, jnp.concatenate(chunks, 1))
+
+
+@jax.jit
+def _posterior(vae: AutoencoderKLWan, pixels: Float[Array, "n t h w 3"]) -> Posterior:
+    """The one program that encodes: a chunk's mean and standard deviation, in float32."""
+    mean, logvar = vae.encode(pixels.astype(vae.quant_conv.weight.dtype))
+    return mean.astype(jnp.float32), jnp.exp(0.5 * logvar.astype(jnp.float32))
+
+
+def _encode_still(vae: AutoencoderKLWan, pixels: Float[np.ndarray, "n 1 h w 3"], memory: MemoryConfig) -> Posterior:
+    """A chunk that repeats one frame. The VAE is causal: the first latent is that of the frame alone."""
+    return _posterior(vae, jnp.repeat(jnp.asarray(pixels), _chunk_frames(memory, vae.config), 1))
+
+
+def _sample(vae: AutoencoderKLWan, posterior: Posterior, z: Array) -> Array:
+    mean, std = posterior
+    return normalize(mean + std * z, vae.config)
+
+
+def _normal(noise: Noise, site: str, shape: tuple[int, ...]) -> Array:
+    return jnp.asarray(draw(noise.normal(site, shape), shape, site))
+
+
+def _draw_noise(noise: Noise, site: str, shape: tuple[int, ...], low: float, high: float) -> tuple[Array, Array]:
+    """Sigmas, one per frame and shared by the batch, then the noise of `shape`."""
+    name, frames = f"{site}_sigma", (shape[1],)
+    sigma = low + (high - low) * jnp.asarray(draw(noise.uniform(name, frames), frames, name))
+    return sigma[:, None, None, None], _normal(noise, f"{site}_noise", shape)
+
+
+def _mix(latents: Array, sigma: Array, z: Array) -> Array:
+    return sigma * z + (1 - sigma) * latents
+
+
+def _history(memory: MemoryConfig, anchor: Array, latents: Array) -> History:
+    """`latents` as the newest frames of an empty history."""
+    batch, _, *size = latents.shape
+    blank = empty(memory, batch, *size)
+    latents = jnp.concatenate([blank.latents, latents], 1)[:, -memory.frames :]
+    return blank.replace(latents=latents, anchor=anchor, anchored=jnp.asarray(True))
+
+
+def _chunk_frames(memory: MemoryConfig, vae: VAEConfig) -> int:
+    return (memory.frames_per_chunk - 1) * vae.scale_factor_temporal + 1
+
+
+def _is_path(x: Any) -> bool:
+    return isinstance(x, str | os.PathLike)
+
+
+def _is_list(x: Any) -> TypeGuard[Sequence[Any]]:
+    return isinstance(x, Sequence) and not isinstance(x, str)
+
+
+def _is_frame(x: Any) -> bool:
+    return isinstance(x, Image.Image) or (isinstance(x, np.ndarray) and x.ndim == 3)
+
+
+def _check_count(what: str, count: int, batch: int) -> None:
+    if count not in (1, batch):
+        raise ValueError(f"{count} {what}s for {batch} prompts: give one {what} for all, or as many as prompts")
+
+
+def _frames(video: Any, fps: float | None, name: str) -> Iterable[Any]:
+    """The frames of one video, a file's read as they are asked for."""
+    if _is_path(video):
+        return iterate_video(video, fps)
+    if fps is not None:
+        raise ValueError(f"{name}: fps is for files, frames in memory have no rate to convert from; leave fps out")
+    if not (_is_list(video) or (isinstance(video, np.ndarray) and video.ndim == 4)) or len(video) == 0:
+        raise ValueError(f"{name}: must be a file, a list of images or an array [t, h, w, 3], got {_describe(video)}")
+    return video
+
+
+def _ends(frames: Iterable[Any], keep: int) -> tuple[Any, list[Any], int]:
+    """The first frame, the last `keep` frames, and how many there are."""
+    first, last, count = None, deque(maxlen=keep), 0
+    for frame in frames:
+        first = frame if count == 0 else first
+        last.append(frame)
+        count += 1
+    return first, list(last), count
+
+
+def _preprocess(frames: Iterable[Any], height: int, width: int, name: str) -> np.ndarray:
+    """Frames of any kind as float32 [t, h, w, 3] in [-1, 1]."""
+    return np.stack([2 * resize(_rgb(frame, name), height, width) - 1 for frame in frames])
+
+
+def _rgb(image: Any, name: str) -> np.ndarray:
+    """An array [h, w, 3], uint8 or floats in [0, 1]."""
+    if _is_path(image):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return np.asarray(to_rgb(image, name))
+    known = isinstance(image, np.ndarray) and (image.dtype == np.uint8 or np.issubdtype(image.dtype, np.floating))
+    if not (known and image.ndim == 3 and image.shape[2] == 3 and image.size):
+        raise ValueError(f"{name}: must be an image or an array [h, w, 3], uint8 or float, got {_describe(image)}")
+    if image.dtype != np.uint8 and not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(f"{name}: floats must be from 0 to 1, got {image.min():g} to {image.max():g}; scale them")
+    return image
+
+
+def _describe(x: Any) -> str:
+    if isinstance(x, np.ndarray):
+        return f"{x.dtype} {list(x.shape)}"
+    return f"{type(x).__name__} of {len(x)}" if _is_list(x) else type(x).__name__
