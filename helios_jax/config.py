@@ -24,19 +24,18 @@ class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one line: where, which key, the rule, the remedy."""
 
 
-def load(path: str | Path, overrides: Sequence[str], schema: type[T], flags: Mapping[str, str] | None = None) -> T:
+def load(path: str | Path, overrides: Sequence[str], schema: type[T], flags: Mapping[str, Any] | None = None) -> T:
     """An instance of the dataclass `schema`: its defaults, the YAML file at `path` over its bases, then `overrides`.
 
-    `flags` are values of top-level fields as a person typed them, taken literally; they win over everything.
+    `flags` are values of top-level fields as a person typed them (strings, or lists and dicts of them), taken
+    literally; they win over everything.
 
     Raises ConfigError, in one line, for a file that is missing or not YAML, an unknown key, a wrong type, a value
     out of range, an override that is not `key=value`. Reads files and nothing else.
     """
     merged = OmegaConf.structured(schema)
     sources: dict[str, str] = {}
-    typed = [
-        (f"--{name.replace('_', '-')}", {name: value.replace("${", "\\${")}) for name, value in (flags or {}).items()
-    ]
+    typed = [(f"--{name.replace('_', '-')}", {name: _literal(value)}) for name, value in (flags or {}).items()]
     for source, values in [*_files(Path(path)), *map(_override, overrides), *typed]:
         for key, value in _leaves(values):
             merged = _merge(merged, key, value, source, schema)
@@ -66,6 +65,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _literal(value: Any) -> Any:
+    """`value` with every string in it protected from interpolation."""
+    if isinstance(value, dict):
+        return {k: _literal(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_literal(v) for v in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
 
 
 def _files(path: Path) -> list[tuple[str, dict]]:
@@ -154,6 +162,12 @@ def _build(cls: Any, node: Any, values: dict, prefix: str, sources: dict[str, st
         source = sources.get(key, default)
         if isinstance(value, dict) and dataclasses.is_dataclass(child._metadata.object_type):
             value = _build(child._metadata.object_type, child, value, f"{key}.", sources, default)
+        elif isinstance(value, list) and value and dataclasses.is_dataclass(kind := get_args(hints[f.name])[0]):
+            nodes = [child._get_node(i) for i in range(len(value))]
+            value = [
+                _build(kind, node, item, f"{key}[{i}].", sources, source)
+                for i, (node, item) in enumerate(zip(nodes, value))
+            ]
         elif isinstance(value, list | tuple):
             value = _tuples(value, hints[f.name], f"{source}: {key}: {_rule(cls, f.name, value)}")
         elif value == "???":
@@ -191,8 +205,8 @@ def _tuples(value: Any, hint: Any, error: str) -> Any:
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
+    """ "; did you mean x or y?" when some of `names` are close to `name`, else nothing."""
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    """"; did you mean x or y?" when some of `names` are close to `name`, else nothing."""
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -33,6 +33,8 @@ class VideoWriter:
     written.
     """
 
+    takes = "np"
+
     def __init__(self, path: str | os.PathLike, fps: float, height: int, width: int):
         self.path = Path(path)
         if self.path.suffix.lower() != SUFFIX:
@@ -43,7 +45,7 @@ class VideoWriter:
         rate = Fraction(fps).limit_denominator(1001) if math.isfinite(fps) else Fraction(0)
         if rate <= 0:
             raise ValueError(f"{path}: {fps} frames a second; the rate must be positive, such as 24")
-        _check_writable(self.path)
+        check_writable(self.path)
         self._size = (height, width)
         self._container = av.open(str(self.path), "w", format="mp4", options=CONTAINER_OPTIONS)
         self._stream = self._container.add_stream(CODEC, rate=rate, options=CODEC_OPTIONS)
@@ -168,7 +170,7 @@ def _decode(path: Path) -> Iterator[tuple[av.VideoFrame, float, float]]:
         )
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Makes the folder of `path`, or raises ValueError if the file could not be written."""
     if path.is_dir():
         raise ValueError(f"{path}: is a folder; name a file in it, such as {path / f'video{SUFFIX}'}")

@@ -17,6 +17,8 @@ from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.plan import Variant
 
 PIPELINES = ("HeliosPipeline", "HeliosPyramidPipeline")
+# Our own entry of model_index.json, where it is not 384 x 640; diffusers ignores names with an underscore.
+TRAINED_SIZE = "_trained_size"
 
 
 def _read_scheduler(folder: Path) -> SchedulerConfig:
@@ -54,6 +56,7 @@ class Checkpoint:
             pyramid=kind == "HeliosPyramidPipeline",
             is_cfg_zero_star=bool(index.get("is_cfg_zero_star", False)),
             is_distilled=bool(index.get("is_distilled", False)),
+            trained_size=tuple(index.get(TRAINED_SIZE, Variant.trained_size)),
         )
         checkpoint = cls(
             folder=folder,
@@ -115,6 +118,8 @@ def write_index(folder: Path, scheduler: SchedulerConfig, variant: Variant) -> N
     index: dict[str, object] = {"_class_name": PIPELINES[variant.pyramid]}
     if variant.pyramid:
         index |= {"is_cfg_zero_star": variant.is_cfg_zero_star, "is_distilled": variant.is_distilled}
+    if variant.trained_size != Variant.trained_size:
+        index[TRAINED_SIZE] = list(variant.trained_size)
     index |= {
         "scheduler": ["diffusers", scheduler.CLASS_NAME],
         "text_encoder": ["transformers", "UMT5EncoderModel"],

@@ -20,45 +20,13 @@ from helios_jax.data.image import read_image, resize, to_rgb
 from helios_jax.data.video import iterate_video
 from helios_jax.diffusion.memory import History, MemoryConfig, empty
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
+from helios_jax.sampling.config import ContextConfig
 from helios_jax.sampling.noise import Noise, draw
 
 ImageInput = Image.Image | np.ndarray | str | os.PathLike
 Posterior = Sequence[Array]  # mean and standard deviation [n, t, h, w, c]
 Drawn = TypeVar("Drawn")
 VideoInput = Sequence[Image.Image | np.ndarray] | np.ndarray | str | os.PathLike
-
-
-@dataclass(frozen=True)
-class ContextConfig:
-    """How much noise the given frames get, in the names of diffusers' Helios pipelines.
-
-    A frame becomes sigma * noise + (1 - sigma) * latent, sigma uniform between two bounds. As in diffusers the image
-    sigmas are those of the anchor, be it the image or a video's first frame; all else takes the video sigmas, an
-    image's repetition included.
-    """
-
-    add_noise_to_image_latents: bool = True
-    image_noise_sigma_min: float = 0.111
-    image_noise_sigma_max: float = 0.135
-    add_noise_to_video_latents: bool = True
-    video_noise_sigma_min: float = 0.111
-    video_noise_sigma_max: float = 0.135
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in {"image": self.image_sigmas, "video": self.video_sigmas}.items():
-            if not 0 <= low <= high <= 1:
-                raise ValueError(
-                    f"{name}_noise_sigma_min must be from 0 to {name}_noise_sigma_max, and that at most 1,"
-                    f" got {low} and {high}"
-                )
-
-    @property
-    def image_sigmas(self) -> tuple[float, float]:
-        return self.image_noise_sigma_min, self.image_noise_sigma_max
-
-    @property
-    def video_sigmas(self) -> tuple[float, float]:
-        return self.video_noise_sigma_min, self.video_noise_sigma_max
 
 
 def preprocess_image(image: ImageInput, height: int, width: int) -> Float[np.ndarray, "1 h w 3"]:

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from helios_jax import pretrained
 from helios_jax.diffusion import memory as memories
+from helios_jax.diffusion.memory import History
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.text import UMT5Encoder
 from helios_jax.models.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ from helios_jax.models.vae import AutoencoderKLWan, denormalize
 from helios_jax.sampling import sampler
 from helios_jax.sampling.checkpoint import Checkpoint, write_index
 from helios_jax.sampling.config import Options, Switch
+from helios_jax.sampling.context import from_image, from_video, prepare_images, prepare_videos
 from helios_jax.sampling.noise import Noise, SeededNoise
 from helios_jax.sampling.plan import Plan, Variant, make_plan
 from helios_jax.sampling.prompts import make_schedule
@@ -140,6 +142,7 @@ class HeliosPipeline:
         add_noise_to_video_latents: bool = True,
         video_noise_sigma_min: float = 0.111,
         video_noise_sigma_max: float = 0.135,
+        video_fps: float | None = None,
         switches: Sequence[Switch] = (),
         interpolation_steps: int = 3,
         fps: int = 24,
@@ -188,6 +191,7 @@ class HeliosPipeline:
             add_noise_to_video_latents=add_noise_to_video_latents,
             video_noise_sigma_min=video_noise_sigma_min,
             video_noise_sigma_max=video_noise_sigma_max,
+            video_fps=video_fps,
             interpolation_steps=interpolation_steps,
             fps=fps,
         )
@@ -261,17 +265,28 @@ class HeliosPipeline:
         path: str | PathLike,
         *,
         num_frames: int | None = None,
+        options: Options | None = None,
         output_type: str = "np",
         progress: sampler.Progress | None = None,
     ) -> Stream:
         """The stream whose state is in `path`, from the chunk after the last one it yielded, bit for bit as it would
-        have gone on. `num_frames` gives the whole video another length.
+        have gone on. `num_frames` gives the whole video another length; so do `options`, which must be those of the
+        state in all else.
 
         Raises:
-            ValueError: the file is no such state, or was made with another checkpoint.
+            ValueError: the file is no such state, or was made with another checkpoint or other options.
         """
         _check_output_type(output_type)
         state = read_state(path)
+        if options is not None:
+            num_frames, ours, theirs = (
+                options.num_frames,
+                dataclasses.asdict(options),
+                dataclasses.asdict(state.options),
+            )
+            free = ("num_frames", "fps", "interpolation_steps", "video_fps")
+            if differs := [f"{key} {theirs[key]}" for key in ours if key not in free and ours[key] != theirs[key]]:
+                raise ValueError(f"{path}: made with other options ({', '.join(differs)}): give the same ones")
         if state.identity != (identity := self._identity()):
             differs = ", ".join(key for key in identity if state.identity.get(key) != identity[key])
             raise ValueError(f"{path}: made with another checkpoint ({differs} differ): open the one it was made with")
@@ -317,9 +332,7 @@ class HeliosPipeline:
         plan = self.plan(options)
         schedule = make_schedule(prompts, switches, options, plan.chunk_frames)
         noise = SeededNoise(*seeds) if noise is None else noise
-
-        _, h, w, c = plan.latent_shape
-        history = memories.empty(plan.memory, len(prompts), h, w, c)
+        history = self._history(image, video, options, plan, noise, len(prompts), num_videos_per_prompt)
         texts = self._texts(negatives if plan.guidance_scale is not None else (), options)
         texts.encode([entry.prompts for entry in schedule.entries])
         return Call(options, plan, schedule, texts, noise, history, self._identity())
@@ -353,6 +366,25 @@ class HeliosPipeline:
         finish: Callable = partial(decode, self.vae, dtype="uint8") if output_type == "np" else lambda latents: latents
         self._stream = Stream(self.transformer, call, finish, progress)
         return self._stream
+
+    def _history(
+        self, image: Any, video: Any, options: Options, plan: Plan, noise: Noise, batch: int, copies: int
+    ) -> History:
+        """What the videos begin with: nothing, images, or the ends of videos; one for all or one per prompt."""
+        size = options.height, options.width
+
+        def every(x: np.ndarray) -> np.ndarray:
+            return x if len(x) == 1 else np.repeat(x, copies, 0)
+
+        if image is not None:
+            pixels = every(prepare_images(image, batch // copies, *size))
+            return from_image(self.vae, pixels, plan.memory, options, noise, batch)
+        if video is not None:
+            clip = prepare_videos(video, batch // copies, *size, plan.memory, self.vae.config, options.video_fps)
+            clip = dataclasses.replace(clip, first=every(clip.first), tail=every(clip.tail))
+            return from_video(self.vae, clip, plan.memory, options, noise, batch)
+        _, h, w, c = plan.latent_shape
+        return memories.empty(plan.memory, batch, h, w, c)
 
     def _texts(self, negatives: Sequence[str], options: Options) -> Texts:
         embed = partial(self.encode_prompt, max_sequence_length=options.max_sequence_length)

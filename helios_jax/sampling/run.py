@@ -1,0 +1,189 @@
+"""A run of sample.py: check everything, load once, make each video chunk by chunk, write and report."""
+
+import dataclasses
+import importlib.metadata
+import platform
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+import jax
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from helios_jax.data.output import open_writer, write_sidecar
+from helios_jax.sampling.checkpoint import Checkpoint
+from helios_jax.sampling.config import Options, SampleConfig
+from helios_jax.sampling.context import prepare_images, prepare_videos
+from helios_jax.sampling.fingerprint import weights_hash
+from helios_jax.sampling.jobs import Job, make_jobs
+from helios_jax.sampling.pipeline import HeliosPipeline
+from helios_jax.sampling.plan import Plan, make_plan
+from helios_jax.sampling.prompts import make_schedule
+from helios_jax.sampling.stream import Stream
+
+PACKAGES = ("helios_jax", "jax", "flax", "numpy")
+
+
+def run(config: SampleConfig) -> int:
+    """Makes every video of a config; returns sample.py's exit code.
+
+    Raises ValueError, in one line and before weights are read, for what cannot be done.
+    """
+    begin = time.monotonic()
+    checkpoint = Checkpoint.open(config.model)
+    parts = checkpoint.transformer, checkpoint.vae, checkpoint.scheduler, checkpoint.variant
+    plan = make_plan(*parts, config)
+    jobs = make_jobs(config, plan.chunk_frames)
+    todo = [job for job in jobs if config.csv is None or not job.done()]
+    if config.csv is not None:
+        print(f"{len(jobs)} videos, {len(jobs) - len(todo)} of them done before", flush=True)
+        if not todo:
+            return 0
+    for job in todo:
+        _check(job, make_plan(*parts, job.config), checkpoint, strict=config.csv is None)
+
+    pipe = HeliosPipeline.from_pretrained(checkpoint, dtype=config.precision)
+    print(f"loading: {time.monotonic() - begin:.2f} s", flush=True)
+    failed = []
+    for i, job in enumerate(todo):
+        if len(todo) > 1:
+            print(f"video {i + 1}/{len(todo)}: {job.name}", flush=True)
+        try:
+            if make(pipe, job, checkpoint, begin if i == 0 else time.monotonic()):
+                return 130
+        except (ValueError, OSError) as error:
+            if config.csv is None:
+                raise
+            failed.append(f"{job.name}: {error}")
+            print(f"failed: {failed[-1]}", file=sys.stderr, flush=True)
+    if failed:
+        print(f"{len(failed)} of {len(todo)} videos failed; the same command makes them again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _check(job: Job, plan: Plan, checkpoint: Checkpoint, *, strict: bool) -> None:
+    """Raises ValueError for what a video cannot be made of; inputs of a CSV's row fail when its turn comes."""
+    config = job.config
+    if config.resume is None:
+        make_schedule([config.prompt], config.switches, config, plan.chunk_frames)
+    if strict:
+        open_writer(job.out, config.fps, config.height, config.width).close()
+        if config.image is not None:
+            prepare_images(config.image, 1, config.height, config.width)
+        if config.video is not None:
+            size = config.height, config.width
+            prepare_videos(config.video, 1, *size, plan.memory, checkpoint.vae, config.video_fps)
+
+
+def make(pipe: HeliosPipeline, job: Job, checkpoint: Checkpoint, begin: float) -> bool:
+    """One video, its figures and its sidecar; returns whether it was interrupted."""
+    config = job.config
+    times: list[float] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    interrupted = False
+    with (
+        closing(open_writer(job.out, config.fps, config.height, config.width)) as writer,
+        Progress(*columns, disable=not sys.stderr.isatty()) as bars,
+    ):
+        plan = pipe.plan(config)
+        first = 0
+        chunks = bars.add_task("chunks", total=plan.num_chunks)
+        steps = bars.add_task("steps", total=plan.num_steps(0))
+
+        def progress(chunk: int, step: int) -> None:
+            bars.update(steps, completed=step + 1, total=plan.num_steps(chunk))
+
+        try:
+            # A bar waits for every step, which costs a little; without one nothing does.
+            stream = _start(pipe, config, writer.takes, None if bars.disable else progress)
+            first = stream.chunk
+            for out in stream:
+                writer.write(out[0])
+                times.append(time.monotonic())
+                bars.update(chunks, completed=stream.chunk)
+                if config.state is not None:
+                    stream.save_state(config.state)
+                if bars.disable:
+                    print(f"chunk {stream.chunk}/{plan.num_chunks or '-'}  {writer.frames} frames", flush=True)
+        except KeyboardInterrupt:
+            interrupted = True
+    figures = _figures(begin, times, writer.frames)
+    for name, value in figures.items():
+        print(f"{name}: {value}")
+    seconds = f", {writer.frames / config.fps:.1f} s" if writer.takes == "np" else ""
+    kind = "frames" if writer.takes == "np" else "latent frames"
+    print(f"video: {writer.path} ({writer.frames} {kind}{seconds})")
+    if interrupted:
+        print(f"interrupted: {writer.path} holds the {len(times)} of {plan.num_chunks} chunks that were done")
+    if times:
+        write_sidecar(job.out, _facts(job, checkpoint, figures, writer.frames, first, len(times), not interrupted))
+    return interrupted
+
+
+def _start(pipe: HeliosPipeline, config: SampleConfig, output_type: str, progress: Any) -> Stream:
+    if config.resume is not None:
+        return pipe.resume(config.resume, options=_options(config), output_type=output_type, progress=progress)
+    return pipe.stream(
+        config.prompt,
+        config.negative_prompt,
+        image=config.image,
+        video=config.video,
+        switches=config.switches,
+        seed=config.seed,
+        options=_options(config),
+        output_type=output_type,
+        progress=progress,
+    )
+
+
+def _options(config: SampleConfig) -> Options:
+    return Options(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Options)})
+
+
+def _figures(begin: float, times: Sequence[float], frames: int) -> dict[str, str]:
+    """What was measured. The first chunk includes compiling; the seconds a chunk are those of the later ones."""
+    figures = {}
+    if times:
+        figures["time to first chunk"] = f"{times[0] - begin:.2f} s"
+    if len(times) > 1:
+        seconds = (times[-1] - times[0]) / (len(times) - 1)
+        figures["seconds a chunk"] = f"{seconds:.2f} s"
+        warm, overall = frames / len(times) / seconds, frames / (times[-1] - begin)
+        figures["frames/s"] = f"{warm:.1f} warm, {overall:.1f} in all"
+    figures["peak host memory"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
+    device = jax.local_devices()[0]
+    if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats:
+        figures["peak device memory"] = f"{stats['peak_bytes_in_use'] / 2**30:.2f} GiB"
+    return figures
+
+
+def _facts(
+    job: Job, checkpoint: Checkpoint, figures: dict[str, str], frames: int, first: int, chunks: int, complete: bool
+) -> dict[str, Any]:
+    """What stands in a video's sidecar."""
+    return {
+        "settings": job.settings(),
+        "resumed_from": job.config.resume,
+        "complete": complete,
+        "frames": frames,
+        "first_chunk": first,
+        "chunks": chunks,
+        "figures": figures,
+        "weights_hash": weights_hash(
+            checkpoint.folder / part for part in (job.config.transformer, "vae", "text_encoder")
+        ),
+        "device": jax.local_devices()[0].device_kind,
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
