@@ -82,8 +82,12 @@ def parse(argv: list[str]) -> SampleConfig:
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit code."""
 
+    shown: set[str] = set()
+
     def show(message, category, filename, lineno, file=None, line=None):
-        print(f"sample.py: warning: {message}", file=sys.stderr)
+        if str(message) not in shown:
+            print(f"sample.py: warning: {message}", file=sys.stderr)
+        shown.add(str(message))
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -1,15 +1,19 @@
 """sample.py as a person uses it: the file it makes, what it prints, and how it refuses."""
 
+import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import sample
-from helios_jax.data.video import read_video
+from helios_jax import HeliosPipeline
+from helios_jax.data.video import VideoWriter, read_video
 from tests import tiny
 
 ROOT = Path(sample.__file__).parent
@@ -95,3 +99,168 @@ def test_an_interrupted_run_leaves_a_playable_video(number, config, tmp_path):
     frames, _ = read_video(tmp_path / "video.mp4")
     assert len(frames) >= 18
     assert len(frames) % 9 == 0
+
+
+def run(config, *arguments):
+    return sample.main([str(config), *map(str, arguments)])
+
+
+def test_the_sidecar_says_how_the_video_was_made(config, tmp_path):
+    assert run(config, "--num-frames", 10, "--seed", 3, "--then", 1, "a blue bar") == 0
+    facts = json.loads((tmp_path / "video.json").read_text())
+    assert facts["complete"] is True
+    assert (facts["frames"], facts["chunks"]) == (10, 2)
+    assert facts["settings"]["seed"] == 3
+    assert facts["settings"]["switches"][0]["prompt"] == "a blue bar"
+    assert len(facts["weights_hash"]) == 64
+    assert facts["versions"]["jax"]
+    assert "time to first chunk" in facts["figures"]
+
+
+def test_frames_and_latents(config, tmp_path, folder):
+    assert run(config, "--num-frames", 12, "--out", tmp_path / "x.npz") == 0
+    with np.load(tmp_path / "x.npz") as file:
+        assert file["latents"].shape == (6, 4, 6, 4)
+        assert file["chunk"] == 3
+        expected = HeliosPipeline.from_pretrained(folder)(
+            "a red plus",
+            num_frames=12,
+            height=32,
+            width=48,
+            num_inference_steps=2,
+            num_latent_frames_per_chunk=3,
+            output_type="latent",
+        ).frames[0]
+        np.testing.assert_allclose(file["latents"], expected, atol=2e-5)
+    assert run(config, "--num-frames", 12, "--out", tmp_path / "frames") == 0
+    frames = sorted((tmp_path / "frames").iterdir())
+    assert [f.name for f in frames] == [f"{i:06d}.png" for i in range(12)]
+    assert Image.open(frames[0]).size == (48, 32)
+    assert (tmp_path / "frames.json").exists()
+
+
+def test_an_image_and_a_video_decide_what_comes(config, tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (50, 40, 3), np.uint8)).save(tmp_path / "i.png")
+    with VideoWriter(tmp_path / "v.mp4", 10, 36, 50) as writer:
+        writer.write(rng.integers(0, 255, (20, 36, 50, 3), np.uint8))
+    made = []
+    for i, arguments in enumerate(([], ["--image", tmp_path / "i.png"], ["--video", tmp_path / "v.mp4"])):
+        assert run(config, "--num-frames", 9, "--out", tmp_path / f"{i}.npz", *arguments) == 0
+        made.append(np.load(tmp_path / f"{i}.npz")["latents"])
+    for i in range(3):
+        assert np.abs(made[i] - made[i - 1]).max() > 1e-2
+
+
+def test_a_video_is_finished_from_its_state(config, tmp_path):
+    arguments = ["--num-frames", 40, "--seed", 2]
+    assert run(config, *arguments, "--out", tmp_path / "whole.npz") == 0
+    arguments = ["--seed", 2, "--state", tmp_path / "state"]
+    assert run(config, *arguments, "--num-frames", 18, "--out", tmp_path / "a.npz") == 0
+    resume = ["--seed", 2, "--resume", tmp_path / "state", "--num-frames", 40, "--out", tmp_path / "b.npz"]
+    assert run(config, *resume) == 0
+    whole, a, b = (np.load(tmp_path / f"{name}.npz")["latents"] for name in ("whole", "a", "b"))
+    np.testing.assert_array_equal(np.concatenate([a, b]), whole)
+    assert json.loads((tmp_path / "b.json").read_text())["first_chunk"] == 2
+
+
+CSV = """id,prompt,image,seed
+7,a red plus,,3
+8,a blue bar,missing.png,
+x9,"a bar, green",,
+"""
+
+
+def test_a_csv_makes_all_it_can_and_goes_on(config, tmp_path, capsys):
+    (tmp_path / "p.csv").write_text(CSV)
+    arguments = [
+        "--csv",
+        tmp_path / "p.csv",
+        "--num-frames",
+        9,
+        "--out",
+        tmp_path / "all",
+        "--num-videos-per-prompt",
+        2,
+    ]
+    assert run(config, *arguments) == 1
+    printed = capsys.readouterr()
+    names = {path.name for path in (tmp_path / "all").glob("*.mp4")}
+    assert names == {"7_seed3.mp4", "7_seed4.mp4", "x9_seed0.mp4", "x9_seed1.mp4"}
+    assert "missing.png" in printed.err
+    assert "2 of 6 videos failed" in printed.err
+    Image.new("RGB", (48, 32)).save(tmp_path / "missing.png")
+    before = (tmp_path / "all" / "7_seed3.mp4").stat().st_mtime_ns
+    assert run(config, *arguments) == 0
+    assert "6 videos, 4 of them done before" in capsys.readouterr().out
+    assert (tmp_path / "all" / "7_seed3.mp4").stat().st_mtime_ns == before
+    assert run(config, *arguments) == 0  # all done: no weights are read
+    assert run(config, *arguments, "--guidance-scale", 2) == 2
+    assert "other settings (guidance_scale)" in capsys.readouterr().err
+
+
+def test_interactive_csv_and_benchmark_names(config, tmp_path):
+    (tmp_path / "p.csv").write_text("id,prompt_index,prompt\n6,1,a blue bar\n6,0,a red plus\n12,0,a bar\n12,1,a plus\n")
+    arguments = ["--csv", tmp_path / "p.csv", "--out", tmp_path / "all", "ids=[6]", "interpolate_time=1"]
+    assert run(config, *arguments, "--naming", "heliosbench", "interpolation_steps=0") == 0
+    (path,) = (tmp_path / "all").glob("*.mp4")
+    assert path.name == "6_18_ori18.mp4"
+    assert len(read_video(path)[0]) == 18
+    facts = json.loads((tmp_path / "all" / "6_18_ori18.json").read_text())
+    assert facts["settings"]["prompt"] == "a red plus"
+    assert [s["prompt"] for s in facts["settings"]["switches"]] == ["a blue bar"]
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "words"),
+    [
+        ("prompt\na\n", ["--out", "x.mp4"], ["out", "folder"]),
+        ("text\na\n", [], ["'text'"]),
+        ("id,seed\n1,2\n", [], ["no column prompt"]),
+        ("id,promt\n1,2\n", [], ["'promt'", "prompt"]),
+        ("id,prompt\n1,a\n1,b\n", [], ["id 1", "2 rows"]),
+        ("id,prompt\n../x,a\n", [], ["'../x'"]),
+        ("id,prompt,seed\n1,a,many\n", [], ["id 1", "seed", "'many'"]),
+        ("id,prompt\n1,\n", [], ["id 1", "prompt"]),
+        ("id,prompt\n1,a\n", ["ids=[2]"], ["no id 2"]),
+        ("id,prompt\n", [], ["no row"]),
+        (None, [], ["cannot be read"]),
+    ],
+)
+def test_a_bad_csv_is_one_line(config, tmp_path, capsys, text, arguments, words):
+    if text is not None:
+        (tmp_path / "p.csv").write_text(text)
+    out = [] if "--out" in arguments else ["--out", tmp_path / "all"]
+    assert run(config, "--csv", tmp_path / "p.csv", *out, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--image", "no.png"], ["no.png"]),
+        (["--video", "no.mp4"], ["no.mp4"]),
+        (["--image", "a.png", "--video", "b.mp4"], ["image and video"]),
+        (["--then", "x", "a"], ["switches", "chunk"]),
+        (["--then", "99", "a blue bar"], ["a blue bar", "past the end"]),
+        (["--resume", "no.state"], ["no.state"]),
+        (["--format", "png"], ["format is png"]),
+        (["ids=[1]"], ["ids", "csv"]),
+        (["image_noise_sigma_min=0.9"], ["image_noise_sigma_min"]),
+    ],
+)
+def test_bad_tasks_are_one_line(config, arguments, words, capsys, tmp_path):
+    assert run(config, *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_a_size_that_was_never_trained_warns_once(config, tmp_path, capsys):
+    assert run(config, "--num-frames", 9, "--height", 48) == 0
+    error = capsys.readouterr().err
+    assert error.count("trained at 32 x 48 only") == 1
