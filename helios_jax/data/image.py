@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 # What Pillow raises for files that begin well.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+DAMAGED = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
@@ -24,13 +24,7 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
             upright = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise ValueError(f"{path}: is no image that can be read; name a PNG or JPEG file") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        Image.DecompressionBombError,
-    ) as error:  # Pillow raises them all
+    except DAMAGED as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: does not decode ({reason}); copy or save the image again") from None
     return np.asarray(to_rgb(upright, str(path)))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from helios_jax.diffusion import memory
 from helios_jax.diffusion.memory import MemoryConfig
+from helios_jax.training.config import FlowConfig
 
 
 def chunk(k: int, frames: int):
@@ -90,6 +91,11 @@ def test_each_sample_has_its_own_second_chunk():
     config = MemoryConfig(4, 2, 1, anchor="second", frames_per_chunk=3)
     history = memory.empty(config, 2, 2, 2, 1).replace(chunk=jnp.array([1, 0]), anchored=jnp.asarray(True))
     assert anchors(history, config) == [[0, 0], [1, 0], [1, 4], [1, 4]]
+
+
+def test_training_has_no_second_chunk():
+    with pytest.raises(ValueError, match=r"memory\.anchor must be first or null"):
+        FlowConfig(memory=MemoryConfig(anchor="second"))
 
 
 def test_history_keeps_its_shape_under_scan():

@@ -6,6 +6,7 @@ import diffusers
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, HeliosDMDScheduler, HeliosScheduler, HeliosTransformer3DModel
+from diffusers.models.autoencoders import vae as autoencoders
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
 import helios_jax
@@ -60,20 +61,44 @@ def pyramid(seed: int, scheduler: dict, *, distilled: bool, zero_star: bool) -> 
     return diffusers.HeliosPyramidPipeline(scheduler=kind(**scheduler), **options, **parts(seed))
 
 
+def cholesky(covariance: torch.Tensor) -> torch.Tensor:
+    """torch's factor of block noise's covariance, wherever it runs.
+
+    The matrix is singular: whether rounding leaves a last pivot above zero in float32 depends on the CPU, and where it
+    does not the pyramid pipelines stop. The pivot is then set to the one that the others compute (see `block_factor`).
+    """
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:
+        factor[-1, -1] = (3 * 2.0**-24) ** 0.5
+    return factor
+
+
 class Recorder:
-    """Records what a pipeline draws, then hands it to ours in the same order (a block-noise field is one draw)."""
+    """Records every draw of a pipeline's call, then hands them to ours in the same order, the kind of each checked.
+
+    Those are the posterior samples of the VAE, the sigmas of input images and videos, noise, and block noise (whose
+    field is one draw).
+    """
 
     def __init__(self, monkeypatch, module, pipe, seed: int):
-        self.drawn: list[np.ndarray] = []
+        self.drawn: list[tuple[str, np.ndarray]] = []
         self.sites: list[str] = []
         generator = torch.Generator().manual_seed(seed)
+        uniform = torch.rand
 
         def randn_tensor(shape, generator=None, device=None, dtype=None, own=generator):
             value = torch.randn(shape, generator=own)
-            self.drawn.append(channels_last(value))
+            self.drawn.append(("normal", channels_last(value)))
             return value.to(dtype or torch.float32)
 
+        def rand(*shape, own=generator, **kwargs):
+            value = uniform(*shape, generator=own)
+            self.drawn.append(("uniform", value.numpy()))
+            return value
+
         monkeypatch.setattr(module, "randn_tensor", randn_tensor)
+        monkeypatch.setattr(autoencoders, "randn_tensor", randn_tensor)
+        monkeypatch.setattr(torch, "rand", rand)
         if not hasattr(pipe, "sample_block_noise"):
             return
         sample, draw = pipe.sample_block_noise, torch.randn
@@ -82,20 +107,25 @@ class Recorder:
             white = []
             with monkeypatch.context() as patch:
                 patch.setattr(torch, "randn", lambda *a, **k: white.append(draw(*a, **k)) or white[-1])
+                patch.setattr(torch.linalg, "cholesky", cholesky)
                 out = sample(b, c, t, h, w, *rest, **named)
             field = white[0].view(b, c, t, h // 2, w // 2, 2, 2).permute(0, 1, 2, 3, 5, 4, 6).reshape(b, c, t, h, w)
-            self.drawn.append(channels_last(field))
+            self.drawn.append(("normal", channels_last(field)))
             return out
 
         monkeypatch.setattr(pipe, "sample_block_noise", sample_block_noise)
 
     def normal(self, site, shape):
-        self.sites.append(site)
-        value = self.drawn.pop(0)
-        assert value.shape == tuple(shape)
-        return value
+        return self._next("normal", site, shape)
 
-    uniform = normal
+    def uniform(self, site, shape):
+        return self._next("uniform", site, shape)
+
+    def _next(self, kind, site, shape):
+        self.sites.append(site)
+        recorded, value = self.drawn.pop(0)
+        assert (recorded, value.shape) == (kind, tuple(shape)), f"{site}: the reference drew {recorded} {value.shape}"
+        return value
 
 
 def decoded_latents(monkeypatch, pipe) -> list[torch.Tensor]:
