@@ -54,14 +54,14 @@ def measure(folder: Path, model: nnx.Module, dtype: Any = None) -> Measured:
     stored = files.read_headers(folder)
     sizes = [tensor.dtype.itemsize * int(np.prod(tensor.shape)) for tensor in stored.values()]
     jax.block_until_ready(jnp.zeros(1))  # the device's own memory belongs to the baseline
-    baseline, begin = _memory("VmRSS"), time.perf_counter()
+    baseline, begin = memory("VmRSS"), time.perf_counter()
     for _, _, array in load.stream(model, stored, dtype=dtype, source=str(folder)):
         array.delete()
     seconds = time.perf_counter() - begin
-    return Measured(_memory("VmHWM") - baseline, max(sizes), sum(sizes), len(sizes), seconds)
+    return Measured(memory("VmHWM") - baseline, max(sizes), sum(sizes), len(sizes), seconds)
 
 
-def _memory(what: str) -> int:
+def memory(what: str) -> int:
     """Resident bytes of this process, now (VmRSS) or at most (VmHWM); other systems than Linux tell the latter only."""
     if sys.platform == "linux":
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -63,7 +63,7 @@ class Tensor:
         return values.reshape((stop - start, *self.shape[1:]) if self.shape else ())
 
     def _fill(self, file: Any, values: np.ndarray) -> None:
-        left = memoryview(values.view(np.uint8)) if values.size else memoryview(b"")
+        left = values.view(np.uint8).data if values.size else b""
         while left:  # a read of more than 2 GB comes in parts
             if not (n := file.readinto(left)):
                 raise CheckpointError(f"{self.path} ended while it was read: something is writing to it")
@@ -140,4 +140,4 @@ def write(
         for key in order(tensors):
             array = np.asarray(value(key), order="C")
             assert (array.dtype, array.shape) == (np.dtype(tensors[key][0]), tuple(tensors[key][1])), key
-            file.write(memoryview(array.reshape(-1).view(np.uint8)))
+            file.write(array.reshape(-1).view(np.uint8).data)

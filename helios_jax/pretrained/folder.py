@@ -50,7 +50,7 @@ def _patterns(part: str) -> list[str]:
 
 def check_hub_name(name: str | Path) -> None:
     """Raises `CheckpointError` when `name`, which is no folder, cannot be that of a hub repository either."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         raise CheckpointError(
             f"no folder {name}: give a diffusers folder or a hub name such as BestWishYsh/Helios-Base"
         )

@@ -153,10 +153,11 @@ def _of_layer(sharding: Any) -> Any:
 def _put(tensor: Stored, entry: Entry, shape: tuple[int, ...], dtype: Any, sharding: Any, device: Any) -> jax.Array:
     """A tensor of a file as a parameter of `shape`, on its devices.
 
+    The rows that this host's devices need are read: along `axis`, ours that is the file's first, where there is one.
     It is transposed as it is put: XLA copies a strided array about as fast as a contiguous one, numpy takes three
     times as long, and a program on the device would have to be compiled for every shape.
     """
-    axis = {"same": 0, "linear": -1, "conv": -1}.get(entry.layout) if shape else None  # ours that is the file's first
+    axis = None if not shape or isinstance(entry.layout, tuple) else 0 if entry.layout == "same" else -1
     rows, kept = slice(None), shape
     if sharding is not None and axis is not None:
         needed = [i[axis].indices(shape[axis]) for i in sharding.addressable_devices_indices_map(shape).values()]
@@ -187,7 +188,7 @@ def _place(
         with jax.default_device(device):
             return jax.block_until_ready(jax.device_put(values))
 
-    def piece(index: tuple[slice, ...]) -> np.ndarray:
+    def piece(index: Any) -> np.ndarray:
         part = list(index)
         if axis is not None:
             first, stop, _ = index[axis].indices(shape[axis])

@@ -3,9 +3,8 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -44,9 +43,7 @@ class Checkpoint:
     tokenizer: Tokenizer
 
     @classmethod
-    def open(
-        cls, name: str | Path, *, transformer: str = "transformer", revision: str | None = None
-    ) -> "Checkpoint":
+    def open(cls, name: str | Path, *, transformer: str = "transformer", revision: str | None = None) -> "Checkpoint":
         """The checkpoint in a diffusers folder or a hub repository; reads configs, the tokenizer and file headers.
 
         Args:
@@ -115,22 +112,22 @@ class Checkpoint:
     def abstract_text_encoder(self) -> UMT5Encoder:
         return nnx.eval_shape(lambda: UMT5Encoder(self.text_encoder, rngs=nnx.Rngs(0)))
 
-    def load_transformer(self, dtype: jnp.dtype, *, stacked: bool, mesh: Mesh | None = None) -> Transformer:
+    def load_transformer(self, dtype: Any, *, stacked: bool, mesh: Mesh | None = None) -> Transformer:
         """The transformer with its weights in `dtype`; with a `mesh`, split over it as its axes' rules say."""
         return self._load(Transformer.abstract(self.transformer, stacked=stacked), self.subfolder, dtype, mesh)
 
-    def load_vae(self, dtype: jnp.dtype, *, mesh: Mesh | None = None) -> AutoencoderKLWan:
+    def load_vae(self, dtype: Any, *, mesh: Mesh | None = None) -> AutoencoderKLWan:
         return self._load(self.abstract_vae(), "vae", dtype, mesh)
 
-    def load_text_encoder(self, dtype: jnp.dtype, *, mesh: Mesh | None = None) -> UMT5Encoder:
+    def load_text_encoder(self, dtype: Any, *, mesh: Mesh | None = None) -> UMT5Encoder:
         return self._load(self.abstract_text_encoder(), "text_encoder", dtype, mesh)
 
-    def _load(self, model: Network, part: str, dtype: jnp.dtype, mesh: Mesh | None) -> Network:
+    def _load(self, model: Network, part: str, dtype: Any, mesh: Mesh | None) -> Network:
         placed = None if mesh is None else sharding.shardings(model, mesh)
         return pretrained.load_model(model, self.folder / part, dtype=dtype, shardings=placed)
 
     def load(
-        self, dtype: jnp.dtype, vae_dtype: jnp.dtype, stacked: bool, mesh: Mesh | None = None
+        self, dtype: Any, vae_dtype: Any, stacked: bool, mesh: Mesh | None = None
     ) -> tuple[Transformer, AutoencoderKLWan, UMT5Encoder]:
         """The networks with their weights."""
         return (
