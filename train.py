@@ -3,7 +3,7 @@
 Everything about the run is in its config; `key=value` arguments override it. The stage is a module that offers
 
     init(config, key) -> model                      random parameters; traced, so that it can be made in shards
-    load(config, model) -> model                    the abstract model filled from config.init
+    load(config, model, shardings) -> model         the abstract model filled from config.init, in its shardings
     batches(config) -> iterator                     numpy batches of this host, with get_state and set_state
     loss(model, batch, key, config) -> (loss, metrics)
     export(model, config, folder)                   optional: what the run is for, in diffusers layout

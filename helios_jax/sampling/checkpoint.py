@@ -3,11 +3,12 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
-import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
-from helios_jax import pretrained
+from helios_jax import pretrained, sharding
 from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig
 from helios_jax.models.text import UMT5Config, UMT5Encoder
 from helios_jax.models.tokenizer import Tokenizer
@@ -19,6 +20,8 @@ from helios_jax.sampling.plan import Variant
 PIPELINES = ("HeliosPipeline", "HeliosPyramidPipeline")
 # Our own entry of model_index.json, where it is not 384 x 640; diffusers ignores names with an underscore.
 TRAINED_SIZE = "_trained_size"
+PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
+Network = TypeVar("Network", bound=nnx.Module)
 
 
 def _read_scheduler(folder: Path) -> SchedulerConfig:
@@ -33,6 +36,7 @@ class Checkpoint:
     """What a folder holds: which kind it is, the configs of its parts, and the tokenizer."""
 
     folder: Path
+    subfolder: str  # the transformer's
     variant: Variant
     transformer: TransformerConfig
     vae: VAEConfig
@@ -41,13 +45,19 @@ class Checkpoint:
     tokenizer: Tokenizer
 
     @classmethod
-    def open(cls, name: str | Path) -> "Checkpoint":
+    def open(cls, name: str | Path, *, transformer: str = "transformer", revision: str | None = None) -> "Checkpoint":
         """The checkpoint in a diffusers folder or a hub repository; reads configs, the tokenizer and file headers.
+
+        Args:
+            name: the folder, or the repository's name, of which no more is downloaded than is needed.
+            transformer: the subfolder with the transformer; the released repositories hold those of earlier stages,
+                such as transformer_init and transformer_ode, beside the last.
+            revision: branch, tag or commit of the repository.
 
         Raises:
             CheckpointError: something is missing, broken or does not fit; one line says what and what to do.
         """
-        folder = pretrained.resolve(name)
+        folder = pretrained.resolve(name, (transformer, *PARTS), revision)
         index = pretrained.read_json(folder / "model_index.json")
         kind = index.get("_class_name")
         if kind not in PIPELINES:
@@ -58,10 +68,14 @@ class Checkpoint:
             is_distilled=bool(index.get("is_distilled", False)),
             trained_size=tuple(index.get(TRAINED_SIZE, Variant.trained_size)),
         )
+        if not (folder / transformer / "config.json").is_file():
+            some = [part for part in pretrained.subfolders(name, revision) if part.startswith("transformer")]
+            raise CheckpointError(f"{name} has no {transformer}/config.json; it has {', '.join(some) or 'none such'}")
         checkpoint = cls(
             folder=folder,
+            subfolder=transformer,
             variant=variant,
-            transformer=pretrained.read_config(folder / "transformer", TransformerConfig),
+            transformer=pretrained.read_config(folder / transformer, TransformerConfig),
             vae=pretrained.read_config(folder / "vae", VAEConfig),
             text_encoder=pretrained.read_config(folder / "text_encoder", UMT5Config),
             scheduler=_read_scheduler(folder / "scheduler"),
@@ -69,7 +83,7 @@ class Checkpoint:
         )
         checkpoint._check_parts()
         for part, model in (
-            ("transformer", Transformer.abstract(checkpoint.transformer)),
+            (transformer, Transformer.abstract(checkpoint.transformer)),
             ("vae", checkpoint.abstract_vae()),
             ("text_encoder", checkpoint.abstract_text_encoder()),
         ):
@@ -101,15 +115,28 @@ class Checkpoint:
     def abstract_text_encoder(self) -> UMT5Encoder:
         return nnx.eval_shape(lambda: UMT5Encoder(self.text_encoder, rngs=nnx.Rngs(0)))
 
+    def load_transformer(self, dtype: Any, *, stacked: bool, mesh: Mesh | None = None) -> Transformer:
+        """The transformer with its weights in `dtype`; with a `mesh`, split over it as its axes' rules say."""
+        return self._load(Transformer.abstract(self.transformer, stacked=stacked), self.subfolder, dtype, mesh)
+
+    def load_vae(self, dtype: Any, *, mesh: Mesh | None = None) -> AutoencoderKLWan:
+        return self._load(self.abstract_vae(), "vae", dtype, mesh)
+
+    def load_text_encoder(self, dtype: Any, *, mesh: Mesh | None = None) -> UMT5Encoder:
+        return self._load(self.abstract_text_encoder(), "text_encoder", dtype, mesh)
+
+    def _load(self, model: Network, part: str, dtype: Any, mesh: Mesh | None) -> Network:
+        placed = None if mesh is None else sharding.shardings(model, mesh)
+        return pretrained.load_model(model, self.folder / part, dtype=dtype, shardings=placed)
+
     def load(
-        self, dtype: jnp.dtype, vae_dtype: jnp.dtype, stacked: bool
+        self, dtype: Any, vae_dtype: Any, stacked: bool, mesh: Mesh | None = None
     ) -> tuple[Transformer, AutoencoderKLWan, UMT5Encoder]:
         """The networks with their weights."""
-        abstract = Transformer.abstract(self.transformer, stacked=stacked)
         return (
-            pretrained.load_model(abstract, self.folder / "transformer", dtype=dtype),
-            pretrained.load_model(self.abstract_vae(), self.folder / "vae", dtype=vae_dtype),
-            pretrained.load_model(self.abstract_text_encoder(), self.folder / "text_encoder", dtype=dtype),
+            self.load_transformer(dtype, stacked=stacked, mesh=mesh),
+            self.load_vae(vae_dtype, mesh=mesh),
+            self.load_text_encoder(dtype, mesh=mesh),
         )
 
 

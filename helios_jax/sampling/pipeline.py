@@ -78,20 +78,25 @@ class HeliosPipeline:
         cls,
         name: str | Path | Checkpoint,
         *,
+        transformer: str = "transformer",
+        revision: str | None = None,
         dtype: Any = None,
         vae_dtype: Any = jnp.float32,
         stacked: bool | None = None,
     ) -> "HeliosPipeline":
-        """The pipeline in a diffusers folder, a hub repository or an opened checkpoint.
+        """The pipeline in a diffusers folder, a hub repository (at a `revision`) or an opened checkpoint.
 
-        `dtype` is that of the transformer and the text encoder: bfloat16 where there is an accelerator and float32 on
+        `transformer` is the subfolder with the transformer: released repositories also have those of other stages,
+        such as transformer_ode. `dtype` is that of the transformer and the text encoder: bfloat16 where there is an accelerator and float32 on
         CPU unless given. The VAE stays float32 unless asked otherwise. `stacked` keeps transformer blocks stacked and
         scanned (the default on TPU) or as a list (elsewhere).
 
         Raises:
             CheckpointError: something in the folder is missing, broken or does not fit, before weights are read.
         """
-        checkpoint = name if isinstance(name, Checkpoint) else Checkpoint.open(name)
+        checkpoint = (
+            name if isinstance(name, Checkpoint) else Checkpoint.open(name, transformer=transformer, revision=revision)
+        )
         backend = jax.default_backend()
         dtype = jnp.dtype(dtype or (jnp.float32 if backend == "cpu" else jnp.bfloat16))
         stacked = backend == "tpu" if stacked is None else stacked

@@ -33,7 +33,7 @@ def run(config: SampleConfig) -> int:
     Raises ValueError, in one line and before weights are read, for what cannot be done.
     """
     begin = time.monotonic()
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = Checkpoint.open(config.model, transformer=config.transformer)
     parts = checkpoint.transformer, checkpoint.vae, checkpoint.scheduler, checkpoint.variant
     plan = make_plan(*parts, config)
     jobs = make_jobs(config, plan.chunk_frames)

@@ -40,11 +40,11 @@ def init_sharded(
     optimizer: optax.GradientTransformation,
     ema: EMAConfig | None,
     mesh: Mesh,
-    load: Callable[[nnx.Module], nnx.Module] | None = None,
+    load: Callable[[Any, Any], nnx.Module] | None = None,
 ) -> TrainState:
     """`create(init(key))` where no device ever holds more than its shard.
 
-    With `load`, the parameters are `load(abstract model)` instead, and nothing random is computed.
+    With `load`, the parameters are `load(abstract model, its shardings)` instead, and nothing random is computed.
     """
 
     def make(key: jax.Array) -> TrainState:
@@ -54,8 +54,8 @@ def init_sharded(
     target = shardings(abstract, mesh)
     if load is None:
         return jax.jit(make, out_shardings=target)(key)
-    model = jax.device_put(load(abstract.model), target.model)
-    return jax.jit(lambda model: create(model, optimizer, ema), out_shardings=target)(model)
+    model = load(abstract.model, target.model)
+    return jax.jit(lambda model: create(model, optimizer, ema), out_shardings=target, donate_argnums=0)(model)
 
 
 def abstract_like(state: TrainState) -> TrainState:

@@ -5,12 +5,13 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from helios_jax import HeliosPipeline, pretrained
+from helios_jax import HeliosPipeline
 from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.checkpoint import Checkpoint
 from tests import tiny
@@ -167,14 +168,64 @@ assert not {{"torch", "transformers", "diffusers", "tensorflow"}} & sys.modules.
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_shards_are_written_and_read(whole, tmp_path, monkeypatch):
-    pipe = HeliosPipeline.from_pretrained(whole)
-    monkeypatch.setattr(pretrained, "SHARD_BYTES", 20_000)
-    pipe.save_pretrained(tmp_path)
-    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
-    again = HeliosPipeline.from_pretrained(tmp_path)
-    weight, expected = (p.transformer.blocks[1].ffn.up.weight[...] for p in (again, pipe))
-    np.testing.assert_array_equal(weight, expected)
+def test_a_transformer_of_another_stage_is_chosen_by_its_subfolder(folder):
+    ode = folder / "transformer_ode"
+    shutil.copytree(folder / "transformer", ode)
+    rewrite(ode / "diffusion_pytorch_model.safetensors", lambda t: t.update({"proj_out.bias": np.full(16, 3, "f4")}))
+    for name, expected in (("transformer", False), ("transformer_ode", True)):
+        checkpoint = Checkpoint.open(folder, transformer=name)
+        model = checkpoint.load_transformer(jnp.float32, stacked=False)
+        assert bool((model.proj_out.bias[...] == 3).all()) is expected
+    with pytest.raises(CheckpointError, match=r"no transformer_mid/config.json; it has transformer, transformer_ode$"):
+        Checkpoint.open(folder, transformer="transformer_mid")
+
+
+@pytest.fixture
+def hub(whole, tmp_path, monkeypatch):
+    """A repository of the released layout behind huggingface_hub, and the set of files that were downloaded."""
+    repository = shutil.copytree(whole, tmp_path / "repository")
+    for stage in ("transformer_init", "transformer_ode"):
+        shutil.copytree(whole / "transformer", repository / stage)
+    for other in ("transformer/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.bin", "a.mp4"):
+        (repository / other).write_bytes(b"")
+    files = sorted(str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file())
+    got: set[str] = set()
+
+    def snapshot_download(name, *, allow_patterns, revision):
+        assert (name, revision) == ("someone/helios", "v1")
+        snapshot = tmp_path / "snapshot"
+        for file in huggingface_hub.utils.filter_repo_objects(files, allow_patterns=allow_patterns):
+            got.add(file)
+            (snapshot / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(repository / file, snapshot / file)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: files)
+    return got
+
+
+def test_only_what_is_needed_is_downloaded(hub):
+    Checkpoint.open("someone/helios", transformer="transformer_ode", revision="v1")
+    assert {file.split("/")[0] for file in hub} == {
+        "model_index.json", "scheduler", "text_encoder", "tokenizer", "transformer_ode", "vae"
+    }  # fmt: skip
+    assert not any(file.endswith((".bin", ".mp4")) for file in hub)
+    hub.clear()
+    Checkpoint.open("someone/helios", revision="v1")
+    assert {file for file in hub if file.startswith("transformer")} == {
+        "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"
+    }  # fmt: skip
+
+
+def test_the_hub_s_subfolders_are_named(hub):
+    with pytest.raises(CheckpointError, match=r"it has transformer, transformer_init, transformer_ode$"):
+        Checkpoint.open("someone/helios", transformer="transformer_odd", revision="v1")
+
+
+def test_a_name_that_is_no_folder_and_no_repository():
+    with pytest.raises(CheckpointError, match=r"no folder \./nowhere: give"):
+        Checkpoint.open("./nowhere")
 
 
 def test_half_precision_keeps_float32_islands(whole):

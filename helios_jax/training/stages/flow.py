@@ -33,11 +33,14 @@ def init(config: TrainConfig, key: jax.Array) -> Transformer:
     return init_memory_patches(Transformer(_transformer(config), stacked=True, rngs=nnx.Rngs(key)))
 
 
-def load(config: TrainConfig, model: Transformer) -> Transformer:
+def load(config: TrainConfig, model: Transformer, shardings: Any = None) -> Transformer:
     """The abstract `model` with the weights in `config.init`/transformer, or in `config.init` itself."""
-    folder = pretrained.resolve(config.init or "")
-    part = folder / "transformer"
-    return pretrained.load_model(model, part if part.is_dir() else folder, dtype=jnp.float32)
+    return pretrained.load_model(model, _init_folder(config), dtype=jnp.float32, shardings=shardings)
+
+
+def _init_folder(config: TrainConfig) -> Path:
+    folder = pretrained.resolve(config.init or "", (".", "transformer"))
+    return folder / "transformer" if (folder / "transformer").is_dir() else folder
 
 
 def batches(config: TrainConfig) -> Any:
@@ -132,9 +135,6 @@ def _transformer(config: TrainConfig) -> TransformerConfig:
     if config.init is None:
         raise ConfigError("model.transformer: give its sizes, or name weights to start from with init")
     try:
-        folder = pretrained.resolve(config.init)
-        return pretrained.read_config(
-            folder / "transformer" if (folder / "transformer").is_dir() else folder, TransformerConfig
-        )
+        return pretrained.read_config(_init_folder(config), TransformerConfig)
     except CheckpointError as error:
         raise ConfigError(f"init: {error}") from None

@@ -75,10 +75,11 @@ def _set(conv: Conv, value: Any) -> None:
     conv.weight[...] = jnp.broadcast_to(jnp.asarray(value, jnp.float32), conv.weight.shape)
 
 
-def load(config: TrainConfig, model: AutoencoderKLWan) -> AutoencoderKLWan:
+def load(config: TrainConfig, model: AutoencoderKLWan, shardings: Any = None) -> AutoencoderKLWan:
     """The abstract `model` with the weights in `config.init`/vae, or in `config.init` itself."""
-    folder = pretrained.resolve(config.init or "")
-    return pretrained.load_model(model, folder / "vae" if (folder / "vae").is_dir() else folder, dtype=jnp.float32)
+    folder = pretrained.resolve(config.init or "", (".", "vae"))
+    part = folder / "vae" if (folder / "vae").is_dir() else folder
+    return pretrained.load_model(model, part, dtype=jnp.float32, shardings=shardings)
 
 
 def batches(config: TrainConfig) -> Any:

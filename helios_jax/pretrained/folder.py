@@ -1,0 +1,126 @@
+"""diffusers folders: found or downloaded, their JSON files read and written."""
+
+import dataclasses
+import json
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+Config = TypeVar("Config")
+
+WEIGHTS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: the message is one line that names the file, the rule and the remedy."""
+
+
+def resolve(name: str | Path, parts: Sequence[str] | None = None, revision: str | None = None) -> Path:
+    """The folder `name`, or the hub snapshot of that name, of which what is not cached yet is downloaded.
+
+    Args:
+        name: a folder, or a hub name such as BestWishYsh/Helios-Base.
+        parts: the subfolders that are needed, and model_index.json; "." is a component at the top. None: all of it.
+        revision: branch, tag or commit of the hub repository.
+
+    Raises:
+        CheckpointError: there is no such folder, and the hub has no such repository or cannot be reached.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    check_hub_name(name)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.model"] if parts is None else ["model_index.json"]
+    for part in parts or ():
+        patterns += _patterns(part)
+    return Path(from_hub(name, lambda: snapshot_download(str(name), allow_patterns=patterns, revision=revision)))
+
+
+def _patterns(part: str) -> list[str]:
+    """What a component's folder may hold, without other variants (fp16) and formats of its weights."""
+    names = ["config.json"] if part == "." else ["*.json", "*.model"]
+    names += [f"{stem}{end}" for stem in WEIGHTS for end in (".safetensors", "-*-of-*.safetensors")]
+    names += [f"{stem}.safetensors.index.json" for stem in WEIGHTS]
+    return names if part == "." else [f"{part}/{name}" for name in names]
+
+
+def check_hub_name(name: str | Path) -> None:
+    """Raises `CheckpointError` when `name`, which is no folder, cannot be that of a hub repository either."""
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
+        raise CheckpointError(
+            f"no folder {name}: give a diffusers folder or a hub name such as BestWishYsh/Helios-Base"
+        )
+
+
+def from_hub(name: str | Path, ask: Any) -> Any:
+    """What `ask()` gets from the hub, or a `CheckpointError` that says why not."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return ask()
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        line = (str(error).strip() or repr(error)).splitlines()[0]
+        raise CheckpointError(f"no folder {name}, and the hub does not give it: {line}") from error
+
+
+def subfolders(name: str | Path, revision: str | None = None) -> list[str]:
+    """The subfolders with a config.json, of a folder or of a hub repository."""
+    folder = Path(name)
+    if folder.is_dir():
+        return sorted(path.parent.name for path in folder.glob("*/config.json"))
+    from huggingface_hub import list_repo_files
+
+    files = from_hub(name, lambda: list_repo_files(str(name), revision=revision))
+    return sorted(f.removesuffix("/config.json") for f in files if re.fullmatch(r"[^/]+/config\.json", f))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; `CheckpointError` when it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: {path.parent} is not a complete diffusers folder") from None
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+
+
+def read_config(folder: Path, cls: type[Config], name: str = "config.json") -> Config:
+    """The config dataclass `cls` from `folder`/`name`.
+
+    Keys that it does not know are ignored with a warning, as in diffusers; the weights must fit what is known. A class
+    with a `MODEL_TYPE` is transformers', whose files repeat every default of a base class: there the rest is silent.
+    """
+    values = {k: v for k, v in read_json(folder / name).items() if not k.startswith("_")}
+    names = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    unknown = sorted(values.keys() - names)
+    if unknown and not hasattr(cls, "MODEL_TYPE"):
+        warnings.warn(f"{folder / name}: ignored, as {cls.__name__} has no {', '.join(unknown)}", stacklevel=2)
+    try:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names})
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / name}: {error}") from error
+
+
+def write_config(config: Any, folder: Path, name: str = "config.json") -> None:
+    """Writes a config dataclass as diffusers does, its `CLASS_NAME` first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"_class_name": config.CLASS_NAME, **dataclasses.asdict(config)}
+    if hasattr(config, "MODEL_TYPE"):  # transformers finds its classes by these two
+        values = {"architectures": [config.CLASS_NAME], "model_type": config.MODEL_TYPE, **dataclasses.asdict(config)}
+    (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a component; those that its index names may be missing."""
+    for name in (f"{stem}.safetensors" for stem in WEIGHTS):
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            return [folder / f for f in sorted(set(read_json(index)["weight_map"].values()))]
+        if (folder / name).exists():
+            return [folder / name]
+    expected = " or ".join(f"{stem}.safetensors" for stem in WEIGHTS)
+    raise CheckpointError(f"{folder} has no weights: {expected} (or an index of shards) is expected there")

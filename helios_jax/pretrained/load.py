@@ -1,0 +1,226 @@
+"""Weights into a model: each tensor goes from its file to its devices, and the host forgets it.
+
+Every key in a file is used exactly once and every parameter is filled exactly once, or `CheckpointError` names them.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from helios_jax.pretrained import layout
+from helios_jax.pretrained.files import Tensor, read_headers
+from helios_jax.pretrained.layout import Entry, check_shapes, dtype_of, file_entries, from_file, used_keys
+
+Model = TypeVar("Model", bound=nnx.Module)
+Result = TypeVar("Result")
+
+READERS = 4  # tensors that are read and put at a time
+IN_FLIGHT = 2**29  # bytes of them, unless one alone is larger
+# A stacked parameter of fewer bytes is stacked on the host: a program for its shape takes longer to compile.
+SMALL = 2**20
+
+
+class Stored(Protocol):
+    """A tensor in a file or in memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def read(self, rows: slice = slice(None), dtype: Any = None) -> np.ndarray: ...
+
+
+class _InMemory:
+    def __init__(self, values: Any):
+        self.values, self.shape, self.dtype = values, tuple(values.shape), np.dtype(values.dtype)
+
+    def read(self, rows: slice = slice(None), dtype: Any = None) -> np.ndarray:
+        # A copy: on a CPU the parameter could be these very values, which belong to the caller.
+        return np.array(np.asarray(self.values)[rows] if self.shape else self.values, dtype or self.dtype)
+
+
+def load_model(model: Model, folder: Path, *, dtype: Any = None, shardings: Any = None) -> Model:
+    """The (abstract) `model` with the weights in `folder`, read tensor by tensor to where they stay.
+
+    Args:
+        model: shapes are enough; nothing of it is read.
+        folder: a component of a diffusers folder: safetensors, one file or shards with an index.
+        dtype: what the parameters become, but for the class's `FLOAT32` islands; None keeps what the files have.
+        shardings: a tree like `model` (`helios_jax.sharding.shardings`); this host then reads the rows that its
+            devices need, and all hosts must call. None: the default device.
+
+    Raises:
+        CheckpointError: the files and the model do not fit, or a file is broken.
+    """
+    stored = read_headers(folder)
+    return _assemble(model, stream(model, stored, dtype=dtype, shardings=shardings, source=str(folder)))
+
+
+def from_arrays(model: Model, arrays: Mapping[str, Any], *, dtype: Any = None, source: str = "the mapping") -> Model:
+    """`model` (concrete or abstract) filled from arrays under their file keys and in their file layout."""
+    stored = {key: _InMemory(values) for key, values in arrays.items()}
+    return _assemble(model, stream(model, stored, dtype=dtype, source=source))
+
+
+def check_weights(model: nnx.Module, folder: Path) -> None:
+    """Raises `CheckpointError` unless the files in `folder` fit the (abstract) `model`; reads headers only."""
+    _keys(model, read_headers(folder), str(folder))
+
+
+def _keys(model: nnx.Module, stored: Mapping[str, Stored], source: str) -> dict[str, str]:
+    """Each of the model's keys with the name that `stored` has for it, after checking that they fit."""
+    keys = used_keys(model, stored)
+    check_shapes(file_entries(model), {key: stored[name].shape for key, name in keys.items()}, source)
+    return keys
+
+
+def stream(
+    model: nnx.Module, stored: Mapping[str, Stored], *, dtype: Any = None, shardings: Any = None, source: str
+) -> Iterator[tuple[layout.Path, int | None, jax.Array]]:
+    """(path, layer, array) of every parameter of `model` in the order of the files, already on its devices.
+
+    The layer is None for a whole parameter; a stacked one comes layer by layer unless it is small. At most `IN_FLIGHT`
+    bytes (or one tensor) are on the host at a time.
+    """
+    keys = _keys(model, stored, source)
+    parameters = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    placed = None if shardings is None else dict(nnx.to_flat_state(nnx.state(shardings, nnx.Param)))
+    groups: dict[layout.Path, list[tuple[Entry, Stored]]] = {}
+    for key, entry in file_entries(model).items():
+        groups.setdefault(entry.path, []).append((entry, stored[keys[key]]))
+
+    jobs: list[tuple[Any, int, Callable[[], tuple[layout.Path, int | None, jax.Array]]]] = []
+    # Worker threads do not see what a caller set with `jax.default_device`.
+    device = jax.config.jax_default_device
+    for path, tensors in groups.items():
+        shape, layered = parameters[path].shape, tensors[0][0].layer is not None
+        found = {jax.dtypes.canonicalize_dtype(tensor.dtype) for _, tensor in tensors}
+        kind = dtype_of(model, path, dtype) or jnp.result_type(*found)
+        sharding = None if placed is None else placed[path].get_value()
+        size = int(np.prod(shape)) * kind.itemsize
+        if layered and size > SMALL:
+            for entry, tensor in tensors:
+                job = partial(_put, tensor, entry, shape[1:], kind, _of_layer(sharding), device)
+                jobs.append((_position(tensor), size // shape[0], partial(_named, path, entry.layer, job)))
+        else:
+            job = partial(_put_small_stack, tensors, shape, kind, sharding, device)
+            if not layered:
+                entry, tensor = tensors[0]
+                job = partial(_put, tensor, entry, shape, kind, sharding, device)
+            jobs.append((_position(tensors[0][1]), size, partial(_named, path, None, job)))
+    jobs.sort(key=lambda job: job[0])
+    return _in_order((size, job) for _, size, job in jobs)
+
+
+def _position(tensor: Stored) -> tuple[str, int]:
+    """Where a tensor lies: reading in that order is what disks and networks do best."""
+    return (str(tensor.path), tensor.offset) if isinstance(tensor, Tensor) else ("", 0)
+
+
+def _named(path: layout.Path, layer: int | None, job: Callable[[], jax.Array]):
+    return path, layer, job()
+
+
+def _in_order(jobs: Iterable[tuple[int, Callable[[], Result]]]) -> Iterator[Result]:
+    """The results of jobs (bytes, call) in their order, while the next ones run in threads."""
+    running: deque = deque()
+    with ThreadPoolExecutor(READERS) as pool:
+        for size, job in jobs:
+            while running and (len(running) == READERS or sum(s for s, _ in running) + size > IN_FLIGHT):
+                yield running.popleft()[1].result()
+            running.append((size, pool.submit(job)))
+        while running:
+            yield running.popleft()[1].result()
+
+
+def _of_layer(sharding: Any) -> Any:
+    """The sharding of one layer of a stacked parameter, whose layers are not split."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    assert not sharding.spec or sharding.spec[0] is None, f"layers are split: {sharding.spec}"
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
+def _put(tensor: Stored, entry: Entry, shape: tuple[int, ...], dtype: Any, sharding: Any, device: Any) -> jax.Array:
+    """A tensor of a file as a parameter of `shape`, on its devices.
+
+    The rows that this host's devices need are read: along `axis`, ours that is the file's first, where there is one.
+    It is transposed as it is put: XLA copies a strided array about as fast as a contiguous one, numpy takes three
+    times as long, and a program on the device would have to be compiled for every shape.
+    """
+    axis = None if not shape or isinstance(entry.layout, tuple) else 0 if entry.layout == "same" else -1
+    rows, kept = slice(None), shape
+    if sharding is not None and axis is not None:
+        needed = [i[axis].indices(shape[axis]) for i in sharding.addressable_devices_indices_map(shape).values()]
+        rows = slice(min(start for start, _, _ in needed), max(stop for _, stop, _ in needed))
+        kept = tuple(rows.stop - rows.start if i == axis % len(shape) else n for i, n in enumerate(shape))
+    values = from_file(tensor.read(rows, dtype), entry.layout, kept)
+    return _place(values, shape, sharding, device, axis, rows.start or 0)
+
+
+def _put_small_stack(
+    tensors: list[tuple[Entry, Stored]], shape: tuple[int, ...], dtype: Any, sharding: Any, device: Any
+) -> jax.Array:
+    """All layers of a small parameter as one array."""
+    values = np.empty(shape, dtype)
+    for entry, tensor in tensors:
+        values[entry.layer] = from_file(tensor.read(dtype=dtype), entry.layout, shape[1:])
+    return _place(values, shape, sharding, device)
+
+
+def _place(
+    values: np.ndarray, shape: tuple[int, ...], sharding: Any, device: Any, axis: int | None = None, start: int = 0
+) -> jax.Array:
+    """`values` on their devices; along `axis` they are those of the array of `shape` from `start` on.
+
+    Waits until they are there: the caller then lets go of them.
+    """
+    if sharding is None:
+        with jax.default_device(device):
+            return jax.block_until_ready(jax.device_put(values))
+
+    def piece(index: Any) -> np.ndarray:
+        part = list(index)
+        if axis is not None:
+            first, stop, _ = index[axis].indices(shape[axis])
+            part[axis] = slice(first - start, stop - start)
+        return values[tuple(part)]
+
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, piece))
+
+
+def _assemble(model: Model, arrays: Iterator[tuple[layout.Path, int | None, jax.Array]]) -> Model:
+    """`model` with the parameters that `stream` gives; those that come layer by layer are filled in place."""
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+    flat = dict(nnx.to_flat_state(parameters))
+    made: dict[layout.Path, jax.Array] = {}
+    for path, layer, array in arrays:
+        if layer is None:
+            made[path] = array
+            continue
+        if path not in made:
+            made[path] = _empty_stack(array, flat[path].shape[0])
+        made[path] = _set_layer(made[path], array, layer)
+    state = nnx.from_flat_state([(path, variable.replace(made[path])) for path, variable in flat.items()])
+    return nnx.merge(graph, state, rest)
+
+
+def _empty_stack(layer: jax.Array, layers: int) -> jax.Array:
+    sharding = layer.sharding
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+    return jnp.zeros((layers, *layer.shape), layer.dtype, device=sharding)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_layer(stack: jax.Array, layer: jax.Array, i: int) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
