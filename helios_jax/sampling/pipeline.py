@@ -87,9 +87,9 @@ class HeliosPipeline:
         """The pipeline in a diffusers folder, a hub repository (at a `revision`) or an opened checkpoint.
 
         `transformer` is the subfolder with the transformer: released repositories also have those of other stages,
-        such as transformer_ode. `dtype` is that of the transformer and the text encoder: bfloat16 where there is an accelerator and float32 on
-        CPU unless given. The VAE stays float32 unless asked otherwise. `stacked` keeps transformer blocks stacked and
-        scanned (the default on TPU) or as a list (elsewhere).
+        such as transformer_ode. `dtype` is that of the transformer and the text encoder: bfloat16 where there is an
+        accelerator and float32 on CPU unless given. The VAE stays float32 unless asked otherwise. `stacked` keeps
+        transformer blocks stacked and scanned (the default on TPU) or as a list (elsewhere).
 
         Raises:
             CheckpointError: something in the folder is missing, broken or does not fit, before weights are read.
