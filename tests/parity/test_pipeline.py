@@ -1,9 +1,11 @@
 """The whole pipelines against diffusers': a folder it saved, its noise recorded, three chunks."""
 
+import itertools
 import os
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytestmark = pytest.mark.reference
 torch = pytest.importorskip("torch")
@@ -125,3 +127,47 @@ def test_pyramid(name, tmp_path, monkeypatch):
     options = {"height": 64, "width": 128, "num_latent_frames_per_chunk": 3, **options}
     sites = compare(what, reference, pipeline_helios_pyramid, options, tmp_path, monkeypatch, seed)
     assert sites == ["latents", "block_noise", "block_noise"] * 6
+
+
+def picture(rng: np.random.Generator, width: int, height: int) -> Image.Image:
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+TASKS = {
+    "image": lambda rng: {"image": picture(rng, 90, 50)},
+    "image, one for each of two prompts, second anchor": lambda rng: {
+        "prompt": PROMPTS,
+        "image": [picture(rng, 33, 70), picture(rng, 64, 64)],
+        "image_noise_sigma_min": 0.3,
+        "image_noise_sigma_max": 0.5,
+        "video_noise_sigma_max": 0.9,
+        "is_skip_first_chunk": True,
+    },
+    "video with a remainder": lambda rng: {"video": [picture(rng, 61, 47) for _ in range(22)]},
+    "video longer than the memory, no noise, second anchor": lambda rng: {
+        "video": [picture(rng, 40, 40) for _ in range(36)],
+        "add_noise_to_video_latents": False,
+        "history_sizes": [4, 2, 1],
+        "is_skip_first_chunk": True,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"), [*itertools.product(["Base", "Distilled"], TASKS), ("Mid", "video with a remainder")]
+)
+def test_image_and_video(kind, task, tmp_path, monkeypatch):
+    seed = fresh_seed()
+    inputs = TASKS[task](np.random.default_rng(seed))
+    size = {"height": 64, "width": 128 if kind == "Mid" else 64, "num_latent_frames_per_chunk": 3}
+    if kind == "Base":
+        reference, module = pipelines.base(seed, {"use_dynamic_shifting": True}), pipeline_helios
+        options = {"guidance_scale": 3.0, "num_inference_steps": 2}
+    else:
+        distilled = kind == "Distilled"
+        reference = pipelines.pyramid(seed, {"use_dynamic_shifting": True}, distilled=distilled, zero_star=True)
+        module = pipeline_helios_pyramid
+        options = {"guidance_scale": 1.0 if distilled else 3.0, "pyramid_num_inference_steps_list": [1, 2, 1]}
+        options |= {"is_amplify_first_chunk": True} if distilled else {}
+    what = f"{kind} pipeline, {'image' if 'image' in inputs else 'video'} to video"
+    compare(what, reference, module, {**size, **options, **inputs}, tmp_path, monkeypatch, seed)
