@@ -12,7 +12,7 @@ Every function returns another model; its argument stays as it is.
 """
 
 from helios_jax.lora.adapters import LoRA, LoRAScale, LoRAWeight, names, remove, set_scale
-from helios_jax.lora.attach import LoRAConfig, add, attach
+from helios_jax.lora.attach import LoRAConfig, add, attach, check
 from helios_jax.lora.files import LoRAFile, from_arrays, read
 from helios_jax.lora.merge import merge, unmerge
 from helios_jax.lora.save import save
@@ -25,6 +25,7 @@ __all__ = [
     "LoRAWeight",
     "add",
     "attach",
+    "check",
     "from_arrays",
     "merge",
     "names",

@@ -106,7 +106,8 @@ def copy(model: Model) -> Model:
 def set_adapters(module: Any, adapters: Iterable[LoRA]) -> None:
     """Puts `adapters` on a layer, None when there are none."""
     adapters = list(adapters)
-    module.adapters = nnx.data(nnx.List(adapters) if adapters else None)
+    # Static as in a new layer: two models without adapters have the same tree.
+    module.adapters = nnx.data(nnx.List(adapters)) if adapters else nnx.static(None)
 
 
 def set_scale(model: Model, name: str, scale: float) -> Model:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from helios_jax.lora.adapters import (
     LoRA,
@@ -73,13 +74,13 @@ def attach(
     """
     scales = scales or {}
     check_names(scales, adapters)
-    if taken := [name for name in names(model) if name in adapters]:
-        raise ValueError(f"adapter {', '.join(taken)} is attached already: choose another name, or remove it first")
+    loaded = {name: file if isinstance(file, LoRAFile) else read(file) for name, file in adapters.items()}
+    check(model, loaded)
     model, layers = copy(model), targets(model)
-    for name, file in adapters.items():
-        file = file if isinstance(file, LoRAFile) else read(file)
+    for name, file in loaded.items():
         groups: dict[Any, list[tuple[Target, Change]]] = {}
-        for module, change in _fitting(file, layers).items():
+        _warn_of_the_rest(file, layers)
+        for module, change in _taken(file, layers).items():
             groups.setdefault(layers[module].path, []).append((layers[module], change))
         for path, group in groups.items():
             module = module_at(model, path)
@@ -88,28 +89,39 @@ def attach(
     return model
 
 
-def _fitting(file: LoRAFile, layers: Mapping[str, Target]) -> dict[str, Change]:
-    """The changes of `file` that `layers` can take, after checking all of them."""
-    changes = {n: c for n, c in file.changes.items() if n in layers or c.rank or c.bias is not None}
-    if unknown := changes.keys() - layers.keys():
-        raise CheckpointError(f"{file.source} has LoRA weights for {some(unknown)}: no layers of this model")
-    wrong = []
-    for name, change in changes.items():
-        out, *inner = layers[name].shape
-        expected = {"down": [change.rank, *inner], "up": [out, change.rank, *[1] * (len(inner) - 1)]}
-        expected |= {"diff": [out, *inner], "bias": [out], "diff_b": [out]}
-        for part, shape in expected.items():
-            tensor = getattr(change, part)
-            if tensor is not None and list(tensor.shape) != shape:
-                wrong.append(f"{name} ({part} is {list(tensor.shape)}, not {shape})")
-    if wrong:
-        raise CheckpointError(f"{file.source} does not fit this model: {some(wrong)}")
-    # What is left changes norms and modulation; most files have zeros there.
-    left = {n: c for n, c in file.changes.items() if n not in changes}
+def check(model: nnx.Module, adapters: Mapping[str, LoRAFile]) -> None:
+    """Raises what `attach` would, for an abstract `model`, too: before its weights are loaded."""
+    if taken := [name for name in names(model) if name in adapters]:
+        raise ValueError(f"adapter {', '.join(taken)} is attached already: choose another name, or remove it first")
+    layers = targets(model)
+    for file in adapters.values():
+        changes = _taken(file, layers)
+        if unknown := changes.keys() - layers.keys():
+            raise CheckpointError(f"{file.source} has LoRA weights for {some(unknown)}: no layers of this model")
+        wrong = []
+        for name, change in changes.items():
+            out, *inner = layers[name].shape
+            expected = {"down": [change.rank, *inner], "up": [out, change.rank, *[1] * (len(inner) - 1)]}
+            expected |= {"diff": [out, *inner], "bias": [out], "diff_b": [out]}
+            for part, shape in expected.items():
+                tensor = getattr(change, part)
+                if tensor is not None and list(tensor.shape) != shape:
+                    wrong.append(f"{name} ({part} is {list(tensor.shape)}, not {shape})")
+        if wrong:
+            raise CheckpointError(f"{file.source} does not fit this model: {some(wrong)}")
+
+
+def _taken(file: LoRAFile, layers: Mapping[str, Target]) -> dict[str, Change]:
+    """The changes of `file` without those that only files of Wan have: of norms and modulation, by difference."""
+    return {n: c for n, c in file.changes.items() if n in layers or c.rank or c.bias is not None}
+
+
+def _warn_of_the_rest(file: LoRAFile, layers: Mapping[str, Target]) -> None:
+    """Says what is not taken, but for zeros, which most files have there."""
+    left = {n: c for n, c in file.changes.items() if n not in _taken(file, layers)}
     felt = [n for n, c in left.items() if any(x is not None and x.read().any() for x in (c.diff, c.diff_b))]
     if felt:
         warnings.warn(f"{file.source}: ignored what it changes in {some(felt)}, as diffusers does", stacklevel=3)
-    return changes
 
 
 def _from_files(name: str, module: Any, group: list[tuple[Target, Change]], weight: float, dtype: Any) -> LoRA:
@@ -167,8 +179,8 @@ def add(model: Model, config: LoRAConfig, key: jax.Array, *, dtype: Any = jnp.fl
     if not chosen:
         raise ValueError(f"target_modules {config.target_modules!r} fit no layer; there is {some(layers)}")
     groups: dict[Any, dict[int | None, jax.Array]] = {}
-    for layer, own in zip(chosen.values(), jax.random.split(key, len(chosen))):
-        groups.setdefault(layer.path, {})[layer.layer] = own
+    for name, own in zip(sorted(chosen), jax.random.split(key, len(chosen))):
+        groups.setdefault(chosen[name].path, {})[chosen[name].layer] = own
     for path, keys in groups.items():
         module = module_at(model, path)
         set_adapters(module, [*(module.adapters or ()), _new(module, config, keys, dtype)])
@@ -194,6 +206,8 @@ def _new(module: Any, config: LoRAConfig, keys: Mapping[int | None, jax.Array], 
         return jax.random.uniform(key, (*inner, rank), dtype, -bound, bound)
 
     a = jax.vmap(draw)(jnp.stack(list(keys.values())))
-    a = jnp.zeros((*stack, *inner, rank), dtype).at[jnp.asarray(list(keys))].set(a) if stack else a[0]
-    scaling = np.full(stack, (config.alpha or rank) / rank, np.float32)
+    layers: Any = list(keys)
+    a = jnp.zeros((*stack, *inner, rank), dtype).at[jnp.asarray(layers)].set(a) if stack else a[0]
+    scaling = np.ones(stack, np.float32)
+    scaling[layers if stack else ()] = (config.alpha or rank) / rank
     return _adapter(config.name, module, a, jnp.zeros((*stack, rank, out), dtype), None, scaling, 1.0)
