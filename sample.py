@@ -60,6 +60,8 @@ def parse(argv: list[str]) -> SampleConfig:
         group = parser.add_argument_group(title)
         for name, text in flags.items():
             group.add_argument(f"--{name.replace('_', '-')}", help=text, metavar="X")
+        if title == "how to make it":
+            group.add_argument("--lora", action="append", metavar="FILE[=SCALE]", help="to merge in; may be repeated")
         if title == "what to make":
             group.add_argument(
                 "--then",
@@ -71,6 +73,8 @@ def parse(argv: list[str]) -> SampleConfig:
     args = parser.parse_intermixed_args(argv)
     names = [name for flags in FLAGS.values() for name in flags]
     given: dict[str, Any] = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.lora:
+        given["loras"] = args.lora
     if args.then:
         given["switches"] = [
             {"prompt": prompt, **({"seconds": at[:-1]} if at.endswith("s") else {"chunk": at})}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 import sample
 from helios_jax import HeliosPipeline
@@ -264,3 +265,24 @@ def test_a_size_that_was_never_trained_warns_once(config, tmp_path, capsys):
     assert run(config, "--num-frames", 9, "--height", 48) == 0
     error = capsys.readouterr().err
     assert error.count("trained at 32 x 48 only") == 1
+
+
+def test_lora_files_are_merged_in(config, tmp_path, folder, capsys):
+    layer = "transformer.blocks.0.attn1.to_q"
+    rng = np.random.default_rng(0)
+    pair = {f"{layer}.lora_A.weight": (2, 32), f"{layer}.lora_B.weight": (32, 2)}
+    save_file({k: rng.standard_normal(s).astype(np.float32) for k, s in pair.items()}, tmp_path / "a.safetensors")
+    made = []
+    for i, arguments in enumerate(
+        ([], ["--lora", f"{tmp_path}/a.safetensors"], ["--lora", f"{tmp_path}/a.safetensors=0"])
+    ):
+        assert run(config, "--num-frames", 9, "--out", tmp_path / f"{i}.npz", *arguments) == 0
+        made.append(np.load(tmp_path / f"{i}.npz")["latents"])
+    assert np.abs(made[1] - made[0]).max() > 1e-3
+    np.testing.assert_array_equal(made[2], made[0])
+    capsys.readouterr()
+    for bad, words in ((f"{tmp_path}/a.safetensors=x", "not a number"), (f"{tmp_path}/none", "none")):
+        assert run(config, "--lora", bad) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert words in error

@@ -6,6 +6,7 @@ Beside the model stand the world's own renderings (the metrics' ceiling) and the
 """
 
 import argparse
+import os
 import platform
 import sys
 import time
@@ -55,12 +56,13 @@ def held_out(videos: int) -> list[toy.Scene]:
 def generate(
     pipe: HeliosPipeline, captions: list[str], frames: int, batch: int, steps: int, guidance: float
 ) -> list[np.ndarray]:
-    """uint8 videos [t, h, w, 3], one for each caption, the n-th batch with seed n."""
+    """uint8 videos [t, h, w, 3], one for each caption, the n-th with seed n."""
     videos: list[np.ndarray] = []
     size = {"height": toy.NOMINAL_SIZE, "width": toy.NOMINAL_SIZE}
-    for seed, first in enumerate(range(0, len(captions), batch)):
+    for first in range(0, len(captions), batch):
         prompts = captions[first : first + batch]
-        options = {"num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance, "seed": seed}
+        seeds = list(range(first, first + len(prompts)))
+        options = {"num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance, "seed": seeds}
         videos.extend(np.round(pipe(prompts, **size, **options).frames * 255).astype(np.uint8))
     return videos
 
@@ -94,6 +96,12 @@ def table(columns: dict[str, dict[str, float]]) -> list[str]:
         values = " | ".join(f"{column[name]:.3f}" for column in columns.values())
         lines.append(f"| {name} | {values} |")
     return lines
+
+
+def machine() -> str:
+    """What it ran on, in words."""
+    device = jax.devices()[0]
+    return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         "# The toy model on captions kept out of training",
         "",
         f"`{words}`: {args.videos} captions, {frames} frames each ({args.chunks} chunks), {args.steps} UniPC steps,",
-        f"guidance {args.guidance:g}, {seconds:.0f} s in all on {jax.devices()[0].platform}; Python"
+        f"guidance {args.guidance:g}, {seconds:.0f} s in all on {machine()}; Python"
         f" {platform.python_version()}, {versions}.",
         "What each metric means stands in `helios_jax/bench/toy.py`. The first group is best at 1, errors, jumps and",
         "shifts are best at 0; `_start` and `_end` are the first and the last sixth of the frames.",

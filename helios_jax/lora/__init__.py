@@ -13,7 +13,7 @@ Every function returns another model; its argument stays as it is.
 
 from helios_jax.lora.adapters import LoRA, LoRAScale, LoRAWeight, names, remove, set_scale
 from helios_jax.lora.attach import LoRAConfig, add, attach, check
-from helios_jax.lora.files import LoRAFile, from_arrays, read
+from helios_jax.lora.files import LoRAFile, file_and_scale, from_arrays, read
 from helios_jax.lora.merge import merge, unmerge
 from helios_jax.lora.save import save
 
@@ -26,6 +26,7 @@ __all__ = [
     "add",
     "attach",
     "check",
+    "file_and_scale",
     "from_arrays",
     "merge",
     "names",

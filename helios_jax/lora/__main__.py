@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
     try:
         files, scales = {}, {}
         for i, text in enumerate(args.lora):
-            name, _, scale = text.partition("=")
-            files[f"{i}"], scales[f"{i}"] = lora.read(name), _number(text, scale or "1")
+            name, scales[f"{i}"] = lora.file_and_scale(text)
+            files[f"{i}"] = lora.read(name)
         folder = pretrained.resolve(args.model, (".", args.transformer))
         folder = folder / args.transformer if (folder / args.transformer).is_dir() else folder
         config = pretrained.read_config(folder, TransformerConfig)
@@ -45,13 +45,6 @@ def main(argv: list[str]) -> int:
         return 2
     print(f"wrote {args.out}")
     return 0
-
-
-def _number(text: str, scale: str) -> float:
-    try:
-        return float(scale)
-    except ValueError:
-        raise ValueError(f"--lora {text}: the scale after = is not a number") from None
 
 
 if __name__ == "__main__":

@@ -96,6 +96,15 @@ def read(name: str | Path, *, weight_name: str | None = None, revision: str | No
     return _parse(tensors, config, str(path))
 
 
+def file_and_scale(text: str) -> tuple[str, float]:
+    """What a person types: a file or a repository, and =SCALE behind it unless it is 1."""
+    name, _, scale = text.partition("=")
+    try:
+        return name, float(scale or "1")
+    except ValueError:
+        raise ValueError(f"LoRA {text}: the scale after = is not a number") from None
+
+
 def from_arrays(arrays: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> LoRAFile:
     """As `read`, from arrays under the keys of a file; `config` is what PEFT's would be (r, lora_alpha, ...)."""
     return _parse({key: InMemory(value) for key, value in arrays.items()}, dict(config or {}), "the mapping")

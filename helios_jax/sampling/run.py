@@ -13,7 +13,9 @@ from typing import Any
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from helios_jax import lora
 from helios_jax.data.output import open_writer, write_sidecar
+from helios_jax.models.transformer import Transformer
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.config import Options, SampleConfig
 from helios_jax.sampling.context import prepare_images, prepare_videos
@@ -44,8 +46,15 @@ def run(config: SampleConfig) -> int:
             return 0
     for job in todo:
         _check(job, make_plan(*parts, job.config), checkpoint, strict=config.csv is None)
+    files, scales = {}, {}
+    for i, text in enumerate(config.loras):
+        name, scales[str(i)] = lora.file_and_scale(text)
+        files[str(i)] = lora.read(name)
+    lora.check(Transformer.abstract(checkpoint.transformer), files)
 
     pipe = HeliosPipeline.from_pretrained(checkpoint, dtype=config.precision)
+    if files:
+        pipe.transformer = lora.merge(lora.attach(pipe.transformer, files, scales), donate=True)
     print(f"loading: {time.monotonic() - begin:.2f} s", flush=True)
     failed = []
     for i, job in enumerate(todo):
