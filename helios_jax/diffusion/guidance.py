@@ -1,18 +1,7 @@
 """Classifier-free guidance and CFG-Zero* (arXiv 2503.18886)."""
 
-from dataclasses import dataclass
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-
-@dataclass(unsafe_hash=True)
-class ZeroStar:
-    """CFG-Zero*: the negative velocity is scaled by its projection on the positive one, and the first `zero_steps`
-    steps and one more of the first level stand still (the released pipeline counts `i <= zero_steps`); None: none do.
-    """
-
-    zero_steps: int | None = 1
 
 
 def guide(
