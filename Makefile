@@ -37,7 +37,7 @@ TOY := helios_jax/assets/toy
 
 toy: toy-data toy-vae toy-latents toy-stage1 toy-score
 toy-data: $(VENV)/.run
-	test -d $(DATA) || $(BIN)/python -m helios_jax.data.toy_build --out $(DATA) --videos 1200 --chunks 4
+	test -d $(DATA) || $(BIN)/python -m helios_jax.data.toy_build --out $(DATA) --videos 1800 --chunks 4
 toy-vae: $(VENV)/.run
 	$(BIN)/python train.py configs/toy/vae.yaml $(ARGS)
 	$(BIN)/python train.py configs/toy/vae_long.yaml $(ARGS)

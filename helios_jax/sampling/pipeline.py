@@ -22,6 +22,7 @@ from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer
 from helios_jax.models.vae import AutoencoderKLWan, denormalize
 from helios_jax.sampling import sampler
+from helios_jax.sampling.arguments import Prompt, check_output_type, make_negatives, make_seeds
 from helios_jax.sampling.checkpoint import Checkpoint, write_index
 from helios_jax.sampling.config import Options, Switch
 from helios_jax.sampling.context import from_image, from_video, prepare_images, prepare_videos
@@ -30,9 +31,6 @@ from helios_jax.sampling.plan import Plan, Variant, make_plan
 from helios_jax.sampling.prompts import make_schedule
 from helios_jax.sampling.stream import Call, Stream, read_state
 from helios_jax.sampling.text import Texts, encode_prompts
-
-# A prompt of one video, or one per video of a batch.
-Prompt = str | Sequence[str]
 
 
 @dataclass
@@ -175,13 +173,14 @@ class HeliosPipeline:
         Raises:
             ValueError: an argument cannot be; the message names it, the rule and the remedy.
         """
-        _check_output_type(output_type)
+        check_output_type(output_type)
+        pyramid = pyramid_num_inference_steps_list
         options = Options(
             height=height,
             width=width,
             num_frames=num_frames,
             num_inference_steps=num_inference_steps,
-            pyramid_num_inference_steps_list=_list(pyramid_num_inference_steps_list),
+            pyramid_num_inference_steps_list=pyramid and list(pyramid),
             guidance_scale=guidance_scale,
             use_zero_init=use_zero_init,
             zero_steps=zero_steps,
@@ -244,7 +243,7 @@ class HeliosPipeline:
         arguments of `__call__` are given by name or as `options`; `num_frames=None` never ends. `progress(chunk, step)`
         is called after every step.
         """
-        _check_output_type(output_type)
+        check_output_type(output_type)
         options = dataclasses.replace(options or Options(), **arguments)
         call = self.prepare(
             prompt,
@@ -281,7 +280,7 @@ class HeliosPipeline:
         Raises:
             ValueError: the file is no such state, or was made with another checkpoint or other options.
         """
-        _check_output_type(output_type)
+        check_output_type(output_type)
         state = read_state(path)
         if options is not None:
             num_frames, ours, theirs = (
@@ -325,12 +324,12 @@ class HeliosPipeline:
     ) -> Call:
         """Checks everything, encodes the prompts and the context; `generate` and `Stream` take what it returns."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        negatives = _negatives(negative_prompt, len(prompts))
+        negatives = make_negatives(negative_prompt, len(prompts))
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}")
         if not prompts:
             raise ValueError("prompt must be a string or a list of at least one, got an empty list")
-        seeds = _seeds(seed, len(prompts), num_videos_per_prompt)
+        seeds = make_seeds(seed, len(prompts), num_videos_per_prompt)
         prompts, negatives = ([p for p in some for _ in range(num_videos_per_prompt)] for some in (prompts, negatives))
         if image is not None and video is not None:
             raise ValueError("image and video were both given: a video begins with the one or continues the other")
@@ -399,30 +398,3 @@ class HeliosPipeline:
         config = dataclasses.asdict(self.transformer.config)
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
         return {"variant": self.variant.name, "transformer": plain, "precision": str(self.transformer.dtype)}
-
-
-def _check_output_type(output_type: str) -> None:
-    if output_type not in ("np", "latent"):
-        raise ValueError(f'output_type must be "np" or "latent", got {output_type!r}')
-
-
-def _list(values: Sequence[int] | None) -> list[int] | None:
-    return None if values is None else list(values)
-
-
-def _seeds(seed: int | Sequence[int], prompts: int, videos: int) -> list[int]:
-    if isinstance(seed, int):
-        return [seed + i for i in range(videos)] * prompts
-    if len(seed) != prompts * videos:
-        raise ValueError(f"seed has {len(seed)} numbers for {prompts * videos} videos: give as many, or one number")
-    return list(seed)
-
-
-def _negatives(negative_prompt: Prompt | None, count: int) -> list[str]:
-    if negative_prompt is None or isinstance(negative_prompt, str):
-        return [negative_prompt or ""] * count
-    if len(negative_prompt) != count:
-        raise ValueError(
-            f"{len(negative_prompt)} negative prompts for {count} prompts: give as many, or one string for all"
-        )
-    return list(negative_prompt)

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from helios_jax.sampling import text
 from helios_jax.sampling.config import Options, Switch
 from tests import tiny
 
@@ -31,7 +32,18 @@ def test_the_one_program_and_the_stream_give_the_same_latents(pipe):
     whole = pipe("a red plus", "a bar", output_type="latent", **arguments).frames
     parts = list(pipe.stream("a red plus", "a bar", output_type="latent", **arguments))
     assert [part.shape for part in parts] == [(1, 3, 4, 6, 4)] * 7
-    np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=0, atol=2e-5)
+    np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+
+
+def test_each_text_is_encoded_once_and_projected_once_in_a_row(pipe, monkeypatch):
+    encoded, projected = [], []
+    encode, project = pipe.encode_prompt, text.text_kv
+    monkeypatch.setattr(pipe, "encode_prompt", lambda prompts, **kw: encoded.extend(prompts) or encode(prompts, **kw))
+    monkeypatch.setattr(text, "text_kv", lambda *args: projected.append(1) or project(*args))
+    again = (*SWITCHES, Switch("a blue bar", chunk=7, crossfade=0))
+    assert len(list(start(pipe, 9, switches=again))) == 9
+    assert sorted(encoded) == ["a bar", "a blue bar", "a green plus", "a red plus"]
+    assert len(projected) == 5  # red; blue; the fade's middle; green; blue
 
 
 @pytest.mark.parametrize("stop", [1, 4])

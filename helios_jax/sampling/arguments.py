@@ -1,0 +1,32 @@
+"""What people give to a call, checked and in one form."""
+
+from collections.abc import Sequence
+
+# A prompt of one video, or one per video of a batch.
+Prompt = str | Sequence[str]
+
+
+def check_output_type(output_type: str) -> None:
+    """Raises ValueError for what frames cannot be given as."""
+    if output_type not in ("np", "latent"):
+        raise ValueError(f'output_type must be "np" or "latent", got {output_type!r}')
+
+
+def make_seeds(seed: int | Sequence[int], prompts: int, videos: int) -> list[int]:
+    """One seed per video: those of each prompt count on from `seed`, unless every video has its own."""
+    if isinstance(seed, int):
+        return [seed + i for i in range(videos)] * prompts
+    if len(seed) != prompts * videos:
+        raise ValueError(f"seed has {len(seed)} numbers for {prompts * videos} videos: give as many, or one number")
+    return list(seed)
+
+
+def make_negatives(negative_prompt: Prompt | None, count: int) -> list[str]:
+    """One negative prompt per prompt, empty unless given."""
+    if negative_prompt is None or isinstance(negative_prompt, str):
+        return [negative_prompt or ""] * count
+    if len(negative_prompt) != count:
+        raise ValueError(
+            f"{len(negative_prompt)} negative prompts for {count} prompts: give as many, or one string for all"
+        )
+    return list(negative_prompt)
