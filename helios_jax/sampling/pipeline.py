@@ -180,7 +180,7 @@ class HeliosPipeline:
             width=width,
             num_frames=num_frames,
             num_inference_steps=num_inference_steps,
-            pyramid_num_inference_steps_list=pyramid and list(pyramid),
+            pyramid_num_inference_steps_list=None if pyramid is None else list(pyramid),
             guidance_scale=guidance_scale,
             use_zero_init=use_zero_init,
             zero_steps=zero_steps,
