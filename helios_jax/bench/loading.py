@@ -27,13 +27,17 @@ from helios_jax.pretrained import files, load, read_config, save, write_config
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes and seconds of one pass over a folder; `peak` is what the process had above what it began with."""
+    """Bytes and seconds of one pass over a folder; `peak` is what the process had above what it began with.
+
+    `cpu_seconds` are those of all threads: what loading costs where other work shares the cores.
+    """
 
     peak: int
     largest: int
     total: int
     tensors: int
     seconds: float
+    cpu_seconds: float
 
 
 def write_sparse(
@@ -54,11 +58,11 @@ def measure(folder: Path, model: nnx.Module, dtype: Any = None) -> Measured:
     stored = files.read_headers(folder)
     sizes = [tensor.dtype.itemsize * int(np.prod(tensor.shape)) for tensor in stored.values()]
     jax.block_until_ready(jnp.zeros(1))  # the device's own memory belongs to the baseline
-    baseline, begin = memory("VmRSS"), time.perf_counter()
+    baseline, begin, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
     for _, _, array in load.stream(model, stored, dtype=dtype, source=str(folder)):
         array.delete()
-    seconds = time.perf_counter() - begin
-    return Measured(memory("VmHWM") - baseline, max(sizes), sum(sizes), len(sizes), seconds)
+    seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
+    return Measured(memory("VmHWM") - baseline, max(sizes), sum(sizes), len(sizes), seconds, cpu_seconds)
 
 
 def memory(what: str) -> int:
@@ -87,7 +91,9 @@ def main(argv: list[str]) -> None:
     print(f"largest tensor: {measured.largest / 1e9:.3f} GB")
     print(f"peak host memory over the baseline: {measured.peak / 1e9:.3f} GB")
     print(f"seconds: {measured.seconds:.2f}")
-    print(f"GB/s: {measured.total / 1e9 / measured.seconds:.2f}")
+    print(f"CPU seconds: {measured.cpu_seconds:.2f}")
+    gigabytes = measured.total / 1e9
+    print(f"GB/s: {gigabytes / measured.seconds:.2f}, and {gigabytes / measured.cpu_seconds:.2f} a core")
 
 
 if __name__ == "__main__":
