@@ -69,8 +69,10 @@ def clip_transform(num_frames: int) -> Transform:
     return transform
 
 
-def chunk_transform(history_sizes: Sequence[int], frames_per_chunk: int) -> Transform:
+def chunk_transform(history_sizes: Sequence[int], frames_per_chunk: int, first: float | None = None) -> Transform:
     """A transform that picks one chunk of a video to be predicted, with the latents that came before it.
+
+    Each chunk is as likely as the others, or the first one has the probability `first`.
 
     From `latents` [chunks, t, h, w, c] with t = `frames_per_chunk` and a random chunk k it makes
     `target` [t, h, w, c], chunk k; `history` [sum(history_sizes), h, w, c], the latents just before it, oldest first,
@@ -83,7 +85,10 @@ def chunk_transform(history_sizes: Sequence[int], frames_per_chunk: int) -> Tran
         latents = example["latents"]
         if latents.ndim != 5 or latents.shape[1] != frames_per_chunk:
             raise ValueError(f"latents must be [chunks, {frames_per_chunk}, h, w, c], got {list(latents.shape)}")
-        k = int(rng.integers(len(latents)))
+        if first is not None and len(latents) > 1:
+            k = 0 if rng.random() < first else int(rng.integers(1, len(latents)))
+        else:
+            k = int(rng.integers(len(latents)))
         before = latents[:k].reshape(-1, *latents.shape[2:])[-size:] if size else latents[:0, 0]
         history = np.zeros((size, *latents.shape[2:]), latents.dtype)
         history[size - len(before) :] = before

@@ -141,7 +141,8 @@ class FlowConfig:
 
     Times are logit-normal: sigma falls with sigmoid(logit_mean + logit_std * normal). `text_drop` is how often the
     caption is replaced by the empty one, which classifier-free guidance needs; released models start from one that
-    knows it. `components` is a diffusers folder whose other parts (VAE, text encoder, tokenizer, scheduler) are copied
+    knows it. `first_chunk` is the share of samples that are a video's first chunk, which alone learns from the text
+    what it is to begin with; null: every chunk is as likely. `components` is a diffusers folder whose other parts (VAE, text encoder, tokenizer, scheduler) are copied
     beside the exported transformer, so that the export is a whole pipeline; null exports the transformer alone.
     """
 
@@ -151,12 +152,17 @@ class FlowConfig:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     text_drop: float = 0.0
+    first_chunk: float | None = None
     components: str | None = None
 
     def __post_init__(self):
         _require(self.logit_std > 0, f"logit_std must be above 0, got {self.logit_std}")
         _require(self.memory.anchor != "second", "memory.anchor must be first or null: second is for sampling only")
         _require(0 <= self.text_drop < 1, f"text_drop must lie in [0, 1), got {self.text_drop}")
+        _require(
+            self.first_chunk is None or 0 < self.first_chunk <= 1,
+            f"first_chunk must be above 0 and at most 1, got {self.first_chunk}",
+        )
 
 
 @dataclass

@@ -56,7 +56,8 @@ def batches(config: TrainConfig) -> Any:
         empty = np.load(Path(config.data.folder) / EMPTY_TEXT)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data.folder: {error}") from None
-    pick = chunk_transform((memory.long, memory.mid, memory.recent), memory.frames_per_chunk)
+    sizes = (memory.long, memory.mid, memory.recent)
+    pick = chunk_transform(sizes, memory.frames_per_chunk, config.flow.first_chunk)
 
     def transform(example, rng):
         example = pick(example, rng)
