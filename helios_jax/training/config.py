@@ -142,8 +142,9 @@ class FlowConfig:
     Times are logit-normal: sigma falls with sigmoid(logit_mean + logit_std * normal). `text_drop` is how often the
     caption is replaced by the empty one, which classifier-free guidance needs; released models start from one that
     knows it. `first_chunk` is the share of samples that are a video's first chunk, which alone learns from the text
-    what it is to begin with; null: every chunk is as likely. `components` is a diffusers folder whose other parts (VAE, text encoder, tokenizer, scheduler) are copied
-    beside the exported transformer, so that the export is a whole pipeline; null exports the transformer alone.
+    what it is to begin with; null: every chunk is as likely. `components` is a diffusers folder whose other parts (VAE,
+    text encoder, tokenizer, scheduler) are copied beside the exported transformer, so that the export is a whole
+    pipeline; null exports the transformer alone.
     """
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
