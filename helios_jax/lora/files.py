@@ -90,7 +90,10 @@ def read(name: str | Path, *, weight_name: str | None = None, revision: str | No
     tensors, metadata = read_header(path)
     config: dict[str, Any] = {}
     if METADATA in metadata:
-        config = {k.removeprefix("transformer."): v for k, v in json.loads(metadata[METADATA]).items()}
+        try:
+            config = {k.removeprefix("transformer."): v for k, v in json.loads(metadata[METADATA]).items()}
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{path}: its metadata's {METADATA} is not JSON: {error}") from None
     elif path.name == WEIGHTS[1] and (path.parent / PEFT_CONFIG).is_file():
         config = read_json(path.parent / PEFT_CONFIG)
     return _parse(tensors, config, str(path))

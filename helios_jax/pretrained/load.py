@@ -22,6 +22,7 @@ from helios_jax.pretrained.layout import Entry, check_shapes, dtype_of, file_ent
 
 Model = TypeVar("Model", bound=nnx.Module)
 Result = TypeVar("Result")
+Placed = tuple[layout.Path, int | None, jax.Array]  # a parameter, or a layer of a stacked one, on its devices
 
 READERS = 4  # tensors that are read and put at a time
 IN_FLIGHT = 2**29  # bytes of them, unless one alone is larger
@@ -87,7 +88,7 @@ def _keys(model: nnx.Module, stored: Mapping[str, Stored], source: str) -> dict[
 
 def stream(
     model: nnx.Module, stored: Mapping[str, Stored], *, dtype: Any = None, shardings: Any = None, source: str
-) -> Iterator[tuple[layout.Path, int | None, jax.Array]]:
+) -> Iterator[Placed]:
     """(path, layer, array) of every parameter of `model` in the order of the files, already on its devices.
 
     The layer is None for a whole parameter; a stacked one comes layer by layer unless it is small. At most `IN_FLIGHT`
@@ -100,7 +101,7 @@ def stream(
     for key, entry in file_entries(model).items():
         groups.setdefault(entry.path, []).append((entry, stored[keys[key]]))
 
-    jobs: list[tuple[Any, int, Callable[[], tuple[layout.Path, int | None, jax.Array]]]] = []
+    jobs: list[tuple[tuple[str, int], int, Callable[[], Placed]]] = []
     # Worker threads do not see what a caller set with `jax.default_device`.
     device = jax.config.jax_default_device
     for path, tensors in groups.items():
@@ -128,7 +129,7 @@ def _position(tensor: Stored) -> tuple[str, int]:
     return (str(tensor.path), tensor.offset) if isinstance(tensor, Tensor) else ("", 0)
 
 
-def _named(path: layout.Path, layer: int | None, job: Callable[[], jax.Array]):
+def _named(path: layout.Path, layer: int | None, job: Callable[[], jax.Array]) -> Placed:
     return path, layer, job()
 
 
@@ -205,7 +206,7 @@ def place(
     return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, piece))
 
 
-def _assemble(model: Model, arrays: Iterator[tuple[layout.Path, int | None, jax.Array]]) -> Model:
+def _assemble(model: Model, arrays: Iterator[Placed]) -> Model:
     """`model` with the parameters that `stream` gives; those that come layer by layer are filled in place."""
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
     flat = dict(nnx.to_flat_state(parameters))
