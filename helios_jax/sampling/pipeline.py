@@ -81,13 +81,15 @@ class HeliosPipeline:
         dtype: Any = None,
         vae_dtype: Any = jnp.float32,
         stacked: bool | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ) -> "HeliosPipeline":
         """The pipeline in a diffusers folder, a hub repository (at a `revision`) or an opened checkpoint.
 
         `transformer` is the subfolder with the transformer: released repositories also have those of other stages,
         such as transformer_ode. `dtype` is that of the transformer and the text encoder: bfloat16 where there is an
         accelerator and float32 on CPU unless given. The VAE stays float32 unless asked otherwise. `stacked` keeps
-        transformer blocks stacked and scanned (the default on TPU) or as a list (elsewhere).
+        transformer blocks stacked and scanned (the default on TPU) or as a list (elsewhere). With a `mesh`
+        (`helios_jax.sharding.make_mesh`) each device gets its shard of every tensor.
 
         Raises:
             CheckpointError: something in the folder is missing, broken or does not fit, before weights are read.
@@ -98,15 +100,15 @@ class HeliosPipeline:
         backend = jax.default_backend()
         dtype = jnp.dtype(dtype or (jnp.float32 if backend == "cpu" else jnp.bfloat16))
         stacked = backend == "tpu" if stacked is None else stacked
-        networks = checkpoint.load(dtype, jnp.dtype(vae_dtype), stacked)
+        networks = checkpoint.load(dtype, jnp.dtype(vae_dtype), stacked, mesh)
         return cls(*networks, checkpoint.tokenizer, checkpoint.scheduler, checkpoint.variant)
 
-    def save_pretrained(self, folder: str | Path, *, dtype: Any = None) -> None:
-        """Writes the pipeline as a folder that this class and diffusers load."""
+    def save_pretrained(self, folder: str | Path, *, dtype: Any = None, max_shard_size: int | str = "5GB") -> None:
+        """Writes the pipeline as a folder that this class and diffusers load, tensor by tensor."""
         folder = Path(folder)
-        pretrained.save_model(self.transformer, self.transformer.config, folder / "transformer", dtype=dtype)
-        pretrained.save_model(self.vae, self.vae.config, folder / "vae", dtype=dtype)
-        pretrained.save_model(self.text_encoder, self.text_encoder.config, folder / "text_encoder", dtype=dtype)
+        for name in ("transformer", "vae", "text_encoder"):
+            model = getattr(self, name)
+            pretrained.save_model(model, model.config, folder / name, dtype=dtype, max_shard_size=max_shard_size)
         pretrained.write_config(self.scheduler, folder / "scheduler", "scheduler_config.json")
         self.tokenizer.save_pretrained(folder / "tokenizer")
         write_index(folder, self.scheduler, self.variant)
