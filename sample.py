@@ -94,6 +94,7 @@ def main(argv: list[str]) -> int:
         shown.add(str(message))
 
     with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
         try:
             config = parse(argv)
