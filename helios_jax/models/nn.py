@@ -35,8 +35,15 @@ def param(
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes), layout=layout)
 
 
+def with_adapters(y: Array, x: Array, adapters: nnx.List | None) -> Array:
+    """A layer's output `y` for its input `x`, plus what its low-rank adapters (`helios_jax.lora`) add."""
+    for adapter in adapters or ():
+        y = y + adapter(x)
+    return y
+
+
 class Linear(nnx.Module):
-    """`x @ weight + bias`, weight [in, out]."""
+    """`x @ weight + bias`, weight [in, out], plus the `adapters` that `helios_jax.lora` put there."""
 
     def __init__(
         self,
@@ -50,10 +57,12 @@ class Linear(nnx.Module):
     ):
         self.weight = param(rngs, init, (in_features, out_features), axes, "linear")
         self.bias = param(rngs, zeros, (out_features,), axes[1:]) if bias else None
+        self.adapters: nnx.List | None = None
 
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         y = x @ self.weight[...].astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return with_adapters(y, x, self.adapters)
 
 
 class Conv(nnx.Module):

@@ -10,7 +10,18 @@ from flax import nnx, struct
 from jaxtyping import Array, Float
 
 from helios_jax.models.attention import Implementation, attention
-from helios_jax.models.nn import LayerNorm, Linear, RMSNorm, layer_norm, lecun_normal, normal, ones, param, zeros
+from helios_jax.models.nn import (
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    layer_norm,
+    lecun_normal,
+    normal,
+    ones,
+    param,
+    with_adapters,
+    zeros,
+)
 from helios_jax.models.rope import Rotary, apply_rotary, pad_replicate, rotary
 
 MAX_KEY_SCALE = 10.0  # history keys are multiplied by 1 to 10
@@ -117,11 +128,13 @@ class Patches(nnx.Module):
         spatial = (None,) * len(kernel)
         self.weight = param(rngs, lecun_normal(), (*kernel, in_features, dim), (*spatial, None, "embed"), "conv")
         self.bias = param(rngs, zeros, (dim,), ("embed",))
+        self.adapters: nnx.List | None = None
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 d"]:
         i, j, k, c, d = self.weight.shape
         patches = rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=i, j=j, k=k)
-        return patches @ self.weight[...].reshape(i * j * k * c, d).astype(x.dtype) + self.bias[...].astype(x.dtype)
+        y = patches @ self.weight[...].reshape(i * j * k * c, d).astype(x.dtype) + self.bias[...].astype(x.dtype)
+        return with_adapters(y, patches, self.adapters)
 
 
 class Embedder(nnx.Module):

@@ -6,10 +6,12 @@ resident until the file is closed: plain reads need half the memory and are two 
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -134,10 +136,16 @@ def write_header(file: Any, tensors: Mapping[str, Spec], metadata: Mapping[str, 
 def write(
     path: Path, tensors: Mapping[str, Spec], value: Callable[[str], np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """A safetensors file of `tensors`, each asked for with `value(key)` in its turn."""
-    with path.open("wb") as file:
-        write_header(file, tensors, metadata)
+    """A safetensors file of `tensors`, each asked for with `value(key)` in its turn.
+
+    Where several hosts share the values, all must call: each asks for them, and the first writes.
+    """
+    writes = jax.process_index() == 0
+    with path.open("wb") if writes else nullcontext() as file:
+        if file:
+            write_header(file, tensors, metadata)
         for key in order(tensors):
             array = np.asarray(value(key), order="C")
             assert (array.dtype, array.shape) == (np.dtype(tensors[key][0]), tuple(tensors[key][1])), key
-            file.write(array.reshape(-1).view(np.uint8).data)
+            if file:
+                file.write(array.reshape(-1).view(np.uint8).data)

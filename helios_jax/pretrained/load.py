@@ -39,7 +39,9 @@ class Stored(Protocol):
     def read(self, rows: slice = slice(None), dtype: Any = None) -> np.ndarray: ...
 
 
-class _InMemory:
+class InMemory:
+    """An array as a tensor to be read."""
+
     def __init__(self, values: Any):
         self.values, self.shape, self.dtype = values, tuple(values.shape), np.dtype(values.dtype)
 
@@ -67,7 +69,7 @@ def load_model(model: Model, folder: Path, *, dtype: Any = None, shardings: Any 
 
 def from_arrays(model: Model, arrays: Mapping[str, Any], *, dtype: Any = None, source: str = "the mapping") -> Model:
     """`model` (concrete or abstract) filled from arrays under their file keys and in their file layout."""
-    stored = {key: _InMemory(values) for key, values in arrays.items()}
+    stored = {key: InMemory(values) for key, values in arrays.items()}
     return _assemble(model, stream(model, stored, dtype=dtype, source=source))
 
 
@@ -164,7 +166,7 @@ def _put(tensor: Stored, entry: Entry, shape: tuple[int, ...], dtype: Any, shard
         rows = slice(min(start for start, _, _ in needed), max(stop for _, stop, _ in needed))
         kept = tuple(rows.stop - rows.start if i == axis % len(shape) else n for i, n in enumerate(shape))
     values = from_file(tensor.read(rows, dtype), entry.layout, kept)
-    return _place(values, shape, sharding, device, axis, rows.start or 0)
+    return place(values, shape, sharding, device, axis, rows.start or 0)
 
 
 def _put_small_stack(
@@ -174,11 +176,16 @@ def _put_small_stack(
     values = np.empty(shape, dtype)
     for entry, tensor in tensors:
         values[entry.layer] = from_file(tensor.read(dtype=dtype), entry.layout, shape[1:])
-    return _place(values, shape, sharding, device)
+    return place(values, shape, sharding, device)
 
 
-def _place(
-    values: np.ndarray, shape: tuple[int, ...], sharding: Any, device: Any, axis: int | None = None, start: int = 0
+def place(
+    values: np.ndarray,
+    shape: tuple[int, ...],
+    sharding: Any,
+    device: Any = None,
+    axis: int | None = None,
+    start: int = 0,
 ) -> jax.Array:
     """`values` on their devices; along `axis` they are those of the array of `shape` from `start` on.
 

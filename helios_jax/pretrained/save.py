@@ -39,8 +39,8 @@ def save_model(
     values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     entries = file_entries(model)
     shards = plan_shards(model, config, dtype=dtype, max_shard_size=max_shard_size)
-    writes = jax.process_index() == 0
-    if writes:
+    first = jax.process_index() == 0
+    if first:
         write_config(config, folder)
         _remove_weights(folder, config.WEIGHTS_NAME.removesuffix(".safetensors"))
     for name, tensors in shards.items():
@@ -49,12 +49,8 @@ def save_model(
             entry = entries[key]
             return fetch(values[entry.path].get_value(), entry.layer, entry.layout, tensors[key][0])
 
-        if writes:
-            files.write(folder / name, tensors, value, {"format": "pt"})
-        else:
-            for key in files.order(tensors):
-                value(key)
-    if writes:
+        files.write(folder / name, tensors, value, {"format": "pt"})
+    if first:
         write_index(folder, config, shards)
 
 

@@ -1,0 +1,37 @@
+"""LoRA: files of diffusers, PEFT and Wan beside a model's weights, merged into them, or made to be trained.
+
+```python
+model = lora.attach(model, {"style": "style.safetensors", "fast": "owner/repository"}, {"style": 0.8})
+model = lora.set_scale(model, "style", 0.5)  # nothing is compiled anew
+model = lora.merge(model)  # the same model without adapters, its weights changed
+
+model = lora.add(model, LoRAConfig(rank=128), key)  # trained as nnx.state(model, LoRAWeight)
+lora.save(model, "folder")  # diffusers' pipe.load_lora_weights("folder") reads it
+```
+Every function returns another model; its argument stays as it is.
+"""
+
+from helios_jax.lora.adapters import LoRA, LoRAScale, LoRAWeight, names, remove, set_scale
+from helios_jax.lora.attach import LoRAConfig, add, attach, check
+from helios_jax.lora.files import LoRAFile, from_arrays, read
+from helios_jax.lora.merge import merge, unmerge
+from helios_jax.lora.save import save
+
+__all__ = [
+    "LoRA",
+    "LoRAConfig",
+    "LoRAFile",
+    "LoRAScale",
+    "LoRAWeight",
+    "add",
+    "attach",
+    "check",
+    "from_arrays",
+    "merge",
+    "names",
+    "read",
+    "remove",
+    "save",
+    "set_scale",
+    "unmerge",
+]

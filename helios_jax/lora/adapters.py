@@ -1,0 +1,154 @@
+"""Low-rank adapters beside a model's weights: what they are, where they can be, their names and scales.
+
+A model is never changed: each function returns another one, which shares what stays the same. Adapters are variables
+of their own kind, so what is said of `nnx.Param` (counts, files of the base model) does not concern them.
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from helios_jax.models.nn import Layout
+from helios_jax.pretrained import file_entries
+from helios_jax.pretrained.load import place
+
+Model = TypeVar("Model", bound=nnx.Module)
+Path = tuple[Any, ...]
+
+
+class LoRAWeight(nnx.Variable):
+    """A matrix or bias of an adapter: what is trained."""
+
+
+class LoRAScale(nnx.Variable):
+    """A factor of an adapter: what is not trained."""
+
+
+class LoRA(nnx.Module):
+    """`weight * (scaling * (x a) b + bias)`: `scaling` is alpha / rank, `weight` how strongly the adapter is felt.
+
+    `a` is laid out as the layer's weight, [*kernel, in, rank], and `b` is [rank, out]. All parts of a stacked layer's
+    adapter have its leading layer dimension.
+    """
+
+    def __init__(self, name: str, a: LoRAWeight, b: LoRAWeight, bias: LoRAWeight | None, scaling: Any, weight: Any):
+        self.name = name
+        self.a, self.b, self.bias = a, b, bias
+        self.scaling, self.weight = LoRAScale(scaling, axes=()), LoRAScale(weight, axes=())
+
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
+        scale = self.scaling[...] * self.weight[...]
+        low = (x @ a.reshape(-1, a.shape[-1])).astype(jnp.float32) * scale
+        y = low.astype(x.dtype) @ b
+        if self.bias is not None:
+            y = y + (self.weight[...] * self.bias[...].astype(jnp.float32)).astype(x.dtype)
+        return y
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layer that can have adapters: its module's path, and the `shape` of its weight in a file."""
+
+    path: Path
+    layer: int | None
+    shape: tuple[int, ...]
+    layout: Layout
+
+
+def targets(model: nnx.Module) -> dict[str, Target]:
+    """The layers of `model` that can have adapters, by diffusers' names of their modules."""
+    found = {}
+    for key, entry in file_entries(model).items():
+        if entry.path[-1] == "weight" and hasattr(module_at(model, entry.path[:-1]), "adapters"):
+            found[key.removesuffix(".weight")] = Target(entry.path[:-1], entry.layer, entry.shape, entry.layout)
+    return found
+
+
+def module_at(model: nnx.Module, path: Path) -> Any:
+    """The part of `model` at `path`."""
+    module: Any = model
+    for name in path:
+        module = module[name] if isinstance(name, int) else getattr(module, name)
+    return module
+
+
+def adapted(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
+    """The layers of `model` that have adapters."""
+    for path in dict.fromkeys(target.path for target in targets(model).values()):
+        if (module := module_at(model, path)).adapters is not None:
+            yield path, module
+
+
+def names(model: nnx.Module) -> list[str]:
+    """The names of the adapters of `model`, in the order in which they came."""
+    return list(dict.fromkeys(adapter.name for _, module in adapted(model) for adapter in module.adapters))
+
+
+def check_names(asked: Iterable[str], known: Collection[str]) -> None:
+    """Raises ValueError for a name that is not `known`."""
+    if unknown := [name for name in asked if name not in known]:
+        raise ValueError(f"no adapter {', '.join(unknown)}; there is {', '.join(known) or 'none'}")
+
+
+def copy(model: Model) -> Model:
+    """Another model of the same arrays, whose parts can be replaced."""
+    return nnx.merge(*nnx.split(model))
+
+
+def set_adapters(module: Any, adapters: Iterable[LoRA]) -> None:
+    """Puts `adapters` on a layer, None when there are none."""
+    adapters = list(adapters)
+    # Static as in a new layer: two models without adapters have the same tree.
+    module.adapters = nnx.data(nnx.List(adapters)) if adapters else nnx.static(None)
+
+
+def set_scale(model: Model, name: str, scale: float) -> Model:
+    """`model` with the adapter `name` felt `scale` times as strongly as trained; nothing is compiled anew.
+
+    What was computed with it before, such as the keys and values of a text, has the scale of its time.
+    Raises ValueError for an unknown name.
+    """
+    check_names([name], names(model))
+    model = copy(model)
+    for _, module in adapted(model):
+        for adapter in module.adapters:
+            if adapter.name == name:
+                old = adapter.weight[...]
+                adapter.weight = LoRAScale(like(module.weight[...], np.full(old.shape, scale, np.float32), ()), axes=())
+    return model
+
+
+def remove(model: Model, name: str | None = None) -> Model:
+    """`model` without the adapter `name`, or without any. Raises ValueError for an unknown name."""
+    if name is not None:
+        check_names([name], names(model))
+    model = copy(model)
+    for _, module in list(adapted(model)):
+        set_adapters(module, [a for a in module.adapters if name is not None and a.name != name])
+    return model
+
+
+def like(weight: Any, values: Any, axes: tuple[int | None, ...]) -> jax.Array:
+    """`values` on the devices of a layer's `weight`, their last dimensions split as its dimensions `axes` are.
+
+    What is before them is the layers of a stacked one, and whole. Where the weight is traced, so is the placement.
+    """
+    sharding = None if isinstance(weight, jax.core.Tracer) else weight.sharding
+    if isinstance(sharding, NamedSharding):
+        spec = (*sharding.spec, *[None] * (weight.ndim - len(sharding.spec)))
+        split = [None if axis is None else spec[axis] for axis in axes]
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*[None] * (values.ndim - len(axes)), *split))
+        return (
+            place(values, values.shape, sharding)
+            if isinstance(values, np.ndarray)
+            else jax.device_put(values, sharding)
+        )
+    return jnp.asarray(values)

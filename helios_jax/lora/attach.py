@@ -1,0 +1,213 @@
+"""Adapters onto a model: those of files, and new ones to be trained."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from helios_jax.lora.adapters import (
+    LoRA,
+    LoRAWeight,
+    Model,
+    Target,
+    check_names,
+    copy,
+    like,
+    module_at,
+    names,
+    set_adapters,
+    targets,
+)
+from helios_jax.lora.files import Change, LoRAFile, matches, read
+from helios_jax.pretrained import CheckpointError
+from helios_jax.pretrained.layout import from_file, some
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """A new adapter, in PEFT's names. `alpha` None is the rank, which makes the scaling 1.
+
+    `target_modules`: "all-linear" for every linear layer, a regular expression for whole names, or a list of names and
+    ends of names, as in ("to_q", "ffn.net.2", "patch_embedding"); the names are diffusers'. `init` is that of A, B
+    starts at zero: "kaiming" (PEFT's own) or "gaussian" with deviation 1 / rank (with which Helios was trained).
+    """
+
+    rank: int = 128
+    alpha: float | None = None
+    target_modules: str | Sequence[str] = "all-linear"
+    exclude_modules: str | Sequence[str] = ()
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    name: str = "default"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}: it must be at least 1")
+        if self.init not in ("kaiming", "gaussian"):
+            raise ValueError(f"init is {self.init!r}, not 'kaiming' or 'gaussian'")
+
+
+def attach(
+    model: Model,
+    adapters: Mapping[str, LoRAFile | str | Path],
+    scales: Mapping[str, float] | None = None,
+    *,
+    dtype: Any = None,
+) -> Model:
+    """`model` with the adapters of files beside its weights, under the names of the mapping; their effects add.
+
+    Args:
+        model: it may have adapters of other names already.
+        adapters: files, or what `read` takes.
+        scales: how strongly each is felt, 1 unless given.
+        dtype: of the adapters; None is that of each layer's weight.
+
+    Raises:
+        CheckpointError: a file does not fit the model; one line names the modules.
+        ValueError: a name is taken already, or a scale's name is none of the adapters'.
+    """
+    scales = scales or {}
+    check_names(scales, adapters)
+    loaded = {name: file if isinstance(file, LoRAFile) else read(file) for name, file in adapters.items()}
+    check(model, loaded)
+    model, layers = copy(model), targets(model)
+    for name, file in loaded.items():
+        groups: dict[Any, list[tuple[Target, Change]]] = {}
+        _warn_of_the_rest(file, layers)
+        for module, change in _taken(file, layers).items():
+            groups.setdefault(layers[module].path, []).append((layers[module], change))
+        for path, group in groups.items():
+            module = module_at(model, path)
+            adapter = _from_files(name, module, group, scales.get(name, 1.0), dtype)
+            set_adapters(module, [*(module.adapters or ()), adapter])
+    return model
+
+
+def check(model: nnx.Module, adapters: Mapping[str, LoRAFile]) -> None:
+    """Raises what `attach` would, for an abstract `model`, too: before its weights are loaded."""
+    if taken := [name for name in names(model) if name in adapters]:
+        raise ValueError(f"adapter {', '.join(taken)} is attached already: choose another name, or remove it first")
+    layers = targets(model)
+    for file in adapters.values():
+        changes = _taken(file, layers)
+        if unknown := changes.keys() - layers.keys():
+            raise CheckpointError(f"{file.source} has LoRA weights for {some(unknown)}: no layers of this model")
+        wrong = []
+        for name, change in changes.items():
+            out, *inner = layers[name].shape
+            expected = {"down": [change.rank, *inner], "up": [out, change.rank, *[1] * (len(inner) - 1)]}
+            expected |= {"diff": [out, *inner], "bias": [out], "diff_b": [out]}
+            for part, shape in expected.items():
+                tensor = getattr(change, part)
+                if tensor is not None and list(tensor.shape) != shape:
+                    wrong.append(f"{name} ({part} is {list(tensor.shape)}, not {shape})")
+        if wrong:
+            raise CheckpointError(f"{file.source} does not fit this model: {some(wrong)}")
+
+
+def _taken(file: LoRAFile, layers: Mapping[str, Target]) -> dict[str, Change]:
+    """The changes of `file` without those that only files of Wan have: of norms and modulation, by difference."""
+    return {n: c for n, c in file.changes.items() if n in layers or c.rank or c.bias is not None}
+
+
+def _warn_of_the_rest(file: LoRAFile, layers: Mapping[str, Target]) -> None:
+    """Says what is not taken, but for zeros, which most files have there."""
+    left = {n: c for n, c in file.changes.items() if n not in _taken(file, layers)}
+    felt = [n for n, c in left.items() if any(x is not None and x.read().any() for x in (c.diff, c.diff_b))]
+    if felt:
+        warnings.warn(f"{file.source}: ignored what it changes in {some(felt)}, as diffusers does", stacklevel=3)
+
+
+def _from_files(name: str, module: Any, group: list[tuple[Target, Change]], weight: float, dtype: Any) -> LoRA:
+    """The adapter of one layer, or of all layers of a stacked one, of which some may have none."""
+    base = module.weight
+    dtype = np.dtype(base.dtype if dtype is None else dtype)
+    stack = base.shape[: base.ndim - len(base.axes)]
+    *inner, out = base.shape[len(stack) :]
+    rank = max(change.rank or (out if change.diff is not None else 1) for _, change in group)
+    a, b = np.zeros((*stack, *inner, rank), dtype), np.zeros((*stack, rank, out), dtype)
+    scaling, bias = np.ones(stack, np.float32), np.zeros((*stack, out), np.float32)
+    for target, change in group:
+        layer = () if target.layer is None else (target.layer,)
+        down, up, r = change.down, change.up, change.rank
+        if down is not None and up is not None:
+            a[(*layer, ..., slice(r))] = from_file(down.read(dtype=dtype), target.layout, (*inner, r))
+            b[(*layer, slice(r))] = up.read(dtype=dtype).reshape(out, r).T
+            scaling[layer] = change.scaling
+        elif change.diff is not None:  # the whole difference as A, and B the identity
+            a[(*layer, ..., slice(out))] = from_file(change.diff.read(dtype=dtype), target.layout, (*inner, out))
+            b[(*layer, slice(out))] = np.eye(out, dtype=dtype)
+        if change.bias is not None:
+            bias[layer] += change.scaling * change.bias.read(dtype=np.float32)
+        if change.diff_b is not None:
+            bias[layer] += change.diff_b.read(dtype=np.float32)
+    has_bias = any(change.bias is not None or change.diff_b is not None for _, change in group)
+    return _adapter(name, module, a, b, bias.astype(dtype) if has_bias else None, scaling, weight)
+
+
+def _adapter(name: str, module: Any, a: Any, b: Any, bias: Any, scaling: np.ndarray, weight: float) -> LoRA:
+    """An adapter whose arrays are where the layer's weight is, split as it is but for the rank."""
+    *inner, out = module.weight.axes
+    base, last = module.weight[...], len(module.weight.shape) - 1
+    first = last - len(inner)
+    return LoRA(
+        name,
+        LoRAWeight(like(base, a, (*range(first, last), None)), axes=(*inner, None)),
+        LoRAWeight(like(base, b, (None, last)), axes=(None, out)),
+        None if bias is None else LoRAWeight(like(base, bias, (last,)), axes=(out,)),
+        like(base, scaling, ()),
+        like(base, np.full(scaling.shape, weight, np.float32), ()),
+    )
+
+
+def add(model: Model, config: LoRAConfig, key: jax.Array, *, dtype: Any = jnp.float32) -> Model:
+    """`model` with a new adapter to be trained: A random, B zero, so that nothing changes yet. Can be traced.
+
+    The values are the same for stacked and listed blocks. Raises ValueError when the name is taken or when
+    `target_modules` fit no layer.
+    """
+    if config.name in names(model):
+        raise ValueError(f"adapter {config.name} is attached already: choose another name, or remove it first")
+    model, layers = copy(model), targets(model)
+    chosen = {n: layer for n, layer in layers.items() if _chosen(n, layer, config)}
+    if not chosen:
+        raise ValueError(f"target_modules {config.target_modules!r} fit no layer; there is {some(layers)}")
+    groups: dict[Any, dict[int | None, jax.Array]] = {}
+    for name, own in zip(sorted(chosen), jax.random.split(key, len(chosen))):
+        groups.setdefault(chosen[name].path, {})[chosen[name].layer] = own
+    for path, keys in groups.items():
+        module = module_at(model, path)
+        set_adapters(module, [*(module.adapters or ()), _new(module, config, keys, dtype)])
+    return model
+
+
+def _chosen(name: str, layer: Target, config: LoRAConfig) -> bool:
+    wanted = config.target_modules
+    chosen = layer.layout == "linear" if wanted == "all-linear" else matches(name, wanted)
+    return chosen and not matches(name, config.exclude_modules)
+
+
+def _new(module: Any, config: LoRAConfig, keys: Mapping[int | None, jax.Array], dtype: Any) -> LoRA:
+    """The adapter of one layer, or of all layers of a stacked one; those that have no key get zeros, and keep them."""
+    base, rank = module.weight, config.rank
+    stack = base.shape[: base.ndim - len(base.axes)]
+    *inner, out = base.shape[len(stack) :]
+
+    def draw(key: jax.Array) -> jax.Array:
+        if config.init == "gaussian":
+            return jax.random.normal(key, (*inner, rank), dtype) / rank
+        bound = math.prod(inner) ** -0.5  # kaiming_uniform with a = sqrt(5)
+        return jax.random.uniform(key, (*inner, rank), dtype, -bound, bound)
+
+    a = jax.vmap(draw)(jnp.stack(list(keys.values())))
+    layers: Any = list(keys)
+    a = jnp.zeros((*stack, *inner, rank), dtype).at[jnp.asarray(layers)].set(a) if stack else a[0]
+    scaling = np.ones(stack, np.float32)
+    scaling[layers if stack else ()] = (config.alpha or rank) / rank
+    return _adapter(config.name, module, a, jnp.zeros((*stack, rank, out), dtype), None, scaling, 1.0)
