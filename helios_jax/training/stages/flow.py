@@ -99,7 +99,7 @@ def loss(
         model.text_kv(batch["text"].astype(dtype)),
         jax.tree.map(lambda x: x.astype(dtype), parts),
         indices,
-        remat=config.remat == "block",
+        remat=config.remat,
     )
     error = jnp.square(velocity.astype(jnp.float32) - (noise - target)).mean((1, 2, 3, 4))
     noisy_half = sigma > 0.5
