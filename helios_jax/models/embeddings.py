@@ -32,6 +32,17 @@ class Patches(nnx.Module):
         return with_adapters(y, patches, self.adapters)
 
 
+def coarser(source: Patches, scale: int) -> tuple[Float[Array, "kt kh kw c d"], Float[Array, " d"]]:
+    """Weight and bias of patches `scale` times as large: values repeated over the kernel and averaged.
+
+    They make of a block what `source` makes of the downsampled one.
+    """
+    weight = source.weight[...] / scale**3
+    for axis in range(3):
+        weight = jnp.repeat(weight, scale, axis)
+    return weight, source.bias[...]
+
+
 class Embedder(nnx.Module):
     """Linear, activation, Linear."""
 

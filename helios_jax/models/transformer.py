@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from helios_jax.models.attention import Implementation, attention
-from helios_jax.models.embeddings import ConditionEmbedder, Patches
+from helios_jax.models.embeddings import ConditionEmbedder, Patches, coarser
 from helios_jax.models.nn import LayerNorm, Linear, RMSNorm, layer_norm, normal, ones, param, zeros
 from helios_jax.models.packing import Packing
 from helios_jax.models.remat import BLOCK_INPUT, Remat, policy
@@ -218,6 +218,7 @@ class Transformer(nnx.Module):
 
     FILE_NAMES = (("ffn.up", "ffn.net.0.proj"), ("ffn.down", "ffn.net.2"), ("to_out", "to_out.0"))
     FLOAT32 = ("time_embedder", "scale_shift_table", "norm2", "history_key_scale")
+    TIED: ClassVar = {"scale_shift_table": "norm_out.scale_shift_table"}  # Wan's name, and ours
 
     def __init__(self, config: TransformerConfig, *, stacked: bool = False, rngs: nnx.Rngs):
         self.config = config
@@ -379,17 +380,13 @@ def _shared_batch(tables: list) -> tuple[list, list]:
     return [spread(cos) for cos, _ in tables], [spread(sin) for _, sin in tables]
 
 
-def init_memory_patches(model: Transformer) -> Transformer:
-    """Short, mid and long patches start as the patch embedding, its values repeated over the kernel and averaged.
+# How much coarser than the patch embedding each part of the history is.
+MEMORY_PATCHES = {"patch_short": 1, "patch_mid": 2, "patch_long": 4}
 
-    So an untrained history token is what the patch embedding makes of the downsampled block: upstream's initialisation
-    of the memory patches from Wan's.
-    """
-    source = model.patch_embedding
-    for scale, target in ((1, model.patch_short), (2, model.patch_mid), (4, model.patch_long)):
-        weight = source.weight[...] / scale**3
-        for axis in range(3):
-            weight = jnp.repeat(weight, scale, axis)
-        target.weight[...] = weight
-        target.bias[...] = source.bias[...]
+
+def init_memory_patches(model: Transformer) -> Transformer:
+    """Short, mid and long patches start as the patch embedding: upstream's initialisation from Wan's weights."""
+    for name, scale in MEMORY_PATCHES.items():
+        patches = getattr(model, name)
+        patches.weight[...], patches.bias[...] = coarser(model.patch_embedding, scale)
     return model
