@@ -3,10 +3,11 @@
 Everything about the run is in its config; `key=value` arguments override it. The stage is a module that offers
 
     init(config, key) -> model                      random parameters; traced, so that it can be made in shards
-    load(config, model, shardings) -> model         the abstract model filled from config.init, in its shardings
+    load(config, model, shardings) -> model         the abstract model filled from config.init, in its dtypes
     batches(config) -> iterator                     numpy batches of this host, with get_state and set_state
-    loss(model, batch, key, config) -> (loss, metrics)
+    loss(model, batch, keys, config) -> (loss, metrics)     a mean over samples; one key for each
     export(model, config, folder)                   optional: what the run is for, in diffusers layout
+    validate(model, config, folder) -> pictures     optional: what the model makes by now
 
 A run that finds checkpoints in its folder continues from the newest. Exit code 0 when done or ended by SIGTERM (after
 saving), 130 by Ctrl-C (after saving), 1 when the loss stopped being finite, 2 for input that cannot be used.
@@ -25,7 +26,7 @@ import jax
 from helios_jax import config as configs
 from helios_jax.config import ConfigError
 from helios_jax.pretrained import CheckpointError
-from helios_jax.sharding import check_batch, gather, join_hosts, make_mesh
+from helios_jax.sharding import check_batch, join_hosts, make_mesh
 from helios_jax.training import loop
 from helios_jax.training.checkpoint import Checkpoints, RestoreError
 from helios_jax.training.config import TrainConfig
@@ -56,24 +57,35 @@ def train(config: TrainConfig, stage: Any) -> int:
         optimizer = make_optimizer(config.optim, config.steps)
         load = partial(stage.load, config) if config.init else None
         with jax.set_mesh(mesh):
-            init = partial(stage.init, config)
-            state = init_sharded(init, jax.random.key(config.seed), optimizer, config.optim.ema, mesh, load)
+            state = init_sharded(
+                partial(stage.init, config),
+                jax.random.key(config.seed),
+                optimizer,
+                config.optim.ema,
+                mesh,
+                load,
+                config.trainable,
+                config.precision,
+            )
+            say(f"training {count(state.params):,} parameters, {count(state.frozen):,} stay as they are")
             checkpoints = Checkpoints(config.checkpoint.folder or run / "checkpoints", config.checkpoint.keep)
             if checkpoints.latest is not None:
-                state, position, before = checkpoints.restore(abstract_like(state))
+                state = abstract_like(state)  # what was made is let go first
+                state, position, before = checkpoints.restore(state)
                 batches.set_state(position)
                 changed = changes(before, configs.to_dict(config))
                 say(f"resumed at step {int(state.step)} of {checkpoints.folder}{changed}")
             if jax.process_index() == 0:
                 configs.save(config, run / "config.yaml")
             step = loop.make_step(stage, config, optimizer, state, mesh)
-            state, stopped = loop.run(step, state, batches, checkpoints, config, mesh)
+            validate = getattr(stage, "validate", None)
+            state, stopped = loop.run(step, state, batches, checkpoints, config, mesh, validate)
             checkpoints.close()
         if stopped is not None:
             say(f"{stopped.name}: saved step {int(state.step)} in {checkpoints.folder}; the same command continues")
             return 130 if stopped is signal.SIGINT else 0
         if hasattr(stage, "export"):
-            stage.export(gather(state.best), config, run)
+            stage.export(state.best, config, run)
         return 0
     except loop.NotFiniteError as error:
         return fail(error, 1)
@@ -86,10 +98,15 @@ def fit_mesh(config: TrainConfig) -> Any:
     try:
         join_hosts(config.mesh.processes)
         mesh = make_mesh(config.mesh)
-        check_batch(config.data.batch_size, mesh)
+        check_batch(config.data.batch_size // config.optim.accumulate, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return mesh
+
+
+def count(params: Any) -> int:
+    """Numbers in a tree."""
+    return sum(x.size for x in jax.tree.leaves(params))
 
 
 def changes(before: dict, now: dict, prefix: str = "") -> str:

@@ -63,7 +63,7 @@ def train_steps(mesh_config, folder=None, restore_from=None, steps=3):
         moments = [list(x.sharding.spec) for x in jax.tree.leaves(made.opt_state) if x.shape == (16, 64)]
         step = loop.make_step(dummy, config, optimizer, made, mesh)
         for _ in range(int(made.step), steps):
-            made, m = step(made, loop.put_batch(next(batches), mesh), seed_key)
+            made, m = step(made, loop.put_batch(loop.split_ids(next(batches))[0], mesh), seed_key)
             metrics.append([float(m["loss"]), float(m["grad_norm"])])
         if folder:
             checkpoints = checkpoint.Checkpoints(folder, 1)

@@ -1,88 +1,214 @@
 """What is done to the history in training so that the model lives with its own mistakes (paper section 3.3).
 
-Random decisions are made per sample. A dropped frame is zero and stays zero through every corruption.
+Random decisions are made per sample, from a key of its own; upstream makes most of them once for a batch. A frame that
+was dropped, or that lies before the video's beginning, is zero and stays zero through every corruption.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from helios_jax.diffusion.memory import MemoryConfig
+
+
+def _check_probabilities(config: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} is a probability between 0 and 1, got {getattr(config, name)}")
 
 
 @dataclass(unsafe_hash=True)
 class DropConfig:
     """How often history is dropped, so that one model learns text, image and video to video.
 
-    `t2v`: all of it. Else `i2v`: all but the last frame. Else `v2v`: the oldest frames, down to a random number of
-    whole chunks. (Upstream's random_drop_*_ratio.)
+    `t2v`: all of it. Else `i2v`: all but the last frame, as an image's history is (the anchor stays). Else `v2v`: the
+    oldest frames, down to a random number of whole chunks. (Upstream's random_drop_*_ratio.)
     """
 
     t2v: float = 0.4
-    i2v: float = 0.0
+    i2v: float = 0.1
     v2v: float = 0.4
 
     def __post_init__(self) -> None:
-        for name in ("t2v", "i2v", "v2v"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a probability between 0 and 1, got {getattr(self, name)}")
+        _check_probabilities(self, "t2v", "i2v", "v2v")
+
+
+@dataclass(unsafe_hash=True)
+class BlurConfig:
+    """Sections made smaller by a factor uniform in [`smallest`, `largest`], then as large as before, bilinearly.
+
+    `probability` is how often a sample that is corrupted gets this and no noise.
+    """
+
+    probability: float = 0.1
+    smallest: float = 0.9
+    largest: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_probabilities(self, "probability")
+        if not 0 < self.smallest <= self.largest <= 1:
+            raise ValueError(
+                f"smallest must lie between 0 and largest ({self.largest}, at most 1), got {self.smallest}"
+            )
+
+
+@dataclass(unsafe_hash=True)
+class SaturationConfig:
+    """Sections whose channels move away from their mean, or towards it, by one factor a section.
+
+    It is uniform in [`smallest`, 1) or in (1, `largest`], each half of the time; a section stays as it is with
+    probability `clean`. The anchor always does.
+    """
+
+    smallest: float = 0.3
+    largest: float = 1.7
+    clean: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check_probabilities(self, "clean")
+        if not 0 <= self.smallest < 1 < self.largest:
+            raise ValueError(f"smallest must be below 1 and largest above, got {self.smallest} and {self.largest}")
 
 
 @dataclass(unsafe_hash=True)
 class CorruptionConfig:
-    """Noise on each history frame: x becomes sigma * noise + (1 - sigma) * x, sigma uniform in [0, `noise`].
+    """Easy anti-drifting: noise or blur, then saturation.
 
-    With probability `clean` a sample's history stays as it is.
+    With probability `clean` a sample's history gets neither noise nor blur. Else it gets `blur`, as often as that says,
+    or noise: x becomes sigma * noise + (1 - sigma) * x, sigma uniform in [0, `noise`], drawn for each frame or for each
+    section. The defaults are the authors' corrections (upstream's corrupt_mode_history "random" and is_add_saturation);
+    what they released was trained with blur and saturation null.
     """
 
     noise: float = 1 / 3
+    per: Literal["frame", "section"] = "frame"
     clean: float = 0.1
+    blur: BlurConfig | None = field(default_factory=BlurConfig)
+    saturation: SaturationConfig | None = field(default_factory=SaturationConfig)
 
     def __post_init__(self) -> None:
-        for name in ("noise", "clean"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie between 0 and 1, got {getattr(self, name)}")
+        _check_probabilities(self, "clean")
+        if not 0 <= self.noise <= 1:
+            raise ValueError(f"noise must lie between 0 and 1, got {self.noise}")
+
+
+def sections(memory: MemoryConfig) -> tuple[int, ...]:
+    """The section of each history frame, oldest first: frames that are blurred or saturated alike.
+
+    Chunks counted from the last frame, what is left before them, and the last chunk in two: its first `mid` frames and
+    the rest. (So upstream's code; the split does not fall where mid begins.)
+    """
+    size = memory.frames_per_chunk
+    tail, chunks = memory.frames % size, memory.frames // size
+    lengths = [tail, *[size] * (chunks - 1), *([min(memory.mid, size), max(size - memory.mid, 0)] if chunks else [])]
+    return tuple(i for i, length in enumerate(lengths) for _ in range(length))
 
 
 def drop_history(
-    key: Key[Array, ""],
+    keys: Key[Array, " b"],
     history: Float[Array, "b t h w c"],
     anchor: Float[Array, "b 1 h w c"],
     config: DropConfig,
     memory: MemoryConfig,
 ) -> tuple[Float[Array, "b t h w c"], Float[Array, "b 1 h w c"]]:
     """History and anchor with the oldest frames (and for t2v the anchor) set to zero, per sample."""
-    b, frames = history.shape[:2]
-    k_t2v, k_i2v, k_v2v, k_chunks = jax.random.split(key, 4)
-    chunks = frames // memory.frames_per_chunk
-    dropped_chunks = jax.random.randint(k_chunks, (b,), 0, chunks + 1)
-    v2v = jnp.where(
-        jax.random.uniform(k_v2v, (b,)) < config.v2v,
-        frames % memory.frames_per_chunk + dropped_chunks * memory.frames_per_chunk,
-        0,
-    )
-    partly = jnp.where(jax.random.uniform(k_i2v, (b,)) < config.i2v, frames - 1, v2v)
-    t2v = jax.random.uniform(k_t2v, (b,)) < config.t2v
-    drop = jnp.where(t2v, frames, partly)
-    kept = jnp.arange(frames)[None] >= drop[:, None]
+    frames, size = history.shape[1], memory.frames_per_chunk
+
+    def draw(key: Array) -> tuple[Array, Array]:
+        k_t2v, k_i2v, k_v2v, k_chunks = jax.random.split(key, 4)
+        chunks = frames % size + size * jax.random.randint(k_chunks, (), 0, frames // size + 1)
+        v2v = jnp.where(jax.random.uniform(k_v2v) < config.v2v, chunks, 0)
+        partly = jnp.where(jax.random.uniform(k_i2v) < config.i2v, frames - 1, v2v)
+        t2v = jax.random.uniform(k_t2v) < config.t2v
+        return jnp.where(t2v, frames, partly), t2v
+
+    dropped, t2v = jax.vmap(draw)(keys)
+    kept = jnp.arange(frames)[None] >= dropped[:, None]
     return history * kept[..., None, None, None], anchor * ~t2v[:, None, None, None, None]
 
 
 def corrupt_history(
-    key: Key[Array, ""],
+    keys: Key[Array, " b"],
     history: Float[Array, "b t h w c"],
     anchor: Float[Array, "b 1 h w c"],
     config: CorruptionConfig,
+    memory: MemoryConfig,
 ) -> tuple[Float[Array, "b t h w c"], Float[Array, "b 1 h w c"]]:
-    """History and anchor with noise, its strength drawn for every frame."""
-    frames = jnp.concatenate([anchor, history], 1)
-    k_clean, k_sigma, k_noise = jax.random.split(key, 3)
-    b, t = frames.shape[:2]
-    clean = jax.random.uniform(k_clean, (b, 1)) < config.clean
-    sigma = jnp.where(clean, 0.0, jax.random.uniform(k_sigma, (b, t)) * config.noise)[..., None, None, None]
-    dropped = (frames == 0).all((2, 3, 4), keepdims=True)
-    noisy = sigma * jax.random.normal(k_noise, frames.shape) + (1 - sigma) * frames
-    frames = jnp.where(dropped, frames, noisy)
+    """History and anchor as a model that errs would have made them."""
+    count = 1 + max(sections(memory), default=0)
+    # The anchor is a section of its own, the last.
+    section = jnp.asarray((count, *sections(memory)))
+
+    def corrupt(key: Array, frames: Array) -> Array:
+        keys = jax.random.split(key, 8)
+        t = len(frames)
+        kept = jax.random.uniform(keys[0]) < config.clean
+        drawn = jax.random.uniform(keys[1], (t if config.per == "frame" else count + 1,))
+        sigma = config.noise * (drawn if config.per == "frame" else drawn[section])
+        out = add_noise(frames, sigma, jax.random.normal(keys[2], frames.shape))
+        if config.blur is not None:
+            ratio = jax.random.uniform(keys[3], (count + 1,), minval=config.blur.smallest, maxval=config.blur.largest)
+            blurred = jax.random.uniform(keys[4]) < config.blur.probability
+            out = jnp.where(blurred, blur(frames, ratio[section]), out)
+        out = jnp.where(kept, frames, out)
+        if config.saturation is not None:
+            out = saturate(out, _draw_saturation(keys[5], count, config.saturation)[section])
+        return jnp.where(_is_zero(frames), frames, out)
+
+    frames = jax.vmap(corrupt)(keys, jnp.concatenate([anchor, history], 1))
     return frames[:, 1:], frames[:, :1]
+
+
+def _draw_saturation(key: Array, count: int, config: SaturationConfig) -> Float[Array, " sections"]:
+    k_clean, k_half, k_low, k_high = jax.random.split(key, 4)
+    low = jax.random.uniform(k_low, (count,), minval=config.smallest, maxval=1 - 1e-3)
+    high = jax.random.uniform(k_high, (count,), minval=1 + 1e-3, maxval=config.largest)
+    factor = jnp.where(jax.random.uniform(k_half, (count,)) < 0.5, low, high)
+    factor = jnp.where(jax.random.uniform(k_clean, (count,)) < config.clean, 1.0, factor)
+    return jnp.append(factor, 1.0)
+
+
+def _is_zero(frames: Float[Array, "t h w c"]) -> Bool[Array, "t 1 1 1"]:
+    return (frames == 0).all((1, 2, 3), keepdims=True)
+
+
+def add_noise(
+    frames: Float[Array, "t h w c"], sigma: Float[Array, " t"], noise: Float[Array, "t h w c"]
+) -> Float[Array, "t h w c"]:
+    """Each frame mixed with noise by its own sigma."""
+    sigma = sigma[:, None, None, None]
+    return sigma * noise + (1 - sigma) * frames
+
+
+def blur(frames: Float[Array, "t h w c"], ratio: Float[Array, " t"]) -> Float[Array, "t h w c"]:
+    """Each frame resized to its own `ratio` of its size and back, bilinearly and antialiased."""
+    rows, columns = (jax.vmap(lambda r, n=n: _down_up(r, n))(ratio) for n in frames.shape[1:3])
+    return jnp.einsum("thi,twj,tijc->thwc", rows, columns, frames, precision=jax.lax.Precision.HIGHEST)
+
+
+def saturate(frames: Float[Array, "t h w c"], factor: Float[Array, " t"]) -> Float[Array, "t h w c"]:
+    """Each value's distance to the mean of its place's channels, times the frame's factor; 1 changes no bit."""
+    mean, factor = frames.mean(-1, keepdims=True), factor[:, None, None, None]
+    return jnp.where(factor == 1, frames, (frames - mean) * factor + mean)
+
+
+def _down_up(ratio: Float[Array, ""], size: int) -> Float[Array, "size size"]:
+    """The matrix that resizes `size` values to about `ratio` times as many and back."""
+    small = jnp.maximum(1, jnp.round(size * ratio))
+    return _resize(small, size, size) @ _resize(size, small, size)
+
+
+def _resize(inputs: Array | int, outputs: Array | int, size: int) -> Float[Array, "size size"]:
+    """Weights [out, in] of bilinear resizing with antialiasing, zero past the numbers of inputs and outputs.
+
+    The numbers may be traced: shapes then do not depend on what was drawn.
+    """
+    scale = inputs / outputs
+    place = jnp.arange(size, dtype=jnp.float32) + 0.5
+    distance = jnp.abs(place[None] - place[:, None] * scale) / jnp.maximum(scale, 1.0)
+    weights = jnp.maximum(0.0, 1.0 - distance) * (place[None] < inputs)
+    total = weights.sum(1, keepdims=True)
+    return jnp.where((place[:, None] < outputs) & (total > 0), weights / jnp.where(total > 0, total, 1.0), 0.0)

@@ -1,27 +1,22 @@
 """The Helios transformer: one denoising pass over compressed history and noisy latents (paper section 3)."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, repeat
 from flax import nnx, struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from helios_jax.models.attention import Implementation, attention
-from helios_jax.models.nn import (
-    LayerNorm,
-    Linear,
-    RMSNorm,
-    layer_norm,
-    lecun_normal,
-    normal,
-    ones,
-    param,
-    with_adapters,
-    zeros,
-)
+from helios_jax.models.embeddings import ConditionEmbedder, Patches, coarser
+from helios_jax.models.nn import LayerNorm, Linear, RMSNorm, layer_norm, normal, ones, param, zeros
+from helios_jax.models.packing import Packing
+from helios_jax.models.remat import BLOCK_INPUT, Remat, policy
 from helios_jax.models.rope import Rotary, apply_rotary, pad_replicate, rotary
 
 MAX_KEY_SCALE = 10.0  # history keys are multiplied by 1 to 10
@@ -104,68 +99,6 @@ TextCache = (
 )
 
 
-def timestep_features(timestep: Float[Array, " n"], dim: int) -> Float[Array, "n dim"]:
-    """cos, then sin, of the timestep (0 to 1000) at dim/2 frequencies from 1 to 1/10000, float32."""
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
-    angles = timestep.astype(jnp.float32)[:, None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], -1)
-
-
-def two_rows(
-    rows: Float[Array, "b 2 d"], num_history: int, num_tokens: int
-) -> Float[Array, "b n d"] | Float[Array, "b 1 d"]:
-    """Row 0 for history tokens and row 1 for noisy ones, as a select that fuses into its consumer."""
-    if num_history == 0:
-        return rows[:, 1:]
-    noisy = (jnp.arange(num_tokens) >= num_history)[None, :, None]
-    return jnp.where(noisy, rows[:, 1:], rows[:, :1])
-
-
-class Patches(nnx.Module):
-    """A convolution whose stride is its kernel, [kt, kh, kw, in, out]: one matrix product over patches."""
-
-    def __init__(self, in_features: int, dim: int, kernel: tuple[int, ...], *, rngs: nnx.Rngs):
-        spatial = (None,) * len(kernel)
-        self.weight = param(rngs, lecun_normal(), (*kernel, in_features, dim), (*spatial, None, "embed"), "conv")
-        self.bias = param(rngs, zeros, (dim,), ("embed",))
-        self.adapters: nnx.List | None = None
-
-    def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t2 h2 w2 d"]:
-        i, j, k, c, d = self.weight.shape
-        patches = rearrange(x, "b (t i) (h j) (w k) c -> b t h w (i j k c)", i=i, j=j, k=k)
-        y = patches @ self.weight[...].reshape(i * j * k * c, d).astype(x.dtype) + self.bias[...].astype(x.dtype)
-        return with_adapters(y, patches, self.adapters)
-
-
-class Embedder(nnx.Module):
-    """Linear, activation, Linear."""
-
-    def __init__(self, in_features: int, dim: int, axis: str | None, *, rngs: nnx.Rngs):
-        self.linear_1 = Linear(in_features, dim, axes=(axis, "embed"), rngs=rngs)
-        self.linear_2 = Linear(dim, dim, axes=("embed", "embed_out"), rngs=rngs)
-
-
-class ConditionEmbedder(nnx.Module):
-    """Timestep -> modulation rows; text embeddings -> the transformer's width."""
-
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.freq_dim = config.freq_dim
-        self.time_embedder = Embedder(config.freq_dim, config.dim, None, rngs=rngs)
-        self.time_proj = Linear(config.dim, 6 * config.dim, axes=("embed", "embed_out"), rngs=rngs)
-        self.text_embedder = Embedder(config.text_dim, config.dim, None, rngs=rngs)
-
-    def time(self, timestep: Float[Array, "b rows"], dtype) -> tuple[Array, Array]:
-        """The embedding [b, rows, d] and its projection to six modulations [b, rows, 6, d]; float32 embedder."""
-        b, rows = timestep.shape
-        x = timestep_features(timestep.reshape(-1), self.freq_dim)
-        x = self.time_embedder.linear_2(jax.nn.silu(self.time_embedder.linear_1(x))).astype(dtype)
-        projected = self.time_proj(jax.nn.silu(x))
-        return x.reshape(b, rows, -1), projected.reshape(b, rows, 6, -1)
-
-    def text(self, embeddings: Float[Array, "b m text_dim"]) -> Float[Array, "b m d"]:
-        return self.text_embedder.linear_2(jax.nn.gelu(self.text_embedder.linear_1(embeddings), approximate=True))
-
-
 class Attention(nnx.Module):
     """q/k RMS-normalised across all heads, then split into heads."""
 
@@ -223,36 +156,34 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        time: Float[Array, "b 2 6 d"],
+        time: Float[Array, "b rows 6 d"],
         table: Rotary,
         text: TextKV,
-        num_history: int,
+        packing: Packing,
         *,
         keep_history: bool = True,
         implementation: Implementation | None = None,
     ) -> Float[Array, "b n_out d"]:
         """`keep_history=False` returns the noisy tokens alone: all that is needed after the last block."""
         rows = self.scale_shift_table[...].astype(jnp.float32) + time.astype(jnp.float32)
+        num_history = packing.num_history
         start = 0 if keep_history else num_history
 
-        def row(i: int, tokens: int, history: int):
-            return two_rows(rows[:, :, i], history, tokens)
+        def row(i: int, history: bool = keep_history):
+            return packing.rows(rows[:, :, i], history=history)
 
-        def modulate(x, shift: int, history: int):
-            normed = layer_norm(x, self.eps)
-            return (normed * (1 + row(shift + 1, x.shape[1], history)) + row(shift, x.shape[1], history)).astype(
-                x.dtype
-            )
+        def modulate(x, shift: int, history: bool = keep_history):
+            return (layer_norm(x, self.eps) * (1 + row(shift + 1, history)) + row(shift, history)).astype(x.dtype)
 
-        normed = modulate(x, 0, num_history)
+        normed = modulate(x, 0, history=True)
         key, value = self.attn1.key_value(normed)
         key = self.attn1.scale_history(apply_rotary(key, table), num_history)
         query = apply_rotary(self.attn1.query(normed[:, start:]), (table[0][:, start:], table[1][:, start:]))
-        attended = self.attn1.out(attention(query, key, value, implementation=implementation))
+        segments = packing.segments(history=keep_history)
+        attended = self.attn1.out(attention(query, key, value, segments=segments, implementation=implementation))
 
         x, num_history = x[:, start:], num_history - start
-        gate = row(2, x.shape[1], num_history)
-        x = (x.astype(jnp.float32) + attended.astype(jnp.float32) * gate).astype(x.dtype)
+        x = (x.astype(jnp.float32) + attended.astype(jnp.float32) * row(2)).astype(x.dtype)
 
         # With guidance_cross_attn the text speaks to the noisy tokens only.
         first = num_history if self.guidance_cross_attn else 0
@@ -261,8 +192,8 @@ class Block(nnx.Module):
         noisy = noisy + self.attn2.out(attention(query, *text, implementation=implementation))
         x = jnp.concatenate([x[:, :first], noisy], 1) if first else noisy
 
-        fed = self.ffn(modulate(x, 3, num_history)).astype(jnp.float32)
-        return (x.astype(jnp.float32) + fed * row(5, x.shape[1], num_history)).astype(x.dtype)
+        fed = self.ffn(modulate(x, 3)).astype(jnp.float32)
+        return (x.astype(jnp.float32) + fed * row(5)).astype(x.dtype)
 
 
 class OutputNorm(nnx.Module):
@@ -270,9 +201,11 @@ class OutputNorm(nnx.Module):
         self.eps = config.eps
         self.scale_shift_table = param(rngs, normal(config.dim**-0.5), (1, 2, config.dim), (None, None, "embed"))
 
-    def __call__(self, x: Float[Array, "b n d"], time: Float[Array, "b d"]) -> Float[Array, "b n d"]:
-        rows = self.scale_shift_table[...].astype(jnp.float32) + time.astype(jnp.float32)[:, None]
-        return (layer_norm(x, self.eps) * (1 + rows[:, 1:]) + rows[:, :1]).astype(x.dtype)
+    def __call__(self, x: Float[Array, "b n d"], time: Float[Array, "b rows d"], packing: Packing) -> Array:
+        """Of the noisy tokens alone."""
+        table = self.scale_shift_table[...].astype(jnp.float32)
+        shift, scale = (packing.rows(time.astype(jnp.float32) + table[:, i], history=False) for i in (0, 1))
+        return (layer_norm(x, self.eps) * (1 + scale) + shift).astype(x.dtype)
 
 
 class Transformer(nnx.Module):
@@ -285,6 +218,7 @@ class Transformer(nnx.Module):
 
     FILE_NAMES = (("ffn.up", "ffn.net.0.proj"), ("ffn.down", "ffn.net.2"), ("to_out", "to_out.0"))
     FLOAT32 = ("time_embedder", "scale_shift_table", "norm2", "history_key_scale")
+    TIED: ClassVar = {"scale_shift_table": "norm_out.scale_shift_table"}  # Wan's name, and ours
 
     def __init__(self, config: TransformerConfig, *, stacked: bool = False, rngs: nnx.Rngs):
         self.config = config
@@ -296,7 +230,7 @@ class Transformer(nnx.Module):
         self.patch_embedding = patches(1)
         if config.has_multi_term_memory_patch:
             self.patch_short, self.patch_mid, self.patch_long = patches(1), patches(2), patches(4)
-        self.condition_embedder = ConditionEmbedder(config, rngs=rngs)
+        self.condition_embedder = ConditionEmbedder(config.freq_dim, config.text_dim, config.dim, rngs=rngs)
         if stacked:
             keys = jax.random.split(rngs.params(), config.num_layers)
             self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(keys)
@@ -339,68 +273,101 @@ class Transformer(nnx.Module):
         history: HistoryLatents | None = None,
         indices: FrameIndices | None = None,
         *,
-        remat: bool = False,
+        remat: Remat | None = None,
         implementation: Implementation | None = None,
     ) -> Float[Array, "b t h w c_out"]:
         """Velocity (noise minus data) of `latents` at `timestep` (0 to 1000).
 
         `text` comes from `text_kv`. Computes in the dtype of `latents`. Without `indices` frames count from zero, which
-        fits a call without history only. `remat` computes each block again in the backward pass, to save memory.
+        fits a call without history only. With `remat` the backward pass computes again what that policy does not keep.
+        """
+        (out,) = self.packed(
+            (latents,), timestep[:, None], text, history, indices, remat=remat, implementation=implementation
+        )
+        return out
+
+    def packed(
+        self,
+        latents: tuple[Float[Array, "b t _h _w c"], ...],
+        timesteps: Float[Array, "b levels"],
+        text: TextCache,
+        history: HistoryLatents | None = None,
+        indices: FrameIndices | None = None,
+        *,
+        remat: Remat | None = None,
+        implementation: Implementation | None = None,
+    ) -> tuple[Float[Array, "b t _h _w c_out"], ...]:
+        """`__call__` of several latents of the same chunks, such as the levels of the pyramid, as one sequence (NaViT).
+
+        Each has its own timestep and sees its own copy of the history and nothing of the others, so the velocities are
+        those of calls on their own.
         """
         config = self.config
-        t, h, w = (size // p for size, p in zip(latents.shape[1:4], config.patch_size))
+        grids = [tuple(size // p for size, p in zip(x.shape[1:4], config.patch_size)) for x in latents]
         if indices is None:
-            indices = FrameIndices(noisy=jnp.arange(t)[None])
-        x, table, num_history = self._tokens(latents, history, indices)
+            indices = FrameIndices(noisy=jnp.arange(grids[0][0])[None])
+        x, table, packing = self._tokens(latents, history, indices)
 
-        zero = jnp.zeros_like(timestep) if config.zero_history_timestep else timestep
-        time, modulation = self.condition_embedder.time(jnp.stack([zero, timestep], 1), x.dtype)
+        past = jnp.zeros_like(timesteps[:, :1]) if config.zero_history_timestep else timesteps
+        time, modulation = self.condition_embedder.time(jnp.concatenate([past, timesteps], 1), x.dtype)
 
         def run(block: Block, kv: Any, x: Array, keep_history: bool) -> Array:
-            return block(
-                x, modulation, table, kv, num_history, keep_history=keep_history, implementation=implementation
-            )
+            x = checkpoint_name(x, BLOCK_INPUT)
+            return block(x, modulation, table, kv, packing, keep_history=keep_history, implementation=implementation)
 
-        if remat:
-            run = jax.checkpoint(run, static_argnums=3)
+        if remat is not None:
+            # In a scan nothing could take the place of what is computed again.
+            run = jax.checkpoint(
+                run, static_argnums=3, policy=policy(remat), prevent_cse=isinstance(self.blocks, nnx.List)
+            )
         if isinstance(self.blocks, nnx.List):
             for i, (block, kv) in enumerate(zip(self.blocks, text, strict=True)):
                 with jax.named_scope(f"block_{i}"):
                     x = run(block, kv, x, i < len(self.blocks) - 1)
         else:
             x, _ = jax.lax.scan(lambda x, xs: (run(*xs, x, True), None), x, (self.blocks, text))
-            x = x[:, num_history:]
+            x = x[:, packing.num_history :]
 
-        x = self.proj_out(self.norm_out(x, time[:, 1]))
+        x = self.proj_out(self.norm_out(x, time, packing))
         pt, ph, pw = config.patch_size
-        return rearrange(x, "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+        parts = jnp.split(x, np.cumsum(packing.noisy)[:-1], 1)
+        return tuple(
+            rearrange(part, "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+            for part, (t, h, w) in zip(parts, grids)
+        )
 
     def _tokens(
-        self, latents: Array, history: HistoryLatents | None, indices: FrameIndices
-    ) -> tuple[Float[Array, "b n d"], Rotary, int]:
-        """Tokens in the order long, mid, short, noisy, their rotary tables, and how many of them are history."""
+        self, latents: tuple[Array, ...], history: HistoryLatents | None, indices: FrameIndices
+    ) -> tuple[Float[Array, "b n d"], Rotary, Packing]:
+        """Tokens in the order long, mid, short, noisy (the history once for each of the latents), with their rotary
+        tables."""
         dims, theta = self.config.rope_dim, self.config.rope_theta
         patch = self.config.patch_size
 
         def grid(frames, x, pool=1):
             return rotary(jnp.asarray(frames), *x.shape[2:4], dims=dims, theta=theta, pool=pool)
 
-        noisy = self.patch_embedding(latents)
-        parts = [(noisy, grid(indices.noisy, noisy))]
+        past = []
         if history is not None:
             short = self.patch_short(history.short)
-            parts.append((short, grid(indices.short, short)))
-            for scale, conv, past, frames in (
+            past.append((short, grid(indices.short, short)))
+            for scale, conv, frames, at in (
                 (2, "patch_mid", history.mid, indices.mid),
                 (4, "patch_long", history.long, indices.long),
             ):
-                if past is not None:
-                    padded = pad_replicate(past, tuple(scale * p for p in patch))
-                    parts.append((getattr(self, conv)(padded), grid(frames, short, pool=scale)))
-        parts.reverse()
+                if frames is not None:
+                    padded = pad_replicate(frames, tuple(scale * p for p in patch))
+                    past.append((getattr(self, conv)(padded), grid(at, short, pool=scale)))
+        past.reverse()
+        noisy = [(x, grid(indices.noisy, x)) for x in map(self.patch_embedding, latents)]
+        packing = Packing(
+            history=sum(math.prod(x.shape[1:4]) for x, _ in past),
+            noisy=tuple(math.prod(x.shape[1:4]) for x, _ in noisy),
+        )
+        parts = past * len(latents) + noisy
         tokens = jnp.concatenate([rearrange(x, "b t h w d -> b (t h w) d") for x, _ in parts], 1)
         cos, sin = (jnp.concatenate(tables, 1) for tables in _shared_batch([table for _, table in parts]))
-        return tokens, (cos, sin), tokens.shape[1] - noisy.shape[1] * noisy.shape[2] * noisy.shape[3]
+        return tokens, (cos, sin), packing
 
 
 def _shared_batch(tables: list) -> tuple[list, list]:
@@ -413,17 +380,13 @@ def _shared_batch(tables: list) -> tuple[list, list]:
     return [spread(cos) for cos, _ in tables], [spread(sin) for _, sin in tables]
 
 
-def init_memory_patches(model: Transformer) -> Transformer:
-    """Short, mid and long patches start as the patch embedding, its values repeated over the kernel and averaged.
+# How much coarser than the patch embedding each part of the history is.
+MEMORY_PATCHES = {"patch_short": 1, "patch_mid": 2, "patch_long": 4}
 
-    So an untrained history token is what the patch embedding makes of the downsampled block: upstream's initialisation
-    of the memory patches from Wan's.
-    """
-    source = model.patch_embedding
-    for scale, target in ((1, model.patch_short), (2, model.patch_mid), (4, model.patch_long)):
-        weight = source.weight[...] / scale**3
-        for axis in range(3):
-            weight = jnp.repeat(weight, scale, axis)
-        target.weight[...] = weight
-        target.bias[...] = source.bias[...]
+
+def init_memory_patches(model: Transformer) -> Transformer:
+    """Short, mid and long patches start as the patch embedding: upstream's initialisation from Wan's weights."""
+    for name, scale in MEMORY_PATCHES.items():
+        patches = getattr(model, name)
+        patches.weight[...], patches.bias[...] = coarser(model.patch_embedding, scale)
     return model

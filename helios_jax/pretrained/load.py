@@ -55,9 +55,10 @@ def load_model(model: Model, folder: Path, *, dtype: Any = None, shardings: Any 
     """The (abstract) `model` with the weights in `folder`, read tensor by tensor to where they stay.
 
     Args:
-        model: shapes are enough; nothing of it is read.
+        model: shapes are enough; no value of it is read.
         folder: a component of a diffusers folder: safetensors, one file or shards with an index.
-        dtype: what the parameters become, but for the class's `FLOAT32` islands; None keeps what the files have.
+        dtype: what the parameters become, but for the class's `FLOAT32` islands; None keeps what the files have, and
+            "model" gives each the dtype that it has in `model`.
         shardings: a tree like `model` (`helios_jax.sharding.shardings`); this host then reads the rows that its
             devices need, and all hosts must call. None: the default device.
 
@@ -107,7 +108,8 @@ def stream(
     for path, tensors in groups.items():
         shape, layered = parameters[path].shape, tensors[0][0].layer is not None
         found = {jax.dtypes.canonicalize_dtype(tensor.dtype) for _, tensor in tensors}
-        kind = dtype_of(model, path, dtype) or jnp.result_type(*found)
+        as_model = isinstance(dtype, str) and dtype == "model"
+        kind = parameters[path].dtype if as_model else dtype_of(model, path, dtype) or jnp.result_type(*found)
         sharding = None if placed is None else placed[path].get_value()
         size = int(np.prod(shape)) * kind.itemsize
         if layered and size > SMALL:

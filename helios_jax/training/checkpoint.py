@@ -1,7 +1,8 @@
 """Checkpoints of a run: train state, position in the data and config, written by Orbax.
 
 A state is stored as a flat mapping of names ("model/blocks/0/ffn/weight") to arrays, so that a checkpoint does not
-depend on Python classes and restores onto any mesh. Orbax writes into a temporary folder and renames it when all is on
+depend on Python classes and restores onto any mesh. What a run does not train is not in it: it comes from where the run
+began, and must be what it was. Orbax writes into a temporary folder and renames it when all is on
 disk: a save that was killed leaves no checkpoint, and the ones before it stay.
 """
 
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from helios_jax import config as configs
 from helios_jax.training.config import TrainConfig
 from helios_jax.training.state import TrainState
+
+FROZEN = "frozen_digest"
 
 
 class RestoreError(ValueError):
@@ -46,7 +50,7 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_flat(state)),
+                state=ocp.args.StandardSave(_flat(_parts(state))),
                 data=ocp.args.JsonSave(data),
                 config=ocp.args.JsonSave(configs.to_dict(config)),
             ),
@@ -56,11 +60,11 @@ class Checkpoints:
     def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
         """(state, data state, config as saved) of `step` (default: the newest), placed as the given state is.
 
-        `state` may be abstract (`abstract_like`) and on another mesh than the one that wrote the checkpoint.
-        Raises RestoreError when names or shapes differ.
+        `state` may be abstract (`abstract_like`) and on another mesh than the one that wrote the checkpoint; what is
+        frozen in it stays. Raises RestoreError when names or shapes differ, or when that is not what it was.
         """
         step = self.latest if step is None else step
-        target = _flat(state)
+        target = _flat(_parts(state))
         self._check(target, step)
         got: Any = self._manager.restore(
             step,
@@ -68,8 +72,14 @@ class Checkpoints:
                 state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore(), config=ocp.args.JsonRestore()
             ),
         )
-        leaves = [got.state[name] for name in target]
-        return jax.tree.unflatten(jax.tree.structure(state), leaves), got.data, got.config
+        if FROZEN in target and not np.array_equal(got.state[FROZEN], state.frozen_digest):
+            raise RestoreError(
+                f"{self.folder}/{step}: the parameters that are not trained are others now; "
+                "give init (or seed) as it was, or this run another folder (run=...)"
+            )
+        parts = jax.tree.unflatten(jax.tree.structure(_parts(state)), [got.state[name] for name in target])
+        done, params, opt_state, ema = (parts[name] for name in ("step", "model", "opt_state", "ema"))
+        return state.replace(step=done, params=params, opt_state=opt_state, ema=ema), got.data, got.config
 
     def _check(self, target: dict[str, Any], step: int | None) -> None:
         where = f"{self.folder}/{step}"
@@ -92,6 +102,17 @@ class Checkpoints:
     def close(self) -> None:
         """Finish writing."""
         self._manager.close()
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    """What is stored of a state."""
+    return {
+        "step": state.step,
+        "model": state.params,
+        "opt_state": state.opt_state,
+        "ema": state.ema,
+        FROZEN: state.frozen_digest,
+    }
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from typing import Literal
 from helios_jax.config import nearest
 from helios_jax.diffusion.corruption import CorruptionConfig, DropConfig
 from helios_jax.diffusion.memory import MemoryConfig
+from helios_jax.diffusion.schedule import SchedulerConfig
+from helios_jax.diffusion.targets import TimesConfig
+from helios_jax.models.remat import Remat
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
 
@@ -62,7 +65,11 @@ class EMAConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW; the learning rate climbs linearly for `warmup_steps`, then stays or falls to `final_lr` as a cosine."""
+    """AdamW; the learning rate climbs linearly for `warmup_steps`, then stays or falls to `final_lr` as a cosine.
+
+    `accumulate` cuts a batch into that many parts, whose gradients are added up one after the other: less memory, the
+    same step.
+    """
 
     lr: float = 5e-5
     betas: tuple[float, float] = (0.9, 0.999)
@@ -72,6 +79,7 @@ class OptimConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     final_lr: float = 0.0
     clip_norm: float | None = 1.0
+    accumulate: int = 1
     ema: EMAConfig | None = None
 
     def __post_init__(self):
@@ -85,6 +93,57 @@ class OptimConfig:
             self.clip_norm is None or self.clip_norm > 0,
             f"clip_norm must be above 0, or null for no clipping, got {self.clip_norm}",
         )
+        _require(self.accumulate > 0, f"accumulate must be at least 1, got {self.accumulate}")
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters to be trained, A gaussian and B zero at first; `trainable` must name "adapters".
+
+    `target_modules` are diffusers' names, or ends of names, of the layers that get one: by default every linear layer,
+    as upstream. `alpha` null is the rank.
+    """
+
+    rank: int = 128
+    alpha: float | None = None
+    target_modules: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "ffn.net.0.proj",
+        "ffn.net.2",
+        "linear_1",
+        "linear_2",
+        "time_proj",
+        "proj_out",
+    )
+
+    def __post_init__(self):
+        _require(self.rank > 0, f"rank must be at least 1, got {self.rank}")
+        _require(bool(self.target_modules), "target_modules must name a layer, as in [to_q, to_v]")
+
+
+@dataclass
+class ValidationConfig:
+    """Videos of `prompts` every `every` steps, in `<run>/validation`: the model as it is (its average if there is one)
+    in the pipeline that `flow.components` has the other parts of."""
+
+    every: int = 500
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str = ""
+    num_frames: int = 99
+    height: int = 384
+    width: int = 640
+    num_inference_steps: int | None = None  # of a model without a pyramid; null: 50
+    pyramid_num_inference_steps_list: tuple[int, ...] | None = None  # of one with levels; null: 20 a level
+    guidance_scale: float = 5.0
+    seed: int = 0
+    fps: int = 24
+
+    def __post_init__(self):
+        _require(self.every > 0, f"every must be at least 1, got {self.every}")
+        _require(bool(self.prompts), "prompts must hold at least one; or leave validation out (null)")
 
 
 @dataclass
@@ -136,28 +195,65 @@ class ReconstructionConfig:
 
 
 @dataclass
-class FlowConfig:
-    """The flow stage: memory, what is done to the history, and the distribution of times.
+class PyramidConfig:
+    """Stage 2: levels of growing size, from coarse to fine, each with its part of the path from noise to latents.
 
-    Times are logit-normal: sigma falls with sigmoid(logit_mean + logit_std * normal). `text_drop` is how often the
-    caption is replaced by the empty one, which classifier-free guidance needs; released models start from one that
-    knows it. `first_chunk` is the share of samples that are a video's first chunk, which alone learns from the text
-    what it is to begin with; null: every chunk is as likely. `components` is a diffusers folder whose other parts (VAE,
-    text encoder, tokenizer, scheduler) are copied beside the exported transformer, so that the export is a whole
-    pipeline; null exports the transformer alone.
+    `sample_ratios` is how many times of each level a step draws for every clip. "packed" runs all of them as one
+    sequence (NaViT), "separate" one after the other, which needs less memory; the loss is the same.
+    """
+
+    sample_ratios: tuple[int, ...] = (1, 2, 1)
+    levels: Literal["packed", "separate"] = "packed"
+    stage_range: tuple[float, ...] = (0, 1 / 3, 2 / 3, 1)
+    gamma: float = 1 / 3
+    timestep_shift: float = 1.0
+
+    def __post_init__(self):
+        _require(
+            len(self.sample_ratios) > 1 and min(self.sample_ratios) > 0,
+            f"sample_ratios must be at least two numbers from 1 up, one per level, got {self.sample_ratios}",
+        )
+        ends, count = tuple(self.stage_range), len(self.sample_ratios) + 1
+        _require(
+            ends[:1] + ends[-1:] == (0, 1) and list(ends) == sorted(set(ends)) and len(ends) == count,
+            f"stage_range must rise from 0 to 1 in {count} numbers, the ends of the levels, got {ends}",
+        )
+        _require(0 < self.gamma <= 1 / 3 + 1e-9, f"gamma must be above 0 and at most 1/3, got {self.gamma}")
+        _require(self.timestep_shift > 0, f"timestep_shift must be above 0, got {self.timestep_shift}")
+
+    def scheduler(self) -> SchedulerConfig:
+        """The scheduler of a pipeline with this pyramid; it shifts times when it samples, by the size, exponentially
+        (the authors' correction)."""
+        return SchedulerConfig(
+            stages=len(self.sample_ratios),
+            stage_range=self.stage_range,
+            gamma=self.gamma,
+            shift=self.timestep_shift,
+            use_dynamic_shifting=self.timestep_shift == 1.0,
+        )
+
+
+@dataclass
+class FlowConfig:
+    """The flow stage: memory, what is done to the history, the distribution of times, and for stage 2 the pyramid.
+
+    `text_drop` is how often the caption is replaced by the empty one, which classifier-free guidance needs; released
+    models start from one that knows it. `first_chunk` is the share of samples that are a video's first chunk, which
+    alone learns from the text what it is to begin with; null: every chunk is as likely. `components` is a diffusers
+    folder or hub name whose other parts (VAE, text encoder, tokenizer, scheduler) make the exported transformer a whole
+    pipeline, and validation videos possible; null exports the transformer alone.
     """
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     drop: DropConfig | None = field(default_factory=DropConfig)
     corruption: CorruptionConfig | None = field(default_factory=CorruptionConfig)
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
+    times: TimesConfig = field(default_factory=TimesConfig)
+    pyramid: PyramidConfig | None = None
     text_drop: float = 0.0
     first_chunk: float | None = None
     components: str | None = None
 
     def __post_init__(self):
-        _require(self.logit_std > 0, f"logit_std must be above 0, got {self.logit_std}")
         _require(self.memory.anchor != "second", "memory.anchor must be first or null: second is for sampling only")
         _require(0 <= self.text_drop < 1, f"text_drop must lie in [0, 1), got {self.text_drop}")
         _require(
@@ -173,11 +269,17 @@ class TrainConfig:
     stage: str = "flow"
     run: str = "runs/train"
     init: str | None = None  # a diffusers folder or hub name to start from; null: random weights
+    init_subfolder: str = "transformer"  # of it, where it has subfolders; released: also transformer_init
     steps: int = 1000
     seed: int = 0
     log_every: int = 20
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products; parameters stay float32
-    remat: Literal["block"] | None = None  # "block": the backward pass computes each block again, to save memory
+    remat: Remat | None = None  # what of each block is not computed again in the backward pass; null: all of it
+    # What is trained: "all", "adapters", and regular expressions of parameters and modules. The rest stays as it is, in
+    # `precision`.
+    trainable: tuple[str, ...] = ("all",)
+    lora: LoRAConfig | None = None
+    validation: ValidationConfig | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -191,6 +293,16 @@ class TrainConfig:
         _require(self.log_every > 0, f"log_every must be at least 1, got {self.log_every}")
         _require(bool(self.run), "run must name a folder")
         _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        _require(bool(self.trainable), "trainable must name something: all, adapters or parameters")
+        _require(
+            self.lora is None or bool({"all", "adapters"} & set(self.trainable)),
+            f"trainable must hold adapters when there is lora, got {list(self.trainable)}",
+        )
+        parts = self.optim.accumulate
+        _require(
+            self.data.batch_size % parts == 0,
+            f"data.batch_size {self.data.batch_size} must be a multiple of optim.accumulate {parts}",
+        )
         names = stage_names()
         _require(
             self.stage in names or ("." in self.stage and _exists(self.stage)),

@@ -5,26 +5,30 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tensorboardX import SummaryWriter
 
-from helios_jax.sharding import put_batch, shardings
+from helios_jax.sharding import BATCH, put_batch, shardings
 from helios_jax.training.checkpoint import Checkpoints
 from helios_jax.training.config import TrainConfig
 from helios_jax.training.optim import learning_rate
 from helios_jax.training.state import TrainState, update
 
+# A number of a step, or a sum and what it is to be divided by once all steps of a report are added up.
 Metrics = dict[str, Any]
+Validate = Callable[[Any, TrainConfig, Path], Mapping[str, np.ndarray]]
 Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
 
 
@@ -46,66 +50,137 @@ def make_step(
 ) -> Step:
     """The jitted `(state, batch, seed key) -> (state, metrics)`; the state's memory is used again for the new one.
 
-    The key of a step is `fold_in(seed key, step)`, so a resumed run draws what an uninterrupted one would have.
+    Each sample of a step has a key of its own, from `fold_in(seed key, step)`: a resumed run draws what an
+    uninterrupted one would have, and one that accumulates gradients what a whole batch would have.
     """
+    placed, parts = shardings(state, mesh), config.optim.accumulate
 
     def step(state: TrainState, batch: Any, seed_key: jax.Array) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(seed_key, state.step)
-        gradient = jax.value_and_grad(stage.loss, has_aux=True)
-        (loss, metrics), grads = gradient(state.model, batch, key, config)
+        keys = jax.random.split(jax.random.fold_in(seed_key, state.step), len(jax.tree.leaves(batch)[0]))
+
+        def gradient(batch: Any, keys: jax.Array) -> Any:
+            """(loss, sums of metrics and what to divide them by), gradients."""
+
+            def loss(params: Any) -> tuple[jax.Array, Metrics]:
+                value, metrics = stage.loss(nnx.merge(state.graph, params, state.frozen), batch, keys, config)
+                return value, {name: x if isinstance(x, tuple) else (x, 1) for name, x in metrics.items()}
+
+            return jax.value_and_grad(loss, has_aux=True)(state.params)
+
+        if parts == 1:
+            (loss, metrics), grads = gradient(batch, keys)
+        else:
+            (loss, metrics), grads = _accumulate(gradient, (batch, keys), parts, placed.params, mesh)
+            loss, grads = jax.tree.map(lambda x: x / parts, (loss, grads))
         metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
         return update(state, grads, optimizer, config.optim.ema), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings(state, mesh), None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+
+
+def _accumulate(gradient: Callable[..., Any], inputs: Any, parts: int, placed: Any, mesh: Mesh) -> Any:
+    """The sums of what `gradient` gives for `parts` parts of a batch, one part after the other."""
+    sharding = NamedSharding(mesh, PartitionSpec(None, BATCH))
+
+    def divide(x: jax.Array) -> jax.Array:
+        # Part i is every parts-th sample: each device goes on with samples that it has.
+        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        total = jax.tree.map(jnp.add, total, gradient(*part))
+        return (total[0], jax.lax.with_sharding_constraint(total[1], placed)), None
+
+    divided = jax.tree.map(divide, inputs)
+    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], divided))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, divided)[0]
 
 
 def run(
-    step: Step, state: TrainState, batches: Batches, checkpoints: Checkpoints, config: TrainConfig, mesh: Mesh
+    step: Step,
+    state: TrainState,
+    batches: Batches,
+    checkpoints: Checkpoints,
+    config: TrainConfig,
+    mesh: Mesh,
+    validate: Validate | None = None,
 ) -> tuple[TrainState, signal.Signals | None]:
     """Train until `config.steps`; returns the last state and the signal that ended the run early, if one did.
 
     SIGTERM and SIGINT finish the step, save and return; a second one ends the process at once. A NaN or infinite loss
-    or gradient raises NotFiniteError: metrics are checked before every save, so the checkpoints stay good.
+    or gradient raises NotFiniteError: metrics are checked before every save, so the checkpoints stay good. The `id` of
+    a batch, names of its samples, stays on the host: it is told then. With `config.validation`, `validate(model,
+    config, folder)` makes videos now and then.
     """
     seed_key = jax.random.key(config.seed)
     first = done = int(state.step)
-    window: list[Metrics] = []
+    window: list[tuple[Metrics, list[str]]] = []
     reporter = Reporter(Path(config.run), first, config)
     with _Signals() as signals, reporter:
         while done < config.steps:
-            state, metrics = step(state, put_batch(next(batches), mesh), seed_key)
+            batch, ids = split_ids(next(batches))
+            state, metrics = step(state, put_batch(batch, mesh), seed_key)
             done += 1
-            window.append(metrics)
+            window.append((metrics, ids))
             log = done % config.log_every == 0 or done == first + 1 or done == config.steps
             # Hosts must agree to stop; they ask one another only where they wait for the device anyway.
             stop = signals.received(agree=log)
             save = done % config.checkpoint.every == 0 or done == config.steps or stop is not None
-            if log or save:
-                reporter.report(done, _mean(window, done, checkpoints))
+            look = validate is not None and config.validation is not None and done % config.validation.every == 0
+            if log or save or look:
+                reporter.report(done, _mean(window, done, checkpoints, Path(config.run)))
                 window = []
             if save:
                 checkpoints.save(state, batches.get_state(), config)
             if stop is not None:
                 break
+            if look and validate is not None:
+                folder = Path(config.run) / "validation" / f"step_{done:06d}"
+                reporter.pictures(done, validate(state.best, config, folder))
     checkpoints.wait()
     return state, signals.received(agree=False) if done < config.steps else None
 
 
-def _mean(window: list[Metrics], done: int, checkpoints: Checkpoints) -> dict[str, float]:
+def split_ids(batch: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A batch without the names of its samples, and those."""
+    return {name: x for name, x in batch.items() if name != "id"}, [str(name) for name in batch.get("id", ())]
+
+
+def _mean(window: list[tuple[Metrics, list[str]]], done: int, checkpoints: Checkpoints, run: Path) -> dict[str, float]:
     """Means over the steps since the last report, after checking that all of them are finite."""
-    values = [{k: float(v) for k, v in m.items()} for m in jax.device_get(window)]
-    for i, metrics in enumerate(values):
+    first = done + 1 - len(window)
+    values = jax.device_get([metrics for metrics, _ in window])
+    for i, (metrics, (_, ids)) in enumerate(zip(values, window)):
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
-                checkpoints.wait()
-                good = checkpoints.latest
-                kept = "no checkpoint was written" if good is None else f"step {good} in {checkpoints.folder} is good"
-                raise NotFiniteError(
-                    f"step {done - len(values) + 1 + i}: {name} is {metrics[name]}; {kept}; "
-                    "lower optim.lr, clip with optim.clip_norm, or look at the data"
-                )
+                raise _not_finite(first + i, name, float(metrics[name]), ids, checkpoints, run)
     names = sorted(values[0], key=lambda name: (name != "loss", name)) if values else []
-    return {name: float(np.mean([m[name] for m in values])) for name in names}
+    means = {}
+    for name in names:
+        pairs = [x if isinstance(x := metrics[name], tuple) else (x, 1) for metrics in values]
+        total, weight = np.sum(np.asarray(pairs, np.float64), 0)
+        if weight > 0:
+            means[name] = float(total / weight)
+    return means
+
+
+def _not_finite(
+    step: int, name: str, value: float, ids: list[str], checkpoints: Checkpoints, run: Path
+) -> NotFiniteError:
+    """The error for a step, after writing the whole batch's ids beside the metrics."""
+    checkpoints.wait()
+    good = checkpoints.latest
+    kept = "no checkpoint was written" if good is None else f"step {good} in {checkpoints.folder} is good"
+    batch = ""
+    if ids:
+        path = run / f"not_finite_{jax.process_index()}.json"
+        path.write_text(json.dumps({"step": step, name: str(value), "ids": ids}, indent=2) + "\n")
+        rest = f" and {len(ids) - 4} more" if len(ids) > 4 else ""
+        batch = f"its batch is {', '.join(ids[:4])}{rest}, see {path}; "
+    return NotFiniteError(
+        f"step {step}: {name} is {value}; {batch}{kept}; lower optim.lr, clip with optim.clip_norm, or look at the data"
+    )
 
 
 class _Signals:
@@ -195,6 +270,13 @@ class Reporter:
             self._bar.update(self._task, completed=step, description=line)
         else:
             print(line, flush=True)
+
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Put uint8 [h, w, 3] of a validation into TensorBoard; the time it took is none of the steps'."""
+        self._last = (step, time.monotonic())
+        if self._writes:
+            for name, picture in pictures.items():
+                self._board.add_image(f"validation/{name}", picture, step, dataformats="HWC")
 
 
 def _step_of(line: str) -> float:

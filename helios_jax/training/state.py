@@ -1,6 +1,6 @@
 """What a training run carries from step to step: one pytree, made straight into its shardings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,27 +11,51 @@ from jax.sharding import Mesh
 
 from helios_jax.sharding import shardings
 from helios_jax.training.config import EMAConfig
+from helios_jax.training.trainable import ALL, check, settle_dtypes, trainable
 
 
 @struct.dataclass
 class TrainState:
-    """`step` steps have been taken; `ema` is the average of `model` over them, or None."""
+    """`step` steps have been taken.
+
+    `params` are the parameters that are trained, in float32; `ema` is their average over the steps, or None. `frozen`
+    is the rest of the model, which no step changes and no checkpoint holds; `frozen_digest` [2] tells one from another,
+    None when nothing is frozen. `graph` puts the two together.
+    """
 
     step: jax.Array
-    model: Any
+    params: Any
     opt_state: Any
     ema: Any
+    frozen: Any
+    frozen_digest: Any
+    graph: Any = struct.field(pytree_node=False)
 
     @property
-    def best(self) -> nnx.Module:
+    def model(self) -> Any:
+        """The model as it is after the last step."""
+        return nnx.merge(self.graph, self.params, self.frozen)
+
+    @property
+    def best(self) -> Any:
         """The model to evaluate and to export: the average when there is one."""
-        return self.model if self.ema is None else self.ema
+        return self.model if self.ema is None else nnx.merge(self.graph, self.ema, self.frozen)
 
 
-def create(model: Any, optimizer: optax.GradientTransformation, ema: EMAConfig | None) -> TrainState:
-    """The state before the first step."""
-    average = None if ema is None else jax.tree.map(lambda x: jnp.array(x, jnp.float32), model)
-    return TrainState(step=jnp.zeros((), jnp.int32), model=model, opt_state=optimizer.init(model), ema=average)
+def create(
+    model: nnx.Module, optimizer: optax.GradientTransformation, ema: EMAConfig | None, names: Sequence[str] = (ALL,)
+) -> TrainState:
+    """The state before the first step, of a run that trains the parameters `names` (`training.trainable`)."""
+    graph, params, frozen = nnx.split(model, trainable(names), ...)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=None if ema is None else jax.tree.map(lambda x: jnp.array(x, jnp.float32), params),
+        frozen=frozen,
+        frozen_digest=digest(frozen),
+        graph=graph,
+    )
 
 
 def init_sharded(
@@ -41,34 +65,54 @@ def init_sharded(
     ema: EMAConfig | None,
     mesh: Mesh,
     load: Callable[[Any, Any], nnx.Module] | None = None,
+    names: Sequence[str] = (ALL,),
+    frozen_dtype: Any = jnp.float32,
 ) -> TrainState:
     """`create(init(key))` where no device ever holds more than its shard.
 
-    With `load`, the parameters are `load(abstract model, its shardings)` instead, and nothing random is computed.
+    What is frozen is kept in `frozen_dtype`. With `load`, the parameters are `load(abstract model, its shardings)`
+    instead, in the dtypes of the abstract model, and nothing random is computed.
+    Raises ConfigError when one of `names` names no parameter.
     """
 
-    def make(key: jax.Array) -> TrainState:
-        return create(init(key), optimizer, ema)
+    def make(key: jax.Array) -> nnx.Module:
+        return settle_dtypes(init(key), names, frozen_dtype)
 
-    abstract = jax.eval_shape(make, key)
-    target = shardings(abstract, mesh)
+    def begin(model: Any) -> TrainState:
+        return create(model, optimizer, ema, names)
+
+    model = jax.eval_shape(make, key)
+    check(model, names)
+    target = shardings(jax.eval_shape(begin, model), mesh)
     if load is None:
-        return jax.jit(make, out_shardings=target)(key)
-    model = load(abstract.model, target.model)
-    return jax.jit(lambda model: create(model, optimizer, ema), out_shardings=target, donate_argnums=0)(model)
+        return jax.jit(lambda key: begin(make(key)), out_shardings=target)(key)
+    return jax.jit(begin, out_shardings=target, donate_argnums=0)(load(model, shardings(model, mesh)))
 
 
 def abstract_like(state: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of a state, for restoring another one in its place."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    """Shapes, dtypes and shardings of a state, for restoring another one in its place; what is frozen stays."""
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    return abstract.replace(frozen=state.frozen, frozen_digest=state.frozen_digest)
 
 
 def update(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, ema: EMAConfig | None) -> TrainState:
     """The state after one optimiser step with `grads`."""
-    changes, opt_state = optimizer.update(grads, state.opt_state, state.model)
-    model = optax.apply_updates(state.model, changes)
+    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, changes)
     average = state.ema
     if ema is not None:
         keep = jnp.where(state.step < ema.start, 0.0, ema.decay)
-        average = jax.tree.map(lambda a, x: keep * a + (1 - keep) * x.astype(jnp.float32), state.ema, model)
-    return TrainState(step=state.step + 1, model=model, opt_state=opt_state, ema=average)
+        average = jax.tree.map(lambda a, x: keep * a + (1 - keep) * x.astype(jnp.float32), state.ema, params)
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=average)
+
+
+def digest(frozen: Any) -> jax.Array | None:
+    """Two sums over the bits of all values, the same on every mesh; None for nothing."""
+    leaves = jax.tree.leaves(frozen)
+    if not leaves:
+        return None
+    total = jnp.zeros(2, jnp.uint32)
+    for i, leaf in enumerate(leaves):
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+        total += jnp.stack([bits.sum(dtype=jnp.uint32), (bits * bits).sum(dtype=jnp.uint32)]) * jnp.uint32(2 * i + 1)
+    return total

@@ -52,7 +52,15 @@ def newest(config, *overrides):
     got = load(config, overrides, TrainConfig)
     optimizer = optim.make_optimizer(got.optim, got.steps)
     mesh = train.fit_mesh(got)
-    state = init_sharded(lambda k: dummy.init(got, k), jax.random.key(9), optimizer, got.optim.ema, mesh)
+    state = init_sharded(
+        lambda k: dummy.init(got, k),
+        jax.random.key(got.seed),
+        optimizer,
+        got.optim.ema,
+        mesh,
+        names=got.trainable,
+        frozen_dtype=got.precision,
+    )
     return Checkpoints(f"{got.run}/checkpoints", got.checkpoint.keep).restore(abstract_like(state))[:2]
 
 
@@ -104,11 +112,72 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(config, tmp_path, capsys):
     assert run(config, f"run={folder}", DUMMY_POISON=10) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "step 10: loss is nan; step 8 in" in error
+    assert "step 10: loss is nan; its batch is clip 10.0, clip 10.1, clip 10.2, clip 10.3, see" in error
+    assert "; step 8 in" in error
+    assert json.loads((folder / "not_finite_0.json").read_text())["ids"] == [f"clip 10.{i}" for i in range(4)]
     state, position = newest(config, f"run={folder}")
     assert int(state.step) == 8
     assert position == {"next_index": 8}
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_metrics_of_some_samples_count_every_sample_alike(config, tmp_path):
+    """The mean of a part of the samples over five steps, against the sums of each step."""
+    assert run(config, f"run={tmp_path / 'one'}", "log_every=1", "steps=5") == 0
+    assert run(config, f"run={tmp_path / 'five'}", "checkpoint.every=9", "steps=5") == 0
+    one, five = ([x for x in lines(tmp_path / name)] for name in ("one", "five"))
+    batches = dummy.batches(load(config, [], TrainConfig))
+    counts = [int((next(batches)["x"][:, 0] > 0).sum()) for _ in range(5)]
+    assert min(counts) < max(counts)
+    expected = np.average([x.get("loss_positive", 0.0) for x in one[1:]], weights=counts[1:])
+    assert five[-1]["loss_positive"] == pytest.approx(expected, rel=1e-5)  # the first step is reported on its own
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(config, tmp_path):
+    flags = ["data.batch_size=8", "steps=3"]
+    for name, parts in (("whole", 1), ("parts", 4)):
+        assert run(config, f"run={tmp_path / name}", *flags, f"optim.accumulate={parts}") == 0
+    whole, parts = (newest(config, f"run={tmp_path / name}", *flags)[0] for name in ("whole", "parts"))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip(*(lines(tmp_path / name) for name in ("whole", "parts")), strict=True):
+        for name in ("loss", "grad_norm", "noise", "loss_positive"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-7), name
+
+
+def test_what_is_not_trained_stays_and_is_not_saved(config, tmp_path):
+    flags = [f"run={tmp_path / 'r'}", r"trainable=[down,up\.bias]", "optim.ema=null", "precision=float32", "steps=4"]
+    assert run(config, *flags) == 0
+    got = load(config, flags, TrainConfig)
+    begin, (end, *_) = dummy.init(got, jax.random.key(got.seed)), newest(config, *flags)
+    moved = {
+        jax.tree_util.keystr(path): bool((np.asarray(a) != np.asarray(b)).any())
+        for (path, a), b in zip(jax.tree.leaves_with_path(begin), jax.tree.leaves(end.model), strict=True)
+    }
+    assert moved == {name: "up.weight" not in name for name in moved}
+    assert sum(moved.values()) == len(moved) - 1 == 3
+    stored = Checkpoints(tmp_path / "r" / "checkpoints", 2)._manager.item_metadata(4).state
+    names = {name for name in stored if "weight" in name}
+    assert names == {"model/down/0/weight", "opt_state/1/0/mu/down/0/weight", "opt_state/1/0/nu/down/0/weight"}
+    assert run(config, *flags[:-1], "steps=5") == 0
+
+
+def test_frozen_parameters_that_changed_are_one_line(config, tmp_path, capsys):
+    flags = [f"run={tmp_path / 'r'}", "trainable=[down]"]
+    assert run(config, *flags, "steps=2") == 0
+    assert run(config, *flags, "steps=3", "seed=1") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "the parameters that are not trained are others now; give init (or seed) as it was" in error
+
+
+def test_validates_at_intervals(config, tmp_path):
+    folder = tmp_path / "r"
+    assert run(config, f"run={folder}", "validation={every: 5, prompts: [x]}") == 0
+    assert sorted(p.name for p in (folder / "validation").iterdir()) == ["step_000005", "step_000010"]
+    plain = tmp_path / "plain"
+    assert run(config, f"run={plain}") == 0
+    np.testing.assert_array_equal(*(np.load(p / "weight.npy") for p in (folder, plain)))
 
 
 def test_keeps_the_newest_and_ignores_a_killed_save(config, tmp_path):
@@ -146,6 +215,9 @@ def test_saving_copies_before_the_step_takes_the_memory(config, tmp_path):
         (["optim.lrr=1"], "did you mean lr"),
         (["mesh.tensor=3"], "does not fit 1 devices"),
         (["checkpoint.every=never"], "must be int"),
+        (["optim.accumulate=3"], "must be a multiple of optim.accumulate"),
+        (["trainable=[up,middle]"], "no parameter is named 'middle'; names begin with down, up"),
+        (["trainable=[adapters]"], "the run makes none; give lora.rank"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(config, tmp_path, capsys, overrides, message):

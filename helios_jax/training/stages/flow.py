@@ -1,55 +1,45 @@
-"""Stage 1: autoregressive adaptation by flow matching, with history that drops out and drifts (paper section 3.3).
+"""Stages 1 and 2: flow matching, chunk by chunk, with history that drops out and drifts (paper sections 3.1 to 3.4).
 
-A batch holds `target` [b, t, h, w, c], `history` [b, frames, h, w, c], `anchor` [b, 1, h, w, c] (normalized latents),
-`text` [b, m, d] and `chunk` [b], as `helios_jax.data.precompute` and `chunk_transform` make them.
+Stage 1 teaches a text-to-video model to go on from a history; stage 2 (`flow.pyramid`) teaches it to do so in levels of
+growing size. A batch holds `target` [b, t, h, w, c], `history` [b, frames, h, w, c], `anchor` [b, 1, h, w, c]
+(normalized latents), `text` [b, m, d] and `chunk` [b], as `helios_jax.data.precompute` and `chunk_transform` make them,
+and for the person who looks for a bad clip its `id`.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from helios_jax import pretrained
 from helios_jax.config import ConfigError
 from helios_jax.data.loader import chunk_transform, loader
 from helios_jax.data.precompute import EMPTY_TEXT
 from helios_jax.data.records import open_source
 from helios_jax.diffusion.corruption import corrupt_history, drop_history
 from helios_jax.diffusion.memory import History, window
-from helios_jax.models.transformer import Transformer, TransformerConfig, init_memory_patches
-from helios_jax.pretrained import CheckpointError
-from helios_jax.training.config import TrainConfig
+from helios_jax.diffusion.schedule import stages
+from helios_jax.diffusion.targets import FlowSample, draw_quantile, flow_loss, pyramid_samples, straight_sample
+from helios_jax.models.transformer import Transformer
+from helios_jax.training.config import FlowConfig, TrainConfig
+from helios_jax.training.pipeline import export, open_components, validate
+from helios_jax.training.start import init_transformer as init
+from helios_jax.training.start import load_transformer as load
 
-COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler")
+__all__ = ["batches", "export", "init", "load", "loss", "validate"]
 
-
-def init(config: TrainConfig, key: jax.Array) -> Transformer:
-    """Random parameters of `config.model.transformer`, its memory patches made from the patch embedding."""
-    return init_memory_patches(Transformer(_transformer(config), stacked=True, rngs=nnx.Rngs(key)))
-
-
-def load(config: TrainConfig, model: Transformer, shardings: Any = None) -> Transformer:
-    """The abstract `model` with the weights in `config.init`/transformer, or in `config.init` itself."""
-    return pretrained.load_model(model, _init_folder(config), dtype=jnp.float32, shardings=shardings)
-
-
-def _init_folder(config: TrainConfig) -> Path:
-    folder = pretrained.resolve(config.init or "", (".", "transformer"))
-    return folder / "transformer" if (folder / "transformer").is_dir() else folder
+Metrics = dict[str, tuple[Array, Array]]
 
 
 def batches(config: TrainConfig) -> Any:
-    """Random chunks with what came before them, this host's part of each batch."""
+    """Random chunks with what came before them, this host's part of each batch.
+
+    Raises ConfigError for data or components that are not there or do not fit.
+    """
     memory = config.flow.memory
-    if config.flow.components is not None:
-        missing = [c for c in (*COMPONENTS, "model_index.json") if not (Path(config.flow.components) / c).exists()]
-        if missing:
-            raise ConfigError(f"flow.components: {config.flow.components} has no {', '.join(missing)}")
+    open_components(config)
     try:
         make = "python -m helios_jax.data.precompute --help"
         source = open_source(config.data.folder, "train", make=make)
@@ -63,7 +53,8 @@ def batches(config: TrainConfig) -> Any:
         example = pick(example, rng)
         text = empty if rng.random() < config.flow.text_drop else example["text"]
         arrays = {name: example[name].astype(np.float32) for name in ("target", "history", "anchor")}
-        return {**arrays, "text": text.astype(np.float32), "chunk": example["chunk"]}
+        known = {"id": f"{example['id']} chunk {example['chunk']}"} if "id" in example else {}
+        return {**arrays, "text": text.astype(np.float32), "chunk": example["chunk"], **known}
 
     return loader(
         source,
@@ -76,66 +67,64 @@ def batches(config: TrainConfig) -> Any:
 
 
 def loss(
-    model: Transformer, batch: dict[str, jax.Array], key: jax.Array, config: TrainConfig
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Mean squared error of the velocity, noise minus data; metrics split it by early and late times."""
-    flow = config.flow
-    k_drop, k_corrupt, k_time, k_noise = jax.random.split(key, 4)
-    target, history, anchor = batch["target"], batch["history"], batch["anchor"]
+    model: Transformer, batch: dict[str, jax.Array], keys: Key[Array, " b"], config: TrainConfig
+) -> tuple[Float[Array, ""], Metrics]:
+    """Mean squared error of the velocity, and its parts: of early and late times, or of the levels of the pyramid.
+
+    A sample's draws depend on its own key alone.
+    """
+    flow, dtype = config.flow, jnp.dtype(config.precision)
+    k_drop, k_corrupt, k_time, k_noise = (jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys) for i in range(4))
+    history, anchor = batch["history"], batch["anchor"]
     if flow.drop is not None:
         history, anchor = drop_history(k_drop, history, anchor, flow.drop, flow.memory)
     if flow.corruption is not None:
-        history, anchor = corrupt_history(k_corrupt, history, anchor, flow.corruption)
+        history, anchor = corrupt_history(k_corrupt, history, anchor, flow.corruption, flow.memory)
     parts, indices = window(flow.memory, History(history, anchor, jnp.asarray(True), batch["chunk"]))
+    parts = jax.tree.map(lambda x: x.astype(dtype), parts)
 
-    sigma = draw_sigma(k_time, target.shape[0], flow.logit_mean, flow.logit_std)
-    s = sigma[:, None, None, None, None]
-    noise = jax.random.normal(k_noise, target.shape)
-    noisy = (1 - s) * target + s * noise
+    noise = jax.vmap(lambda k: jax.random.normal(k, batch["target"].shape[1:]))(k_noise)
+    samples = make_samples(batch["target"], noise, k_time, flow)
+    text = model.text_kv(batch["text"].astype(dtype))
 
-    dtype = jnp.dtype(config.precision)
-    velocity = model(
-        noisy.astype(dtype),
-        sigma * 1000,
-        model.text_kv(batch["text"].astype(dtype)),
-        jax.tree.map(lambda x: x.astype(dtype), parts),
-        indices,
-        remat=config.remat == "block",
-    )
-    error = jnp.square(velocity.astype(jnp.float32) - (noise - target)).mean((1, 2, 3, 4))
-    noisy_half = sigma > 0.5
-    metrics = {
-        "loss_noisy": (error * noisy_half).sum() / jnp.maximum(noisy_half.sum(), 1),
-        "loss_clean": (error * ~noisy_half).sum() / jnp.maximum((~noisy_half).sum(), 1),
-    }
-    return error.mean(), metrics
+    def velocities(samples: list[FlowSample]) -> tuple[Array, ...]:
+        noisy = tuple(sample.noisy.astype(dtype) for sample in samples)
+        timesteps = jnp.stack([sample.timestep for sample in samples], 1)
+        return model.packed(noisy, timesteps, text, parts, indices, remat=config.remat)
+
+    separate = flow.pyramid is not None and flow.pyramid.levels == "separate"
+    groups = [[sample] for sample in samples] if separate else [samples]
+    predicted = [velocity for group in groups for velocity in velocities(group)]
+    errors = jnp.stack([flow_loss(v, sample, flow.times) for v, sample in zip(predicted, samples, strict=True)])
+    return errors.mean(), _metrics(errors, samples, flow)
 
 
-def draw_sigma(key: jax.Array, batch: int, mean: float, std: float) -> Float[Array, " b"]:
-    """Logit-normal times on the 1000 levels of the training schedule, from 0.999 down (upstream's stage 1)."""
-    u = jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,)))
-    return 0.999 * (1 - jnp.floor(u * 1000) / 1000)
+def make_samples(
+    target: Float[Array, "b t h w c"],
+    noise: Float[Array, "b t h w c"],
+    keys: Key[Array, " b"],
+    flow: FlowConfig,
+) -> list[FlowSample]:
+    """What the model is to predict of each clip: one sample, or those of all levels of the pyramid."""
+    if flow.pyramid is None:
+        return [straight_sample(target, noise, draw_quantile(keys, flow.times), flow.times)]
+    quantiles, used = [], 0
+    for ratio in flow.pyramid.sample_ratios:
+        numbers = range(used, used := used + ratio)
+        drawn = [draw_quantile(jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys), flow.times) for i in numbers]
+        quantiles.append(jnp.stack(drawn))
+    return pyramid_samples(target, noise, quantiles, stages(flow.pyramid.scheduler()), flow.times)
 
 
-def export(model: Transformer, config: TrainConfig, folder: Path) -> None:
-    """Writes `folder`/pipeline: the transformer, and a whole pipeline around it when `flow.components` is given."""
-    if jax.process_index():
-        return
-    out = folder / "pipeline"
-    pretrained.save_model(model, _transformer(config), out / "transformer", dtype=jnp.bfloat16)
-    if config.flow.components is not None:
-        for part in COMPONENTS:
-            shutil.copytree(Path(config.flow.components) / part, out / part, dirs_exist_ok=True)
-        shutil.copy(Path(config.flow.components) / "model_index.json", out / "model_index.json")
-    print(f"exported {out}", flush=True)
-
-
-def _transformer(config: TrainConfig) -> TransformerConfig:
-    if config.model.transformer is not None:
-        return config.model.transformer
-    if config.init is None:
-        raise ConfigError("model.transformer: give its sizes, or name weights to start from with init")
-    try:
-        return pretrained.read_config(_init_folder(config), TransformerConfig)
-    except CheckpointError as error:
-        raise ConfigError(f"init: {error}") from None
+def _metrics(errors: Float[Array, "samples b"], samples: list[FlowSample], flow: FlowConfig) -> Metrics:
+    """Sums of errors and how many they are of: a mean over many steps counts every sample alike."""
+    if flow.pyramid is None:
+        noisy = samples[0].sigma > 0.5
+        parts = {"loss_noisy": noisy, "loss_clean": ~noisy}
+        return {name: ((errors[0] * part).sum(), part.sum()) for name, part in parts.items()}
+    out, used = {}, 0
+    for level, ratio in enumerate(flow.pyramid.sample_ratios):
+        part = errors[used : used + ratio]
+        out[f"loss_level_{level}"] = (part.sum(), jnp.asarray(part.size))
+        used += ratio
+    return out

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 from PIL import Image
 
 from helios_jax import pretrained
@@ -30,6 +30,7 @@ from helios_jax.models.vae import (
     Upsample,
     VAEConfig,
 )
+from helios_jax.sharding import gather
 from helios_jax.training.config import TrainConfig
 
 CHUNK = 33  # frames that are encoded together when videos are made: what latents are measured on
@@ -79,7 +80,7 @@ def load(config: TrainConfig, model: AutoencoderKLWan, shardings: Any = None) ->
     """The abstract `model` with the weights in `config.init`/vae, or in `config.init` itself."""
     folder = pretrained.resolve(config.init or "", (".", "vae"))
     part = folder / "vae" if (folder / "vae").is_dir() else folder
-    return pretrained.load_model(model, part, dtype=jnp.float32, shardings=shardings)
+    return pretrained.load_model(model, part, dtype="model", shardings=shardings)
 
 
 def batches(config: TrainConfig) -> Any:
@@ -100,14 +101,15 @@ def batches(config: TrainConfig) -> Any:
 
 
 def loss(
-    model: AutoencoderKLWan, batch: dict[str, jax.Array], key: jax.Array, config: TrainConfig
+    model: AutoencoderKLWan, batch: dict[str, jax.Array], keys: Key[Array, " b"], config: TrainConfig
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """(loss, metrics) with PSNR in dB of the batch, and of its first frames."""
     weights = config.reconstruction
     video = to_float(batch["video"])
     mean, logvar = model.encode(video.astype(config.precision))
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
-    latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+    latents = mean + jnp.exp(0.5 * logvar) * noise
     error = model.decode_unclipped(latents.astype(config.precision)).astype(jnp.float32) - video
 
     # Every chunk starts anew, so its first frame is seen as often as any other though it is rarer here.
@@ -133,6 +135,7 @@ def export(model: AutoencoderKLWan, config: TrainConfig, folder: Path) -> None:
     Beside it: `vae.json`, PSNR of whole chunks of the test split, and `vae.png`, four of them over their
     reconstructions.
     """
+    model = gather(model)
     if jax.process_index():
         return
     encode, decode = jax.jit(lambda m, v: m.encode(to_float(v))[0]), jax.jit(lambda m, z: m.decode(z))

@@ -1,0 +1,144 @@
+"""What flow matching asks of the model: noisy latents, the velocity to be predicted, times, weights, the loss.
+
+Everything random comes in as an argument, so that recorded draws give the reference's numbers (`train_helios.py`:
+prepare_stage1_noise_input, prepare_stage2_clean_input, _flow_loss).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Key
+
+from helios_jax.diffusion.pyramid import downsample, upsample
+from helios_jax.diffusion.schedule import Stage, dynamic_shift
+
+STEPS = 1000  # of the training schedule, and of each level of the pyramid
+MAX_SHIFT = 7.0  # of an exponential dynamic shift in training
+
+
+@dataclass(unsafe_hash=True)
+class TimesConfig:
+    """How often a time is drawn, and how much its error counts (the weighting schemes of the SD3 paper).
+
+    "logit_normal" and "mode" draw some times more often; "cosmap" and "sigma_sqrt" draw all alike and weight the
+    error; "none" does neither. `shift` moves times towards noise by as much as the number of tokens says: "linear" by
+    mu itself, which is what upstream's training does whatever its time_shift_type, "exponential" by exp(mu), at most 7.
+    """
+
+    weighting: Literal["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"] = "logit_normal"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    mode_scale: float = 1.29
+    shift: Literal["linear", "exponential"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.logit_std <= 0:
+            raise ValueError(f"logit_std must be above 0, got {self.logit_std}")
+
+
+# Not annotated with shapes: jax puts things that are no arrays into pytrees, too.
+@struct.dataclass
+class FlowSample:
+    """`noisy` [b, t, h, w, c] at `sigma` [b] (1 is the start of its path), the velocity `target` of the same shape, and
+    the `timestep` [b] that the model is given, 0 to 1000."""
+
+    noisy: Any
+    target: Any
+    sigma: Any
+    timestep: Any
+
+
+def draw_quantile(keys: Key[Array, " b"], config: TimesConfig) -> Float[Array, " b"]:
+    """Where on the schedule each sample lies, from 0 at noise to 1 at data."""
+    if config.weighting == "logit_normal":
+        normal = jax.vmap(jax.random.normal)(keys)
+        return jax.nn.sigmoid(config.logit_mean + config.logit_std * normal)
+    u = jax.vmap(jax.random.uniform)(keys)
+    if config.weighting == "mode":
+        u = 1 - u - config.mode_scale * (jnp.square(jnp.cos(math.pi * u / 2)) - 1 + u)
+    return u
+
+
+def loss_weight(sigma: Float[Array, " b"], config: TimesConfig) -> Float[Array, " b"]:
+    """How much the error at `sigma` counts."""
+    if config.weighting == "sigma_sqrt":
+        return sigma**-2.0
+    if config.weighting == "cosmap":
+        return 2 / (math.pi * (1 - 2 * sigma + 2 * jnp.square(sigma)))
+    return jnp.ones_like(sigma)
+
+
+def straight_sample(
+    latents: Float[Array, "b t h w c"],
+    noise: Float[Array, "b t h w c"],
+    quantile: Float[Array, " b"],
+    config: TimesConfig,
+) -> FlowSample:
+    """On the straight path from noise to latents: stage 1."""
+    sigma = _shift((STEPS - _step(quantile)) / STEPS, latents, config)
+    return FlowSample(_mix(sigma, noise, latents), noise - latents, sigma, sigma * STEPS)
+
+
+def pyramid_samples(
+    latents: Float[Array, "b t h w c"],
+    noise: Float[Array, "b t h w c"],
+    quantiles: Sequence[Float[Array, "samples b"]],
+    levels: Sequence[Stage],
+    config: TimesConfig,
+) -> list[FlowSample]:
+    """On the paths of all levels of the pyramid, coarsest first; as many of a level as it has quantiles: stage 2.
+
+    A level goes from the level below, upsampled and mixed with noise at the level's start, to the latents at its own
+    size, mixed with noise at its end. The noise is one, downsampled (and scaled to variance 1) like the latents.
+    """
+    clean, noises = [latents], [noise]
+    for _ in levels[1:]:
+        clean.append(downsample(clean[-1]))
+        noises.append(2 * downsample(noises[-1]))
+    clean.reverse()
+    noises.reverse()
+    samples = []
+    for i, (level, drawn) in enumerate(zip(levels, quantiles, strict=True)):
+        start = noises[i]
+        if i > 0:
+            start = level.start * noises[i] + (1 - level.start) * upsample(clean[i - 1])
+        end = level.end * noises[i] + (1 - level.end) * clean[i]
+        high, low = level.timesteps
+        for quantile in drawn:
+            step = _step(quantile)
+            timestep = high + (low - high) * step / (STEPS - 1)
+            sigma = 0.999 * (STEPS - step) / STEPS
+            if config.shift is not None:
+                sigma = _shift(sigma, start, config)
+                timestep = low + (high - low) * sigma
+            samples.append(FlowSample(_mix(sigma, start, end), start - end, sigma, timestep))
+    return samples
+
+
+def flow_loss(velocity: Float[Array, "b t h w c"], sample: FlowSample, config: TimesConfig) -> Float[Array, " b"]:
+    """Weighted mean squared error of each sample's velocity, in float32."""
+    error = jnp.square(velocity.astype(jnp.float32) - sample.target).mean((1, 2, 3, 4))
+    return loss_weight(sample.sigma, config) * error
+
+
+def _step(quantile: Float[Array, " b"]) -> Float[Array, " b"]:
+    return jnp.clip(jnp.floor(quantile * STEPS), 0, STEPS - 1)
+
+
+def _mix(sigma: Float[Array, " b"], start: Array, end: Array) -> Float[Array, "b t h w c"]:
+    sigma = sigma[:, None, None, None, None]
+    return sigma * start + (1 - sigma) * end
+
+
+def _shift(sigma: Float[Array, " b"], latents: Array, config: TimesConfig) -> Float[Array, " b"]:
+    """Dynamic shifting by the number of tokens of `latents`, counted at upstream's patch of 1 x 2 x 2."""
+    if config.shift is None:
+        return sigma
+    mu = dynamic_shift(math.prod(latents.shape[1:4]) // 4)
+    factor = min(math.exp(mu), MAX_SHIFT) if config.shift == "exponential" else mu
+    return sigma * factor / (1 + (factor - 1) * sigma)

@@ -1,0 +1,49 @@
+"""Several sequences in one (NaViT, arXiv 2307.06304): the levels of the pyramid in training."""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from helios_jax.models.attention import Segments
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How sequences lie in one: first the history tokens of each, `history` of them, then the `noisy` tokens of each.
+
+    One sequence is the usual case. All history comes first, so that what treats it apart need not know of packing.
+    """
+
+    history: int
+    noisy: tuple[int, ...]
+
+    @property
+    def num_history(self) -> int:
+        """History tokens of all sequences."""
+        return self.history * len(self.noisy)
+
+    def rows(self, rows: Float[Array, "b rows d"], *, history: bool = True) -> Float[Array, "b n d"]:
+        """Each token's row, as a select that fuses into its consumer; without `history` those of noisy tokens alone.
+
+        The last rows are those of each sequence's noisy tokens; before them come the history's, one for all copies of
+        it or one for each. What is the same for all tokens is [b, 1, d].
+        """
+        copies, lengths = rows.shape[1] - len(self.noisy), self.noisy
+        if history and self.num_history:
+            lengths = (self.num_history // copies,) * copies + lengths
+        else:
+            rows = rows[:, copies:]
+        token, out = jnp.arange(sum(lengths))[None, :, None], rows[:, :1]
+        for i, start in enumerate(np.cumsum(lengths)[:-1], 1):
+            out = jnp.where(token >= start, rows[:, i : i + 1], out)
+        return out
+
+    def segments(self, *, history: bool) -> Segments | None:
+        """Which sequence each query and each key is of; without `history` the queries are the noisy tokens."""
+        if len(self.noisy) == 1:
+            return None
+        numbers = np.arange(len(self.noisy))
+        keys = np.concatenate([np.repeat(numbers, self.history), np.repeat(numbers, self.noisy)])
+        return keys if history else keys[self.num_history :], keys

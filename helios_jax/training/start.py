@@ -1,0 +1,114 @@
+"""The transformer that a run begins with: random, or a Helios checkpoint's, or Wan 2.1's; and its new adapters."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from helios_jax import lora, pretrained
+from helios_jax.config import ConfigError
+from helios_jax.models.embeddings import Patches, coarser
+from helios_jax.models.transformer import MEMORY_PATCHES, Transformer, TransformerConfig, init_memory_patches
+from helios_jax.pretrained import CheckpointError
+from helios_jax.training.config import LoRAConfig, TrainConfig
+
+WAN = "WanTransformer3DModel"
+
+
+def transformer_config(config: TrainConfig) -> TransformerConfig:
+    """The sizes that the config gives, or those of the weights that it names.
+
+    Raises ConfigError when there are none, or when what `init` names cannot be trained.
+    """
+    if config.model.transformer is not None:
+        return config.model.transformer
+    if config.init is None:
+        raise ConfigError("model.transformer: give its sizes, or name weights to start from with init")
+    try:
+        folder = _folder(config)
+        return _wan_config(folder) if _is_wan(folder) else pretrained.read_config(folder, TransformerConfig)
+    except CheckpointError as error:
+        raise ConfigError(f"init: {error}") from None
+
+
+def init_transformer(config: TrainConfig, key: jax.Array) -> Transformer:
+    """Random parameters, the memory patches made from the patch embedding, with adapters where `config.lora` asks."""
+    sizes = transformer_config(config)
+    model = Transformer(sizes, stacked=True, rngs=nnx.Rngs(key))
+    if sizes.has_multi_term_memory_patch:
+        model = init_memory_patches(model)
+    return model if config.lora is None else _add_adapters(model, config.lora, config.seed)
+
+
+def load_transformer(config: TrainConfig, model: Transformer, shardings: Any = None) -> Transformer:
+    """The abstract `model` of `init_transformer` with the weights that `config.init` names, in the model's dtypes.
+
+    Wan's checkpoints (text to video, diffusers layout) have no memory patches: they are made from the patch embedding.
+    New adapters begin as in `init_transformer`. Raises CheckpointError when the files do not fit.
+    """
+    folder, base = _folder(config), lora.remove(model)
+    if _is_wan(folder):
+        loaded = _load_wan(base, folder, shardings)
+    else:
+        loaded = pretrained.load_model(base, folder, dtype="model", shardings=shardings)
+    if config.lora is None:
+        return loaded
+    adapters, seed = config.lora, config.seed
+    add = jax.jit(lambda model: _add_adapters(model, adapters, seed), out_shardings=shardings, donate_argnums=0)
+    return add(loaded)
+
+
+def _folder(config: TrainConfig) -> Path:
+    part = config.init_subfolder
+    folder = pretrained.resolve(config.init or "", (".", part))
+    return folder / part if (folder / part).is_dir() else folder
+
+
+def _is_wan(folder: Path) -> bool:
+    return pretrained.read_json(folder / "config.json").get("_class_name") == WAN
+
+
+def _wan_config(folder: Path) -> TransformerConfig:
+    """Helios' config for the transformer of Wan 2.1: the same sizes, and the positions that Wan splits alike."""
+    values = pretrained.read_json(folder / "config.json")
+    if values.get("image_dim") is not None or values.get("added_kv_proj_dim") is not None:
+        raise CheckpointError(f"{folder} is Wan's image-to-video model; Helios starts from the text-to-video one")
+    given: dict[str, Any] = {name: values[name] for name in TransformerConfig.__dataclass_fields__ if name in values}
+    head = given.get("attention_head_dim", TransformerConfig.attention_head_dim)
+    side = 2 * (head // 6)
+    try:
+        return TransformerConfig(**given, rope_dim=(head - 2 * side, side, side))
+    except ValueError as error:
+        raise CheckpointError(f"{folder}/config.json: {error}") from None
+
+
+def _load_wan(model: Transformer, folder: Path, shardings: Any) -> Transformer:
+    """All but the memory patches from the files; those are computed where they stay."""
+    new = {name: getattr(model, name) for name in MEMORY_PATCHES if hasattr(model, name)}
+    bare = lora.adapters.copy(model)
+    for name in new:
+        delattr(bare, name)
+    loaded = pretrained.load_model(bare, folder, dtype="model", shardings=shardings)
+
+    def make(source: Patches) -> dict[str, Patches]:
+        made = {name: lora.adapters.copy(patches) for name, patches in new.items()}
+        for name, patches in made.items():
+            for part, value in zip(("weight", "bias"), coarser(source, MEMORY_PATCHES[name])):
+                old = getattr(patches, part)
+                setattr(patches, part, old.replace(value.astype(old.dtype)))
+        return made
+
+    placed = None if shardings is None else {name: getattr(shardings, name) for name in new}
+    for name, patches in jax.jit(make, out_shardings=placed)(loaded.patch_embedding).items():
+        setattr(loaded, name, patches)
+    return loaded
+
+
+def _add_adapters(model: Transformer, config: LoRAConfig, seed: int) -> Transformer:
+    adapter = lora.LoRAConfig(config.rank, config.alpha, config.target_modules, init="gaussian")
+    try:
+        return lora.add(model, adapter, jax.random.fold_in(jax.random.key(seed), 1), dtype=jnp.float32)
+    except ValueError as error:
+        raise ConfigError(f"lora: {error}") from None

@@ -1,0 +1,64 @@
+"""Which parameters a run trains: one filter, from the names in its config."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from helios_jax.config import ConfigError
+from helios_jax.lora import LoRAWeight
+from helios_jax.pretrained import dtype_of
+
+ALL, ADAPTERS = "all", "adapters"
+
+# An nnx filter: (path, variable) -> whether it is trained.
+Filter = Callable[[tuple[Any, ...], Any], bool]
+
+
+def trainable(names: Sequence[str]) -> Filter:
+    """The filter for `names`: "all", "adapters" (`helios_jax.lora`), or regular expressions of parameters and modules.
+
+    A name is the path of a parameter or of a module that holds it, with dots, layers not counted: `patch_short`,
+    `blocks\\.attn1`, `patch_(short|mid|long)\\.weight`.
+    """
+    patterns = [re.compile(rf"(?:{name})(\..*)?") for name in names if name not in (ALL, ADAPTERS)]
+
+    def is_trained(path: tuple[Any, ...], variable: Any) -> bool:
+        if isinstance(variable, LoRAWeight):
+            return ALL in names or ADAPTERS in names
+        if not isinstance(variable, nnx.Param):
+            return False
+        return ALL in names or any(pattern.fullmatch(dotted(path)) for pattern in patterns)
+
+    return is_trained
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """A parameter's name without the numbers of layers."""
+    return ".".join(str(part) for part in path if not isinstance(part, int))
+
+
+def check(model: nnx.Module, names: Sequence[str]) -> None:
+    """Raises ConfigError, in one line, for one of `names` that trains nothing in the (abstract) `model`."""
+    for name in names:
+        found, _ = nnx.state(model, trainable([name]), ...)
+        if jax.tree.leaves(found):
+            continue
+        if name == ADAPTERS:
+            raise ConfigError("trainable: adapters, but the run makes none; give lora.rank, or name parameters")
+        modules = sorted({dotted(path[:1]) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))})
+        raise ConfigError(f"trainable: no parameter is named {name!r}; names begin with {', '.join(modules)}")
+
+
+def settle_dtypes(model: nnx.Module, names: Sequence[str], frozen_dtype: Any) -> nnx.Module:
+    """`model` with what is trained in float32 and its other parameters in `frozen_dtype`, but for float32 islands."""
+    graph, trained, frozen, rest = nnx.split(model, trainable(names), nnx.Param, ...)
+    trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
+    flat = [
+        (path, variable.replace(variable.get_value().astype(dtype_of(model, path, frozen_dtype))))
+        for path, variable in nnx.to_flat_state(frozen)
+    ]
+    return nnx.merge(graph, trained, nnx.from_flat_state(flat), rest)
