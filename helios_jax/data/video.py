@@ -6,7 +6,7 @@ decoder would by default fill in what is missing.
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -101,6 +101,26 @@ def read_video(path: str | os.PathLike, fps: float | None = None) -> tuple[UInt8
 def iterate_video(path: str | os.PathLike, fps: float | None = None) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """The frames of `read_video` one by one, for files that are too long for memory; raises what it raises."""
     return (frame for frame, _ in _at_rate(path, fps))
+
+
+def frames_at(path: str | os.PathLike, indices: Iterable[int]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """The frames of a file with these numbers, counted from 0, in increasing order; a number may be repeated.
+
+    Reads no further than the last of them, and converts no other frame. Raises what `read_video` raises, and ValueError
+    for a number that the file has not.
+    """
+    wanted = iter(indices)
+    index = next(wanted, None)
+    count = 0
+    for frame, _, _ in _decode(Path(path)) if index is not None else ():
+        while index == count:
+            yield _upright(frame)
+            index = next(wanted, None)
+        if index is None:
+            return
+        count += 1
+    if index is not None:
+        raise ValueError(f"{path}: has {count} frames, frame {index} is asked for; cut the clip shorter")
 
 
 def _at_rate(path: str | os.PathLike, fps: float | None) -> Iterator[tuple[np.ndarray, float]]:
