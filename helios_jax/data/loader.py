@@ -2,18 +2,33 @@
 
 Example `i` of the endless global stream (shuffled anew each epoch) and its random transform depend on the seed and `i`
 alone. Host `j` of `n` takes every n-th of them, so the global batch of a step is the same set on 1, 2 or 4 hosts and
-the whole state is the number of the next step.
+the whole state is the number of the next step. A source with buckets has a stream for each; every step belongs to one
+of them, the same on all hosts, each as often as its share of the examples.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import grain
 import numpy as np
+from absl import flags
 
 Example = dict[str, Any]
 # (example, generator of this example's random choices) -> example
 Transform = Callable[[Example, np.random.Generator], Example]
+
+
+class Batches(Protocol):
+    """An iterator over batches whose position can be saved and set: {"next_index": step}."""
+
+    def __next__(self) -> Any: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
 
 
 def loader(
@@ -26,12 +41,15 @@ def loader(
     host: int = 0,
     start: int = 0,
     threads: int = 2,
-) -> grain.DatasetIterator:
+    workers: int = 0,
+) -> Batches:
     """An endless iterator over this host's `batch_size // num_hosts` examples a step, stacked along a first dimension.
 
     `batch_size` is global, `start` the first step. `get_state()` is {"next_index": step} and `set_state` takes that of
-    any host and any number of hosts. `threads` read ahead (0: none). Raises ValueError for an empty source, a batch
-    that hosts cannot share evenly, and a host, start or seed out of range.
+    any host, any number of hosts and of workers. `threads` read ahead (0: none), in each of `workers` processes if
+    there are any: those are for transforms that keep a core busy, and take some seconds to begin. Batches of a source
+    with `buckets` (`records.Source`) are of one bucket each. Raises ValueError for an empty source, a batch that hosts
+    cannot share evenly, and a host, start, seed or number of workers out of range.
     """
     if len(source) == 0:
         raise ValueError("the source has no examples: a loader needs at least one")
@@ -43,17 +61,107 @@ def loader(
         raise ValueError(f"start is {start}: it must be 0 or more")
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}: it must be 0 to {2**32 - 1}")
-    data = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
-    if transform is not None:
-        # Before the hosts' share is taken: its randomness then follows from the global index.
-        data = data.random_map(transform)
-    data = data[host::num_hosts].batch(batch_size // num_hosts, drop_remainder=True)
-    # Threads, not processes: worker processes cannot restore a state made with another number of them.
+    if workers < 0:
+        raise ValueError(f"workers is {workers}: it must be 0 or more")
+
+    def batches(examples: range, seed: int) -> grain.MapDataset:
+        data = grain.MapDataset.source(source)
+        if len(examples) < len(source):
+            data = data[examples.start : examples.stop]
+        data = data.seed(seed).shuffle().repeat()
+        if transform is not None:
+            # Before the hosts' share is taken: its randomness then follows from the global index.
+            data = data.random_map(transform)
+        return data[host::num_hosts].batch(batch_size // num_hosts, drop_remainder=True)
+
+    buckets: Mapping[str, range] = getattr(source, "buckets", {"": range(len(source))})
+    parts = [batches(examples, _seed(seed, i)) for i, examples in enumerate(buckets.values())]
+    data = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [len(x) for x in buckets.values()])
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(1, 2 * threads))
+    if workers:
+        return Workers(data, options, workers, start)
     iterator = iter(data.to_iter_dataset(options))
     if start:
         iterator.set_state({"next_index": start})
     return iterator
+
+
+def _seed(seed: int, bucket: int) -> int:
+    """Of each bucket another one, so that they do not make the same random choices."""
+    return seed if bucket == 0 else int(np.random.SeedSequence([seed, bucket]).generate_state(1)[0])
+
+
+class Workers:
+    """Batches that `workers` processes make, in the order in which one would.
+
+    Grain's own state of workers holds for their number only. Here the position is a step, and the processes are started
+    at it: when the first batch is asked for, and again after `set_state`.
+    """
+
+    def __init__(self, data: grain.MapDataset, options: grain.ReadOptions, workers: int, start: int):
+        self._data, self._options, self._workers, self._step = data, options, workers, start
+        self._iterator: Any = None
+
+    def __iter__(self) -> "Workers":
+        return self
+
+    def __next__(self) -> Any:
+        if self._iterator is None:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain hands its flags to the processes, whoever parsed them
+            data = self._data[self._step :].to_iter_dataset(self._options)
+            options = grain.MultiprocessingOptions(num_workers=self._workers)
+            self._iterator = iter(data.mp_prefetch(options, _begin_worker))
+        batch = next(self._iterator)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_index": self._step}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.close()
+        self._step = int(state["next_index"])
+
+    def close(self) -> None:
+        """Ends the processes."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+
+def _begin_worker(worker: int, workers: int) -> None:
+    """Ctrl-C reaches every process of a terminal, but the one that trains acts on it; without that one there is no use
+    for a worker, which would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Together:
+    """Several loaders as one: a batch is a dict with one of each, and the position one step for all."""
+
+    def __init__(self, **parts: Batches):
+        self._parts = parts
+
+    def __iter__(self) -> "Together":
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        return {name: next(part) for name, part in self._parts.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        return {name: part.get_state() for name, part in self._parts.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for name, part in self._parts.items():
+            part.set_state(state[name])
 
 
 def clip_transform(num_frames: int) -> Transform:
@@ -69,15 +177,17 @@ def clip_transform(num_frames: int) -> Transform:
     return transform
 
 
-def chunk_transform(history_sizes: Sequence[int], frames_per_chunk: int, first: float | None = None) -> Transform:
-    """A transform that picks one chunk of a video to be predicted, with the latents that came before it.
+def chunk_transform(
+    history_sizes: Sequence[int], frames_per_chunk: int, num_chunks: int = 1, *, first: float | None = None
+) -> Transform:
+    """A transform that picks chunks of a video to be predicted, with the latents that came before them.
 
-    Each chunk is as likely as the others, or the first one has the probability `first`.
+    Each chunk is as likely to be the (first) one as the others, or the video's first has the probability `first`.
 
-    From `latents` [chunks, t, h, w, c] with t = `frames_per_chunk` and a random chunk k it makes
-    `target` [t, h, w, c], chunk k; `history` [sum(history_sizes), h, w, c], the latents just before it, oldest first,
-    zeros before the video's start; `anchor` [1, h, w, c], the first latent of the video, zeros when k is 0, where it
-    is not known yet; and `chunk`, k. Other entries (the text embedding) pass through.
+    From `latents` [chunks, t, h, w, c] with t = `frames_per_chunk` and `num_chunks` in a row from a random chunk k on
+    it makes `target` [num_chunks * t, h, w, c]; `history` [sum(history_sizes), h, w, c], the latents just before it,
+    oldest first, zeros before the video's start; `anchor` [1, h, w, c], the first latent of the video, zeros when k is
+    0, where it is not known yet; and `chunk`, k. Other entries (the text embedding) pass through.
     """
     size = sum(history_sizes)
 
@@ -85,15 +195,43 @@ def chunk_transform(history_sizes: Sequence[int], frames_per_chunk: int, first: 
         latents = example["latents"]
         if latents.ndim != 5 or latents.shape[1] != frames_per_chunk:
             raise ValueError(f"latents must be [chunks, {frames_per_chunk}, h, w, c], got {list(latents.shape)}")
-        if first is not None and len(latents) > 1:
-            k = 0 if rng.random() < first else int(rng.integers(1, len(latents)))
+        if len(latents) < num_chunks:
+            raise ValueError(
+                f"{example.get('id', 'a video')} has {len(latents)} chunks, a target {num_chunks}: precompute the data "
+                f"with --min-frames of as many chunks"
+            )
+        starts = len(latents) - num_chunks + 1
+        if first is not None and starts > 1:
+            k = 0 if rng.random() < first else int(rng.integers(1, starts))
         else:
-            k = int(rng.integers(len(latents)))
+            k = int(rng.integers(starts))
         before = latents[:k].reshape(-1, *latents.shape[2:])[-size:] if size else latents[:0, 0]
         history = np.zeros((size, *latents.shape[2:]), latents.dtype)
         history[size - len(before) :] = before
         anchor = latents[0, :1] if k else np.zeros_like(latents[0, :1])
+        target = latents[k : k + num_chunks].reshape(-1, *latents.shape[2:])
         rest = {key: value for key, value in example.items() if key != "latents"}
-        return {**rest, "target": latents[k], "history": history, "anchor": anchor, "chunk": np.int32(k)}
+        return {**rest, "target": target, "history": history, "anchor": anchor, "chunk": np.int32(k)}
 
     return transform
+
+
+def ode_transform(example: Example, rng: np.random.Generator) -> Example:
+    """Picks a step at each level of an ODE pair (`helios_jax.data.ode`).
+
+    It makes lists over the levels, coarsest first: `noisy`, what the step begins with, and `target`, the level's result
+    (both [t, h_i, w_i, c]), `timestep` and `sigma`. Other entries (history, anchor, chunk, text) pass through.
+    """
+    levels = range(sum(key.startswith("latents_") for key in example))
+    places = [int(rng.integers(len(example[f"timesteps_{i}"]))) for i in levels]
+    made = {
+        "noisy": [example[f"latents_{i}"][place] for i, place in zip(levels, places)],
+        "target": [example[f"latents_{i}"][-1] for i in levels],
+        "timestep": [example[f"timesteps_{i}"][place] for i, place in zip(levels, places)],
+        "sigma": [example[f"sigmas_{i}"][place] for i, place in zip(levels, places)],
+    }
+    return {**{key: value for key, value in example.items() if not _of_level(key)}, **made}
+
+
+def _of_level(key: str) -> bool:
+    return key.rpartition("_")[0] in ("latents", "timesteps", "sigmas")

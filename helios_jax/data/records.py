@@ -1,15 +1,17 @@
 """Datasets on disk: TFDS folders of array_record files, written and read without TensorFlow.
 
-`write` streams examples into a folder, `open_source` gives back a random-access sequence for Grain. The shards are
-written here and only described by TFDS: its own builders hold a split in memory and need TensorFlow past 1 GB. Tensors
-are stored as their bytes (TFDS's default encoding widens float16 and is six times slower); array_record compresses
-them.
+`write` streams examples into a folder, `open_source` gives back a random-access sequence for Grain; what takes long to
+make is written by `helios_jax.data.shards`, which can be interrupted. The shards are written here and only described by
+TFDS: its own builders hold a split in memory and need TensorFlow past 1 GB. Tensors are stored as their bytes (TFDS's
+default encoding widens float16 and is six times slower); array_record compresses them.
 """
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from etils import epath
 Example = dict[str, Any]
 # One record a group: every example can be read alone.
 WRITER_OPTIONS = "group_size:1"
+# Beside the records: for each split its buckets, [name, number of records] in the records' order.
+BUCKETS = "buckets.json"
 
 
 def tensor(shape: Sequence[int | None], dtype: Any) -> tfds.features.Tensor:
@@ -55,16 +59,32 @@ def write(
     part.mkdir()
     try:
         connector = tfds.features.FeaturesDict(dict(features))
-        name = "".join(c if c.isalnum() else "_" for c in folder.name.lower()).strip("_") or "dataset"
-        template = tfds.core.ShardedFileTemplate(epath.Path(part), dataset_name=name, filetype_suffix="array_record")
+        template = shard_template(part, folder.name)
         infos = [_write_split(split, template, connector, each, shard_bytes) for split, each in splits.items()]
-        tfds.folder_dataset.write_metadata(
-            data_dir=part, features=connector, split_infos=infos, filename_template=template, check_data=False
-        )
+        write_metadata(part, connector, infos)
         os.rename(part, folder)  # atomic: the same disk
     finally:
         shutil.rmtree(parent, ignore_errors=True)
     return folder
+
+
+def shard_template(folder: Path, name: str, split: str | None = None) -> tfds.core.ShardedFileTemplate:
+    """How the array_record files in `folder` of the dataset `name` are called."""
+    name = "".join(c if c.isalnum() else "_" for c in name.lower()).strip("_") or "dataset"
+    return tfds.core.ShardedFileTemplate(
+        epath.Path(folder), dataset_name=name, split=split, filetype_suffix="array_record"
+    )
+
+
+def write_metadata(folder: Path, features: tfds.features.FeaturesDict, splits: Sequence[tfds.core.SplitInfo]) -> None:
+    """Writes what makes a folder of array_record files a dataset."""
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=features,
+        split_infos=list(splits),
+        filename_template=splits[0].filename_template,
+        check_data=False,
+    )
 
 
 def _write_split(
@@ -105,12 +125,18 @@ def _write_split(
 
 
 class Source:
-    """A split of a dataset by index: examples are dicts of arrays, with text as str."""
+    """A split of a dataset by index: examples are dicts of arrays, with text as str.
 
-    def __init__(self, records: Any, text_keys: Iterable[str], name: str):
+    `buckets` are the ranges of indices whose examples have one size and may share a batch, by the size's name.
+    """
+
+    def __init__(self, records: Any, text_keys: Iterable[str], name: str, buckets: Mapping[str, int] | None = None):
         self._records = records
         self._text_keys = tuple(text_keys)
         self._name = name
+        sizes = buckets or {"": len(records)}
+        ends = pairwise(accumulate(sizes.values(), initial=0))
+        self.buckets = {key: range(*pair) for key, pair in zip(sizes, ends)}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -137,6 +163,11 @@ def open_source(folder: str | os.PathLike, split: str, *, make: str | None = Non
     """
     folder = Path(folder)
     if not (folder / "dataset_info.json").is_file() or not (folder / "features.json").is_file():
+        if partial_folder(folder).is_dir():
+            raise FileNotFoundError(
+                f"{folder} is not finished, {partial_folder(folder).name} holds what there is: repeat the command that "
+                "was making it, it goes on where it stopped"
+            )
         state = "is not a complete dataset" if folder.exists() else "does not exist"
         raise FileNotFoundError(
             f"{folder} {state}: it must hold dataset_info.json, features.json and array_record files; make it with "
@@ -146,4 +177,10 @@ def open_source(folder: str | os.PathLike, split: str, *, make: str | None = Non
     if split not in builder.info.splits:
         raise ValueError(f"{folder} has no split {split!r}: choose one of {', '.join(sorted(builder.info.splits))}")
     text_keys = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]
-    return Source(builder.as_data_source(split), text_keys, f"{folder}[{split}]")
+    buckets = json.loads((folder / BUCKETS).read_text())[split] if (folder / BUCKETS).is_file() else None
+    return Source(builder.as_data_source(split), text_keys, f"{folder}[{split}]", buckets and dict(buckets))
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a dataset grows that takes long to make (`helios_jax.data.shards`), beside where it will be."""
+    return folder.with_name(f"{folder.name}.partial")

@@ -4,9 +4,10 @@ Everything that a writer cannot do is refused before the file is touched; a read
 decoder would by default fill in what is missing.
 """
 
+import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ CODEC, SUFFIX = "libx264", ".mp4"
 CONTAINER_OPTIONS = {"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
 # zerolatency: the encoder gives back each frame at once instead of looking ahead.
 CODEC_OPTIONS = {"crf": "17", "preset": "veryfast", "tune": "zerolatency"}
+FAR = 250  # frames: a file's key frames are seldom further apart
 ROUNDING = 1e-3  # seconds: many containers keep times in milliseconds
 
 
@@ -103,6 +105,47 @@ def iterate_video(path: str | os.PathLike, fps: float | None = None) -> Iterator
     return (frame for frame, _ in _at_rate(path, fps))
 
 
+def frames_at(path: str | os.PathLike, numbers: Iterable[int]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """The frames of a file with these numbers, counted from 0, in increasing order; a number may be repeated.
+
+    Reads no further than the last of them, from the start or, where the first is far, from a key frame before it.
+    Raises what `read_video` raises, and ValueError for a number that the file has not.
+    """
+    path, wanted, done = Path(path), list(numbers), 0
+    if wanted and wanted[0] >= FAR:
+        # Whatever goes wrong here, reading from the start decides.
+        with contextlib.suppress(ValueError):
+            for frame in _pick(path, _numbered(path, wanted[0]), wanted):
+                yield frame
+                done += 1
+    yield from _pick(path, enumerate(frame for frame, _, _ in _decode(path)), wanted[done:])
+
+
+def _pick(path: Path, frames: Iterable[tuple[int, av.VideoFrame]], wanted: list[int]) -> Iterator[np.ndarray]:
+    left = iter(wanted)
+    number, count = next(left, None), 0
+    if number is None:
+        return
+    for count, frame in frames:
+        while number == count:
+            yield _upright(frame)
+            number = next(left, None)
+        if number is None:
+            return
+    raise ValueError(f"{path}: has {count + 1} frames, frame {number} is asked for; cut the clip shorter")
+
+
+def _numbered(path: Path, near: int) -> Iterator[tuple[int, av.VideoFrame]]:
+    """Frames from a key frame before number `near` on; ValueError unless their times show which they are."""
+    first = 0
+    for i, (frame, time, rate) in enumerate(_decode(path, near)):
+        number = round(time * rate)
+        first = number if i == 0 else first
+        if number != first + i or abs(time * rate - number) > 0.1 or first > near:
+            raise ValueError(f"{path}: its frames are not evenly spaced")
+        yield number, frame
+
+
 def _at_rate(path: str | os.PathLike, fps: float | None) -> Iterator[tuple[np.ndarray, float]]:
     """Frames and their rate."""
     if fps is None:
@@ -130,8 +173,11 @@ def _upright(frame: av.VideoFrame) -> np.ndarray:
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
-def _decode(path: Path) -> Iterator[tuple[av.VideoFrame, float, float]]:
-    """Each frame, the second it is shown at (the first at 0), and the average rate, 0 when the file has none."""
+def _decode(path: Path, near: int = 0) -> Iterator[tuple[av.VideoFrame, float, float]]:
+    """Each frame, the second it is shown at (the first at 0), and the average rate, 0 when the file has none.
+
+    With `near` they begin at the last key frame before the time that this frame has if all are evenly spaced.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; name a video file, such as clip{SUFFIX}")
     count, size, start, declared = 0, None, None, 0
@@ -151,6 +197,10 @@ def _decode(path: Path) -> Iterator[tuple[av.VideoFrame, float, float]]:
             # A file in fragments declares only how long it is.
             if not declared and stream.duration and stream.time_base:
                 declared = round(float(stream.duration * stream.time_base) * rate)
+            if near and rate:
+                first = next(container.decode(stream), None)
+                start = first.time if first is not None and first.time is not None else 0.0
+                container.seek(int((start + (near - 0.5) / rate) / float(stream.time_base or 1)), stream=stream)
             for frame in container.decode(stream):
                 if frame.is_corrupt:
                     raise ValueError(f"{path}: frame {count} is damaged; copy or encode the file again")

@@ -47,7 +47,7 @@ def batches(config: TrainConfig) -> Any:
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data.folder: {error}") from None
     sizes = (memory.long, memory.mid, memory.recent)
-    pick = chunk_transform(sizes, memory.frames_per_chunk, config.flow.first_chunk)
+    pick = chunk_transform(sizes, memory.frames_per_chunk, first=config.flow.first_chunk)
 
     def transform(example, rng):
         example = pick(example, rng)

@@ -1,0 +1,282 @@
+"""Datasets that take long to make: written shard by shard, so that a process that dies loses at most a shard's work.
+
+A dataset is planned whole before it begins: its items in a fixed order, cut into shards. A shard is a file that appears
+under its name when it is complete, and a manifest that says so; whoever comes next makes the shards without a manifest.
+What is in a shard depends on its items alone, so the result is that of a run that was never interrupted, and several
+hosts can share the shards. `NAME.partial` holds what there is; it becomes `NAME` when the last shard is done.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from helios_jax.data import records
+
+PLAN, MANIFESTS, REJECTED = "plan.json", "shards", "rejected.jsonl"
+
+
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """An item that gives no example, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some items of a split, whose examples have the sizes of one bucket ("" where there are none)."""
+
+    split: str
+    index: int
+    bucket: str
+    items: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.split}-{self.index:05d}"
+
+
+# Makes a shard's items in their order: the examples of each, or why there are none.
+Make = Callable[[Sequence[Any]], Iterable[Sequence[records.Example] | Rejected]]
+
+
+def plan(split: str, buckets: Mapping[str, Sequence[Any]], size: int) -> list[Shard]:
+    """Shards of at most `size` items, bucket by bucket."""
+    parts = [
+        (bucket, tuple(items[i : i + size]))
+        for bucket, items in sorted(buckets.items())
+        for i in range(0, len(items), size)
+    ]
+    return [Shard(split, index, bucket, items) for index, (bucket, items) in enumerate(parts)]
+
+
+class Build:
+    """A dataset in the making, begun or found begun.
+
+    `settings` are what the examples follow from beside the items, ready for JSON. `rejected` are items that were
+    refused before the plan was made. Host `host` of `hosts` makes every `hosts`-th shard. Raises FileExistsError when
+    `out` is there already, ValueError when what was begun is another dataset or when there is no item at all.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        features: Mapping[str, Any],
+        shards: Sequence[Shard],
+        settings: Mapping[str, Any],
+        *,
+        rejected: Sequence[Rejected] = (),
+        host: int = 0,
+        hosts: int = 1,
+    ):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise FileExistsError(f"{out} already exists: a dataset is never overwritten; delete it or name another")
+        if not 0 <= host < hosts:
+            raise ValueError(f"shard {host} is not one of {hosts}: the first is 0, the last {hosts - 1}")
+        if not shards:
+            reason = f"; the first: {rejected[0].id}: {rejected[0].reason}" if rejected else ""
+            raise ValueError(f"{out}: there is nothing to make, {len(rejected)} items were refused{reason}")
+        self.out = out
+        self.folder = records.partial_folder(out)
+        self.shards = tuple(shards)
+        self._features = tfds.features.FeaturesDict(dict(features))
+        self._mine = self.shards[host::hosts]
+        self._rejected = tuple(rejected)
+        self._begin(settings)
+
+    def _begin(self, settings: Mapping[str, Any]) -> None:
+        items = hashlib.sha256()
+        for shard in self.shards:
+            items.update(json.dumps(shard.items, default=vars).encode())
+        names = [f"{shard.name} {shard.bucket}".strip() for shard in self.shards]
+        facts = {**settings, "shards": names, "items": items.hexdigest()}
+        facts = json.loads(json.dumps(facts))
+        (self.folder / MANIFESTS).mkdir(parents=True, exist_ok=True)
+        path = self.folder / PLAN
+        if not path.is_file():
+            _write(path, json.dumps(facts, indent=2))
+        begun = json.loads(path.read_text())
+        if begun != facts:
+            differ = [key for key in facts if begun.get(key) != facts[key]]
+            raise ValueError(
+                f"{self.folder} was begun with other arguments or inputs ({', '.join(differ)} differ): repeat the "
+                "command that it was begun with, or delete it"
+            )
+
+    def has(self, name: str) -> bool:
+        """Whether `save` was called for the file `name`."""
+        return (self.folder / name).is_file()
+
+    def save(self, name: str, array: np.ndarray) -> None:
+        """A file beside the records."""
+        path = self.folder / name
+        part = _part(path)
+        with part.open("wb") as file:
+            np.save(file, array)
+        part.replace(path)
+
+    @property
+    def pending(self) -> list[Shard]:
+        """This host's shards that are not done yet."""
+        return [shard for shard in self._mine if self._manifest(shard) is None]
+
+    def write(self, shard: Shard, made: Iterable[Sequence[records.Example] | Rejected], tick: Tick) -> None:
+        """Writes a shard of what its items gave; calls `tick` after each item."""
+        path = self._path(shard)
+        part = _part(path)
+        count = size = 0
+        rejected = []
+        writer = ArrayRecordWriter(str(part), records.WRITER_OPTIONS)
+        try:
+            for item in made:
+                if isinstance(item, Rejected):
+                    rejected.append(vars(item))
+                    print(f"skipped {item.id}: {item.reason}", file=sys.stderr, flush=True)
+                else:
+                    for example in item:
+                        record = self._features.serialize_example(example)
+                        writer.write(record)
+                        count += 1
+                        size += len(record)
+                tick()
+        finally:
+            writer.close()
+        with part.open("rb") as file:  # the manifest must not reach the disk before what it speaks of
+            os.fsync(file.fileno())
+        part.replace(path)
+        facts = {"records": count, "bytes": size, "file": path.stat().st_size, "rejected": rejected}
+        _write(self.folder / MANIFESTS / f"{shard.name}.json", json.dumps(facts))
+
+    def finish(self) -> dict[str, Any] | None:
+        """Makes the dataset complete when all shards of all hosts are, and says what it holds; else None.
+
+        Several hosts may call it at once. Raises ValueError when a split has no example.
+        """
+        try:
+            return self._finish()
+        except FileNotFoundError:
+            if self.out.is_dir():
+                return None  # another host was first
+            raise
+
+    def missing(self) -> list[str]:
+        """Names of the shards of all hosts that are not done."""
+        return [shard.name for shard in self.shards if self._manifest(shard) is None]
+
+    def _finish(self) -> dict[str, Any] | None:
+        manifests = [self._manifest(shard) for shard in self.shards]
+        done = [manifest for manifest in manifests if manifest is not None]
+        if len(done) < len(manifests):
+            return None
+        refused = [*map(vars, self._rejected), *(r for manifest in done for r in manifest["rejected"])]
+        infos, buckets = [], {}
+        for split in dict.fromkeys(shard.split for shard in self.shards):
+            of_split = [(s, m) for s, m in zip(self.shards, done) if s.split == split]
+            counts: dict[str, int] = {}
+            for shard, manifest in of_split:
+                counts[shard.bucket] = counts.get(shard.bucket, 0) + manifest["records"]
+            buckets[split] = [[bucket, count] for bucket, count in counts.items() if count]
+            if not buckets[split]:
+                first = f"{refused[0]['id']}: {refused[0]['reason']}"
+                raise ValueError(f"{self.folder}: no item of {split} could be used; {len(refused)} refused: {first}")
+            infos.append(
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[manifest["records"] for _, manifest in of_split],
+                    num_bytes=sum(manifest["bytes"] for _, manifest in of_split),
+                    filename_template=records.shard_template(self.folder, self.out.name, split),
+                )
+            )
+        _write(self.folder / REJECTED, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in refused))
+        _write(self.folder / records.BUCKETS, json.dumps(buckets))
+        records.write_metadata(self.folder, self._features, infos)
+        for left in self.folder.rglob(".*"):
+            left.unlink(missing_ok=True)
+        if self.out.is_dir():
+            self.out.rmdir()  # empty, as was checked
+        os.rename(self.folder, self.out)
+        return {
+            "records": sum(manifest["records"] for manifest in done),
+            "rejected": len(refused),
+            "bytes": sum(manifest["bytes"] for manifest in done),
+        }
+
+    def _path(self, shard: Shard) -> Path:
+        template = records.shard_template(self.folder, self.out.name, shard.split)
+        total = sum(other.split == shard.split for other in self.shards)
+        return Path(template.sharded_filepath(shard_index=shard.index, num_shards=total))
+
+    def _manifest(self, shard: Shard) -> dict[str, Any] | None:
+        """What a shard's manifest says, None while its file is not there as it says."""
+        try:
+            manifest = json.loads((self.folder / MANIFESTS / f"{shard.name}.json").read_text())
+            return manifest if self._path(shard).stat().st_size == manifest["file"] else None
+        except FileNotFoundError:
+            return None
+
+
+def run(build: Build, make: Make, unit: str, *, every: float = 10.0) -> None:
+    """Makes this host's pending shards one after the other, and the dataset complete if no shard is missing then.
+
+    Prints a line of progress every `every` seconds and a line of figures at the end; `unit` is what its items are.
+    """
+    pending = build.pending
+    total = sum(len(shard.items) for shard in pending)
+    others = len(build.shards) - len(pending)
+    if others:
+        print(f"{build.folder}: {others} of {len(build.shards)} shards are done or another host's", flush=True)
+    done, begin, last = 0, time.monotonic(), time.monotonic()
+
+    def tick() -> None:
+        nonlocal done, last
+        done += 1
+        if (now := time.monotonic()) - last > every:
+            last, rate = now, done / (now - begin)
+            print(f"{done}/{total} {unit}  {rate:.2f} {unit}/s  {_clock((total - done) / rate)} left", flush=True)
+
+    for shard in pending:
+        build.write(shard, make(shard.items), tick)
+    seconds = time.monotonic() - begin
+    figures = f"{total} {unit} in {_clock(seconds)}, {total / max(seconds, 1e-9):.2f} {unit}/s"
+    if (held := build.finish()) is not None:
+        print(
+            f"{build.out}: {held['records']} records, {held['bytes'] / 1e9:.2f} GB, {held['rejected']} {unit} skipped "
+            f"({REJECTED}); here {figures}",
+            flush=True,
+        )
+    elif not build.out.is_dir() and (missing := build.missing()):
+        print(
+            f"{build.folder}: {figures}; {len(missing)} shards of other hosts are missing, the first {missing[0]}: "
+            "when all are in this folder, run the command once more",
+            flush=True,
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def _part(path: Path) -> Path:
+    """A name of this process for a file that is being written; hidden files are never part of a dataset."""
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+
+
+def _write(path: Path, text: str) -> None:
+    part = _part(path)
+    part.write_text(text)
+    part.replace(path)
