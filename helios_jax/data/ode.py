@@ -21,7 +21,6 @@ from helios_jax import sharding
 from helios_jax.data import records
 from helios_jax.data.encode import NEGATIVE_PROMPT, local_mesh
 from helios_jax.data.prompts import Prompt
-from helios_jax.data.shards import Rejected
 from helios_jax.diffusion import solvers
 from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, Level, denoise_step, enter, first_sample, rows
 from helios_jax.diffusion.memory import History, MemoryConfig, push
@@ -242,12 +241,12 @@ class Teacher:
     def _length(self) -> int:
         return min(512, self.checkpoint.tokenizer.max_length)
 
-    def __call__(self, prompts: Sequence[Prompt]) -> Iterator[list[records.Example] | Rejected]:
+    def __call__(self, prompts: Sequence[Prompt]) -> Iterator[list[records.Example]]:
         """The chunks of each prompt's video."""
         for i in range(0, len(prompts), self.batch):
             yield from self._sample(prompts[i : i + self.batch])
 
-    def _sample(self, group: Sequence[Prompt]) -> list[list[records.Example] | Rejected]:
+    def _sample(self, group: Sequence[Prompt]) -> list[list[records.Example]]:
         full = [*group, *[group[-1]] * (self.batch - len(group))]
         call = self._pipeline.prepare(
             [prompt.caption for prompt in full],
@@ -259,7 +258,6 @@ class Teacher:
         texts = self.text([prompt.caption for prompt in full])
         history = self._split(call.history)
         made: list[list[records.Example]] = [[] for _ in group]
-        broken: dict[int, Rejected] = {}
         for chunk in range(self.plan.num_chunks or 0):
             way = self.trajectories[min(chunk, 1)]
             noise = self._split(call.chunk_noise())
@@ -284,7 +282,7 @@ class Teacher:
                 example = {f"latents_{i}": level[:, b] for i, level in enumerate(latents)}
                 example |= {"history": past[b], "anchor": anchor[b], "text": texts[b]}
                 made[b].append({**example, **shared, "caption": prompt.caption, "id": f"{prompt.id}_{chunk}"})
-        return [broken.get(b, examples) for b, examples in enumerate(made)]
+        return made
 
     def _split(self, tree: Any) -> Any:
         """Arrays of a batch over the models on this host."""

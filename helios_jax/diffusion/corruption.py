@@ -9,6 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from helios_jax.diffusion.memory import MemoryConfig
@@ -118,12 +119,11 @@ def drop_history(
     frames, size = history.shape[1], memory.frames_per_chunk
 
     def draw(key: Array) -> tuple[Array, Array]:
-        k_t2v, k_i2v, k_v2v, k_chunks = jax.random.split(key, 4)
-        chunks = frames % size + size * jax.random.randint(k_chunks, (), 0, frames // size + 1)
-        v2v = jnp.where(jax.random.uniform(k_v2v) < config.v2v, chunks, 0)
-        partly = jnp.where(jax.random.uniform(k_i2v) < config.i2v, frames - 1, v2v)
-        t2v = jax.random.uniform(k_t2v) < config.t2v
-        return jnp.where(t2v, frames, partly), t2v
+        u = jax.random.uniform(key, (4,))
+        chunks = frames % size + size * jnp.floor(u[3] * (frames // size + 1)).astype(jnp.int32)
+        v2v = jnp.where(u[2] < config.v2v, chunks, 0)
+        partly = jnp.where(u[1] < config.i2v, frames - 1, v2v)
+        return jnp.where(u[0] < config.t2v, frames, partly), u[0] < config.t2v
 
     dropped, t2v = jax.vmap(draw)(keys)
     kept = jnp.arange(frames)[None] >= dropped[:, None]
@@ -143,32 +143,32 @@ def corrupt_history(
     section = jnp.asarray((count, *sections(memory)))
 
     def corrupt(key: Array, frames: Array) -> Array:
-        keys = jax.random.split(key, 8)
-        t = len(frames)
-        kept = jax.random.uniform(keys[0]) < config.clean
-        drawn = jax.random.uniform(keys[1], (t if config.per == "frame" else count + 1,))
-        sigma = config.noise * (drawn if config.per == "frame" else drawn[section])
-        out = add_noise(frames, sigma, jax.random.normal(keys[2], frames.shape))
+        # All uniform numbers are drawn at once: each draw of its own costs seconds to compile.
+        strengths = len(frames) if config.per == "frame" else count + 1
+        k_uniform, k_noise = jax.random.split(key)
+        sizes = (2, strengths, count + 1, 3 * count)
+        u, strength, ratio, factor = jnp.split(jax.random.uniform(k_uniform, (sum(sizes),)), np.cumsum(sizes)[:-1])
+        sigma = config.noise * (strength if config.per == "frame" else strength[section])
+        out = add_noise(frames, sigma, jax.random.normal(k_noise, frames.shape))
         if config.blur is not None:
-            ratio = jax.random.uniform(keys[3], (count + 1,), minval=config.blur.smallest, maxval=config.blur.largest)
-            blurred = jax.random.uniform(keys[4]) < config.blur.probability
-            out = jnp.where(blurred, blur(frames, ratio[section]), out)
-        out = jnp.where(kept, frames, out)
+            low, high = config.blur.smallest, config.blur.largest
+            blurred = blur(frames, (low + (high - low) * ratio)[section])
+            out = jnp.where(u[1] < config.blur.probability, blurred, out)
+        out = jnp.where(u[0] < config.clean, frames, out)
         if config.saturation is not None:
-            out = saturate(out, _draw_saturation(keys[5], count, config.saturation)[section])
+            factor = _saturation(factor.reshape(3, count), config.saturation)
+            out = saturate(out, jnp.append(factor, 1.0)[section])
         return jnp.where(_is_zero(frames), frames, out)
 
     frames = jax.vmap(corrupt)(keys, jnp.concatenate([anchor, history], 1))
     return frames[:, 1:], frames[:, :1]
 
 
-def _draw_saturation(key: Array, count: int, config: SaturationConfig) -> Float[Array, " sections"]:
-    k_clean, k_half, k_low, k_high = jax.random.split(key, 4)
-    low = jax.random.uniform(k_low, (count,), minval=config.smallest, maxval=1 - 1e-3)
-    high = jax.random.uniform(k_high, (count,), minval=1 + 1e-3, maxval=config.largest)
-    factor = jnp.where(jax.random.uniform(k_half, (count,)) < 0.5, low, high)
-    factor = jnp.where(jax.random.uniform(k_clean, (count,)) < config.clean, 1.0, factor)
-    return jnp.append(factor, 1.0)
+def _saturation(u: Float[Array, "3 sections"], config: SaturationConfig) -> Float[Array, " sections"]:
+    """Each section's factor, from uniform numbers."""
+    low = config.smallest + (1 - 1e-3 - config.smallest) * u[2]
+    high = 1 + 1e-3 + (config.largest - 1 - 1e-3) * u[2]
+    return jnp.where(u[0] < config.clean, 1.0, jnp.where(u[1] < 0.5, low, high))
 
 
 def _is_zero(frames: Float[Array, "t h w c"]) -> Bool[Array, "t 1 1 1"]:

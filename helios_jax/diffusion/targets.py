@@ -87,7 +87,7 @@ def straight_sample(
 def pyramid_samples(
     latents: Float[Array, "b t h w c"],
     noise: Float[Array, "b t h w c"],
-    quantiles: Sequence[Float[Array, "samples b"]],
+    quantiles: Sequence[Float[Array, "_ratio b"]],
     levels: Sequence[Stage],
     config: TimesConfig,
 ) -> list[FlowSample]:

@@ -120,8 +120,9 @@ def test_the_command_makes_what_a_loader_reads(folder, tmp_path, capsys):
     (alone,) = sample(folder, SMALL)
     for got, chunk in zip(source, alone):
         assert set(got) == set(chunk)
-        for key, value in chunk.items():
-            np.testing.assert_array_equal(got[key], value)
+        assert str(got.pop("id")) == f"p_00000_{chunk['chunk']}"
+        for key, value in got.items():
+            np.testing.assert_array_equal(value, chunk[key])
     assert np.load(tmp_path / "ode" / precompute.NEGATIVE_TEXT).shape == (16, 16)
 
     seen = set()

@@ -1,22 +1,29 @@
-"""Stage 1 from pixels to a pipeline: precompute, loss, one batch overfitted, export."""
+"""Stages 1 and 2 from pixels to a pipeline: precompute, losses, one batch overfitted, videos, export."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
+from flax import nnx
 
 from helios_jax import config as configs
+from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.data import precompute, toy_build
 from helios_jax.data.records import open_source
 from helios_jax.models.transformer import Transformer
 from helios_jax.pretrained import file_entries
 from helios_jax.sampling.checkpoint import Checkpoint
-from helios_jax.training.config import TrainConfig
+from helios_jax.sharding import make_mesh
+from helios_jax.training import start
+from helios_jax.training.config import LoRAConfig, OptimConfig, PyramidConfig, TrainConfig, ValidationConfig
+from helios_jax.training.loop import make_step, split_ids
+from helios_jax.training.optim import make_optimizer
 from helios_jax.training.stages import flow
+from helios_jax.training.state import create
+from helios_jax.training.trainable import dotted
 from tests import tiny
 
 
@@ -24,7 +31,7 @@ from tests import tiny
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("flow")
     tiny.folder(root / "pipeline")
-    toy_build.build(root / "pixels", videos=4, test_videos=1, chunks=3, seed=0, size=16)
+    toy_build.build(root / "pixels", videos=4, test_videos=1, chunks=3, seed=0, size=32)
     precompute.build(root / "pixels", root / "pipeline" / "vae", root / "pipeline", root / "latents")
     return root
 
@@ -57,7 +64,7 @@ def test_init_makes_the_model_that_is_trained(config):
 
 def test_latents_are_those_of_each_chunk_alone(folders):
     source = open_source(folders / "latents", "train")
-    assert source[0]["latents"].shape == (3, 9, 2, 2, 4)
+    assert source[0]["latents"].shape == (3, 9, 4, 4, 4)
     encoders = precompute.Encoders(folders / "pipeline" / "vae", folders / "pipeline", None)
     video = open_source(folders / "pixels", "train")[0]["video"]
     alone = encoders.latents(video[33:66], 33)
@@ -76,59 +83,161 @@ def test_precompute_never_overwrites_and_names_what_is_missing(folders, capsys):
     assert error.count("\n") == 1
 
 
-def test_loss_of_a_model_that_predicts_zero_is_the_target_s_square(config):
-    batch = jax.tree.map(jnp.asarray, next(flow.batches(config)))
-    model = draw()
+def batch_of(config) -> dict:
+    return jax.tree.map(jnp.asarray, split_ids(next(flow.batches(config)))[0])
+
+
+def keys(count=4, seed=1):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def test_batches_name_their_clips(config):
+    _, ids = split_ids(next(flow.batches(config)))
+    assert len(ids) == 4
+    clip, _, chunk = ids[0].rpartition(" chunk ")
+    assert clip in {example["id"] for example in open_source(config.data.folder, "train")}
+    assert chunk in "012"
+
+
+@pytest.mark.parametrize("weighting", ["logit_normal", "sigma_sqrt"])
+def test_loss_of_a_model_that_predicts_zero_is_the_target_s_square(config, weighting):
+    config.flow.times.weighting = weighting
+    batch, model = batch_of(config), draw()
     model.proj_out = jax.tree.map(jnp.zeros_like, model.proj_out)
-    key = jax.random.key(1)
-    value, metrics = jax.jit(lambda m, b: flow.loss(m, b, key, config))(model, batch)
-    noise = jax.random.normal(jax.random.split(key, 4)[3], batch["target"].shape)
-    assert float(value) == pytest.approx(float(jnp.square(noise - batch["target"]).mean()), rel=1e-5)
-    assert set(metrics) == {"loss_noisy", "loss_clean"}
+    value, metrics = jax.jit(lambda m, b: flow.loss(m, b, keys(), config))(model, batch)
+    noise = jnp.stack([jax.random.normal(jax.random.fold_in(k, 3), batch["target"].shape[1:]) for k in keys()])
+    k_time = jnp.stack([jax.random.fold_in(k, 2) for k in keys()])
+    (sample,) = flow.make_samples(batch["target"], noise, k_time, config.flow)
+    weight = sample.sigma**-2 if weighting == "sigma_sqrt" else jnp.ones(4)
+    errors = weight * jnp.square(noise - batch["target"]).mean((1, 2, 3, 4))
+    assert float(value) == pytest.approx(float(errors.mean()), rel=1e-5)
+    for name, part in (("loss_noisy", sample.sigma > 0.5), ("loss_clean", sample.sigma <= 0.5)):
+        total, count = metrics[name]
+        assert float(total) == pytest.approx(float((errors * part).sum()), rel=1e-5)
+        assert int(count) == int(part.sum())
 
 
-def test_every_parameter_moves_and_one_batch_is_learnt(config):
+def test_packed_and_separate_levels_have_one_loss_and_one_gradient(config):
+    config.flow.times.weighting = "none"
+    batch, model, found = batch_of(config), draw(), {}
+    for levels in ("packed", "separate"):
+        config.flow.pyramid = PyramidConfig(sample_ratios=(2, 1), stage_range=(0, 0.5, 1), levels=levels)
+        gradient = jax.value_and_grad(lambda m, b: flow.loss(m, b, keys(), config), has_aux=True)
+        found[levels] = jax.jit(gradient)(model, batch)
+    packed, separate = (jax.tree.leaves(found[levels]) for levels in ("packed", "separate"))
+    for a, b in zip(packed, separate, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6)
+    (value, metrics), _ = found["packed"]
+    assert {name: int(count) for name, (_, count) in metrics.items()} == {"loss_level_0": 8, "loss_level_1": 4}
+    sums = sum(float(total) for total, _ in metrics.values())
+    assert float(value) == pytest.approx(sums / 12, rel=1e-5)
+
+
+def test_samples_of_a_level_have_times_of_their_own(config):
+    flow_config = dataclasses.replace(config.flow, pyramid=PyramidConfig())
+    target = jnp.asarray(np.random.default_rng(0).standard_normal((4, 1, 8, 8, 4), np.float32))
+    samples = flow.make_samples(target, target + 1, keys(), flow_config)
+    assert [x.noisy.shape[2] for x in samples] == [2, 4, 4, 8]
+    assert len({float(x.sigma[0]) for x in samples}) == 4
+    np.testing.assert_array_equal(samples[1].target, samples[2].target)
+    assert (samples[0].timestep > samples[1].timestep).all()
+    assert (samples[2].timestep > samples[3].timestep).all()
+
+
+def test_bfloat16_computes_near_float32_with_gradients_in_float32(config):
+    batch, model = batch_of(config), draw()
     config.flow.drop = config.flow.corruption = None
-    batch = jax.tree.map(jnp.asarray, next(flow.batches(config)))
-    model = draw()
-    optimizer = optax.adam(3e-3)
-
-    @jax.jit
-    def step(model, state):
-        # One key: the same times and noise each step.
-        (value, _), grads = jax.value_and_grad(flow.loss, has_aux=True)(model, batch, jax.random.key(2), config)
-        updates, state = optimizer.update(grads, state)
-        return optax.apply_updates(model, updates), state, value
-
-    state, trained, losses = jax.jit(optimizer.init)(model), model, []
-    for _ in range(60):
-        trained, state, value = step(trained, state)
-        losses.append(float(value))
-    assert losses[-1] < 0.25 * losses[0]
-    for (path, before), after in zip(jax.tree.leaves_with_path(model), jax.tree.leaves(trained)):
-        assert np.abs(np.asarray(before) - np.asarray(after)).max() > 0, jax.tree_util.keystr(path)
+    values = {}
+    for precision in ("float32", "bfloat16"):
+        config.precision = precision
+        (values[precision], _), grads = jax.jit(
+            jax.value_and_grad(lambda m: flow.loss(m, batch, keys(), config), has_aux=True)
+        )(model)
+        assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    assert float(values["bfloat16"]) == pytest.approx(float(values["float32"]), rel=2e-2)
+    assert float(values["bfloat16"]) != float(values["float32"])
 
 
-def test_times_fall_on_the_schedule():
-    sigma = np.asarray(flow.draw_sigma(jax.random.key(0), 20000, 0.0, 1.0))
-    assert sigma.max() <= 0.999
-    assert sigma.min() >= 0
-    np.testing.assert_allclose(sigma / 0.000999, np.round(sigma / 0.000999), atol=1e-2)
-    assert np.median(sigma) == pytest.approx(0.5, abs=0.02)
-    assert (sigma > 0.731).mean() == pytest.approx(0.1587, abs=0.01)  # one deviation of the logit
+LORA = LoRAConfig(rank=4, target_modules=("to_q", "ffn.net.2", "patch_embedding"))
 
 
-def test_export_is_a_whole_pipeline(config, tmp_path):
-    model = draw()
+@pytest.mark.parametrize(
+    ("change", "trained"),
+    [
+        ({}, lambda name: True),
+        ({"pyramid": PyramidConfig(sample_ratios=(1, 1), stage_range=(0, 0.5, 1))}, lambda name: True),
+        (
+            {"lora": LORA, "trainable": ("adapters", "patch_(short|mid|long)")},
+            lambda name: name.endswith((".a", ".b")) or name.startswith(("patch_short", "patch_mid", "patch_long")),
+        ),
+    ],
+    ids=["stage 1", "stage 2", "adapters and memory patches"],
+)
+def test_one_batch_is_learnt_by_the_parameters_that_train_alone(config, change, trained):
+    config.flow.drop = config.flow.corruption = None
+    config.flow.pyramid = change.pop("pyramid", None)
+    config = dataclasses.replace(config, **change, optim=OptimConfig(lr=1e-2, weight_decay=0.0))
+    batch, mesh = batch_of(config), make_mesh(config.mesh)
+    model = draw() if config.lora is None else start._add_adapters(draw(), config.lora, 0)
+    optimizer = make_optimizer(config.optim, 100)
+    state = create(model, optimizer, None, config.trainable)
+    begin = dict(nnx.to_flat_state(nnx.state(model)))
+    # The same times and noise each step: the key follows from the step, which is set back.
+    step, losses = make_step(flow, config, optimizer, state, mesh), []
+    begin = {path: np.array(variable.get_value()) for path, variable in begin.items()}
+    for _ in range(100):
+        state, metrics = step(state.replace(step=jnp.zeros((), jnp.int32)), batch, jax.random.key(2))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.3 * losses[0], losses[::10]
+    for path, variable in nnx.to_flat_state(nnx.state(state.model)):
+        moved = bool((np.asarray(variable.get_value()) != begin[path]).any())
+        assert moved == trained(dotted(path)), path
+
+
+def test_export_is_a_whole_pipeline_with_adapters_merged_and_alone(config, tmp_path):
+    config = dataclasses.replace(config, lora=LORA, trainable=("adapters",))
+    config.flow.pyramid = PyramidConfig()
+    model = start._add_adapters(draw(), LORA, 0)
+    model.blocks.ffn.down.adapters[0].b[...] += 1.0
     flow.export(model, config, tmp_path)
     checkpoint = Checkpoint.open(tmp_path / "pipeline")
     assert dataclasses.asdict(checkpoint.transformer) == dataclasses.asdict(tiny.TRANSFORMER)
+    assert checkpoint.variant.pyramid
+    assert checkpoint.variant.is_cfg_zero_star
+    assert checkpoint.scheduler.stages == 3
+    merged = checkpoint.load_transformer(jnp.float32, stacked=True)
+    attached = lora.attach(draw(), {"trained": tmp_path / "lora"})
+    expected = lora.merge(attached).blocks.ffn.down.weight[...]
+    assert np.abs(np.asarray(expected) - np.asarray(draw().blocks.ffn.down.weight[...])).max() > 0.1
+    np.testing.assert_allclose(merged.blocks.ffn.down.weight[...], expected, rtol=1e-2, atol=1e-2)
 
 
-def test_missing_data_and_components_are_one_line(config):
+def test_validation_writes_a_video_of_each_prompt(config, tmp_path):
+    config.validation = ValidationConfig(
+        prompts=("a red square", "a blue plus"), num_frames=34, height=32, width=48, num_inference_steps=1, fps=8
+    )
+    pictures = flow.validate(draw(), config, tmp_path / "videos")
+    assert sorted(p.name for p in (tmp_path / "videos").iterdir()) == ["0.mp4", "1.mp4"]
+    assert {name: x.shape for name, x in pictures.items()} == {"0": (32, 8 * 48, 3), "1": (32, 8 * 48, 3)}
+    assert not np.array_equal(pictures["0"], pictures["1"])
+
+
+def test_what_cannot_be_is_one_line(config):
+    cases = [
+        ({"validation": ValidationConfig(prompts=("x",), height=30)}, {}, r"validation: height must be a multiple"),
+        ({"validation": ValidationConfig(prompts=("x",))}, {"components": None}, "validation: needs flow.components"),
+        ({}, {"components": "nowhere"}, r"flow\.components: no folder nowhere"),
+    ]
+    for change, flow_change, message in cases:
+        wrong = dataclasses.replace(config, **change, flow=dataclasses.replace(config.flow, **flow_change))
+        with pytest.raises(ConfigError, match=message):
+            flow.batches(wrong)
+    config.flow.pyramid = PyramidConfig()
+    with pytest.raises(ConfigError, match=r"latents 4 high, not a multiple of 8, which 3 levels in patches of 2 need"):
+        flow.batches(config)
     config.data.folder = "nowhere"
     with pytest.raises(ConfigError, match=r"data\.folder: nowhere"):
         flow.batches(config)
-    config.flow.components = "nowhere"
-    with pytest.raises(ConfigError, match=r"flow\.components: nowhere has no vae"):
+    config.model.transformer = dataclasses.replace(tiny.TRANSFORMER, in_channels=8)
+    with pytest.raises(ConfigError, match=r"4 is the channels of the VAE's latents, but the transformer takes 8"):
         flow.batches(config)

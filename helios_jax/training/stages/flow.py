@@ -27,6 +27,7 @@ from helios_jax.training.config import FlowConfig, TrainConfig
 from helios_jax.training.pipeline import export, open_components, validate
 from helios_jax.training.start import init_transformer as init
 from helios_jax.training.start import load_transformer as load
+from helios_jax.training.start import transformer_config
 
 __all__ = ["batches", "export", "init", "load", "loss", "validate"]
 
@@ -46,6 +47,7 @@ def batches(config: TrainConfig) -> Any:
         empty = np.load(Path(config.data.folder) / EMPTY_TEXT)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data.folder: {error}") from None
+    check_size(source[0]["latents"].shape[-3:-1], config)
     sizes = (memory.long, memory.mid, memory.recent)
     pick = chunk_transform(sizes, memory.frames_per_chunk, first=config.flow.first_chunk)
 
@@ -64,6 +66,18 @@ def batches(config: TrainConfig) -> Any:
         num_hosts=jax.process_count(),
         host=jax.process_index(),
     )
+
+
+def check_size(size: tuple[int, ...], config: TrainConfig) -> None:
+    """Raises ConfigError unless latents of height and width `size` divide into patches at every level."""
+    levels = 1 if config.flow.pyramid is None else len(config.flow.pyramid.sample_ratios)
+    patch = transformer_config(config).patch_size
+    for name, latents, p in zip(("high", "wide"), size, patch[1:]):
+        if latents % (multiple := p * 2 ** (levels - 1)):
+            raise ConfigError(
+                f"data.folder: {config.data.folder} has latents {latents} {name}, not a multiple of {multiple}, which "
+                f"{levels} levels in patches of {p} need; make it of other videos, or take fewer levels"
+            )
 
 
 def loss(
