@@ -18,6 +18,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 Example = dict[str, Any]
 # One record a group: every example can be read alone.
@@ -68,6 +69,15 @@ def write(
     return folder
 
 
+def serialize(features: Any, example: Example) -> bytes:
+    """An example as the same bytes whichever process makes them: protobuf else orders the features as it likes.
+
+    `features` is a TFDS FeaturesDict; raises ValueError for an example that does not fit it.
+    """
+    serializer = ExampleSerializer(features.get_serialized_info())
+    return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
+
+
 def shard_template(folder: Path, name: str, split: str | None = None) -> tfds.core.ShardedFileTemplate:
     """How the array_record files in `folder` of the dataset `name` are called."""
     name = "".join(c if c.isalnum() else "_" for c in name.lower()).strip("_") or "dataset"
@@ -101,7 +111,7 @@ def _write_split(
     writer = None
     try:
         for example in examples:
-            record = connector.serialize_example(example)
+            record = serialize(connector, example)
             if writer is None or room < len(record):
                 if writer is not None:
                     writer.close()

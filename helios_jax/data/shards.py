@@ -148,7 +148,7 @@ class Build:
                     print(f"skipped {item.id}: {item.reason}", file=sys.stderr, flush=True)
                 else:
                     for example in item:
-                        record = self._features.serialize_example(example)
+                        record = records.serialize(self._features, example)
                         writer.write(record)
                         count += 1
                         size += len(record)
