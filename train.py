@@ -5,7 +5,8 @@ Everything about the run is in its config; `key=value` arguments override it. Th
     init(config, key) -> model                      random parameters; traced, so that it can be made in shards
     load(config, model, shardings) -> model         the abstract model filled from config.init, in its dtypes
     batches(config) -> iterator                     numpy batches of this host, with get_state and set_state
-    loss(model, batch, keys, config) -> (loss, metrics)     a mean over samples; one key for each
+    loss(model, batch, keys, config) -> (loss, metrics)     a mean over samples; one key for each, and batch["step"]
+    make_optimizer(config) -> optimizer             optional: one of the stage's own, in place of optim's AdamW
     export(model, config, folder)                   optional: what the run is for, in diffusers layout
     validate(model, config, folder) -> pictures     optional: what the model makes by now
 
@@ -54,7 +55,8 @@ def train(config: TrainConfig, stage: Any) -> int:
     try:
         mesh = fit_mesh(config)
         batches = stage.batches(config)
-        optimizer = make_optimizer(config.optim, config.steps)
+        own = getattr(stage, "make_optimizer", None)
+        optimizer = own(config) if own else make_optimizer(config.optim, config.steps)
         load = partial(stage.load, config) if config.init else None
         with jax.set_mesh(mesh):
             state = init_sharded(

@@ -216,3 +216,9 @@ def _first_line(e: Exception) -> str:
 
 def _one_line(e: Exception) -> str:
     return " ".join(str(e).split())
+
+
+def require(ok: bool, message: str) -> None:
+    """Raises ValueError with `message` unless `ok`: for the checks of config classes."""
+    if not ok:
+        raise ValueError(message)

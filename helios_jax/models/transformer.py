@@ -302,6 +302,36 @@ class Transformer(nnx.Module):
         Each has its own timestep and sees its own copy of the history and nothing of the others, so the velocities are
         those of calls on their own.
         """
+        return self._run(latents, timesteps, text, history, indices, (), remat, implementation)[0]
+
+    def features(
+        self,
+        latents: Float[Array, "b t h w c"],
+        timestep: Float[Array, " b"],
+        text: TextCache,
+        history: HistoryLatents | None = None,
+        indices: FrameIndices | None = None,
+        *,
+        blocks: tuple[int, ...],
+        remat: Remat | None = None,
+        implementation: Implementation | None = None,
+    ) -> tuple[Float[Array, "b t h w c_out"], tuple[Float[Array, "b _t _h _w d"], ...]]:
+        """The velocity, and what each of `blocks` (numbers from 0) makes of the noisy tokens, on their grid."""
+        (out,), kept = self._run((latents,), timestep[:, None], text, history, indices, blocks, remat, implementation)
+        t, h, w = (size // p for size, p in zip(latents.shape[1:4], self.config.patch_size))
+        return out, tuple(rearrange(x, "b (t h w) d -> b t h w d", t=t, h=h, w=w) for x in kept)
+
+    def _run(
+        self,
+        latents: tuple[Array, ...],
+        timesteps: Array,
+        text: TextCache,
+        history: HistoryLatents | None,
+        indices: FrameIndices | None,
+        kept: tuple[int, ...],
+        remat: Remat | None,
+        implementation: Implementation | None,
+    ) -> tuple[tuple[Array, ...], list[Array]]:
         config = self.config
         grids = [tuple(size // p for size, p in zip(x.shape[1:4], config.patch_size)) for x in latents]
         if indices is None:
@@ -320,21 +350,31 @@ class Transformer(nnx.Module):
             run = jax.checkpoint(
                 run, static_argnums=3, policy=policy(remat), prevent_cse=isinstance(self.blocks, nnx.List)
             )
+        states: Any = []  # noisy tokens after each block, where any are to be kept
         if isinstance(self.blocks, nnx.List):
             for i, (block, kv) in enumerate(zip(self.blocks, text, strict=True)):
+                last = i == len(self.blocks) - 1
                 with jax.named_scope(f"block_{i}"):
-                    x = run(block, kv, x, i < len(self.blocks) - 1)
+                    x = run(block, kv, x, not last)
+                states.append(x if last else x[:, packing.num_history :])
         else:
-            x, _ = jax.lax.scan(lambda x, xs: (run(*xs, x, True), None), x, (self.blocks, text))
+
+            def layer(x: Array, xs: Any) -> tuple[Array, Any]:
+                block, kv = xs
+                x = run(block, kv, x, True)
+                return x, x[:, packing.num_history :] if kept else None
+
+            x, states = jax.lax.scan(layer, x, (self.blocks, text))
             x = x[:, packing.num_history :]
 
         x = self.proj_out(self.norm_out(x, time, packing))
         pt, ph, pw = config.patch_size
         parts = jnp.split(x, np.cumsum(packing.noisy)[:-1], 1)
-        return tuple(
+        out = tuple(
             rearrange(part, "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
             for part, (t, h, w) in zip(parts, grids)
         )
+        return out, [states[i] for i in kept]
 
     def _tokens(
         self, latents: tuple[Array, ...], history: HistoryLatents | None, indices: FrameIndices

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from helios_jax.config import nearest
+from helios_jax.config import nearest, require
 from helios_jax.diffusion.corruption import CorruptionConfig, DropConfig
 from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.diffusion.schedule import SchedulerConfig
@@ -14,11 +14,9 @@ from helios_jax.diffusion.targets import TimesConfig
 from helios_jax.models.remat import Remat
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
-
-
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
+from helios_jax.training.distill import DistillConfig
+from helios_jax.training.optim import OptimConfig
+from helios_jax.training.trainable import LoRAConfig
 
 
 @dataclass
@@ -40,88 +38,15 @@ class DataConfig:
     seed: int = 0  # of the shuffle, apart from the run's seed so that two runs can see the same clips
 
     def __post_init__(self):
-        _require(self.batch_size > 0, f"batch_size must be at least 1, got {self.batch_size}")
-        _require(
+        require(self.batch_size > 0, f"batch_size must be at least 1, got {self.batch_size}")
+        require(
             self.frames > 0 and self.frames % 4 == 1,
             f"frames must be 1 + a multiple of 4 (the VAE's step in time), got {self.frames}; try 9, 17 or 33",
         )
-        _require(
+        require(
             self.crop is None or (self.crop > 0 and self.crop % 8 == 0),
             f"crop must be a multiple of 8 (the VAE's step in space), got {self.crop}; try 32 or 64",
         )
-
-
-@dataclass
-class EMAConfig:
-    """A running average of the parameters, kept in float32; until step `start` it equals them."""
-
-    decay: float = 0.999
-    start: int = 0
-
-    def __post_init__(self):
-        _require(0.0 < self.decay < 1.0, f"decay must be between 0 and 1, got {self.decay}")
-        _require(self.start >= 0, f"start must not be negative, got {self.start}")
-
-
-@dataclass
-class OptimConfig:
-    """AdamW; the learning rate climbs linearly for `warmup_steps`, then stays or falls to `final_lr` as a cosine.
-
-    `accumulate` cuts a batch into that many parts, whose gradients are added up one after the other: less memory, the
-    same step.
-    """
-
-    lr: float = 5e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 1e-4  # of matrices and kernels only: biases and scales of norms are left alone
-    warmup_steps: int = 0
-    schedule: Literal["constant", "cosine"] = "constant"
-    final_lr: float = 0.0
-    clip_norm: float | None = 1.0
-    accumulate: int = 1
-    ema: EMAConfig | None = None
-
-    def __post_init__(self):
-        _require(self.lr > 0, f"lr must be above 0, got {self.lr}")
-        _require(all(0 <= b < 1 for b in self.betas), f"betas must lie in [0, 1), got {self.betas}")
-        _require(self.eps > 0, f"eps must be above 0, got {self.eps}")
-        _require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
-        _require(self.warmup_steps >= 0, f"warmup_steps must not be negative, got {self.warmup_steps}")
-        _require(0 <= self.final_lr <= self.lr, f"final_lr must lie between 0 and lr={self.lr}, got {self.final_lr}")
-        _require(
-            self.clip_norm is None or self.clip_norm > 0,
-            f"clip_norm must be above 0, or null for no clipping, got {self.clip_norm}",
-        )
-        _require(self.accumulate > 0, f"accumulate must be at least 1, got {self.accumulate}")
-
-
-@dataclass
-class LoRAConfig:
-    """Low-rank adapters to be trained, A gaussian and B zero at first; `trainable` must name "adapters".
-
-    `target_modules` are diffusers' names, or ends of names, of the layers that get one: by default every linear layer,
-    as upstream. `alpha` null is the rank.
-    """
-
-    rank: int = 128
-    alpha: float | None = None
-    target_modules: tuple[str, ...] = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "ffn.net.0.proj",
-        "ffn.net.2",
-        "linear_1",
-        "linear_2",
-        "time_proj",
-        "proj_out",
-    )
-
-    def __post_init__(self):
-        _require(self.rank > 0, f"rank must be at least 1, got {self.rank}")
-        _require(bool(self.target_modules), "target_modules must name a layer, as in [to_q, to_v]")
 
 
 @dataclass
@@ -136,14 +61,14 @@ class ValidationConfig:
     height: int = 384
     width: int = 640
     num_inference_steps: int | None = None  # of a model without a pyramid; null: 50
-    pyramid_num_inference_steps_list: tuple[int, ...] | None = None  # of one with levels; null: 20 a level
-    guidance_scale: float = 5.0
+    pyramid_num_inference_steps_list: tuple[int, ...] | None = None  # of one with levels; null: 20, or a student's own
+    guidance_scale: float | None = None  # null: 5, or none for a student
     seed: int = 0
     fps: int = 24
 
     def __post_init__(self):
-        _require(self.every > 0, f"every must be at least 1, got {self.every}")
-        _require(bool(self.prompts), "prompts must hold at least one; or leave validation out (null)")
+        require(self.every > 0, f"every must be at least 1, got {self.every}")
+        require(bool(self.prompts), "prompts must hold at least one; or leave validation out (null)")
 
 
 @dataclass
@@ -158,13 +83,11 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
-        _require(sizes.pop("processes") > 0, f"processes must be at least 1, got {self.processes}")
+        require(sizes.pop("processes") > 0, f"processes must be at least 1, got {self.processes}")
         for name, size in sizes.items():
-            _require(size is None or size > 0, f"{name} must be at least 1, or null for the rest, got {size}")
+            require(size is None or size > 0, f"{name} must be at least 1, or null for the rest, got {size}")
         rest = [name for name, size in sizes.items() if size is None]
-        _require(
-            len(rest) < 2, f"{(rest or [''])[-1]} cannot be null too: only one axis can take the rest, here {rest}"
-        )
+        require(len(rest) < 2, f"{(rest or [''])[-1]} cannot be null too: only one axis can take the rest, here {rest}")
 
 
 @dataclass
@@ -176,8 +99,8 @@ class CheckpointConfig:
     keep: int = 2
 
     def __post_init__(self):
-        _require(self.every > 0, f"every must be at least 1, got {self.every}")
-        _require(self.keep > 0, f"keep must be at least 1, got {self.keep}")
+        require(self.every > 0, f"every must be at least 1, got {self.every}")
+        require(self.keep > 0, f"keep must be at least 1, got {self.keep}")
 
 
 @dataclass
@@ -191,7 +114,7 @@ class ReconstructionConfig:
 
     def __post_init__(self):
         for name, weight in dataclasses.asdict(self).items():
-            _require(weight >= 0, f"{name} must not be negative, got {weight}")
+            require(weight >= 0, f"{name} must not be negative, got {weight}")
 
 
 @dataclass
@@ -209,17 +132,17 @@ class PyramidConfig:
     timestep_shift: float = 1.0
 
     def __post_init__(self):
-        _require(
+        require(
             len(self.sample_ratios) > 1 and min(self.sample_ratios) > 0,
             f"sample_ratios must be at least two numbers from 1 up, one per level, got {self.sample_ratios}",
         )
         ends, count = tuple(self.stage_range), len(self.sample_ratios) + 1
-        _require(
+        require(
             ends[:1] + ends[-1:] == (0, 1) and list(ends) == sorted(set(ends)) and len(ends) == count,
             f"stage_range must rise from 0 to 1 in {count} numbers, the ends of the levels, got {ends}",
         )
-        _require(0 < self.gamma <= 1 / 3 + 1e-9, f"gamma must be above 0 and at most 1/3, got {self.gamma}")
-        _require(self.timestep_shift > 0, f"timestep_shift must be above 0, got {self.timestep_shift}")
+        require(0 < self.gamma <= 1 / 3 + 1e-9, f"gamma must be above 0 and at most 1/3, got {self.gamma}")
+        require(self.timestep_shift > 0, f"timestep_shift must be above 0, got {self.timestep_shift}")
 
     def scheduler(self) -> SchedulerConfig:
         """The scheduler of a pipeline with this pyramid; it shifts times when it samples, by the size, exponentially
@@ -254,9 +177,9 @@ class FlowConfig:
     components: str | None = None
 
     def __post_init__(self):
-        _require(self.memory.anchor != "second", "memory.anchor must be first or null: second is for sampling only")
-        _require(0 <= self.text_drop < 1, f"text_drop must lie in [0, 1), got {self.text_drop}")
-        _require(
+        require(self.memory.anchor != "second", "memory.anchor must be first or null: second is for sampling only")
+        require(0 <= self.text_drop < 1, f"text_drop must lie in [0, 1), got {self.text_drop}")
+        require(
             self.first_chunk is None or 0 < self.first_chunk <= 1,
             f"first_chunk must be above 0 and at most 1, got {self.first_chunk}",
         )
@@ -287,24 +210,35 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
+    distill: DistillConfig | None = None  # stage 3
 
     def __post_init__(self):
-        _require(self.steps > 0, f"steps must be at least 1, got {self.steps}")
-        _require(self.log_every > 0, f"log_every must be at least 1, got {self.log_every}")
-        _require(bool(self.run), "run must name a folder")
-        _require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
-        _require(bool(self.trainable), "trainable must name something: all, adapters or parameters")
-        _require(
+        require(self.steps > 0, f"steps must be at least 1, got {self.steps}")
+        require(self.log_every > 0, f"log_every must be at least 1, got {self.log_every}")
+        require(bool(self.run), "run must name a folder")
+        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        require(bool(self.trainable), "trainable must name something: all, adapters or parameters")
+        require(
             self.lora is None or bool({"all", "adapters"} & set(self.trainable)),
             f"trainable must hold adapters when there is lora, got {list(self.trainable)}",
         )
         parts = self.optim.accumulate
-        _require(
+        require(
             self.data.batch_size % parts == 0,
             f"data.batch_size {self.data.batch_size} must be a multiple of optim.accumulate {parts}",
         )
+        if self.distill is not None:
+            levels = 0 if self.flow.pyramid is None else len(self.flow.pyramid.sample_ratios)
+            require(
+                levels == len(self.distill.steps),
+                f"distill.steps has {len(self.distill.steps)} levels, flow.pyramid {levels or 'is null'}: give as many",
+            )
+        require(
+            (self.distill is not None) == (self.stage in ("ode", "distill")),
+            f"distill must be given for the stages ode and distill and for no other, stage is {self.stage}",
+        )
         names = stage_names()
-        _require(
+        require(
             self.stage in names or ("." in self.stage and _exists(self.stage)),
             f"stage must be one of {', '.join(names)}, or the dotted path of a module of yours; "
             f"got {self.stage!r}{nearest(self.stage, names)}",

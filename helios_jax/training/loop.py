@@ -62,7 +62,8 @@ def make_step(
             """(loss, sums of metrics and what to divide them by), gradients."""
 
             def loss(params: Any) -> tuple[jax.Array, Metrics]:
-                value, metrics = stage.loss(nnx.merge(state.graph, params, state.frozen), batch, keys, config)
+                model = nnx.merge(state.graph, params, state.frozen)
+                value, metrics = stage.loss(model, {**batch, "step": state.step}, keys, config)
                 return value, {name: x if isinstance(x, tuple) else (x, 1) for name, x in metrics.items()}
 
             return jax.value_and_grad(loss, has_aux=True)(state.params)

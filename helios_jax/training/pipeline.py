@@ -11,7 +11,7 @@ import numpy as np
 from helios_jax import lora, pretrained
 from helios_jax.config import ConfigError
 from helios_jax.data.video import VideoWriter
-from helios_jax.diffusion.schedule import SchedulerConfig
+from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig
 from helios_jax.models.text import UMT5Config
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer
@@ -47,16 +47,17 @@ def open_components(config: TrainConfig) -> Checkpoint | None:
             raise CheckpointError(f"{flow.components} has no {', '.join(missing)}")
         index = pretrained.read_json(folder / "model_index.json")
         variant = Variant(trained_size=tuple(index.get(TRAINED_SIZE, Variant.trained_size)))
-        if flow.pyramid is None:
-            own = SchedulerConfig(stages=1, stage_range=(0.0, 1.0), use_dynamic_shifting=True)
+        if config.distill is not None:  # a student knows the times that it was trained at, and no others
+            scheduler = _student_scheduler(config)
+            variant = dataclasses.replace(variant, pyramid=True, is_distilled=True)
         else:
-            own = flow.pyramid.scheduler()
-            variant = dataclasses.replace(variant, pyramid=True, is_cfg_zero_star=True)
-        scheduler = None
-        if not index.get("is_distilled", False):  # else its scheduler is one of few steps
-            scheduler = pretrained.read_config(folder / "scheduler", SchedulerConfig, "scheduler_config.json")
-        if scheduler is None or scheduler.stages != own.stages:
-            scheduler = own
+            scheduler = SchedulerConfig(stages=1, stage_range=(0.0, 1.0), use_dynamic_shifting=True)
+            if flow.pyramid is not None:
+                scheduler = flow.pyramid.scheduler()
+                variant = dataclasses.replace(variant, pyramid=True, is_cfg_zero_star=True)
+            if not index.get("is_distilled", False):  # else the folder's scheduler is one of few steps
+                found = pretrained.read_config(folder / "scheduler", SchedulerConfig, "scheduler_config.json")
+                scheduler = found if found.stages == scheduler.stages else scheduler
         checkpoint = Checkpoint(
             folder=folder,
             subfolder="transformer",
@@ -84,8 +85,23 @@ def open_components(config: TrainConfig) -> Checkpoint | None:
     return checkpoint
 
 
+def _student_scheduler(config: TrainConfig) -> DMDSchedulerConfig:
+    pyramid, distill = config.flow.pyramid, config.distill
+    assert pyramid is not None
+    assert distill is not None
+    return DMDSchedulerConfig(
+        stages=len(distill.steps),
+        stage_range=pyramid.stage_range,
+        gamma=pyramid.gamma,
+        use_dynamic_shifting=distill.shift is not None,
+        time_shift_type=distill.shift or "linear",
+    )
+
+
 def _options(validation: ValidationConfig, config: TrainConfig) -> Options:
-    memory, pyramid = config.flow.memory, validation.pyramid_num_inference_steps_list
+    memory, pyramid, distill = config.flow.memory, validation.pyramid_num_inference_steps_list, config.distill
+    if distill is not None:
+        pyramid = pyramid or distill.steps
     return Options(
         height=validation.height,
         width=validation.width,
@@ -96,6 +112,7 @@ def _options(validation: ValidationConfig, config: TrainConfig) -> Options:
         history_sizes=(memory.long, memory.mid, memory.recent),
         num_latent_frames_per_chunk=memory.frames_per_chunk,
         fps=validation.fps,
+        is_amplify_first_chunk=distill is not None and distill.amplify_first_chunk,
     )
 
 

@@ -10,7 +10,7 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 
 from helios_jax.sharding import shardings
-from helios_jax.training.config import EMAConfig
+from helios_jax.training.optim import EMAConfig
 from helios_jax.training.trainable import ALL, check, settle_dtypes, trainable
 
 
@@ -102,6 +102,7 @@ def update(state: TrainState, grads: Any, optimizer: optax.GradientTransformatio
     average = state.ema
     if ema is not None:
         keep = jnp.where(state.step < ema.start, 0.0, ema.decay)
+        keep = jnp.where((state.step >= ema.start) & (state.step % ema.every != 0), 1.0, keep)
         average = jax.tree.map(lambda a, x: keep * a + (1 - keep) * x.astype(jnp.float32), state.ema, params)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=average)
 

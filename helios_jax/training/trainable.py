@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from helios_jax.config import ConfigError
+from helios_jax.config import ConfigError, require
 from helios_jax.lora import LoRAWeight
 from helios_jax.pretrained import dtype_of
 
@@ -16,6 +17,34 @@ ALL, ADAPTERS = "all", "adapters"
 
 # An nnx filter: (path, variable) -> whether it is trained.
 Filter = Callable[[tuple[Any, ...], Any], bool]
+
+
+@dataclass
+class LoRAConfig:
+    """Low-rank adapters to be trained, A gaussian and B zero at first; `trainable` must name "adapters".
+
+    `target_modules` are diffusers' names, or ends of names, of the layers that get one: by default every linear layer,
+    as upstream. `alpha` null is the rank.
+    """
+
+    rank: int = 128
+    alpha: float | None = None
+    target_modules: tuple[str, ...] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "ffn.net.0.proj",
+        "ffn.net.2",
+        "linear_1",
+        "linear_2",
+        "time_proj",
+        "proj_out",
+    )
+
+    def __post_init__(self):
+        require(self.rank > 0, f"rank must be at least 1, got {self.rank}")
+        require(bool(self.target_modules), "target_modules must name a layer, as in [to_q, to_v]")
 
 
 def trainable(names: Sequence[str]) -> Filter:

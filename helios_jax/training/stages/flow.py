@@ -39,24 +39,34 @@ def batches(config: TrainConfig) -> Any:
 
     Raises ConfigError for data or components that are not there or do not fit.
     """
+    return chunks(config)
+
+
+def chunks(config: TrainConfig, num_chunks: int = 1, constant: str | None = None) -> Any:
+    """`batches` of `num_chunks` in a row, their latents one after the other in `target`.
+
+    `constant` is the name of an embedding beside the records that every sample gets, as `negative`.
+    """
     memory = config.flow.memory
     open_components(config)
+    folder = Path(config.data.folder)
     try:
         make = "python -m helios_jax.data.precompute --help"
         source = open_source(config.data.folder, "train", make=make)
-        empty = np.load(Path(config.data.folder) / EMPTY_TEXT)
+        empty = np.load(folder / EMPTY_TEXT)
+        more = {} if constant is None else {"negative": np.load(folder / constant).astype(np.float32)}
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data.folder: {error}") from None
     check_size(source[0]["latents"].shape[-3:-1], config)
     sizes = (memory.long, memory.mid, memory.recent)
-    pick = chunk_transform(sizes, memory.frames_per_chunk, first=config.flow.first_chunk)
+    pick = chunk_transform(sizes, memory.frames_per_chunk, num_chunks, first=config.flow.first_chunk)
 
     def transform(example, rng):
         example = pick(example, rng)
         text = empty if rng.random() < config.flow.text_drop else example["text"]
         arrays = {name: example[name].astype(np.float32) for name in ("target", "history", "anchor")}
         known = {"id": f"{example['id']} chunk {example['chunk']}"} if "id" in example else {}
-        return {**arrays, "text": text.astype(np.float32), "chunk": example["chunk"], **known}
+        return {**arrays, "text": text.astype(np.float32), "chunk": example["chunk"], **known, **more}
 
     return loader(
         source,
@@ -88,7 +98,7 @@ def loss(
     A sample's draws depend on its own key alone.
     """
     flow, dtype = config.flow, jnp.dtype(config.precision)
-    k_drop, k_corrupt, k_time, k_noise = (jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys) for i in range(4))
+    k_drop, k_corrupt, k_time, k_noise = (fold(keys, i) for i in range(4))
     history, anchor = batch["history"], batch["anchor"]
     if flow.drop is not None:
         history, anchor = drop_history(k_drop, history, anchor, flow.drop, flow.memory)
@@ -113,6 +123,11 @@ def loss(
     return errors.mean(), _metrics(errors, samples, flow)
 
 
+def fold(keys: Key[Array, " b"], number: int) -> Key[Array, " b"]:
+    """For each sample the key of its `number`-th draw."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
 def make_samples(
     target: Float[Array, "b t h w c"],
     noise: Float[Array, "b t h w c"],
@@ -125,7 +140,7 @@ def make_samples(
     quantiles, used = [], 0
     for ratio in flow.pyramid.sample_ratios:
         numbers = range(used, used := used + ratio)
-        drawn = [draw_quantile(jax.vmap(lambda k, i=i: jax.random.fold_in(k, i))(keys), flow.times) for i in numbers]
+        drawn = [draw_quantile(fold(keys, i), flow.times) for i in numbers]
         quantiles.append(jnp.stack(drawn))
     return pyramid_samples(target, noise, quantiles, stages(flow.pyramid.scheduler()), flow.times)
 

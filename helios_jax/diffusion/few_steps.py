@@ -1,0 +1,168 @@
+"""The student of stage 3: a chunk in few steps, of which one a level is taken with a gradient (paper section 3.5).
+
+Each level begins with noise (or the level below, upsampled and noised); a step predicts the level's result, and all but
+the last noise it again with what the level began with: the DMD solver of `diffusion.solvers`. In training a level ends
+at a step drawn at random, so that every step learns; the gradient goes through that step only, and from there into the
+levels below as far as nothing stopped it (upstream's inference_with_trajectory_stage2).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from helios_jax.diffusion.denoise import ChunkNoise, Level, enter, first_sample
+from helios_jax.diffusion.memory import History
+from helios_jax.diffusion.schedule import SchedulerConfig, dynamic_shift, shift_sigmas, stages, upsampling_weights
+from helios_jax.diffusion.solvers import Steps
+
+# (level's sample [b, t, h, w, c], timestep [b], whether gradients are wanted) -> velocity
+Velocity = Callable[[Array, Array, bool], Array]
+
+
+@dataclass(unsafe_hash=True)
+class RolloutConfig:
+    """How many chunks the student makes in a row before the one that is scored (self-forcing), that one counted.
+
+    From `smallest` to `largest`, all as likely. With a cold start, the first `cold_start` steps take the smallest and,
+    from step `warm_start` of them on, one more (upstream's dmd_num_latent_sections_*, cold_start_step,
+    stage_cold_start_step). The data's history comes before the first.
+    """
+
+    smallest: int = 1
+    largest: int = 1
+    cold_start: int = 0
+    warm_start: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.smallest <= self.largest:
+            raise ValueError(f"smallest must be at least 1 and at most largest ({self.largest}), got {self.smallest}")
+        if self.warm_start is not None and not (self.warm_start <= self.cold_start and self.smallest < self.largest):
+            raise ValueError(
+                f"warm_start {self.warm_start} must come before cold_start {self.cold_start}, and largest must be above"
+                f" smallest: it takes one chunk more"
+            )
+
+    def draw(self, key: Key[Array, ""], step: Int[Array, ""]) -> Int[Array, ""]:
+        """The number of chunks of a training step, the same for all samples."""
+        drawn = jax.random.randint(key, (), self.smallest, self.largest + 1)
+        cold = jnp.asarray(self.smallest)
+        if self.warm_start is not None:
+            cold = cold + (step >= self.warm_start)
+        return jnp.where(step < self.cold_start, cold, drawn)
+
+
+@struct.dataclass
+class StudentLevel:
+    """The steps of one level: in row 0 those of all chunks, in row 1 those of a video's first chunk.
+
+    timestep [2, steps] and sigma [2, steps + 1] (ending in 0) are filled up with zeros, `count` [2] says how many are
+    meant; `entry` is how the level is entered.
+    """
+
+    timestep: Any
+    sigma: Any
+    count: Any
+    entry: Level
+
+
+def student_levels(
+    scheduler: SchedulerConfig,
+    steps: Sequence[int],
+    tokens: int,
+    *,
+    amplify_first_chunk: bool = True,
+    shift: Literal["exponential", "linear"] | None = "linear",
+) -> tuple[StudentLevel, ...]:
+    """The tables of `steps` at each level, coarsest first, for a chunk of `tokens` noisy tokens at full size.
+
+    Twice as many in a video's first chunk with `amplify_first_chunk`. As in upstream's training the dynamic shift is
+    that of the level's own size, and timesteps are not rounded.
+    """
+    levels, most = [], 1 + amplify_first_chunk
+    for i, stage in enumerate(stages(scheduler)):
+        timestep, sigma = np.zeros((2, most * steps[i])), np.zeros((2, most * steps[i] + 1))
+        counts = steps[i], most * steps[i]
+        for row, count in enumerate(counts):
+            table = np.linspace(0.999, 0.999 / scheduler.num_train_timesteps, count + 1)[:-1]
+            high, low = stage.timesteps
+            if shift is None:
+                times = np.linspace(high, low, count + 1)[:-1]
+            else:
+                mu = dynamic_shift(tokens // 4 ** (len(steps) - 1 - i))
+                table = shift_sigmas(table, mu, shift)
+                times = low + table * (high - low)
+            timestep[row, :count], sigma[row, :count] = times, table
+        entry = Level(Steps(None, None, None))
+        if i > 0:
+            alpha, beta = (jnp.asarray(x, jnp.float32) for x in upsampling_weights(stage.entry, scheduler.gamma))
+            entry = entry.replace(alpha=alpha, beta=beta, gamma=scheduler.gamma)
+        arrays = (jnp.asarray(timestep, jnp.float32), jnp.asarray(sigma, jnp.float32), jnp.asarray(counts))
+        levels.append(StudentLevel(*arrays, entry))
+    return tuple(levels)
+
+
+def is_first_chunk(history: History) -> Bool[Array, " b"]:
+    """Which samples have no past at all."""
+    return ~(history.latents.any((1, 2, 3, 4)) | history.anchor.any((1, 2, 3, 4)))
+
+
+def draw_exits(key: Key[Array, ""], levels: Sequence[StudentLevel], first: Bool[Array, " b"]) -> list[Int[Array, " b"]]:
+    """At which step each level ends: one draw for all samples, and one for those that are a first chunk.
+
+    (One for all, since a batch takes as many passes as its longest sample.)
+    """
+    exits = []
+    for i, level in enumerate(levels):
+        u = jax.random.uniform(jax.random.fold_in(key, i), (2,))
+        exits.append(jnp.floor(u * level.count).astype(jnp.int32)[first.astype(jnp.int32)])
+    return exits
+
+
+def last_exits(levels: Sequence[StudentLevel], first: Bool[Array, " b"]) -> list[Int[Array, " b"]]:
+    """Every level to its end: what the sampler does."""
+    return [(level.count - 1)[first.astype(jnp.int32)] for level in levels]
+
+
+def generate(
+    velocity: Velocity,
+    noise: ChunkNoise,
+    levels: Sequence[StudentLevel],
+    exits: Sequence[Int[Array, " b"]],
+    first: Bool[Array, " b"],
+) -> Float[Array, "b t h w c"]:
+    """The student's chunk, each level ended at its step of `exits`; `first` chooses each sample's row of the tables."""
+
+    row = first.astype(jnp.int32)
+    sample = first_sample(noise, [level.entry for level in levels])
+    for i, (level, stop) in enumerate(zip(levels, exits, strict=True)):
+        if i > 0:
+            sample = enter(level.entry, sample, noise.blocks[i - 1])
+        timestep, sigma = level.timestep[row], level.sigma[row]
+        origin = jax.lax.stop_gradient(sample)
+
+        before = jax.lax.fori_loop(0, stop.max(), partial(_step, velocity, timestep, sigma, origin, stop), origin)
+        # Where the first step is the last, what is below gets a gradient through it.
+        before = jnp.where(_at(stop == 0), sample, jax.lax.stop_gradient(before))
+        (t,), (s,) = (jnp.take_along_axis(x, stop[:, None], 1).T for x in (timestep, sigma))
+        sample = before - _at(s) * velocity(before, t, True)
+    return sample
+
+
+def _step(
+    velocity: Velocity, timestep: Array, sigma: Array, origin: Array, stop: Array, k: Array, sample: Array
+) -> Array:
+    """Step k of a level, for those samples whose last step comes later."""
+    x0 = sample - _at(sigma[:, k]) * velocity(sample, timestep[:, k], False)
+    after = _at(sigma[:, k + 1])
+    return jnp.where(_at(k < stop), (1 - after) * x0 + after * origin, sample)
+
+
+def _at(x: Array) -> Array:
+    return x[:, None, None, None, None]

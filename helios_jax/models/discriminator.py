@@ -1,0 +1,105 @@
+"""The heads that tell real latents from made ones, on what the fake score's transformer makes of them (paper 3.5)."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from helios_jax.models.nn import Conv, Linear, ones, param, zeros
+
+GROUPS = 32  # of the group norms
+
+
+@dataclass(unsafe_hash=True)
+class DiscriminatorConfig:
+    """`blocks` are the numbers, from 0, of the transformer's blocks whose noisy tokens a head sees; with `output` one
+    more sees the velocity. `dim` is the heads' width (upstream's gan_hooks, is_use_gan_final, gan_cond_map_dim)."""
+
+    blocks: tuple[int, ...] = (5, 15, 25, 35)
+    output: bool = True
+    dim: int = 768
+
+    def __post_init__(self) -> None:
+        self.blocks = tuple(self.blocks)
+        if not self.blocks and not self.output:
+            raise ValueError("a discriminator needs a head: name blocks, or set output")
+        if min(self.blocks, default=0) < 0:
+            raise ValueError(f"blocks are numbers from 0, got {self.blocks}")
+        if self.dim < 1 or self.dim % GROUPS:
+            raise ValueError(f"dim must be a multiple of {GROUPS} (the groups of its norms), got {self.dim}")
+
+
+class GroupNorm(nnx.Module):
+    """Normalised over each sample's frames, pixels and channels of one of 32 groups, in float32."""
+
+    def __init__(self, features: int, *, rngs: nnx.Rngs):
+        self.weight = param(rngs, ones, (features,), (None,))
+        self.bias = param(rngs, zeros, (features,), (None,))
+
+    def __call__(self, x: Float[Array, "b t h w d"]) -> Float[Array, "b t h w d"]:
+        grouped = x.astype(jnp.float32).reshape(*x.shape[:4], GROUPS, -1)
+        axes = (1, 2, 3, 5)
+        grouped = grouped - grouped.mean(axes, keepdims=True)
+        grouped = grouped * jax.lax.rsqrt(jnp.square(grouped).mean(axes, keepdims=True) + 1e-5)
+        y = grouped.reshape(x.shape) * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Head(nnx.Module):
+    """Six convolutions, each with group norm and SiLU, a mean over what is left, one number (upstream's
+    Discriminator3DHead)."""
+
+    # Kernel, stride and padding of each convolution, in time, height and width.
+    SHAPES: ClassVar = (
+        ((3, 3, 3), (1, 1, 1), (1, 1, 1)),
+        ((4, 4, 4), (2, 2, 2), (1, 1, 1)),
+        ((4, 4, 4), (2, 2, 2), (1, 1, 1)),
+        ((3, 3, 3), (2, 1, 1), (1, 1, 1)),
+        ((3, 3, 3), (2, 1, 1), (1, 1, 1)),
+        ((1, 3, 3), (1, 1, 1), (0, 1, 1)),
+    )
+
+    def __init__(self, in_features: int, dim: int, *, rngs: nnx.Rngs):
+        def conv(i: int) -> Conv:
+            kernel, stride, padding = self.SHAPES[i]
+            sides = [(p, p) for p in padding]
+            axes = ("embed" if i else None, "mlp")
+            return Conv(dim if i else in_features, dim, kernel, stride=stride, padding=sides, axes=axes, rngs=rngs)
+
+        self.convs = nnx.List([conv(i) for i in range(len(self.SHAPES))])
+        self.norms = nnx.List([GroupNorm(dim, rngs=rngs) for _ in self.SHAPES])
+        self.out = Linear(dim, 1, axes=("embed", None), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t h w d"]) -> Float[Array, " b"]:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = jax.nn.silu(norm(conv(x)))
+        return self.out(x.mean((1, 2, 3)))[:, 0].astype(jnp.float32)
+
+    @classmethod
+    def smallest(cls, axis: int) -> int:
+        """How long an input must be along time, height or width (0 to 2) for something to be left."""
+        size = 1
+        for kernel, stride, padding in reversed(cls.SHAPES):
+            size = max(1, (size - 1) * stride[axis] + kernel[axis] - 2 * padding[axis])
+        return size
+
+
+class Discriminator(nnx.Module):
+    """A head for the velocity and one for each chosen block."""
+
+    def __init__(self, config: DiscriminatorConfig, width: int, channels: int, *, rngs: nnx.Rngs):
+        """`width` is the transformer's, `channels` those of its velocity."""
+        self.config = config
+        self.output = Head(channels, config.dim, rngs=rngs) if config.output else None
+        self.blocks = nnx.List([Head(width, config.dim, rngs=rngs) for _ in config.blocks])
+
+    def __call__(
+        self, velocity: Float[Array, "b t h w c"], hidden: tuple[Float[Array, "b _t _h _w d"], ...]
+    ) -> Float[Array, "b heads"]:
+        """Logits, low for real latents (upstream's sign)."""
+        heads = [] if self.output is None else [self.output(velocity)]
+        heads += [head(x) for head, x in zip(self.blocks, hidden, strict=True)]
+        return jnp.stack(heads, 1)
