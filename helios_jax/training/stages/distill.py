@@ -38,6 +38,8 @@ from helios_jax.training.start import transformer_config
 
 __all__ = ["batches", "export", "init", "load", "loss", "make_optimizer", "validate"]
 
+COMMON = 2**31 - 1  # apart from every step: the loop folds those into the same seed
+
 
 def batches(config: TrainConfig) -> Any:
     """`stages.flow`'s, with the negative text, and as many chunks as a rollout may have.
@@ -126,8 +128,8 @@ def loss(
     """The generator's loss, on its turns, plus the critic's; neither has a gradient for the other's parameters."""
     distill, step = _distill(config), batch["step"]
     scene = _scene(batch, fold(keys, 0), config)
-    # One draw for all samples: a batch takes as many passes as its longest rollout.
-    common = jax.random.fold_in(keys[0], 1)
+    # One draw for all samples, of all parts of a batch: it takes as many passes as its longest rollout.
+    common = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), COMMON), step)
     chunks = distill.rollout.draw(jax.random.fold_in(common, 0), step)
 
     critic_loss, metrics = _critic_loss(
