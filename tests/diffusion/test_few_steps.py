@@ -46,9 +46,7 @@ def test_to_the_end_it_makes_what_the_sampler_makes(amplify):
     scheduler = DMDSchedulerConfig(use_dynamic_shifting=False)
     history = History(jnp.zeros((2, 19, 8, 16, 4)), jnp.zeros((2, 1, 8, 16, 4)), jnp.asarray(False), jnp.asarray(0))
     table, draws = levels(amplify), noise()
-    ours = few_steps.generate(
-        lambda x, t, _: Network()(x, t), draws, table, few_steps.last_exits(table, FIRST), FIRST
-    )
+    ours = few_steps.generate(lambda x, t, _: Network()(x, t), draws, table, few_steps.last_exits(table, FIRST), FIRST)
     for i, first in enumerate(FIRST):
         counts = [n * (1 + bool(amplify and first)) for n in STEPS]
         plan = make_levels(scheduler, Variant(pyramid=True, is_distilled=True), counts, 96)
