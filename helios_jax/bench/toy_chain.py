@@ -38,7 +38,7 @@ STAGES = {
 }
 SCORES = ("shape", "colour", "background", "direction", "speed", "colour_error", "contrast", "chunk_jump")
 # What is drawn of a run; the players' losses of the last stage say more than their sum.
-PLAYERS = ("dmd_loss", "critic_loss", "gan_generator", "gan_critic", "gan_penalty")
+PLAYERS = ("dmd_distance", "critic_loss", "gan_generator", "gan_critic", "gan_penalty")
 
 
 def curves(chain: Path, path: Path) -> None:
