@@ -68,7 +68,8 @@ def make_players(config: TrainConfig) -> Players:
     """The players as the stage makes them, their values drawn without compiling each draw."""
     key, settings = jax.random.key(0), config.distill
     adapters = lora.LoRAConfig(LORA.rank, LORA.alpha, LORA.target_modules, init="gaussian")
-    critic = dataclasses.replace(adapters, name=players.CRITIC)
+    asked = settings.critic.lora
+    critic = lora.LoRAConfig(asked.rank, asked.alpha, asked.target_modules, init="gaussian", name=players.CRITIC)
     generator = lora.add(transformer(0), adapters, key, dtype=jnp.float32)
     score = None
     if settings.score.init is None:
@@ -212,7 +213,7 @@ def test_one_set_of_weights_serves_generator_and_both_scores(tmp_path):
     shared = lora.add(players._attach(lora.add(teacher, new, key), config), critic, key)
     one = Players(shared, None, None)
     two = Players(lora.add(lora.merge(between), new, key), lora.add(teacher, critic, key), None)
-    assert lora.names(one.student) == ["default", "before_0"]
+    assert sorted(lora.names(one.student)) == ["before_0", "default"]
     assert lora.names(one.fake) == [players.CRITIC]
     assert lora.names(one.real) == []
     frozen = nnx.split(one, trainable(config.trainable), ...)[2]
@@ -252,20 +253,25 @@ def test_a_rollout_scores_its_last_chunk_after_those_before(chunks):
 
 
 def test_one_batch_is_learnt():
-    """The student goes where the teacher has nothing more to change, and the critic knows it there."""
-    config = config_of(distill={"gan": None, "score": ScoreConfig(init="teacher", guidance_scale=0.0)})
-    config = dataclasses.replace(config, trainable=("adapters", "generator"))
-    config.flow.drop = config.flow.corruption = None
+    """The student goes where the teacher changes less and less, and the critic learns what it makes there."""
+    settled = {"lr": 3e-3, "betas": (0.0, 0.9), "weight_decay": 0.0}
+    critic = CriticConfig(LoRAConfig(rank=16), OptimConfig(**{**settled, "lr": 1e-2}), steps_per_generator=2)
+    config = config_of(
+        distill={"gan": None, "score": ScoreConfig(init="teacher", guidance_scale=0.0), "critic": critic},
+        flow={"drop": None, "corruption": None},
+    )
+    config = dataclasses.replace(config, trainable=("adapters", "generator"), optim=OptimConfig(**settled))
     optimizer, mesh, batch = distill.make_optimizer(config), make_mesh(config.mesh), batch_of()
     state = create(make_players(config), optimizer, None, config.trainable)
-    step, distance, critic = make_step(distill, config, optimizer, state, mesh), [], []
-    for _ in range(100):
-        # The same draws each time: the key follows from the step, which is set back to a turn of the generator's.
-        state, metrics = step(state.replace(step=jnp.zeros((), jnp.int32)), batch, jax.random.key(2))
-        critic.append(float(metrics["critic_loss"][0]))
-        distance.append(float(metrics["dmd_distance"][0]))
-    assert distance[-1] < 0.3 * distance[0], distance[::10]
-    assert critic[-1] < 0.5 * critic[0], critic[::10]
+    step, distance, error = make_step(distill, config, optimizer, state, mesh), [], []
+    for i in range(400):
+        state, metrics = step(state, batch, jax.random.key(2))
+        error.append(float(metrics["critic_loss"][0]))
+        if i % 2 == 0:
+            distance.append(float(metrics["dmd_distance"][0]))
+    for falls in (distance, error):
+        tenth = len(falls) // 10
+        assert np.mean(falls[-tenth:]) < 0.7 * np.mean(falls[:tenth]), falls[::tenth]
 
 
 def ode_batch():
