@@ -186,3 +186,4 @@ def test_trains_what_upstream_trains(path):
     whole = {dotted(at) for at, v in nnx.to_flat_state(state) if not isinstance(v, lora.LoRAWeight)}
     expected = {f"{name}.{part}" for name in PATCHES for part in ("weight", "bias")}
     assert whole == (expected if stage.startswith("stage1") else set())
+    assert ("discriminator" in config.trainable) == (stage == "stage3_gan")
