@@ -74,7 +74,8 @@ def _check(config: TrainConfig) -> None:
         return
     if not {ALL, "discriminator"} & set(config.trainable):
         raise ConfigError(
-            f"trainable: {list(config.trainable)} leaves the discriminator as it began; name it, or set distill.gan to null"
+            f"trainable: {list(config.trainable)} leaves the discriminator as it began; name it too, or set "
+            "distill.gan to null"
         )
     blocks, count = distill.gan.discriminator.blocks, scores.num_layers
     if max(blocks, default=0) >= count:
