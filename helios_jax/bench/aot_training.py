@@ -31,6 +31,7 @@ from helios_jax.training import loop
 from helios_jax.training.config import TrainConfig
 from helios_jax.training.optim import make_optimizer
 from helios_jax.training.state import abstract
+from pallas_kernels import device
 
 CONFIGS = ("configs/stage1_init.yaml", "configs/stage2_init.yaml", "configs/stage3_ode.yaml", "configs/stage3_gan.yaml")
 TOPOLOGY = "v5p:4x4x4"
@@ -45,7 +46,7 @@ def compiled(config: TrainConfig, mesh: Mesh) -> Any:
     stage = importlib.import_module(f"helios_jax.training.stages.{config.stage}")
     own = getattr(stage, "make_optimizer", None)
     optimizer = own(config) if own else make_optimizer(config.optim, config.steps)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), device.compiling_for(mesh.devices.flat[0]):
         state = abstract(
             partial(stage.init, config),
             jax.eval_shape(jax.random.key, 0),
