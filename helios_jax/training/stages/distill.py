@@ -37,6 +37,7 @@ from helios_jax.training.players import Players, init, load, score_config
 from helios_jax.training.stages import flow
 from helios_jax.training.stages.flow import Metrics, fold
 from helios_jax.training.start import transformer_config
+from helios_jax.training.trainable import ALL
 
 __all__ = ["batches", "export", "init", "load", "loss", "make_optimizer", "validate"]
 
@@ -80,6 +81,11 @@ def _check(config: TrainConfig) -> None:
         )
     if distill.gan is None:
         return
+    if not {ALL, "discriminator"} & set(config.trainable):
+        raise ConfigError(
+            f"trainable: {list(config.trainable)} leaves the discriminator as it began; name it too, or set "
+            "distill.gan to null"
+        )
     blocks, count = distill.gan.discriminator.blocks, scores.num_layers
     if max(blocks, default=0) >= count:
         raise ConfigError(f"distill.gan.discriminator.blocks: {blocks}, but the scores have blocks 0 to {count - 1}")
