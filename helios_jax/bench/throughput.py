@@ -93,7 +93,7 @@ class Ours:
         """TFLOP by part, and of the text's keys and values."""
         size, positions = self.size, self.text.shape[1]
         pt, ph, pw = size.transformer.patch_size
-        t, h, w, _ = self.sizes[-1]
+        _, h, w, _ = self.sizes[-1]
         memory = self.plan.memory
         tokens = (h // ph) * (w // pw)
 

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from helios_jax.bench.throughput_model import PROMPT, TOKENIZER, Size
+from helios_jax.models.transformer import FrameIndices, HistoryLatents
 from helios_jax.pretrained.layout import file_entries
 from helios_jax.sampling.pipeline import HeliosPipeline
 
@@ -153,9 +154,9 @@ class Reference:
             return vae.decode(x).sample.float().movedim(1, -1).cpu().numpy()
 
     def velocity(
-        self, latents: np.ndarray, timestep: float, text: np.ndarray, history: Any, indices: Any
+        self, latents: np.ndarray, timestep: float, text: np.ndarray, history: HistoryLatents, indices: FrameIndices
     ) -> np.ndarray:
-        """One pass of the transformer, channels last; `history` and `indices` are those of `diffusion.memory.window`."""
+        """One pass of the transformer, channels last, with what `diffusion.memory.window` gives."""
         torch, model = self._torch, self.pipe.transformer
 
         def video(x: Any) -> Any:
