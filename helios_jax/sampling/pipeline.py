@@ -20,15 +20,15 @@ from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.text import UMT5Encoder
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer
-from helios_jax.models.vae import AutoencoderKLWan, denormalize
+from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.sampling import sampler
 from helios_jax.sampling.arguments import Prompt, check_output_type, make_negatives, make_seeds
 from helios_jax.sampling.checkpoint import Checkpoint, write_index
 from helios_jax.sampling.config import Options, Switch
 from helios_jax.sampling.context import from_image, from_video, prepare_images, prepare_videos
+from helios_jax.sampling.frames import decode
 from helios_jax.sampling.noise import Noise, SeededNoise
 from helios_jax.sampling.plan import Plan, Variant, make_plan
-from helios_jax.sampling.program import program
 from helios_jax.sampling.prompts import make_schedule
 from helios_jax.sampling.stream import Call, Stream, read_state
 from helios_jax.sampling.text import Texts, encode_prompts
@@ -42,14 +42,6 @@ class HeliosPipelineOutput:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.frames, dtype)
-
-
-@program(static_argnames="dtype")
-def decode(vae: AutoencoderKLWan, latents: Float[Array, "b t h w c"], *, dtype: str) -> Array:
-    """One chunk's pixels: float32 in [0, 1], or uint8."""
-    x = denormalize(latents, vae.config).astype(vae.post_quant_conv.weight.dtype)
-    pixels = jnp.clip(vae.decode(x).astype(jnp.float32) / 2 + 0.5, 0, 1)
-    return jnp.round(pixels * 255).astype(jnp.uint8) if dtype == "uint8" else pixels
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -16,7 +17,8 @@ from helios_jax.sampling.prompts import Mixture, Prompts
 
 @program()
 def encode_text(encoder: UMT5Encoder, ids: Array, mask: Array) -> Array:
-    return umt5.encode(encoder, ids, mask)
+    with jax.named_scope("text_encoder"):
+        return umt5.encode(encoder, ids, mask)
 
 
 @program()
