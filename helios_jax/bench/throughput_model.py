@@ -1,5 +1,6 @@
-"""What the throughput benchmark runs: pipelines of a given size, with random weights made on the device."""
+"""What the throughput benchmark runs: pipelines of a given size with random weights."""
 
+import math
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import helios_jax
@@ -60,19 +63,19 @@ SIZES = {
 
 
 def make(size: Size, dtype: Any, *, stacked: bool) -> HeliosPipeline:
-    """The pipeline with weights drawn on the device in `dtype`, at a scale that keeps activations near one."""
+    """The pipeline with weights drawn in `dtype`, at a scale that keeps activations near one."""
 
     def network(model: Any, salt: int) -> Any:
         graph, parameters, rest = nnx.split(model, nnx.Param, ...)
         filled = []
         for path, variable in nnx.to_flat_state(parameters):
             name = "/".join(map(str, path))
-            key = jax.random.fold_in(jax.random.key(salt), zlib.crc32(name.encode()))
-            layers = len(variable.shape) - len(variable.axes)
-            kind = dtype_of(model, path, dtype)
+            shape, kind = variable.shape, dtype_of(model, path, dtype)
             vector = len(variable.axes) == 1
-            offset = float(vector and not name.endswith("bias"))
-            filled.append((path, variable.replace(_draw(key, variable.shape, kind, layers, vector, offset))))
+            fan = math.prod(shape[len(shape) - len(variable.axes) : -1])
+            offset, scale = float(vector and not name.endswith("bias")), 0.1 if vector else fan**-0.5
+            seed = salt, zlib.crc32(name.encode())
+            filled.append((path, variable.replace(_draw(seed, shape, kind, offset, scale))))
         return nnx.merge(graph, nnx.from_flat_state(filled), rest)
 
     transformer = network(Transformer.abstract(size.transformer, stacked=stacked), 0)
@@ -83,10 +86,13 @@ def make(size: Size, dtype: Any, *, stacked: bool) -> HeliosPipeline:
     return HeliosPipeline(transformer, vae, text, Tokenizer.from_pretrained(TOKENIZER), scheduler, variant)
 
 
+def _draw(seed: tuple[int, int], shape: tuple[int, ...], dtype: Any, offset: float, scale: float) -> jax.Array:
+    if jax.default_backend() == "cpu":  # compiling a draw for every shape would take minutes
+        return jnp.asarray(offset + scale * np.random.default_rng(seed).standard_normal(shape, np.float32), dtype)
+    key = jax.random.fold_in(jax.random.key(seed[0]), seed[1])
+    return _draw_on_device(key, shape, dtype, offset, scale)
+
+
 @partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _draw(key: jax.Array, shape: tuple[int, ...], dtype: Any, layers: int, vector: bool, offset: float) -> jax.Array:
-    fan = 1
-    for n in shape[layers:-1]:
-        fan *= n
-    scale = 0.1 if vector else fan**-0.5
+def _draw_on_device(key: jax.Array, shape: tuple[int, ...], dtype: Any, offset: float, scale: float) -> jax.Array:
     return (offset + scale * jax.random.normal(key, shape, dtype)).astype(dtype)
