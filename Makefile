@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS ?=
 
-.PHONY: sample test test-light lint format parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
+.PHONY: sample test test-light lint format bench parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
 
 sample: $(VENV)/.run  ## sample a video of four chunks with the embedded model
 	$(BIN)/python sample.py configs/toy/sample.yaml $(ARGS)
@@ -26,6 +26,9 @@ lint: $(VENV)/.test  ## ruff and pyright
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/.test  ## time the sampler on what there is, beside diffusers, and write docs/benchmarks/
+	$(BIN)/python -m helios_jax.bench.throughput $(ARGS)
 
 parity: $(VENV)/.test  ## measure our error against the references and write docs/parity.md
 	$(BIN)/python -m tests.parity.report docs/parity.md

@@ -42,6 +42,7 @@ FLAGS = {
         "naming": "of the videos of --csv: id or heliosbench",
         "state": "a file to be kept up to date while the video grows, to go on from",
         "resume": "such a file: make what is missing of that video",
+        "profile": "a folder for a trace of the second chunk, which is warm, for Perfetto or XProf",
     },
 }
 

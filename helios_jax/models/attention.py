@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from helios_jax.models.blockwise import blockwise
+
 Implementation = Literal["xla", "cudnn"]
 # The segment of each query and of each key, known when the program is compiled.
 Segments = tuple[np.ndarray, np.ndarray]
@@ -40,6 +42,11 @@ def attention(
 
 
 def _xla(query: Array, key: Array, value: Array) -> Array:
+    # The choice falls while lowering, so a program compiled on a host for another platform gets that platform's.
+    return jax.lax.platform_dependent(query, key, value, cpu=blockwise, default=_at_once)
+
+
+def _at_once(query: Array, key: Array, value: Array) -> Array:
     scale = query.shape[-1] ** -0.5
     logits = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=jnp.float32) * scale
     weights = jax.nn.softmax(logits, -1).astype(value.dtype)
