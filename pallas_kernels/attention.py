@@ -59,5 +59,4 @@ def attention(
     if reason:
         raise ValueError(f"{reason}: implementation='xla' runs everywhere")
     sizes = tiles.lookup("attention", device.kind(), query.shape[1])
-    kernel = attention_tpu.attention if device.platform() == "tpu" else attention_gpu.attention
-    return kernel(query, key, value, key_lengths, sizes)
+    return attention_tpu.attention(query, key, value, key_lengths, sizes)

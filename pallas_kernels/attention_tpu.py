@@ -45,7 +45,7 @@ def attention(
         lengths = jnp.full((b,), m) if key_lengths is None else key_lengths
         hidden = (jnp.arange(key.shape[2]) >= lengths[:, None]).astype(jnp.int32)
         segments = splash.SegmentIds(jnp.zeros((b, query.shape[2]), jnp.int32), hidden)
-    out = jax.vmap(kernel)(query, key, value, segments)
+    out: Array = jax.vmap(kernel)(query, key, value, segments)  # pyright: ignore[reportAssignmentType]
     return out[:, :, :n].transpose(0, 2, 1, 3)
 
 

@@ -25,8 +25,9 @@ def _device() -> Any:
 
 
 def platform() -> str:
-    """"tpu", "gpu" or "cpu"."""
-    return {"cuda": "gpu", "rocm": "gpu"}.get(_device().platform, _device().platform)
+    """ "tpu", "gpu" or "cpu"."""
+    name: str = _device().platform
+    return "gpu" if name in ("cuda", "rocm") else name
 
 
 def kind() -> str:
