@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import attention_tpu, device, tiles
+from pallas_kernels import attention_gpu, attention_tpu, device, tiles
 
 Implementation = Literal["xla", "pallas"]
 
@@ -59,4 +59,5 @@ def attention(
     if reason:
         raise ValueError(f"{reason}: implementation='xla' runs everywhere")
     sizes = tiles.lookup("attention", device.kind(), query.shape[1])
-    return attention_tpu.attention(query, key, value, key_lengths, sizes)
+    kernel = attention_tpu.attention if device.platform() == "tpu" else attention_gpu.attention
+    return kernel(query, key, value, key_lengths, sizes)
