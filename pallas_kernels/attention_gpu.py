@@ -2,8 +2,8 @@
 
 A block of the grid has two warpgroups that compute, each for rows of its own, and one that copies the keys and values
 that both read into a ring of slots in shared memory. Tensor cores multiply from there (`wgmma`); sums and the softmax
-stay in float32 registers. A length need be a multiple of nothing: copies from beyond the end are zeros, and copies
-to there are left out.
+stay in float32 registers. A length need be a multiple of nothing: what is copied from beyond an end is zeros, and the
+output has room for whole tiles.
 """
 
 import math
@@ -53,16 +53,16 @@ def attention(
 def _forward(query: Array, key: Array, value: Array, key_lengths: Array | None, tiles: Tiles, interpret: Any) -> Array:
     (b, n, heads, head_dim), m = query.shape, key.shape[1]
     rows, columns = tiles["block_q"], tiles["block_k"]
-    slots = min(tiles["slots"], pl.cdiv(m, columns))
+    slots, tile_count = min(tiles["slots"], pl.cdiv(m, columns)), pl.cdiv(n, GROUPS * rows)
     lengths = jnp.full((b,), m, jnp.int32) if key_lengths is None else key_lengths.astype(jnp.int32)
 
     def tile(slots: int, size: int) -> Any:
         return gpu.SMEM((slots, size, head_dim), query.dtype, transforms=TILED)
 
-    return gpu.kernel(
+    out = gpu.kernel(
         partial(_kernel, interpret=interpret is not None),
-        out_type=jax.ShapeDtypeStruct(query.shape, query.dtype),
-        grid=(heads, pl.cdiv(n, GROUPS * rows), b),
+        out_type=jax.ShapeDtypeStruct((b, tile_count * GROUPS * rows, heads, head_dim), query.dtype),
+        grid=(heads, tile_count, b),
         grid_names=("head", "tile", "sample"),
         num_threads=GROUPS + 1,
         thread_name="group",
@@ -79,6 +79,7 @@ def _forward(query: Array, key: Array, value: Array, key_lengths: Array | None, 
         compiler_params=gpu.CompilerParams(approx_math=True),
         **({} if interpret is None else {"interpret": interpret}),
     )(query, key, value, lengths)
+    return out[:, :n]
 
 
 def _kernel(
@@ -152,7 +153,13 @@ def _kernel(
             pl.when(i >= slots)(lambda: gpu.barrier_wait(value_free.at[slot]))
             gpu.copy_gmem_to_smem(value.at[there], value_tiles.at[slot], value_in.at[slot])
 
+        def drain(i, _):
+            slot = lax.rem(i, jnp.array(slots, i.dtype))
+            gpu.barrier_wait(key_free.at[slot])
+            gpu.barrier_wait(value_free.at[slot])
+
         lax.fori_loop(0, steps, step, None)
+        lax.fori_loop(jnp.maximum(steps - slots, 0), steps, drain, None)  # no barrier ends unobserved
 
 
 def _multiply(a: Any, b: Any, *, transposed: bool = False) -> Array:
