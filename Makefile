@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS ?=
+# Compilers for devices that are not here; in an environment of their own, or jax would look for those devices.
+AOT := .venv-aot
 
-.PHONY: sample test test-light lint format bench parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
+.PHONY: sample test test-light aot lint format bench parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
 
 sample: $(VENV)/.run  ## sample a video of four chunks with the embedded model
 	$(BIN)/python sample.py configs/toy/sample.yaml $(ARGS)
@@ -17,6 +19,9 @@ test: $(VENV)/.test  ## every test, those against torch, diffusers and transform
 
 test-light: $(VENV)/.test-light  ## the tests that need no torch
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not reference" $(ARGS)
+
+aot: $(AOT)/.aot  ## compile the 14B model and the kernels for TPUs and an H100; needs neither
+	$(AOT)/bin/python -m pytest -q -s tests/aot $(ARGS)
 
 lint: $(VENV)/.test  ## ruff and pyright
 	$(BIN)/ruff check .
@@ -91,7 +96,7 @@ lock: $(VENV)/.test  ## requirements*.txt from pyproject.toml
 		--extra test --extra reference -c requirements.txt -o requirements-test.txt
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AOT) .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -108,3 +113,8 @@ $(VENV)/.test: requirements-test.txt | $(BIN)/python
 $(VENV)/.test-light: requirements-test.txt | $(BIN)/python
 	$(PIP) install -r requirements-test.txt
 	@touch $@ $(VENV)/.run
+
+$(AOT)/.aot: requirements.txt requirements-aot.txt
+	$(PYTHON) -m venv $(AOT)
+	$(AOT)/bin/python -m pip --disable-pip-version-check -q install -r requirements.txt -r requirements-aot.txt
+	@touch $@

@@ -10,13 +10,16 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
+
+from pallas_kernels.device import compiling_for
 
 # cuDNN convolves channels-last without transposes, and cublasLt adds bias and GELU to a product itself, which Triton's
 # products would leave to another kernel.
@@ -77,8 +80,12 @@ def compiled(function: Callable[..., Any], *arguments: Any, platform: str, donat
     `arguments` are pytrees of `jax.ShapeDtypeStruct` with shardings; those numbered in `donate` may be overwritten.
     Returns a `jax.stages.Compiled`. Raises what the compiler raises, such as RESOURCE_EXHAUSTED.
     """
-    jitted = jax.jit(function, donate_argnums=donate, compiler_options=compiler_options(platform))
-    return jitted.lower(*arguments).compile()
+    sharding = jax.tree.leaves(arguments)[0].sharding
+    # A new function: what jax keeps of an earlier trace may hold another device's kernels.
+    jitted = jax.jit(lambda *args: function(*args), donate_argnums=donate, compiler_options=compiler_options(platform))
+    mesh = jax.set_mesh(sharding.mesh) if isinstance(sharding, NamedSharding) else nullcontext()
+    with mesh, compiling_for(next(iter(sharding.device_set))):
+        return jitted.lower(*arguments).compile()
 
 
 @dataclass(frozen=True)

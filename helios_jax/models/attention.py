@@ -1,19 +1,27 @@
-"""Attention over [b, n, heads, head_dim]."""
+"""Attention over [b, n, heads, head_dim], by one of three implementations."""
 
+import logging
+import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from helios_jax.models.blockwise import blockwise
+from helios_jax.sharding import BATCH, RULES
+from pallas_kernels import attention as pallas
+from pallas_kernels import device
 
-Implementation = Literal["xla", "cudnn"]
+Implementation = Literal["xla", "cudnn", "pallas"]
 # The segment of each query and of each key, known when the program is compiled.
 Segments = tuple[np.ndarray, np.ndarray]
+
+log = logging.getLogger(__name__)
 
 
 def attention(
@@ -28,17 +36,61 @@ def attention(
 
     With `segments` a query sees the keys of its own segment only: several sequences packed into one. Each of them is
     then computed on its own, so that nothing is spent on what a mask would hide.
-    Without `implementation` cuDNN runs half-precision inputs on an NVIDIA GPU and XLA everything else.
+    Without `implementation` cuDNN runs on NVIDIA GPUs, Pallas on TPUs, and XLA where they cannot; the log says which.
+    Raises ValueError when the one asked for cannot run.
     """
-    if implementation is None:
-        half = query.dtype.itemsize == 2 and query.shape[-1] % 8 == 0
-        implementation = "cudnn" if jax.default_backend() == "gpu" and half else "xla"
+    implementation = _choose(query, implementation)
     attend: Callable[..., Array] = _xla
     if implementation == "cudnn":
         attend = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    elif implementation == "pallas":
+        attend = _pallas
     if segments is None:
         return attend(query, key, value)
     return _by_segment(attend, query, key, value, segments)
+
+
+def _pallas(query: Array, key: Array, value: Array) -> Array:
+    """Under a mesh (`jax.set_mesh`) each device runs the kernel on its samples and heads, if they divide."""
+    attend = partial(pallas.attention, implementation="pallas")
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh is None or mesh.empty or mesh.size == 1:
+        return attend(query, key, value)
+    samples = BATCH if query.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH) == 0 else None
+    heads = RULES["heads"] if query.shape[2] % mesh.shape[RULES["heads"]] == 0 else None
+    split = PartitionSpec(samples, None, heads)
+    return jax.shard_map(attend, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)(query, key, value)
+
+
+def _choose(query: Array, asked: Implementation | None) -> Implementation:
+    reasons = {"xla": None, "cudnn": _no_cudnn(query), "pallas": pallas.unsupported(query)}
+    if asked is not None:
+        if reasons[asked]:
+            raise ValueError(f"attention: {reasons[asked]}; leave implementation out, or ask for 'xla'")
+        return asked
+    best: Implementation = "cudnn" if device.platform() == "gpu" else "pallas"
+    if device.platform() == "cpu" or reasons[best] is None:
+        chosen: Implementation = "xla" if device.platform() == "cpu" else best
+        _say(f"attention by {chosen} ({device.kind()})")
+        return chosen
+    _say(f"attention by xla ({device.kind()}): {reasons[best]}")
+    return "xla"
+
+
+def _no_cudnn(query: Array) -> str | None:
+    """Why cuDNN's attention cannot run here for such queries."""
+    if device.platform() != "gpu":
+        return f"cuDNN runs on NVIDIA GPUs, and this is {device.platform()}"
+    if query.dtype.itemsize != 2:
+        return f"cuDNN's attention is for bfloat16 and float16, and the queries are {query.dtype}"
+    if query.shape[-1] % 8 or query.shape[-1] > 128:
+        return f"cuDNN's attention is for head_dim in multiples of 8 up to 128, not {query.shape[-1]}"
+    return None
+
+
+@cache
+def _say(line: str) -> None:
+    log.info(line)
 
 
 def _xla(query: Array, key: Array, value: Array) -> Array:

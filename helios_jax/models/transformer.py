@@ -1,7 +1,6 @@
 """The Helios transformer: one denoising pass over compressed history and noisy latents (paper section 3)."""
 
 import math
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -12,63 +11,13 @@ from flax import nnx, struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from helios_jax.models.attention import Implementation, attention
+from helios_jax.models.attention import Implementation
+from helios_jax.models.block import Block, TextKV, TransformerConfig
 from helios_jax.models.embeddings import ConditionEmbedder, Patches, coarser
-from helios_jax.models.nn import LayerNorm, Linear, RMSNorm, layer_norm, normal, ones, param, zeros
+from helios_jax.models.nn import Linear, layer_norm, normal, param, zeros
 from helios_jax.models.packing import Packing
 from helios_jax.models.remat import BLOCK_INPUT, Remat, policy
-from helios_jax.models.rope import Rotary, apply_rotary, pad_replicate, rotary
-
-MAX_KEY_SCALE = 10.0  # history keys are multiplied by 1 to 10
-
-
-@dataclass(unsafe_hash=True)
-class TransformerConfig:
-    """The architecture, in the names of diffusers' `HeliosTransformer3DModel`; the defaults are the released 14B."""
-
-    CLASS_NAME: ClassVar[str] = "HeliosTransformer3DModel"
-    WEIGHTS_NAME: ClassVar[str] = "diffusion_pytorch_model.safetensors"
-
-    patch_size: tuple[int, ...] = (1, 2, 2)
-    num_attention_heads: int = 40
-    attention_head_dim: int = 128
-    in_channels: int = 16
-    out_channels: int = 16
-    text_dim: int = 4096
-    freq_dim: int = 256
-    ffn_dim: int = 13824
-    num_layers: int = 40
-    cross_attn_norm: bool = True
-    qk_norm: str = "rms_norm_across_heads"
-    eps: float = 1e-6
-    added_kv_proj_dim: int | None = None
-    rope_dim: tuple[int, ...] = (44, 42, 42)
-    rope_theta: float = 10000.0
-    guidance_cross_attn: bool = True
-    zero_history_timestep: bool = True
-    has_multi_term_memory_patch: bool = True
-    is_amplify_history: bool = False
-    history_scale_mode: str = "per_head"
-
-    def __post_init__(self) -> None:
-        self.patch_size, self.rope_dim = tuple(self.patch_size), tuple(self.rope_dim)
-        self.out_channels = self.out_channels or self.in_channels
-        if sum(self.rope_dim) != self.attention_head_dim or any(d % 2 for d in self.rope_dim):
-            raise ValueError(
-                f"rope_dim {self.rope_dim} must be three even numbers whose sum is attention_head_dim"
-                f" ({self.attention_head_dim})"
-            )
-        if self.history_scale_mode not in ("scalar", "per_head"):
-            raise ValueError(f"history_scale_mode is {self.history_scale_mode!r}, not 'scalar' or 'per_head'")
-        if self.qk_norm != "rms_norm_across_heads":
-            raise ValueError(f"qk_norm is {self.qk_norm!r}: Helios has 'rms_norm_across_heads' only")
-        if self.added_kv_proj_dim is not None:
-            raise ValueError("added_kv_proj_dim must be null: Helios takes images through its history, not through it")
-
-    @property
-    def dim(self) -> int:
-        """Width of the residual stream."""
-        return self.num_attention_heads * self.attention_head_dim
+from helios_jax.models.rope import Rotary, pad_replicate, rotary
 
 
 # The fields of the next two are not annotated with shapes: jax puts things that are no arrays into pytrees, too.
@@ -91,109 +40,10 @@ class FrameIndices:
     long: Any = None
 
 
-# Keys and values of the text in one block.
-TextKV = tuple[Float[Array, "b m heads head_dim"], Float[Array, "b m heads head_dim"]]
 # Those of all blocks: one array each when the blocks are stacked, else a tuple over blocks.
 TextCache = (
     tuple[Float[Array, "layers b m heads head_dim"], Float[Array, "layers b m heads head_dim"]] | tuple[TextKV, ...]
 )
-
-
-class Attention(nnx.Module):
-    """q/k RMS-normalised across all heads, then split into heads."""
-
-    def __init__(self, config: TransformerConfig, *, history_scale: bool, rngs: nnx.Rngs):
-        dim, self.heads = config.dim, config.num_attention_heads
-        self.to_q = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
-        self.to_k = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
-        self.to_v = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
-        self.to_out = Linear(dim, dim, axes=("heads", "embed"), rngs=rngs)
-        self.norm_q = RMSNorm(dim, config.eps, axes=("heads",), rngs=rngs)
-        self.norm_k = RMSNorm(dim, config.eps, axes=("heads",), rngs=rngs)
-        scales = config.num_attention_heads if config.history_scale_mode == "per_head" else 1
-        self.history_key_scale = param(rngs, ones, (scales,), (None,)) if history_scale else None
-
-    def query(self, x: Float[Array, "b n d"]) -> Float[Array, "b n heads head_dim"]:
-        return rearrange(self.norm_q(self.to_q(x)), "b n (heads d) -> b n heads d", heads=self.heads)
-
-    def key_value(self, x: Float[Array, "b n d"]) -> TextKV:
-        key, value = self.norm_k(self.to_k(x)), self.to_v(x)
-        split = "b n (heads d) -> b n heads d"
-        return rearrange(key, split, heads=self.heads), rearrange(value, split, heads=self.heads)
-
-    def out(self, x: Float[Array, "b n heads head_dim"]) -> Float[Array, "b n d"]:
-        return self.to_out(rearrange(x, "b n heads d -> b n (heads d)"))
-
-    def scale_history(self, key: Float[Array, "b n heads head_dim"], num_history: int):
-        """History keys times 1 + 9 sigmoid(s): how strongly the past is attended to."""
-        if self.history_key_scale is None or num_history == 0:
-            return key
-        scale = 1 + jax.nn.sigmoid(self.history_key_scale[...].astype(jnp.float32)) * (MAX_KEY_SCALE - 1)
-        history = (jnp.arange(key.shape[1]) < num_history)[None, :, None, None]
-        return jnp.where(history, key * scale[:, None], key).astype(key.dtype)
-
-
-class FeedForward(nnx.Module):
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.up = Linear(config.dim, config.ffn_dim, axes=("embed", "mlp"), rngs=rngs)
-        self.down = Linear(config.ffn_dim, config.dim, axes=("mlp", "embed"), rngs=rngs)
-
-    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return self.down(jax.nn.gelu(self.up(x), approximate=True))
-
-
-class Block(nnx.Module):
-    """Self-attention over history and noisy tokens, cross-attention to the text, feed-forward; all adaLN-gated."""
-
-    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.eps, self.guidance_cross_attn = config.eps, config.guidance_cross_attn
-        self.attn1 = Attention(config, history_scale=config.is_amplify_history, rngs=rngs)
-        self.attn2 = Attention(config, history_scale=False, rngs=rngs)
-        self.norm2 = LayerNorm(config.dim, config.eps, rngs=rngs) if config.cross_attn_norm else None
-        self.ffn = FeedForward(config, rngs=rngs)
-        self.scale_shift_table = param(rngs, normal(config.dim**-0.5), (1, 6, config.dim), (None, None, "embed"))
-
-    def __call__(
-        self,
-        x: Float[Array, "b n d"],
-        time: Float[Array, "b rows 6 d"],
-        table: Rotary,
-        text: TextKV,
-        packing: Packing,
-        *,
-        keep_history: bool = True,
-        implementation: Implementation | None = None,
-    ) -> Float[Array, "b n_out d"]:
-        """`keep_history=False` returns the noisy tokens alone: all that is needed after the last block."""
-        rows = self.scale_shift_table[...].astype(jnp.float32) + time.astype(jnp.float32)
-        num_history = packing.num_history
-        start = 0 if keep_history else num_history
-
-        def row(i: int, history: bool = keep_history):
-            return packing.rows(rows[:, :, i], history=history)
-
-        def modulate(x, shift: int, history: bool = keep_history):
-            return (layer_norm(x, self.eps) * (1 + row(shift + 1, history)) + row(shift, history)).astype(x.dtype)
-
-        normed = modulate(x, 0, history=True)
-        key, value = self.attn1.key_value(normed)
-        key = self.attn1.scale_history(apply_rotary(key, table), num_history)
-        query = apply_rotary(self.attn1.query(normed[:, start:]), (table[0][:, start:], table[1][:, start:]))
-        segments = packing.segments(history=keep_history)
-        attended = self.attn1.out(attention(query, key, value, segments=segments, implementation=implementation))
-
-        x, num_history = x[:, start:], num_history - start
-        x = (x.astype(jnp.float32) + attended.astype(jnp.float32) * row(2)).astype(x.dtype)
-
-        # With guidance_cross_attn the text speaks to the noisy tokens only.
-        first = num_history if self.guidance_cross_attn else 0
-        noisy = x[:, first:]
-        query = self.attn2.query(noisy if self.norm2 is None else self.norm2(noisy))
-        noisy = noisy + self.attn2.out(attention(query, *text, implementation=implementation))
-        x = jnp.concatenate([x[:, :first], noisy], 1) if first else noisy
-
-        fed = self.ffn(modulate(x, 3)).astype(jnp.float32)
-        return (x.astype(jnp.float32) + fed * row(5)).astype(x.dtype)
 
 
 class OutputNorm(nnx.Module):

@@ -1,0 +1,63 @@
+"""Attention of every query to the first keys of its row, without the [n, m] matrix: values and gradients."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import attention_gpu, attention_tpu, device, tiles
+
+Implementation = Literal["xla", "pallas"]
+
+
+def reference(
+    query: Float[Array, "b n heads head_dim"],
+    key: Float[Array, "b m heads head_dim"],
+    value: Float[Array, "b m heads head_dim"],
+    key_lengths: Int[Array, " b"] | None = None,
+) -> Float[Array, "b n heads head_dim"]:
+    """softmax(query key^T / sqrt(head_dim)) value over the first `key_lengths` keys; the softmax is float32."""
+    scale = query.shape[-1] ** -0.5
+    logits = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=jnp.float32) * scale
+    if key_lengths is not None:
+        logits = jnp.where(jnp.arange(key.shape[1]) < key_lengths[:, None, None, None], logits, -jnp.inf)
+    weights = jax.nn.softmax(logits, -1).astype(value.dtype)
+    return jnp.einsum("bhnm,bmhd->bnhd", weights, value)
+
+
+def unsupported(query: Array) -> str | None:
+    """Why the kernel cannot run here for such queries, or None if it can."""
+    platform, head_dim = device.platform(), query.shape[-1]
+    if platform not in ("tpu", "gpu"):
+        return f"Pallas attention has kernels for TPUs and NVIDIA GPUs (Hopper), and this runs on {platform}"
+    if head_dim not in (64, 128):
+        return f"Pallas attention has kernels for head_dim 64 and 128, not {head_dim}"
+    if platform == "gpu" and query.dtype != jnp.bfloat16:
+        return f"Pallas attention on a GPU is bfloat16, and the queries are {query.dtype}"
+    if platform == "gpu" and not any(name in device.kind() for name in ("H100", "H200", "H800", "H20", "GH200")):
+        return f"Pallas attention's GPU kernel is written for Hopper (H100, H200), and this is a {device.kind()}"
+    return None
+
+
+def attention(
+    query: Float[Array, "b n heads head_dim"],
+    key: Float[Array, "b m heads head_dim"],
+    value: Float[Array, "b m heads head_dim"],
+    key_lengths: Int[Array, " b"] | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "b n heads head_dim"]:
+    """`reference`, in as many keys of each row as `key_lengths` says (at least one; without it all).
+
+    Without `implementation` the kernel runs where there is one for these inputs and XLA elsewhere. Raises ValueError
+    when "pallas" is asked for and cannot run.
+    """
+    reason = None if implementation == "xla" else unsupported(query)
+    if implementation == "xla" or (implementation is None and reason):
+        return reference(query, key, value, key_lengths)
+    if reason:
+        raise ValueError(f"{reason}: implementation='xla' runs everywhere")
+    sizes = tiles.lookup("attention", device.kind(), query.shape[1])
+    kernel = attention_tpu.attention if device.platform() == "tpu" else attention_gpu.attention
+    return kernel(query, key, value, key_lengths, sizes)

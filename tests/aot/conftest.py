@@ -1,0 +1,47 @@
+"""Devices to compile for, and a table of what was compiled. jax itself runs on the CPU: the rest is not here."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helios_jax import compile as compilation
+
+ROWS = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def h100() -> Any:
+    return compilation.gpu_topology(Path(__file__).with_name("h100_target.txt")).devices[0]
+
+
+@pytest.fixture(scope="session")
+def tpu() -> Callable[[str], Any]:
+    """A chip of a slice, such as "v5p:2x2x1"."""
+    return lambda name: compilation.tpu_topology(name).devices[0]
+
+
+@pytest.fixture
+def report(request) -> Callable[[str, Any, Any], compilation.Memory]:
+    """Notes a program and its device for the table, and returns its memory."""
+
+    def note(name: str, device: Any, program: Any) -> compilation.Memory:
+        memory = compilation.memory(program)
+        numbers = (memory.temporaries, memory.arguments, memory.peak)
+        row = f"{name:42} {device.device_kind:24}" + "".join(f"{number / 1e9:12.3f}" for number in numbers)
+        request.config.stash.setdefault(ROWS, []).append(row)
+        return memory
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    terminalreporter.section("compiled, sizes in GB")
+    terminalreporter.write_line(f"{'program':42} {'device':24}{'temporaries':>12}{'arguments':>12}{'peak':>12}")
+    for row in config.stash.get(ROWS, []):
+        terminalreporter.write_line(row)

@@ -1,0 +1,58 @@
+"""The programs of the released 14B model at 384 x 640 as functions and the shapes of their arguments, in bfloat16."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from helios_jax.diffusion import memory
+from helios_jax.models.block import Block, TransformerConfig
+from helios_jax.models.packing import Packing
+from helios_jax.models.transformer import Transformer
+from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
+
+HISTORY, NOISY, TEXT = 2400, 8640, 512  # tokens
+LATENTS = (1, 9, 48, 80, 16)
+CONFIG = TransformerConfig()
+
+
+def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def half(tree: Any) -> Any:
+    """The same shapes, what is float32 in bfloat16."""
+    return jax.tree.map(lambda x: shape(*x.shape, dtype=jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype), tree)
+
+
+def block() -> tuple[Any, tuple[Any, ...]]:
+    """One of the 40 blocks, over the history and a chunk at full size."""
+    tokens, angles = HISTORY + NOISY, CONFIG.attention_head_dim // 2
+    heads = (CONFIG.num_attention_heads, CONFIG.attention_head_dim)
+    arguments = (
+        half(nnx.eval_shape(lambda: Block(CONFIG, rngs=nnx.Rngs(0)))),
+        shape(1, tokens, CONFIG.dim),
+        shape(1, 2, 6, CONFIG.dim, dtype=jnp.float32),
+        (shape(1, tokens, angles, dtype=jnp.float32),) * 2,
+        (shape(1, TEXT, *heads),) * 2,
+    )
+    return lambda block, x, time, table, text: block(x, time, table, text, Packing(HISTORY, (NOISY,))), arguments
+
+
+def transformer() -> tuple[Any, tuple[Any, ...]]:
+    """A whole pass of the unrolled model over a chunk at full size."""
+    model, config = half(Transformer.abstract(CONFIG)), memory.MemoryConfig()
+    history = half(jax.eval_shape(lambda: memory.empty(config, 1, *LATENTS[2:])))
+    text = jax.eval_shape(lambda model, x: model.text_kv(x), model, shape(1, TEXT, CONFIG.text_dim))
+
+    def run(model, latents, time, text, history):
+        return model(latents, time, text, *memory.window(config, history))
+
+    return run, (model, shape(*LATENTS), shape(1, dtype=jnp.float32), text, history)
+
+
+def decoder() -> tuple[Any, tuple[Any, ...]]:
+    """33 frames of 384 x 640 from their 9 latent ones, at once."""
+    vae = half(nnx.eval_shape(lambda: AutoencoderKLWan(VAEConfig(), rngs=nnx.Rngs(0))))
+    return lambda vae, latents: vae.decode(latents), (vae, shape(*LATENTS))
