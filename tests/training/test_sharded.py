@@ -39,7 +39,7 @@ def prepared(stage: str, root: Path, mesh: tuple[str, ...]):
 def begin(config: TrainConfig, module, mesh):
     make, load = partial(module.init, config), partial(module.load, config)
     key, sgd = jax.random.key(0), optax.sgd(1.0)
-    return init_sharded(make, key, sgd, None, mesh, load, config.trainable, config.precision), sgd
+    return init_sharded(make, key, sgd, config.optim.ema, mesh, load, config.trainable, config.precision), sgd
 
 
 def step(stage: str, root: Path, mesh: tuple[str, ...], folder: Path | None = None) -> dict[str, np.ndarray]:
