@@ -56,7 +56,7 @@ def compiled(config: TrainConfig, mesh: Mesh) -> Any:
             config.trainable,
             config.precision,
         )
-        step = loop.make_step(stage, config, optimizer, state, mesh)
+        step: Any = loop.make_step(stage, config, optimizer, state, mesh)
         return step.lower(state, batch(config, mesh), jax.eval_shape(jax.random.key, config.seed)).compile()
 
 
