@@ -9,7 +9,7 @@ ARGS ?=
 # Compilers for devices that are not here; in an environment of their own, or jax would look for those devices.
 AOT := .venv-aot
 
-.PHONY: sample test test-light aot lint format parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score
+.PHONY: sample test test-light aot lint format bench parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
 
 sample: $(VENV)/.run  ## sample a video of four chunks with the embedded model
 	$(BIN)/python sample.py configs/toy/sample.yaml $(ARGS)
@@ -31,6 +31,9 @@ lint: $(VENV)/.test  ## ruff and pyright
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: $(VENV)/.test  ## time the sampler on what there is, beside diffusers, and write docs/benchmarks/
+	$(BIN)/python -m helios_jax.bench.throughput $(ARGS)
 
 parity: $(VENV)/.test  ## measure our error against the references and write docs/parity.md
 	$(BIN)/python -m tests.parity.report docs/parity.md
@@ -54,6 +57,38 @@ toy-stage1: $(VENV)/.run  ## on two CPU devices: small steps use two cores bette
 	cp -r runs/toy-stage1/pipeline/transformer $(TOY)/
 toy-score: $(VENV)/.run  ## score the model on captions that training never saw
 	$(BIN)/python -m helios_jax.bench.toy_report --model $(TOY) --out docs/toy.md $(ARGS)
+
+# --- the toy's three stages, each from the one before, as at 14B; `make chain` goes on where it was stopped ---
+CHAIN := runs/toy-chain
+TWO := XLA_FLAGS=--xla_force_host_platform_device_count=2
+done = $(CHAIN)/$(1)/pipeline/model_index.json
+# A stage ends with its export, whose index is written last; a run that was stopped, which exits
+# with 0 too, goes on from its checkpoint.
+train = $(TWO) $(BIN)/python train.py configs/toy/$(1).yaml $(ARGS) && test -f $@
+
+chain: $(CHAIN)/report.md  ## stage 1 init, post, 2 init, post, 3 ODE, 3 DMD + GAN, export, and a report of them
+$(CHAIN)/report.md: $(call done,stage3_distill) | $(VENV)/.test-light
+	$(BIN)/python -m helios_jax.bench.toy_chain --chain $(CHAIN) --out $@
+$(call done,stage3_distill): $(call done,stage3_ode)
+	$(call train,stage3_distill)
+$(call done,stage3_ode): $(CHAIN)/ode.done
+	$(call train,stage3_ode)
+$(CHAIN)/ode.done: $(call done,stage2_post)
+	$(BIN)/python -m helios_jax.data.toy_build --captions --videos 256 --out $(CHAIN)/captions.txt
+	$(BIN)/python -m helios_jax.data.precompute ode --prompts $(CHAIN)/captions.txt --model $(CHAIN)/stage2_post/pipeline \
+		--out $(CHAIN)/ode --size 64x64 --num-frames 132 --steps 20 20 20 --guidance-scale 3 --negative-prompt "" \
+		--time-shift-type exponential --batch 32 --shard-size 64
+	touch $@
+$(call done,stage2_post): $(call done,stage2_init)
+	$(call train,stage2_post)
+$(call done,stage2_init): $(call done,stage1_post)
+	$(call train,stage2_init)
+$(call done,stage1_post): $(call done,stage1_init)
+	$(call train,stage1_post)
+$(call done,stage1_init): $(CHAIN)/wan/transformer/config.json | toy-data toy-latents
+	$(call train,stage1_init)
+$(CHAIN)/wan/transformer/config.json: | $(VENV)/.run
+	$(BIN)/python -m helios_jax.training.toy_wan --model $(TOY) --out $(CHAIN)/wan
 
 lock: $(VENV)/.test  ## requirements*.txt from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-header -q -o requirements.txt

@@ -47,7 +47,7 @@ def join_hosts(processes: int) -> None:
 def make_mesh(config: "MeshConfig", devices: Sequence[Any] | None = None) -> Mesh:
     """The (data, fsdp, tensor, context) mesh over `devices` (default: all); a null size takes the devices left over.
 
-    Raises ValueError when the sizes do not multiply to the number of devices.
+    Raises ValueError when the sizes do not multiply to the number of devices, or fit no grid of a TPU pod's links.
     """
     devices = list(devices or jax.devices())
     sizes = {name: getattr(config, name) for name in AXES}
@@ -56,7 +56,14 @@ def make_mesh(config: "MeshConfig", devices: Sequence[Any] | None = None) -> Mes
     if int(np.prod(shape)) != len(devices):
         asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(f"mesh {asked} does not fit {len(devices)} devices; change a size or set one to null")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    except NotImplementedError:  # of a TPU pod, whose links are a grid
+        asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape))
+        raise ValueError(
+            f"mesh {asked} cannot be laid over this pod: each size must be a product of some of the pod's sides "
+            "(of 4x4x4: 4, 16 or 64)"
+        ) from None
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

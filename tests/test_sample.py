@@ -118,6 +118,12 @@ def test_the_sidecar_says_how_the_video_was_made(config, tmp_path):
     assert "time to first chunk" in facts["figures"]
 
 
+def test_a_profile_is_of_the_second_chunk(config, tmp_path, capsys):
+    assert run(config, "--num-frames", "18", "--profile", str(tmp_path / "trace")) == 0
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+    assert f"profile: {tmp_path}/trace" in capsys.readouterr().out
+
+
 def test_frames_and_latents(config, tmp_path, folder):
     assert run(config, "--num-frames", 12, "--out", tmp_path / "x.npz") == 0
     with np.load(tmp_path / "x.npz") as file:
@@ -251,6 +257,8 @@ def test_a_bad_csv_is_one_line(config, tmp_path, capsys, text, arguments, words)
         (["--format", "png"], ["format is png"]),
         (["ids=[1]"], ["ids", "csv"]),
         (["image_noise_sigma_min=0.9"], ["image_noise_sigma_min"]),
+        (["--profile", "trace", "--num-frames", "9"], ["profile", "num_frames 9", "ask for 10"]),
+        (["--profile", "trace", "--csv", "x.csv"], ["profile", "csv"]),
     ],
 )
 def test_bad_tasks_are_one_line(config, arguments, words, capsys, tmp_path):

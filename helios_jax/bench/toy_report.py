@@ -10,8 +10,10 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -54,16 +56,16 @@ def held_out(videos: int) -> list[toy.Scene]:
 
 
 def generate(
-    pipe: HeliosPipeline, captions: list[str], frames: int, batch: int, steps: int, guidance: float
+    pipe: HeliosPipeline, captions: list[str], frames: int, batch: int, options: Mapping[str, Any]
 ) -> list[np.ndarray]:
-    """uint8 videos [t, h, w, 3], one for each caption, the n-th with seed n."""
+    """uint8 videos [t, h, w, 3], one for each caption, the n-th with seed n; `options` are the pipeline's."""
     videos: list[np.ndarray] = []
     size = {"height": toy.NOMINAL_SIZE, "width": toy.NOMINAL_SIZE}
     for first in range(0, len(captions), batch):
         prompts = captions[first : first + batch]
         seeds = list(range(first, first + len(prompts)))
-        options = {"num_frames": frames, "num_inference_steps": steps, "guidance_scale": guidance, "seed": seeds}
-        videos.extend(np.round(pipe(prompts, **size, **options).frames * 255).astype(np.uint8))
+        frames_of = pipe(prompts, **size, num_frames=frames, seed=seeds, **options).frames
+        videos.extend(np.round(frames_of * 255).astype(np.uint8))
     return videos
 
 
@@ -121,7 +123,9 @@ def main(argv: list[str] | None = None) -> int:
     captions = [toy.caption(scene) for scene in scenes]
     frames = args.chunks * toy.CHUNK_FRAMES
     begin = time.monotonic()
-    videos = generate(pipe, captions, frames, args.batch, args.steps, args.guidance)
+    videos = generate(
+        pipe, captions, frames, args.batch, {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    )
     seconds = time.monotonic() - begin
     real = [toy.render(scene, frames) for scene in scenes]
     attributes = [toy.parse_caption(caption) for caption in captions]

@@ -33,10 +33,20 @@ def build(out: Path, *, videos: int, test_videos: int, chunks: int, seed: int, s
     )
 
 
+def write_captions(out: Path, *, videos: int, seed: int) -> None:
+    """Writes the captions of the first `videos` training videos into `out`, a prompt a line, some of them alike."""
+    captions = [toy.caption(toy.sample_scene(seed * 10**9 + i, "train")) for i in range(videos)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(f"{caption}\n" for caption in captions))
+
+
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and builds. Prints one line with what was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not hold anything")
+    parser.add_argument(
+        "--captions", action="store_true", help="write the captions of the training videos alone: --out is a text file"
+    )
     parser.add_argument("--videos", type=int, default=3000, help="training videos")
     parser.add_argument("--test-videos", type=int, default=200, help="videos with held-out captions")
     parser.add_argument("--chunks", type=int, default=4, help=f"chunks of {toy.CHUNK_FRAMES} frames a video")
@@ -48,6 +58,10 @@ def main(argv: list[str] | None = None) -> None:
             parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
     if args.seed < 0:
         parser.error(f"--seed is {args.seed}: it must be 0 or more")
+    if args.captions:
+        write_captions(args.out, videos=args.videos, seed=args.seed)
+        print(f"{args.out}: {args.videos} training captions")
+        return
     try:
         build(
             args.out,

@@ -11,13 +11,14 @@ lora.save(model, "folder")  # diffusers' pipe.load_lora_weights("folder") reads 
 Every function returns another model; its argument stays as it is.
 """
 
-from helios_jax.lora.adapters import LoRA, LoRAScale, LoRAWeight, names, remove, set_scale
+from helios_jax.lora.adapters import FrozenLoRAWeight, LoRA, LoRAScale, LoRAWeight, freeze, names, remove, set_scale
 from helios_jax.lora.attach import LoRAConfig, add, attach, check
 from helios_jax.lora.files import LoRAFile, file_and_scale, from_arrays, read
 from helios_jax.lora.merge import merge, unmerge
 from helios_jax.lora.save import save
 
 __all__ = [
+    "FrozenLoRAWeight",
     "LoRA",
     "LoRAConfig",
     "LoRAFile",
@@ -27,6 +28,7 @@ __all__ = [
     "attach",
     "check",
     "file_and_scale",
+    "freeze",
     "from_arrays",
     "merge",
     "names",

@@ -27,6 +27,10 @@ class LoRAWeight(nnx.Variable):
     """A matrix or bias of an adapter: what is trained."""
 
 
+class FrozenLoRAWeight(LoRAWeight):
+    """The same of an adapter that stays as it is while others are trained (`freeze`)."""
+
+
 class LoRAScale(nnx.Variable):
     """A factor of an adapter: what is not trained."""
 
@@ -133,6 +137,19 @@ def remove(model: Model, name: str | None = None) -> Model:
     model = copy(model)
     for _, module in list(adapted(model)):
         set_adapters(module, [a for a in module.adapters if name is not None and a.name != name])
+    return model
+
+
+def freeze(model: Model, name: str) -> Model:
+    """`model` with the adapter `name` taken out of what is trained. Raises ValueError for an unknown name."""
+    check_names([name], names(model))
+    model = copy(model)
+    for _, module in adapted(model):
+        for adapter in module.adapters:
+            if adapter.name == name:
+                for part in ("a", "b", "bias"):
+                    if (old := getattr(adapter, part)) is not None:
+                        setattr(adapter, part, FrozenLoRAWeight(old[...], axes=old.axes))
     return model
 
 

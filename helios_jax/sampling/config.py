@@ -151,6 +151,7 @@ class SampleConfig(Options):
     format: Literal["mp4", "png", "npz"] | None = None  # png: a folder of frames; npz: latents; null: as `out` ends
     state: str | None = None  # a file that is kept up to date while the video grows, to go on from
     resume: str | None = None  # such a file: make what is missing of that video
+    profile: str | None = None  # a folder for a trace of the second chunk, which is warm
 
     def __post_init__(self):
         super().__post_init__()
@@ -162,5 +163,7 @@ class SampleConfig(Options):
             raise ValueError("image and video were both given: a video begins with the one or continues the other")
         if self.csv is not None and (self.state or self.resume):
             raise ValueError("csv makes many videos, state and resume are of one: leave either out")
+        if self.csv is not None and self.profile is not None:
+            raise ValueError("profile is of one video, csv makes many: leave either out")
         if self.csv is None and (self.ids or self.naming != "id"):
             raise ValueError("ids and naming are for a csv of prompts: give csv, or leave them out")

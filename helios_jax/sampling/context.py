@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -22,6 +21,7 @@ from helios_jax.diffusion.memory import History, MemoryConfig, empty
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
 from helios_jax.sampling.config import ContextConfig
 from helios_jax.sampling.noise import Noise, draw
+from helios_jax.sampling.program import program
 
 ImageInput = Image.Image | np.ndarray | str | os.PathLike
 Posterior = Sequence[Array]  # mean and standard deviation [n, t, h, w, c]
@@ -166,7 +166,7 @@ def from_video(
     return _history(memory, anchor, jnp.concatenate(chunks, 1))
 
 
-@jax.jit
+@program()
 def _posterior(vae: AutoencoderKLWan, pixels: Float[Array, "n t h w 3"]) -> Posterior:
     """The one program that encodes: a chunk's mean and standard deviation, in float32."""
     mean, logvar = vae.encode(pixels.astype(vae.quant_conv.weight.dtype))

@@ -20,12 +20,13 @@ from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.text import UMT5Encoder
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer
-from helios_jax.models.vae import AutoencoderKLWan, denormalize
+from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.sampling import sampler
 from helios_jax.sampling.arguments import Prompt, check_output_type, make_negatives, make_seeds
 from helios_jax.sampling.checkpoint import Checkpoint, write_index
 from helios_jax.sampling.config import Options, Switch
 from helios_jax.sampling.context import from_image, from_video, prepare_images, prepare_videos
+from helios_jax.sampling.frames import decode
 from helios_jax.sampling.noise import Noise, SeededNoise
 from helios_jax.sampling.plan import Plan, Variant, make_plan
 from helios_jax.sampling.prompts import make_schedule
@@ -41,14 +42,6 @@ class HeliosPipelineOutput:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.frames, dtype)
-
-
-@partial(jax.jit, static_argnames="dtype")
-def decode(vae: AutoencoderKLWan, latents: Float[Array, "b t h w c"], *, dtype: str) -> Array:
-    """One chunk's pixels: float32 in [0, 1], or uint8."""
-    x = denormalize(latents, vae.config).astype(vae.post_quant_conv.weight.dtype)
-    pixels = jnp.clip(vae.decode(x).astype(jnp.float32) / 2 + 0.5, 0, 1)
-    return jnp.round(pixels * 255).astype(jnp.uint8) if dtype == "uint8" else pixels
 
 
 @dataclass
@@ -79,7 +72,7 @@ class HeliosPipeline:
         transformer: str = "transformer",
         revision: str | None = None,
         dtype: Any = None,
-        vae_dtype: Any = jnp.float32,
+        vae_dtype: Any = None,
         stacked: bool | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "HeliosPipeline":
@@ -87,7 +80,8 @@ class HeliosPipeline:
 
         `transformer` is the subfolder with the transformer: released repositories also have those of other stages,
         such as transformer_ode. `dtype` is that of the transformer and the text encoder: bfloat16 where there is an
-        accelerator and float32 on CPU unless given. The VAE stays float32 unless asked otherwise. `stacked` keeps
+        accelerator and float32 on CPU unless given. `vae_dtype` is the VAE's: `dtype` or, on CPU,
+        float32. `stacked` keeps
         transformer blocks stacked and scanned (the default on TPU) or as a list (elsewhere). With a `mesh`
         (`helios_jax.sharding.make_mesh`) each device gets its shard of every tensor.
 
@@ -100,7 +94,9 @@ class HeliosPipeline:
         backend = jax.default_backend()
         dtype = jnp.dtype(dtype or (jnp.float32 if backend == "cpu" else jnp.bfloat16))
         stacked = backend == "tpu" if stacked is None else stacked
-        networks = checkpoint.load(dtype, jnp.dtype(vae_dtype), stacked, mesh)
+        networks = checkpoint.load(
+            dtype, jnp.dtype(vae_dtype or (jnp.float32 if backend == "cpu" else dtype)), stacked, mesh
+        )
         return cls(*networks, checkpoint.tokenizer, checkpoint.scheduler, checkpoint.variant)
 
     def save_pretrained(self, folder: str | Path, *, dtype: Any = None, max_shard_size: int | str = "5GB") -> None:

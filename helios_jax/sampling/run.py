@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import jax
@@ -76,6 +76,9 @@ def run(config: SampleConfig) -> int:
 def _check(job: Job, plan: Plan, checkpoint: Checkpoint, *, strict: bool) -> None:
     """Raises ValueError for what a video cannot be made of; inputs of a CSV's row fail when its turn comes."""
     config = job.config
+    if config.profile is not None and plan.num_chunks is not None and plan.num_chunks < 2:
+        least = plan.chunk_frames + 1
+        raise ValueError(f"profile traces the second chunk, and num_frames {plan.num_frames} has one: ask for {least}")
     if config.resume is None:
         make_schedule([config.prompt], config.switches, config, plan.chunk_frames)
     if strict:
@@ -96,6 +99,7 @@ def make(pipe: HeliosPipeline, job: Job, checkpoint: Checkpoint, begin: float) -
     with (
         closing(open_writer(job.out, config.fps, config.height, config.width)) as writer,
         Progress(*columns, disable=not sys.stderr.isatty()) as bars,
+        ExitStack() as trace,
     ):
         plan = pipe.plan(config)
         first = 0
@@ -112,6 +116,10 @@ def make(pipe: HeliosPipeline, job: Job, checkpoint: Checkpoint, begin: float) -
             for out in stream:
                 writer.write(out[0])
                 times.append(time.monotonic())
+                if config.profile is not None and len(times) == 1:
+                    trace.enter_context(jax.profiler.trace(config.profile))
+                elif len(times) == 2:
+                    trace.close()
                 bars.update(chunks, completed=stream.chunk)
                 if config.state is not None:
                     stream.save_state(config.state)
@@ -125,6 +133,8 @@ def make(pipe: HeliosPipeline, job: Job, checkpoint: Checkpoint, begin: float) -
     seconds = f", {writer.frames / config.fps:.1f} s" if writer.takes == "np" else ""
     kind = "frames" if writer.takes == "np" else "latent frames"
     print(f"video: {writer.path} ({writer.frames} {kind}{seconds})")
+    if config.profile is not None and times:
+        print(f"profile: {config.profile}" if len(times) > 1 else "profile: none, no second chunk was made")
     if interrupted:
         print(f"interrupted: {writer.path} holds the {len(times)} of {plan.num_chunks} chunks that were done")
     if times:

@@ -1,7 +1,6 @@
 """The autoregressive loop over chunks, in one program (`generate`) or chunk by chunk (`stream`)."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -24,6 +23,7 @@ from helios_jax.diffusion.denoise import (
 )
 from helios_jax.diffusion.memory import History, MemoryConfig, push
 from helios_jax.models.transformer import Transformer
+from helios_jax.sampling.program import program
 
 Progress = Callable[[int, int], None]
 Chunk = TypeVar("Chunk")
@@ -37,7 +37,7 @@ class TextChanges:
     changed: Any
 
 
-@partial(jax.jit, static_argnames="memory")
+@program(static_argnames="memory")
 def generate(
     model: Transformer,
     history: History,
@@ -69,7 +69,8 @@ def generate(
     return history, rearrange(chunks, "k b t h w c -> b (k t) h w c")
 
 
-_step = jax.jit(denoise_step, static_argnames="memory")
+# A step's state takes the place of the one before.
+_step = program(static_argnames="memory", donate_argnames="state")(denoise_step)
 _enter = jax.jit(enter)
 _push = jax.jit(push, static_argnums=2)
 
@@ -95,7 +96,8 @@ def stream(
         for i, level in enumerate(levels):
             if i > 0:
                 sample = _enter(level, sample, noise.blocks[i - 1])
-            state = solvers.start(sample, level.steps)
+            # A copy: the noise is the caller's, and some solvers keep what the level began with.
+            state = jax.tree.map(jnp.copy, solvers.start(sample, level.steps))
             for row in _split(rows(level)):
                 state = _step(model, state, row, history, conditioning, memory=memory)
                 yield from done

@@ -11,15 +11,17 @@ from helios_jax.models import text as umt5
 from helios_jax.models.text import UMT5Encoder
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer
+from helios_jax.sampling.program import program
 from helios_jax.sampling.prompts import Mixture, Prompts
 
 
-@jax.jit
+@program()
 def encode_text(encoder: UMT5Encoder, ids: Array, mask: Array) -> Array:
-    return umt5.encode(encoder, ids, mask)
+    with jax.named_scope("text_encoder"):
+        return umt5.encode(encoder, ids, mask)
 
 
-@jax.jit
+@program()
 def text_kv(transformer: Transformer, embeddings: Array) -> Any:
     return transformer.text_kv(embeddings.astype(transformer.dtype))
 

@@ -18,14 +18,23 @@ class ScoreConfig:
     `init` is a diffusers folder or hub name. The critic (fake score) is the same weights with adapters, so the two cost
     one model; with `init` null they are also the weights that the generator's adapters stand on, so that generator,
     real and fake score cost one: the generator then has to be adapters (`lora`), on a model that is the teacher.
+    `adapters` are LoRA files or folders that make the student out of that teacher, such as the `lora` of the stages
+    between them: they stay as they are beside the new ones.
     """
 
     init: str | None = None
     init_subfolder: str = "transformer"
+    adapters: tuple[str, ...] = ()
     guidance_scale: float = (
         3.0  # how far the teacher goes beyond the caption, from the negative prompt; 0: no such pass
     )
     renoise: RenoiseConfig = field(default_factory=lambda: RenoiseConfig(distribution="beta"))
+
+    def __post_init__(self):
+        require(
+            self.init is None or not self.adapters,
+            "adapters must be empty where init names the teacher: they make the student out of the run's own init",
+        )
 
 
 @dataclass

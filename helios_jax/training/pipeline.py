@@ -151,11 +151,12 @@ def validate(model: Transformer, config: TrainConfig, folder: Path) -> dict[str,
 def export(model: Transformer, config: TrainConfig, folder: Path) -> None:
     """Writes `folder`/pipeline: the transformer in bfloat16, and with `flow.components` a whole pipeline around it.
 
-    Adapters are merged into it, and also written alone into `folder`/lora. All hosts must call; the first writes.
+    Adapters are merged into it, and those that were trained also written alone into `folder`/lora. All hosts must call;
+    the first writes.
     """
     out = folder / "pipeline"
     if config.lora is not None:
-        lora.save(model, folder / "lora", dtype=jnp.bfloat16)
+        lora.save(model, folder / "lora", lora.LoRAConfig.name, dtype=jnp.bfloat16)
         model = lora.merge(model)
     pretrained.save_model(model, model.config, out / "transformer", dtype=jnp.bfloat16)
     checkpoint = open_components(config)

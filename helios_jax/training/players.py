@@ -22,7 +22,8 @@ class Players(nnx.Module):
     """The generator, the scores' transformer and the discriminator, None where there is none.
 
     Real and fake score are one set of weights: the fake has the adapters `critic` beside them. Without `score` they
-    stand on the generator's weights, which then has adapters of its own.
+    stand on the generator's weights, which then has adapters of its own: those that are trained, and those that made
+    the student out of the teacher before.
     """
 
     FLOAT32 = Transformer.FLOAT32
@@ -60,6 +61,18 @@ def score_config(config: TrainConfig) -> TrainConfig:
     )
 
 
+def _attach(model: Transformer, config: TrainConfig) -> Transformer:
+    """`model` with the adapters, frozen, that make the student out of the teacher; named by their number."""
+    for name, file in _adapters(config).items():
+        model = lora.freeze(lora.attach(model, {name: file}, dtype=config.precision), name)
+    return model
+
+
+def _adapters(config: TrainConfig) -> dict[str, str]:
+    assert config.distill is not None
+    return {f"before_{i}": file for i, file in enumerate(config.distill.score.adapters)}
+
+
 def _add_critic(model: Transformer, config: TrainConfig) -> Transformer:
     assert config.distill is not None
     asked = config.distill.critic.lora
@@ -85,7 +98,7 @@ def init(config: TrainConfig, key: jax.Array) -> Players:
     assert config.distill is not None
     generator = start.init_transformer(config, key)
     if config.distill.score.init is None:
-        return Players(_add_critic(generator, config), None, _discriminator(config, generator))
+        return Players(_add_critic(_attach(generator, config), config), None, _discriminator(config, generator))
     score = start.init_transformer(score_config(config), jax.random.fold_in(key, 1))
     return Players(generator, _add_critic(score, config), _discriminator(config, score))
 
@@ -110,7 +123,10 @@ def load(config: TrainConfig, model: Players, shardings: Any = None) -> Players:
         return add(loaded)
 
     if model.score is None:
-        generator = with_critic(base(config, lora.remove(model.generator, CRITIC)), "generator")
+        bare = model.generator
+        for name in (CRITIC, *_adapters(config)):
+            bare = lora.remove(bare, name)
+        generator = with_critic(_attach(base(config, bare), config), "generator")
         score = None
     else:
         generator = base(config, model.generator)

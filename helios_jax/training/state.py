@@ -81,12 +81,32 @@ def init_sharded(
     def begin(model: Any) -> TrainState:
         return create(model, optimizer, ema, names)
 
-    model = jax.eval_shape(make, key)
-    check(model, names)
-    target = shardings(jax.eval_shape(begin, model), mesh)
+    target = jax.tree.map(lambda x: x.sharding, abstract(init, key, optimizer, ema, mesh, names, frozen_dtype))
     if load is None:
         return jax.jit(lambda key: begin(make(key)), out_shardings=target)(key)
+    model = jax.eval_shape(make, key)
     return jax.jit(begin, out_shardings=target, donate_argnums=0)(load(model, shardings(model, mesh)))
+
+
+def abstract(
+    init: Callable[[jax.Array], nnx.Module],
+    key: jax.Array,
+    optimizer: optax.GradientTransformation,
+    ema: EMAConfig | None,
+    mesh: Mesh,
+    names: Sequence[str] = (ALL,),
+    frozen_dtype: Any = jnp.float32,
+) -> TrainState:
+    """What `init_sharded` makes, as shapes, dtypes and shardings: nothing is computed.
+
+    Raises ConfigError when one of `names` names no parameter.
+    """
+    model = jax.eval_shape(lambda key: settle_dtypes(init(key), names, frozen_dtype), key)
+    check(model, names)
+    state = jax.eval_shape(lambda model: create(model, optimizer, ema, names), model)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state, mesh)
+    )
 
 
 def abstract_like(state: TrainState) -> TrainState:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from helios_jax.config import ConfigError, require
-from helios_jax.lora import LoRAWeight
+from helios_jax.lora import FrozenLoRAWeight, LoRAWeight
 from helios_jax.pretrained import dtype_of
 
 ALL, ADAPTERS = "all", "adapters"
@@ -56,6 +56,8 @@ def trainable(names: Sequence[str]) -> Filter:
     patterns = [re.compile(rf"(?:{name})(\..*)?") for name in names if name not in (ALL, ADAPTERS)]
 
     def is_trained(path: tuple[Any, ...], variable: Any) -> bool:
+        if isinstance(variable, FrozenLoRAWeight):
+            return False
         if isinstance(variable, LoRAWeight):
             return ALL in names or ADAPTERS in names
         if not isinstance(variable, nnx.Param):

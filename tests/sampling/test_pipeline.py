@@ -118,3 +118,17 @@ def test_seeded_noise_depends_on_site_and_count():
     assert len({x.tobytes() for x in (first, second, other)}) == 3
     np.testing.assert_array_equal(SeededNoise(3).normal("a", (4,)), first)
     assert isinstance(noise.uniform("a", (2,)), jax.Array)
+
+
+def test_a_stream_leaves_the_caller_s_noise_as_it_was(pipe):
+    value = jax.random.normal(jax.random.key(0), (1, 3, 4, 6, 4))
+
+    class Fixed:
+        def normal(self, site, shape):
+            return value
+
+        uniform = normal
+
+    for _ in range(2):  # a step's state is overwritten; the noise that it began with must not be
+        stream(pipe, WINDOW, noise=Fixed())
+    assert not value.is_deleted()

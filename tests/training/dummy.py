@@ -1,6 +1,7 @@
 """A stage that learns a random linear map in milliseconds: the loop is tested with it, not with a network of ours."""
 
 import os
+import time
 from pathlib import Path
 
 import jax
@@ -39,6 +40,7 @@ class Batches:
         rng = np.random.default_rng((self.config.data.seed, self.index))
         x = rng.normal(size=(self.config.data.batch_size, WIDTH)).astype(np.float32)
         self.index += 1
+        time.sleep(float(os.environ.get("DUMMY_SECONDS", 0)))
         ids = np.array([f"clip {self.index}.{i}" for i in range(len(x))])
         if self.index == int(os.environ.get("DUMMY_POISON", -1)):
             x[0, 0] = np.nan

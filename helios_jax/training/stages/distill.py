@@ -17,6 +17,7 @@ import optax
 from flax import nnx, struct
 from jaxtyping import Array, Float, Key
 
+from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.data.encode import EMPTY_TEXT, NEGATIVE_TEXT
 from helios_jax.data.records import open_source
@@ -28,6 +29,7 @@ from helios_jax.diffusion.memory import History, push, window
 from helios_jax.diffusion.schedule import dynamic_shift
 from helios_jax.models.discriminator import Head
 from helios_jax.models.transformer import Transformer
+from helios_jax.pretrained import CheckpointError
 from helios_jax.training import optim, pipeline
 from helios_jax.training.config import TrainConfig
 from helios_jax.training.distill import DistillConfig
@@ -35,8 +37,11 @@ from helios_jax.training.players import Players, init, load, score_config
 from helios_jax.training.stages import flow
 from helios_jax.training.stages.flow import Metrics, fold
 from helios_jax.training.start import transformer_config
+from helios_jax.training.trainable import ALL
 
 __all__ = ["batches", "export", "init", "load", "loss", "make_optimizer", "validate"]
+
+COMMON = 2**31 - 1  # apart from every step: the loop folds those into the same seed
 
 
 def batches(config: TrainConfig) -> Any:
@@ -59,6 +64,11 @@ def _check(config: TrainConfig) -> None:
                 "distill.score.init: name the teacher's weights; without, the generator's serve, and it needs lora"
             )
         scores = own
+        try:
+            files = {file: lora.read(file) for file in distill.score.adapters}
+            lora.check(Transformer.abstract(own, stacked=True), files)
+        except CheckpointError as error:
+            raise ConfigError(f"distill.score.adapters: {error}") from None
     else:
         scores = transformer_config(score_config(config))
         for name in ("patch_size", "in_channels", "out_channels", "text_dim"):
@@ -71,6 +81,11 @@ def _check(config: TrainConfig) -> None:
         )
     if distill.gan is None:
         return
+    if not {ALL, "discriminator"} & set(config.trainable):
+        raise ConfigError(
+            f"trainable: {list(config.trainable)} leaves the discriminator as it began; name it too, or set "
+            "distill.gan to null"
+        )
     blocks, count = distill.gan.discriminator.blocks, scores.num_layers
     if max(blocks, default=0) >= count:
         raise ConfigError(f"distill.gan.discriminator.blocks: {blocks}, but the scores have blocks 0 to {count - 1}")
@@ -126,8 +141,8 @@ def loss(
     """The generator's loss, on its turns, plus the critic's; neither has a gradient for the other's parameters."""
     distill, step = _distill(config), batch["step"]
     scene = _scene(batch, fold(keys, 0), config)
-    # One draw for all samples: a batch takes as many passes as its longest rollout.
-    common = jax.random.fold_in(keys[0], 1)
+    # One draw for all samples, of all parts of a batch: it takes as many passes as its longest rollout.
+    common = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), COMMON), step)
     chunks = distill.rollout.draw(jax.random.fold_in(common, 0), step)
 
     critic_loss, metrics = _critic_loss(
@@ -303,9 +318,11 @@ def _generator_loss(
     sigma = losses.draw_sigma(k_sigma, distill.score.renoise, step, _shift(made, config))
 
     fixed = jax.lax.stop_gradient(made)
-    gradient = jax.lax.stop_gradient(dmd_gradient(model, fixed, history, scene, sigma, _normal(k_noise, made), config))
+    gradient, distance = jax.lax.stop_gradient(
+        dmd_gradient(model, fixed, history, scene, sigma, _normal(k_noise, made), config)
+    )
     dmd = losses.dmd_loss(made, gradient).mean()
-    metrics = {"dmd_loss": (dmd, jnp.ones(())), "dmd_gradient": (jnp.abs(gradient).mean(), jnp.ones(()))}
+    metrics = {"dmd_loss": (dmd, jnp.ones(())), "dmd_distance": (distance, jnp.ones(()))}
     if gan is None or model.discriminator is None:
         return dmd, metrics
 
@@ -321,8 +338,9 @@ def _generator_loss(
 
 def dmd_gradient(
     model: Players, made: Array, history: History, scene: Scene, sigma: Array, noise: Array, config: TrainConfig
-) -> Float[Array, "b t h w c"]:
-    """Where the two scores say that `made` should not be, from what they see of it at `sigma`."""
+) -> tuple[Float[Array, "b t h w c"], Float[Array, ""]]:
+    """Where the two scores say that `made` should not be, from what they see of it at `sigma`; and how far, on average,
+    the teacher would move it."""
     distill = _distill(config)
     noisy = losses.add_noise(made, noise, sigma)
     fake, real = model.fake, model.real
@@ -338,7 +356,7 @@ def dmd_gradient(
     else:
         pair = clean(real, _together(scene.text, scene.negative), 2).reshape(-1, 2, *made.shape[1:])
         teacher = pair[:, 0] + scale * (pair[:, 0] - pair[:, 1])
-    return losses.dmd_gradient(made, teacher, predicted)
+    return losses.dmd_gradient(made, teacher, predicted), jnp.abs(made - teacher).mean()
 
 
 def _critic_loss(

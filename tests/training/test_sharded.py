@@ -1,0 +1,110 @@
+"""Every stage's step on a mesh of eight devices is that of one device, and checkpoints go from one mesh to another.
+
+The devices are CPU ones of another process. A step of gradient descent at rate 1 shows the gradient.
+"""
+
+import importlib
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from helios_jax import config as configs
+from helios_jax.sharding import make_mesh, put_batch
+from helios_jax.training import loop
+from helios_jax.training.checkpoint import Checkpoints
+from helios_jax.training.config import TrainConfig
+from helios_jax.training.state import abstract_like, init_sharded
+from tests.training import recipe
+
+STAGES = ("stage1_init", "stage2_init", "stage3_ode", "stage3_gan")
+EIGHT = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+OTHER = ("mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1")
+
+
+def prepared(stage: str, root: Path, mesh: tuple[str, ...]):
+    """(config, module of the stage, mesh) with batches in two parts where that is allowed."""
+    flags = ["data.batch_size=8", "optim.accumulate=2", *mesh]
+    argv = recipe.arguments(stage, root, root / "none", *flags)
+    config = configs.load(argv[0], argv[1:], TrainConfig)
+    return config, importlib.import_module(f"helios_jax.training.stages.{config.stage}"), make_mesh(config.mesh)
+
+
+def begin(config: TrainConfig, module, mesh):
+    make, load = partial(module.init, config), partial(module.load, config)
+    key, sgd = jax.random.key(0), optax.sgd(1.0)
+    return init_sharded(make, key, sgd, None, mesh, load, config.trainable, config.precision), sgd
+
+
+def step(stage: str, root: Path, mesh: tuple[str, ...], folder: Path | None = None) -> dict[str, np.ndarray]:
+    """Metrics, the first state, the second and the change, by name; with `folder` a checkpoint of the second."""
+    config, module, laid = prepared(stage, root, mesh)
+    with jax.set_mesh(laid):
+        state, optimizer = begin(config, module, laid)
+        before = recipe.host(state.params)
+        batches = module.batches(config)
+        batch, _ = loop.split_ids(next(batches))
+        run = loop.make_step(module, config, optimizer, state, laid)
+        state, metrics = run(state, put_batch(batch, laid), jax.random.key(config.seed))
+        if folder is not None:
+            checkpoints = Checkpoints(folder, 1)
+            checkpoints.save(state, batches.get_state(), config)
+            checkpoints.close()
+    out = {f"metric/{name}": np.divide(*x) if isinstance(x, tuple) else np.asarray(x) for name, x in metrics.items()}
+    for (path, a), b in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(state.params), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        out |= {f"begin/{name}": a, f"change/{name}": np.asarray(b) - a, f"end/{name}": np.asarray(b)}
+    return out
+
+
+def restored(stage: str, root: Path, mesh: tuple[str, ...], folder: Path) -> dict[str, np.ndarray]:
+    """The parameters of a checkpoint on another mesh."""
+    config, module, laid = prepared(stage, root, mesh)
+    with jax.set_mesh(laid):
+        state, _, _ = Checkpoints(folder, 1).restore(abstract_like(begin(config, module, laid)[0]))
+        assert int(state.step) == 1
+        split = {len(x.sharding.device_set) for x in jax.tree.leaves(state.params)}
+        assert split == {laid.size}
+    leaves = jax.tree.leaves_with_path(state.params)
+    return {f"restored/{jax.tree_util.keystr(path, simple=True, separator='/')}": np.asarray(x) for path, x in leaves}
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """What eight devices made of each stage, by stage."""
+    root = tmp_path_factory.mktemp("sharded")
+    recipe.build(root)
+    environment = {**os.environ, "PYTHONPATH": str(recipe.ROOT), "JAX_PLATFORMS": "cpu"}
+    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    subprocess.run([sys.executable, __file__, str(root), *STAGES], env=environment, check=True)
+    return root
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_eight_devices_step_as_one_does(eight, stage):
+    one = step(stage, eight, ())
+    found = dict(np.load(eight / f"{stage}.npz"))
+    for name, x in one.items():
+        tolerance = 0 if name.startswith("begin/") else 1e-5
+        np.testing.assert_allclose(found[name], x, rtol=tolerance, atol=tolerance, err_msg=name)
+    for kind in ("generator", "score", "discriminator") if stage == "stage3_gan" else ("",):
+        changes = [np.abs(x).max() for name, x in one.items() if name.startswith(f"change/{kind}")]
+        assert max(changes) > 1e-4, kind
+    read = {name.removeprefix("restored/"): x for name, x in found.items() if name.startswith("restored/")}
+    assert read.keys() == {name.removeprefix("begin/") for name in one if name.startswith("begin/")}
+    for name, x in read.items():
+        np.testing.assert_array_equal(x, found[f"end/{name}"], err_msg=name)
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1])
+    for stage in sys.argv[2:]:
+        folder = root / f"{stage}-checkpoints"
+        made = step(stage, root, EIGHT, folder)
+        np.savez(root / f"{stage}.npz", **made, **restored(stage, root, OTHER, folder))

@@ -1,0 +1,338 @@
+"""Stage 3: who moves when, which way, what is kept, and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from helios_jax import lora
+from helios_jax.config import ConfigError
+from helios_jax.diffusion import distillation as losses
+from helios_jax.diffusion import few_steps
+from helios_jax.diffusion.distillation import PenaltyConfig, RenoiseConfig
+from helios_jax.diffusion.few_steps import RolloutConfig
+from helios_jax.models.discriminator import Discriminator, DiscriminatorConfig
+from helios_jax.models.transformer import Transformer
+from helios_jax.sharding import make_mesh
+from helios_jax.training import players
+from helios_jax.training.config import FlowConfig, LoRAConfig, PyramidConfig, TrainConfig
+from helios_jax.training.distill import CriticConfig, DistillConfig, GANConfig, ScoreConfig
+from helios_jax.training.loop import make_step
+from helios_jax.training.optim import EMAConfig, OptimConfig, make_optimizer
+from helios_jax.training.players import Players
+from helios_jax.training.stages import distill, ode
+from helios_jax.training.state import create, update
+from helios_jax.training.trainable import trainable
+from tests import tiny
+
+SMALL = dataclasses.replace(tiny.TRANSFORMER, num_layers=1)
+LORA = LoRAConfig(rank=4, target_modules=("to_q", "to_v", "ffn.net.2", "proj_out"))
+PYRAMID = PyramidConfig(sample_ratios=(1, 1), stage_range=(0, 0.5, 1))
+FAST = OptimConfig(lr=1e-2, weight_decay=0.0)
+BATCH = 2
+CHUNK = (BATCH, 9, 8, 8, 4)
+
+
+def config_of(**change) -> TrainConfig:
+    """The distill stage on a tiny model, everything in it; `distill` and `flow` may change parts."""
+    parts = {
+        "steps": (2, 1),
+        "score": ScoreConfig(init="teacher", guidance_scale=2.0, renoise=RenoiseConfig("beta")),
+        "critic": CriticConfig(lora=LORA, optim=FAST, steps_per_generator=2),
+        "gan": GANConfig(start=0, discriminator=DiscriminatorConfig((0,), dim=64), r2=PenaltyConfig(), crop=None),
+        **change.pop("distill", {}),
+    }
+    config = TrainConfig(
+        stage="distill",
+        precision="float32",
+        lora=LORA,
+        trainable=("adapters", "discriminator"),
+        optim=FAST,
+        flow=FlowConfig(pyramid=PYRAMID, **change.pop("flow", {})),
+        distill=DistillConfig(**parts),
+        **change,
+    )
+    config.model.transformer = SMALL
+    config.data.batch_size = BATCH
+    return config
+
+
+def transformer(seed: int) -> Transformer:
+    return tiny.draw(Transformer.abstract(SMALL, stacked=True), np.random.default_rng(seed))
+
+
+def make_players(config: TrainConfig) -> Players:
+    """The players as the stage makes them, their values drawn without compiling each draw."""
+    key, settings = jax.random.key(0), config.distill
+    adapters = lora.LoRAConfig(LORA.rank, LORA.alpha, LORA.target_modules, init="gaussian")
+    asked = settings.critic.lora
+    critic = lora.LoRAConfig(asked.rank, asked.alpha, asked.target_modules, init="gaussian", name=players.CRITIC)
+    generator = lora.add(transformer(0), adapters, key, dtype=jnp.float32)
+    score = None
+    if settings.score.init is None:
+        generator = lora.add(generator, critic, key, dtype=jnp.float32)
+    else:
+        score = lora.add(transformer(1), critic, key, dtype=jnp.float32)
+    heads = None
+    if settings.gan is not None:
+        heads = Discriminator(settings.gan.discriminator, SMALL.dim, SMALL.out_channels, rngs=nnx.Rngs(0))
+    return Players(generator, score, heads)
+
+
+def batch_of(chunks: int = 1, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "target": (BATCH, 9 * chunks, *CHUNK[2:]),
+        "history": (BATCH, 19, *CHUNK[2:]),
+        "anchor": (BATCH, 1, *CHUNK[2:]),
+        "text": (BATCH, 5, 16),
+        "negative": (BATCH, 5, 16),
+    }
+    batch = {name: jnp.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
+    return {**batch, "chunk": jnp.array([0, 2], jnp.int32)}
+
+
+def keys():
+    return jax.random.split(jax.random.key(1), BATCH)
+
+
+def values(model) -> dict[str, np.ndarray]:
+    return {".".join(map(str, path)): np.array(v.get_value()) for path, v in nnx.to_flat_state(nnx.state(model))}
+
+
+def moved(before: dict, after: dict) -> set[str]:
+    return {name for name, value in after.items() if (value != before[name]).any()}
+
+
+def trained(name: str, *parts: str) -> bool:
+    return name.startswith(parts) and (name.startswith("discriminator") or name.endswith((".a", ".b")))
+
+
+@pytest.fixture(scope="module")
+def game():
+    """Everything together, once on the generator's turn (step 0) and once not: gradients, metrics, the state after."""
+    config = config_of()
+    ema = EMAConfig(0.5, every=2)
+    optimizer = distill.make_optimizer(config)
+    begin = create(make_players(config), optimizer, ema, config.trainable)
+    # The b of an adapter begins as zero, which would leave its a without a gradient.
+    begin = begin.replace(params=jax.tree.map(lambda x: x + 0.1, begin.params))
+
+    @jax.jit
+    def gradient(step):
+        def loss(params):
+            model = nnx.merge(begin.graph, params, begin.frozen)
+            return distill.loss(model, {**batch_of(), "step": step}, keys(), config)
+
+        return jax.grad(loss, has_aux=True)(begin.params)
+
+    found = {}
+    # How far the student goes is drawn for each step: here it goes to the end, on both.
+    patch = pytest.MonkeyPatch()
+    patch.setattr(few_steps, "draw_exits", lambda _, levels, first: few_steps.last_exits(levels, first))
+    for step in (0, 1):
+        grads, metrics = gradient(jnp.asarray(step))
+        state = begin.replace(step=jnp.asarray(step))
+        found[step] = grads, metrics, jax.jit(lambda s, g: update(s, g, optimizer, ema))(state, grads)
+    patch.undo()
+    return begin, found
+
+
+def test_neither_player_has_a_gradient_for_the_other(game):
+    _, found = game
+    on, off = (dict(nnx.to_flat_state(found[step][0])) for step in (0, 1))
+    for path in off:
+        with_turn, without = (np.asarray(x[path].get_value()) for x in (on, off))
+        if path[0] == "generator":
+            assert not without.any(), path
+            assert with_turn.any(), path
+        else:
+            np.testing.assert_allclose(with_turn, without, rtol=1e-4, atol=1e-7)
+            assert without.any(), path
+
+
+def test_the_generator_moves_on_its_turns_and_the_others_always(game):
+    begin, found = game
+    before = values(begin.model)
+    for step, parts in ((0, ("generator", "score", "discriminator")), (1, ("score", "discriminator"))):
+        assert moved(before, values(found[step][2].model)) == {name for name in before if trained(name, *parts)}
+        for name in ("dmd_loss", "gan_generator"):
+            total, count = found[step][1][name]
+            assert count == 1 - step
+            assert bool(total != 0) == (step == 0)
+
+
+def test_the_average_moves_with_the_generator(game):
+    begin, found = game
+    averages = {step: moved(values(begin.best), values(found[step][2].best)) for step in found}
+    assert any(name.startswith("generator") for name in averages[0])
+    assert not averages[1]
+
+
+def test_dmd_pulls_the_chunk_to_where_the_teacher_sees_it():
+    """At the teacher's own prediction the gradient is the critic's distance from it, over the chunk's."""
+    config = config_of(distill={"gan": None})
+    model, batch = make_players(config), batch_of()
+    scene = distill._scene(batch, keys(), config)
+    rng = np.random.default_rng(3)
+    made, noise = (jnp.asarray(rng.standard_normal(CHUNK, np.float32)) for _ in range(2))
+    sigma = jnp.array([0.3, 0.8])
+    ours, _ = jax.jit(lambda m: distill.dmd_gradient(m, made, scene.history, scene, sigma, noise, config))(model)
+
+    s = sigma[:, None, None, None, None]
+    noisy = (1 - s) * made + s * noise
+
+    def clean(score, text):
+        return noisy - s * distill._velocity(
+            score, noisy, sigma, distill._seen(score, scene.history, text, config), config
+        )
+
+    def expected(m):
+        with_text, without = clean(m.real, scene.text), clean(m.real, scene.negative)
+        teacher = with_text + 2.0 * (with_text - without)
+        distance = jnp.abs(made - teacher).mean((1, 2, 3, 4), keepdims=True)
+        return (clean(m.fake, scene.text) - teacher) / distance
+
+    np.testing.assert_allclose(ours, jax.jit(expected)(model), rtol=1e-4, atol=1e-5)
+    assert np.abs(np.asarray(losses.dmd_loss(made, ours))).max() > 0
+
+
+def test_one_set_of_weights_serves_generator_and_both_scores(tmp_path):
+    """The teacher's, with the student's way from it as frozen adapters: the same game as with two sets."""
+    between = lora.add(transformer(1), lora.LoRAConfig(3, None, ("to_k", "ffn.net.0.proj")), jax.random.key(3))
+    for adapter in (between.blocks.attn1.to_k.adapters[0], between.blocks.ffn.up.adapters[0]):
+        adapter.b[...] += 0.3
+    lora.save(between, tmp_path)
+    config = config_of(distill={"score": ScoreConfig(None, adapters=(str(tmp_path),), guidance_scale=2.0), "gan": None})
+    key, new = jax.random.key(0), lora.LoRAConfig(LORA.rank, LORA.alpha, LORA.target_modules, init="gaussian")
+    critic = dataclasses.replace(new, name=players.CRITIC)
+    teacher = transformer(1)
+    shared = lora.add(players._attach(lora.add(teacher, new, key), config), critic, key)
+    one = Players(shared, None, None)
+    two = Players(lora.add(lora.merge(between), new, key), lora.add(teacher, critic, key), None)
+    assert sorted(lora.names(one.student)) == ["before_0", "default"]
+    assert lora.names(one.fake) == [players.CRITIC]
+    assert lora.names(one.real) == []
+    trained_of_one, trained_of_two = (nnx.state(model, trainable(("adapters",))) for model in (one, two))
+    assert len(jax.tree.leaves(trained_of_one)) == len(jax.tree.leaves(trained_of_two))
+    assert not [v for _, v in nnx.to_flat_state(trained_of_one) if isinstance(v, lora.FrozenLoRAWeight)]
+
+    loss = jax.jit(lambda m: distill.loss(m, {**batch_of(), "step": jnp.asarray(0)}, keys(), config))
+    (value, parts), (expected, same) = loss(one), loss(two)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    for name, (total, _) in parts.items():
+        assert float(total) == pytest.approx(float(same[name][0]), rel=1e-4), name
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_rollout_scores_its_last_chunk_after_those_before(chunks):
+    config = config_of(
+        distill={"gan": None, "rollout": RolloutConfig(chunks, chunks)}, flow={"drop": None, "corruption": None}
+    )
+    model, batch = make_players(config), batch_of(chunks)
+    scene = distill._scene(batch, keys(), config)
+
+    def make(m, count):
+        return distill._make(m.student, scene, count, keys(), jax.random.key(5), config)
+
+    made, history = jax.jit(make)(model, jnp.asarray(chunks))
+    assert made.shape == CHUNK
+    if chunks == 1:
+        np.testing.assert_array_equal(history.latents, scene.history.latents)
+        np.testing.assert_array_equal(distill._real(scene, jnp.asarray(1), config)[0], batch["target"])
+        return
+    before, _ = jax.jit(make)(model, jnp.asarray(1))
+    np.testing.assert_allclose(history.latents[:, -9:], before, atol=1e-5)
+    own, past = distill._real(scene, jnp.asarray(2), config)
+    np.testing.assert_array_equal(own, batch["target"][:, 9:])
+    np.testing.assert_array_equal(past.latents[:, -9:], batch["target"][:, :9])
+    assert history.chunk.tolist() == past.chunk.tolist() == [1, 3]
+
+
+def test_one_batch_is_learnt():
+    """The student goes where the teacher changes less and less, and the critic learns what it makes there."""
+    settled = {"lr": 3e-3, "betas": (0.0, 0.9), "weight_decay": 0.0}
+    critic = CriticConfig(LoRAConfig(rank=16), OptimConfig(**{**settled, "lr": 1e-2}), steps_per_generator=2)
+    config = config_of(
+        distill={"gan": None, "score": ScoreConfig(init="teacher", guidance_scale=0.0), "critic": critic},
+        flow={"drop": None, "corruption": None},
+    )
+    config = dataclasses.replace(config, trainable=("adapters", "generator"), optim=OptimConfig(**settled))
+    optimizer, mesh, batch = distill.make_optimizer(config), make_mesh(config.mesh), batch_of()
+    state = create(make_players(config), optimizer, None, config.trainable)
+    step, distance, error = make_step(distill, config, optimizer, state, mesh), [], []
+    for i in range(400):
+        state, metrics = step(state, batch, jax.random.key(2))
+        error.append(float(metrics["critic_loss"][0]))
+        if i % 2 == 0:
+            distance.append(float(metrics["dmd_distance"][0]))
+    for falls in (distance, error):
+        tenth = len(falls) // 10
+        assert np.mean(falls[-tenth:]) < 0.7 * np.mean(falls[:tenth]), falls[::tenth]
+
+
+def ode_batch():
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    sizes = [(BATCH, 9, n, n, 4) for n in (4, 8)]
+    batch = {name: [normal(*size) for size in sizes] for name in ("noisy", "target")}
+    batch |= {"timestep": [jnp.array([900.0, 700.0]), jnp.array([400.0, 100.0])]}
+    batch |= {"sigma": [jnp.array([0.9, 0.5]), jnp.array([0.8, 0.3])]}
+    shared = batch_of()
+    return batch | {name: shared[name] for name in ("history", "anchor", "text", "chunk")}
+
+
+def ode_config():
+    return dataclasses.replace(config_of(), stage="ode", lora=None, trainable=("all",))
+
+
+def test_ode_packed_and_separate_levels_are_one_loss():
+    config, model, found = ode_config(), transformer(0), {}
+    for levels in ("packed", "separate"):
+        config.flow.pyramid = dataclasses.replace(PYRAMID, levels=levels)
+        found[levels] = jax.jit(lambda m: ode.loss(m, ode_batch(), keys(), config))(model)
+    (a, parts), (b, _) = found["packed"], found["separate"]
+    assert float(a) == pytest.approx(float(b), rel=1e-5)
+    mean = sum(float(total) for total, _ in parts.values()) / (2 * BATCH)
+    assert float(a) == pytest.approx(80 * mean, rel=1e-5)
+
+
+def test_ode_one_batch_is_learnt():
+    config, batch = ode_config(), ode_batch()
+    optimizer, mesh = make_optimizer(config.optim, 100), make_mesh(config.mesh)
+    state = create(transformer(0), optimizer, None, config.trainable)
+    step, found = make_step(ode, config, optimizer, state, mesh), []
+    for _ in range(100):
+        state, metrics = step(state, batch, jax.random.key(0))
+        found.append(float(metrics["loss"]))
+    assert found[-1] < 0.3 * found[0], found[::10]
+
+
+@pytest.mark.parametrize(
+    ("change", "parts", "rule"),
+    [
+        ({"lora": None, "trainable": ("all",)}, {}, r"distill\.score\.init: name the teacher's weights; without"),
+        ({"optim": OptimConfig(ema=EMAConfig())}, {}, r"optim\.ema\.every is 1: set it to .*steps_per_generator, 2"),
+        ({}, {"gan": GANConfig()}, r"distill\.gan\.discriminator\.blocks: .* but the scores have blocks 0 to 0"),
+        (
+            {},
+            {"gan": GANConfig(discriminator=DiscriminatorConfig((0,)), crop=0.5)},
+            r"would see latents 4 high, it needs 8 or more .* set distill\.gan\.crop to null",
+        ),
+        ({}, {"score": ScoreConfig(adapters=("nowhere.safetensors",))}, r"distill\.score\.adapters: .*nowhere"),
+    ],
+    ids=["no lora", "average", "blocks", "crop", "adapters"],
+)
+def test_players_that_do_not_fit_are_refused_in_one_line(monkeypatch, change, parts, rule):
+    monkeypatch.setattr(distill, "open_source", lambda *_: [{"latents": np.zeros((3, *CHUNK[1:]))}])
+    config = config_of(distill={"score": ScoreConfig(), "gan": None, **parts})
+    config = dataclasses.replace(config, **change)
+    with pytest.raises(ConfigError, match=rule) as error:
+        distill._check(config)
+    assert "\n" not in str(error.value)
