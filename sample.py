@@ -7,6 +7,7 @@ cannot be used (one line says which, why, and what to do), before the model is b
 """
 
 import argparse
+import logging
 import signal
 import sys
 import warnings
@@ -94,6 +95,10 @@ def main(argv: list[str]) -> int:
             print(f"sample.py: warning: {message}", file=sys.stderr)
         shown.add(str(message))
 
+    ours, handler = logging.getLogger("helios_jax"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("sample.py: %(message)s"))
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
@@ -108,6 +113,8 @@ def main(argv: list[str]) -> int:
         except (ValueError, FileNotFoundError) as error:  # ConfigError, CheckpointError, ...: one line each
             print(f"sample.py: {error}", file=sys.stderr)
             return 2
+        finally:
+            ours.removeHandler(handler)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels.device import compiling_for
 
@@ -83,8 +83,8 @@ def compiled(function: Callable[..., Any], *arguments: Any, platform: str, donat
     sharding = jax.tree.leaves(arguments)[0].sharding
     # A new function: what jax keeps of an earlier trace may hold another device's kernels.
     jitted = jax.jit(lambda *args: function(*args), donate_argnums=donate, compiler_options=compiler_options(platform))
-    mesh = jax.set_mesh(sharding.mesh) if isinstance(sharding, NamedSharding) else nullcontext()
-    with mesh, compiling_for(next(iter(sharding.device_set))):
+    mesh = getattr(sharding, "mesh", None)
+    with nullcontext() if mesh is None else jax.set_mesh(mesh), compiling_for(next(iter(sharding.device_set))):
         return jitted.lower(*arguments).compile()
 
 

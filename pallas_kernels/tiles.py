@@ -1,4 +1,4 @@
-"""Block sizes, by op, kind of device and length: data in tiles.json, written by `python -m pallas_kernels.tune`."""
+"""Block sizes, by op, kind of device and length: data in tiles.json."""
 
 import json
 from functools import cache
