@@ -33,7 +33,7 @@ from helios_jax.training.optim import make_optimizer
 from helios_jax.training.state import abstract
 from pallas_kernels import device
 
-# Not stage3_gan.yaml: its step was still compiling after 22 minutes on two shared cores; stage3_post.yaml was not tried.
+# Without stage3_gan.yaml: it was still compiling after 22 minutes on two shared cores. stage3_post.yaml was not tried.
 CONFIGS = ("configs/stage1_init.yaml", "configs/stage2_init.yaml", "configs/stage3_ode.yaml")
 TOPOLOGY = "v5p:4x4x4"
 # Bytes of a chip's memory that programs may use.
