@@ -136,8 +136,13 @@ def generate(
     levels: Sequence[StudentLevel],
     exits: Sequence[Int[Array, " b"]],
     first: Bool[Array, " b"],
+    *,
+    with_gradient: bool = True,
 ) -> Float[Array, "b t h w c"]:
-    """The student's chunk, each level ended at its step of `exits`; `first` chooses each sample's row of the tables."""
+    """The student's chunk, each level ended at its step of `exits`; `first` chooses each sample's row of the tables.
+
+    `with_gradient` false is for a chunk that nothing is learnt from: the same chunk, as half as large a program.
+    """
 
     row = first.astype(jnp.int32)
     sample = first_sample(noise, [level.entry for level in levels])
@@ -146,8 +151,12 @@ def generate(
             sample = enter(level.entry, sample, noise.blocks[i - 1])
         timestep, sigma = level.timestep[row], level.sigma[row]
         origin = jax.lax.stop_gradient(sample)
-
-        before = jax.lax.fori_loop(0, stop.max(), partial(_step, velocity, timestep, sigma, origin, stop), origin)
+        count = stop if with_gradient else stop + 1
+        step = partial(_step, velocity, timestep, sigma, origin, stop, count)
+        before = jax.lax.fori_loop(0, count.max(), step, origin)
+        if not with_gradient:
+            sample = before
+            continue
         # Where the first step is the last, what is below gets a gradient through it.
         before = jnp.where(_at(stop == 0), sample, jax.lax.stop_gradient(before))
         (t,), (s,) = (jnp.take_along_axis(x, stop[:, None], 1).T for x in (timestep, sigma))
@@ -156,12 +165,19 @@ def generate(
 
 
 def _step(
-    velocity: Velocity, timestep: Array, sigma: Array, origin: Array, stop: Array, k: Array, sample: Array
+    velocity: Velocity,
+    timestep: Array,
+    sigma: Array,
+    origin: Array,
+    stop: Array,
+    count: Array,
+    k: Array,
+    sample: Array,
 ) -> Array:
-    """Step k of a level, for those samples whose last step comes later."""
+    """Step k of a level, for those samples that take more than k; at `stop` it ends with what the step predicts."""
     x0 = sample - _at(sigma[:, k]) * velocity(sample, timestep[:, k], False)
-    after = _at(sigma[:, k + 1])
-    return jnp.where(_at(k < stop), (1 - after) * x0 + after * origin, sample)
+    after = _at(jnp.where(k < stop, sigma[:, k + 1], 0))
+    return jnp.where(_at(k < count), (1 - after) * x0 + after * origin, sample)
 
 
 def _at(x: Array) -> Array:

@@ -55,6 +55,19 @@ def test_to_the_end_it_makes_what_the_sampler_makes(amplify):
         np.testing.assert_allclose(ours[i], chunk[i], atol=1e-3)
 
 
+def test_without_a_gradient_it_is_the_same_chunk():
+    table, draws = levels(), noise()
+    exits = [jnp.array([3, 0]), jnp.array([0, 0]), jnp.array([1, 2])]
+
+    def velocity(x, t, wanted):
+        return Network()(x, t)
+
+    one, other = (
+        few_steps.generate(velocity, draws, table, exits, FIRST, with_gradient=wanted) for wanted in (True, False)
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
 def slope(exits, first=False):
     """How a constant that is added to every velocity moves the chunk, for one gradient's way through `exits`."""
     first = jnp.full((2,), first)

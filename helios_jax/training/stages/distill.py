@@ -205,6 +205,8 @@ def _make(
     keys: Key[Array, " b"],
     common: Key[Array, ""],
     config: TrainConfig,
+    *,
+    with_gradient: bool,
 ) -> tuple[Float[Array, "b t h w c"], History]:
     """The last of `chunks` in a row that the student makes, and the history that its scores see."""
     distill, memory, dtype = _distill(config), config.flow.memory, jnp.dtype(config.precision)
@@ -219,9 +221,9 @@ def _make(
         amplify_first_chunk=distill.amplify_first_chunk,
         shift=distill.shift,
     )
-    frozen = jax.lax.stop_gradient(generator)
-    text = scene.text.astype(dtype)
-    kv = {True: generator.text_kv(text), False: frozen.text_kv(text)}
+    text = generator.text_kv(scene.text.astype(dtype))
+    learning = generator, text, config.remat
+    frozen = *jax.lax.stop_gradient((generator, text)), None
 
     def chunk(number: Any, history: History, with_gradient: bool) -> Array:
         own, shared = fold(keys, number), jax.random.fold_in(common, number)
@@ -229,10 +231,8 @@ def _make(
         parts = jax.tree.map(lambda x: x.astype(dtype), parts)
 
         def velocity(x: Array, timestep: Array, wanted: bool) -> Array:
-            wanted = wanted and with_gradient
-            model = generator if wanted else frozen
-            remat = config.remat if wanted else None
-            return model(x.astype(dtype), timestep, kv[wanted], parts, indices, remat=remat).astype(jnp.float32)
+            model, text, remat = learning if wanted else frozen
+            return model(x.astype(dtype), timestep, text, parts, indices, remat=remat).astype(jnp.float32)
 
         def normal(i: int, shape: tuple[int, ...]) -> Array:
             return jax.vmap(lambda key: jax.random.normal(key, shape))(fold(own, i))
@@ -241,7 +241,8 @@ def _make(
         blocks = [normal(i, (t, h >> (count - 1 - i), w >> (count - 1 - i), c)) for i in range(1, count)]
         first = few_steps.is_first_chunk(history)
         exits = few_steps.draw_exits(shared, levels, first)
-        return few_steps.generate(velocity, ChunkNoise(normal(0, shape), tuple(blocks)), levels, exits, first)
+        draws = ChunkNoise(normal(0, shape), tuple(blocks))
+        return few_steps.generate(velocity, draws, levels, exits, first, with_gradient=with_gradient)
 
     student, scores = scene.student, scene.history
     if distill.rollout.largest > 1:
@@ -251,7 +252,7 @@ def _make(
             return _pushed(past[0], made, config), _pushed(past[1], made, config)
 
         student, scores = jax.lax.fori_loop(0, chunks - 1, before, (student, scores))
-    return chunk(chunks - 1, student, True), scores
+    return chunk(chunks - 1, student, with_gradient), scores
 
 
 def _pushed(history: History, latents: Array, config: TrainConfig) -> History:
@@ -313,7 +314,7 @@ def _generator_loss(
     model: Players, scene: Scene, chunks: Array, keys: Array, common: Array, step: Array, config: TrainConfig
 ) -> tuple[Float[Array, ""], Metrics]:
     distill, gan = _distill(config), _distill(config).gan
-    made, history = _make(model.student, scene, chunks, fold(keys, 0), common, config)
+    made, history = _make(model.student, scene, chunks, fold(keys, 0), common, config, with_gradient=True)
     k_sigma, k_noise, k_gan, k_crop = (fold(keys, i) for i in range(1, 5))
     sigma = losses.draw_sigma(k_sigma, distill.score.renoise, step, _shift(made, config))
 
@@ -363,7 +364,7 @@ def _critic_loss(
     model: Players, scene: Scene, chunks: Array, keys: Array, common: Array, step: Array, config: TrainConfig
 ) -> tuple[Float[Array, ""], Metrics]:
     distill, gan = _distill(config), _distill(config).gan
-    made, history = _make(model.student, scene, chunks, fold(keys, 0), common, config)
+    made, history = _make(model.student, scene, chunks, fold(keys, 0), common, config, with_gradient=False)
     made, history = jax.lax.stop_gradient((made, history))
     k_sigma, k_noise, k_crop, k_crop_real, k_r1, k_r2 = (fold(keys, i) for i in range(1, 7))
     sigma = losses.draw_sigma(k_sigma, distill.critic.renoise, step, _shift(made, config))
