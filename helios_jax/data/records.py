@@ -160,6 +160,10 @@ class Source:
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
+    def of_each_bucket(self) -> list[Example]:
+        """One example of each size."""
+        return [self[indices.start] for indices in self.buckets.values()]
+
     def __repr__(self) -> str:
         # Grain names the source in its errors.
         return self._name

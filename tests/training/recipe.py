@@ -92,9 +92,9 @@ def arguments(stage: str, root: Path, run: Path, *more: str) -> list[str]:
             f"distill.score.init={root}/teacher",
             "distill.critic.lora.rank=2",
             "distill.critic.optim.lr=1e-2",
-            "distill.critic.steps_per_generator=1",
+            "distill.critic.steps_per_generator=2",
             "distill.amplify_first_chunk=false",
-            "optim.ema.every=1",
+            "optim.ema.every=2",
         ]
     if stage == "stage3_gan":
         ours += ["distill.gan.start=0", "distill.gan.crop=null"]

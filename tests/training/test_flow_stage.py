@@ -11,8 +11,8 @@ from flax import nnx
 from helios_jax import config as configs
 from helios_jax import lora
 from helios_jax.config import ConfigError
-from helios_jax.data import precompute, toy_build
-from helios_jax.data.records import open_source
+from helios_jax.data import precompute, shards, toy_build
+from helios_jax.data.records import open_source, tensor, text
 from helios_jax.models.transformer import Transformer
 from helios_jax.pretrained import file_entries
 from helios_jax.sampling.checkpoint import Checkpoint
@@ -81,6 +81,30 @@ def test_precompute_never_overwrites_and_names_what_is_missing(folders, capsys):
     error = capsys.readouterr().err
     assert "none" in error
     assert error.count("\n") == 1
+
+
+def test_videos_of_several_sizes_are_in_one_run(config, tmp_path):
+    """Each batch is of one size, and each size must fit the model."""
+
+    def clip(height: int, width: int) -> dict:
+        latents = np.zeros((2, 9, height, width, 4), np.float16)
+        return {"latents": latents, "text": np.zeros((5, 16), np.float16), "id": f"{height}x{width}"}
+
+    def make(items):
+        for size in items:
+            yield [clip(*size)]
+
+    features = {"latents": tensor((None, 9, None, None, 4), np.float16), "text": tensor((5, 16), np.float16)}
+    plan = shards.plan("train", {"16x8": [(16, 8)] * 6, "8x12": [(8, 12)] * 6}, 6)
+    shards.run(shards.Build(tmp_path / "data", {**features, "id": text()}, plan, {}), make, "clips")
+    np.save(tmp_path / "data" / precompute.EMPTY_TEXT, np.zeros((5, 16), np.float16))
+    config.data.folder, config.flow.components = str(tmp_path / "data"), None
+    found = flow.batches(config)
+    seen = [next(found)["target"].shape for _ in range(8)]
+    assert set(seen) == {(4, 9, 16, 8, 4), (4, 9, 8, 12, 4)}
+    config.flow.pyramid = PyramidConfig()
+    with pytest.raises(ConfigError, match="latents 12 wide, not a multiple of 8"):
+        flow.batches(config)
 
 
 def batch_of(config) -> dict:

@@ -1,5 +1,7 @@
 """Of each stage: every parameter that should move does, no other does, and all that moved is saved, bit for bit."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from tests.training import recipe
 
 PATCHES = ("patch_short", "patch_mid", "patch_long")
 STAGES = ("stage1_init", "stage1_post", "stage2_init", "stage2_post", "stage3_ode", "stage3_gan")
+EVERY_STEP = ("checkpoint.every=1", "checkpoint.keep=2")
 # The convolutions that get adapters; every linear layer does.
 CONVOLUTIONS = {
     "stage1_init": {"patch_embedding"},
@@ -39,7 +42,7 @@ def root(tmp_path_factory):
 def trained(request, root):
     """(stage, run's folder, state before, state after) of three steps through train.main."""
     stage = request.param
-    begin, end = recipe.run(pytest.MonkeyPatch(), recipe.arguments(stage, root, root / stage))
+    begin, end = recipe.run(pytest.MonkeyPatch(), recipe.arguments(stage, root, root / stage, *EVERY_STEP))
     return stage, root / stage, begin, end
 
 
@@ -77,14 +80,18 @@ def test_what_should_move_does_and_nothing_else(trained):
     assert any("discriminator" in name for name in moved) == (stage == "stage3_gan")
 
 
-def test_the_checkpoint_holds_all_that_moved(trained, root):
-    """The same command again begins with the state that the run ended with."""
+def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(trained, root):
+    """Bit for bit: parameters of all players, optimisers, average, place in the data; so all was in the checkpoint."""
     stage, folder, _, end = trained
-    restored, _ = recipe.run(pytest.MonkeyPatch(), recipe.arguments(stage, root, folder))
-    assert int(restored.step) == 3
-    assert jax.tree.structure(restored) == jax.tree.structure(end)
-    for (path, a), b in zip(jax.tree.leaves_with_path(restored), jax.tree.leaves(end), strict=True):
+    newest = folder / "checkpoints" / "3"
+    place = (newest / "data" / "metadata").read_bytes()
+    shutil.rmtree(newest)
+    restored, again = recipe.run(pytest.MonkeyPatch(), recipe.arguments(stage, root, folder, *EVERY_STEP))
+    assert int(restored.step) == 2
+    assert jax.tree.structure(again) == jax.tree.structure(end)
+    for (path, a), b in zip(jax.tree.leaves_with_path(again), jax.tree.leaves(end), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    assert (newest / "data" / "metadata").read_bytes() == place
 
 
 def test_the_export_holds_all_that_moved(trained):

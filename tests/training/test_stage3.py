@@ -10,6 +10,7 @@ from flax import nnx
 
 from helios_jax import lora
 from helios_jax.config import ConfigError
+from helios_jax.data.records import Source
 from helios_jax.diffusion import distillation as losses
 from helios_jax.diffusion import few_steps
 from helios_jax.diffusion.distillation import PenaltyConfig, RenoiseConfig
@@ -330,7 +331,7 @@ def test_ode_one_batch_is_learnt():
     ids=["no lora", "average", "blocks", "crop", "adapters"],
 )
 def test_players_that_do_not_fit_are_refused_in_one_line(monkeypatch, change, parts, rule):
-    monkeypatch.setattr(distill, "open_source", lambda *_: [{"latents": np.zeros((3, *CHUNK[1:]))}])
+    monkeypatch.setattr(distill, "open_source", lambda *_: Source([{"latents": np.zeros((3, *CHUNK[1:]))}], (), "data"))
     config = config_of(distill={"score": ScoreConfig(), "gan": None, **parts})
     config = dataclasses.replace(config, **change)
     with pytest.raises(ConfigError, match=rule) as error:

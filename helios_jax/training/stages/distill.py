@@ -90,18 +90,19 @@ def _check(config: TrainConfig) -> None:
     if max(blocks, default=0) >= count:
         raise ConfigError(f"distill.gan.discriminator.blocks: {blocks}, but the scores have blocks 0 to {count - 1}")
     try:
-        latents = open_source(config.data.folder, "train")[0]["latents"].shape[1:-1]
+        examples = open_source(config.data.folder, "train").of_each_bucket()
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data.folder: {error}") from None
     crop = distill.gan.crop or 1
-    seen = (latents[0], *(int(n * crop) for n in latents[1:]))
-    for axis, (name, size, patch) in enumerate(zip(("frames", "high", "wide"), seen, scores.patch_size)):
-        least = Head.smallest(axis) * (patch if blocks else 1)
-        if size < least or size % patch:
-            raise ConfigError(
-                f"distill.gan: the discriminator would see latents {size} {name}, it needs {least} or more in patches "
-                f"of {patch}; set distill.gan.crop to null, or use larger videos"
-            )
+    for latents in (example["latents"].shape[1:-1] for example in examples):
+        seen = (latents[0], *(int(n * crop) for n in latents[1:]))
+        for axis, (name, size, patch) in enumerate(zip(("frames", "high", "wide"), seen, scores.patch_size)):
+            least = Head.smallest(axis) * (patch if blocks else 1)
+            if size < least or size % patch:
+                raise ConfigError(
+                    f"distill.gan: the discriminator would see latents {size} {name}, it needs {least} or more in "
+                    f"patches of {patch}; set distill.gan.crop to null, or use larger videos"
+                )
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:

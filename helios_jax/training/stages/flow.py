@@ -57,7 +57,8 @@ def chunks(config: TrainConfig, num_chunks: int = 1, constant: str | None = None
         more = {} if constant is None else {"negative": np.load(folder / constant).astype(np.float32)}
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data.folder: {error}") from None
-    check_size(source[0]["latents"].shape[-3:-1], config)
+    for example in source.of_each_bucket():
+        check_size(example["latents"].shape[-3:-1], config)
     sizes = (memory.long, memory.mid, memory.recent)
     pick = chunk_transform(sizes, memory.frames_per_chunk, num_chunks, first=config.flow.first_chunk)
 
