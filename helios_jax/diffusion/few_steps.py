@@ -153,7 +153,9 @@ def generate(
         origin = jax.lax.stop_gradient(sample)
         count = stop if with_gradient else stop + 1
         step = partial(_step, velocity, timestep, sigma, origin, stop, count)
-        before = jax.lax.fori_loop(0, count.max(), step, origin)
+        before = origin
+        if not with_gradient or timestep.shape[1] > 1:
+            before = jax.lax.fori_loop(0, count.max(), step, origin)
         if not with_gradient:
             sample = before
             continue
