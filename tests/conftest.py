@@ -25,7 +25,7 @@ def compilation(request):
     name, fast = "jax_disable_most_optimizations", request.path.parent.name in LAWS
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(name.upper(), str(int(fast)))
-        before = getattr(jax.config, name)
+        before = jax.config.read(name)
         jax.config.update(name, fast)
         yield
         jax.config.update(name, before)
