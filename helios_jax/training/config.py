@@ -36,8 +36,10 @@ class DataConfig:
     frames: int = 33  # pixel frames of a clip (the vae stage); 1 + a multiple of 4
     crop: int | None = None  # side in pixels of a random square of each clip (the vae stage); null: whole frames
     seed: int = 0  # of the shuffle, apart from the run's seed so that two runs can see the same clips
+    workers: int = 0  # processes that read and cut clips; 0: threads of the run's own do
 
     def __post_init__(self):
+        require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
         require(self.batch_size > 0, f"batch_size must be at least 1, got {self.batch_size}")
         require(
             self.frames > 0 and self.frames % 4 == 1,

@@ -123,6 +123,17 @@ def test_batches_name_their_clips(config):
     assert chunk in "012"
 
 
+def test_processes_that_read_make_the_same_batches(config):
+    found = []
+    for workers in (0, 1):
+        config.data.workers = workers
+        batches = flow.batches(config)
+        batches.set_state({"next_index": 2})
+        found.append(next(batches))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("weighting", ["logit_normal", "sigma_sqrt"])
 def test_loss_of_a_model_that_predicts_zero_is_the_target_s_square(config, weighting):
     config.flow.times.weighting = weighting

@@ -76,6 +76,7 @@ def chunks(config: TrainConfig, num_chunks: int = 1, constant: str | None = None
         transform=transform,
         num_hosts=jax.process_count(),
         host=jax.process_index(),
+        workers=config.data.workers,
     )
 
 

@@ -54,6 +54,7 @@ def batches(config: TrainConfig) -> Any:
         transform=transform,
         num_hosts=jax.process_count(),
         host=jax.process_index(),
+        workers=config.data.workers,
     )
 
 

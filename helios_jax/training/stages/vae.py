@@ -97,6 +97,7 @@ def batches(config: TrainConfig) -> Any:
         transform=_clips(config.data.frames, config.data.crop),
         num_hosts=jax.process_count(),
         host=jax.process_index(),
+        workers=config.data.workers,
     )
 
 
