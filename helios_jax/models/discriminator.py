@@ -66,8 +66,8 @@ class Head(nnx.Module):
         def conv(i: int) -> Conv:
             kernel, stride, padding = self.SHAPES[i]
             sides = [(p, p) for p in padding]
-            axes = ("embed" if i else None, "mlp")
-            return Conv(dim if i else in_features, dim, kernel, stride=stride, padding=sides, axes=axes, rngs=rngs)
+            size = dim if i else in_features
+            return Conv(size, dim, kernel, stride=stride, padding=sides, axes=("embed", "mlp"), rngs=rngs)
 
         self.convs = nnx.List([conv(i) for i in range(len(self.SHAPES))])
         self.norms = nnx.List([GroupNorm(dim, rngs=rngs) for _ in self.SHAPES])

@@ -98,7 +98,7 @@ def arguments(stage: str, root: Path, run: Path, *more: str) -> list[str]:
         ]
     if stage == "stage3_gan":
         ours += ["distill.gan.start=0", "distill.gan.crop=null"]
-        ours += ["distill.gan.discriminator={blocks: [0], output: false, dim: 32}"]
+        ours += ["distill.gan.discriminator={blocks: [0], output: false, dim: 64}"]
     return [str(ROOT / "configs" / f"{stage}.yaml"), *ours, *more]
 
 

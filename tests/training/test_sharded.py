@@ -83,7 +83,9 @@ def found(tmp_path_factory):
     root = tmp_path_factory.mktemp("sharded")
     recipe.build(root)
     environment = {**os.environ, "PYTHONPATH": str(recipe.ROOT), "JAX_PLATFORMS": "cpu"}
-    environment["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    # A collective blocks the thread that waits in it: with a thread a device, devices that take two independent ones in
+    # another order wait for one another for ever.
+    environment |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "64"}
     subprocess.run([sys.executable, __file__, str(root), *STAGES], env=environment, check=True)
     return root
 
