@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import attention_gpu_backward, hopper
+from pallas_kernels import hopper
+from pallas_kernels.attention_gpu_backward import key_value_gradients, query_gradient
 from pallas_kernels.hopper import GROUPS, Dialect, Ring
 from pallas_kernels.tiles import Tiles
 
@@ -41,7 +42,7 @@ def attention(
     """
     n, m = query.shape[1], key.shape[1]
     lengths = jnp.full((query.shape[0],), m, jnp.int32) if key_lengths is None else key_lengths.astype(jnp.int32)
-    query, key, value = (jnp.pad(x, [(0, 0), (0, -x.shape[1] % hopper.ROWS)] + [(0, 0)] * 2) for x in (query, key, value))
+    query, key, value = (hopper.padded(x) for x in (query, key, value))
 
     @jax.custom_vjp
     def attend(query: Array, key: Array, value: Array, lengths: Array) -> Array:
@@ -55,9 +56,8 @@ def attention(
         query, key, value, lengths, out, sums = kept
         dots = jnp.einsum("bnhd,bnhd->bhn", out, cotangent, preferred_element_type=jnp.float32)
         arrays = (query, key, value, cotangent.astype(query.dtype), sums, dots, lengths)
-        d_query = attention_gpu_backward.query_gradient(*arrays, tiles["attention_dq"], interpret=interpret)
-        d_key, d_value = attention_gpu_backward.key_value_gradients(*arrays, tiles["attention_dkv"], interpret=interpret)
-        return d_query, d_key, d_value, None
+        d_query = query_gradient(*arrays, tiles["attention_dq"], interpret=interpret)
+        return d_query, *key_value_gradients(*arrays, tiles["attention_dkv"], interpret=interpret), None
 
     attend.defvjp(keep, backward)
     return attend(query, key, value, lengths)[:, :n]
@@ -91,7 +91,8 @@ def forward(
 
 
 def _kernel(
-    query, key, value, lengths, out, *sums, query_tiles, query_in, keys: Ring, values: Ring, sum_tiles=None, say: Dialect
+    query, key, value, lengths, out, *sums, query_tiles, query_in, keys: Ring, values: Ring,
+    sum_tiles: Any = None, say: Dialect,
 ):  # fmt: skip
     head, tile, sample, group = (lax.axis_index(name) for name in ("head", "tile", "sample", "group"))
     (_, rows, head_dim), columns = query_tiles.shape, keys.tiles.shape[1]

@@ -59,8 +59,8 @@ def query_gradient(
 
 
 def _query_kernel(
-    query, key, value, cotangent, sums, dots, lengths, out, *, query_tiles, cotangent_tiles, sum_tiles, dot_tiles, loaded,
-    keys: Ring, values: Ring, say: Dialect,
+    query, key, value, cotangent, sums, dots, lengths, out, *, query_tiles, cotangent_tiles, sum_tiles, dot_tiles,
+    loaded, keys: Ring, values: Ring, say: Dialect,
 ):  # fmt: skip
     head, tile, sample, group = (lax.axis_index(name) for name in ("head", "tile", "sample", "group"))
     (_, rows, head_dim), columns = query_tiles.shape, keys.tiles.shape[1]

@@ -23,8 +23,9 @@ def attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "b n heads head_dim"]:
-    """`pallas_kernels.attention.reference`. `tiles` has sizes for each of `OPS`: lengths are padded to blocks of at most
-    `block_q` queries and `block_k` keys, multiplied `block_k_compute` at a time; padded keys are a segment of their own.
+    """`pallas_kernels.attention.reference`. `tiles` has sizes for each of `OPS`: lengths are padded to blocks of at
+    most `block_q` queries and `block_k` keys, multiplied `block_k_compute` at a time; padded keys are a segment of
+    their own.
     """
     (b, n, heads, head_dim), m = query.shape, key.shape[1]
     sizes = _sizes(n, m, tiles)

@@ -83,7 +83,7 @@ class Dialect(NamedTuple):
     """
 
     zeros: Callable[[tuple[int, ...]], Array]
-    numbers: Callable[[tuple[int, int], int], Array]
+    numbers: Callable[[tuple[int, ...], int], Array]
     vector: Callable[[Any, int], Array]
     transposed: Callable[[Any], Any]
     product: Callable[[Any, Any], Array]
@@ -103,7 +103,7 @@ def _product(a: Any, b: Any) -> Array:
     return pl.run_scoped(run, gpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
 
 
-def _add_products(*terms: tuple[Array, Any, Any]) -> tuple[Array, ...]:
+def _add_products(*terms: tuple[Array, Any, Any]) -> Any:
     def run(accumulators):
         for accumulator, (_, a, b) in zip(accumulators, terms):
             gpu.wgmma(accumulator, a, b)
@@ -174,6 +174,11 @@ def launch(
     )(*arrays)
 
 
+def padded(x: Array) -> Array:
+    """[b, n, heads, head_dim] with zeros up to a multiple of `ROWS` rows."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % ROWS), (0, 0), (0, 0)])
+
+
 def room(length: int, tile: int, interpret: Any) -> int:
-    """What an output needs for `length` rows written in tiles: TMA writes nothing beyond an end, the interpreter may not."""
+    """The rows of an output that is written in tiles: TMA drops what is beyond an end, the interpreter would not."""
     return length if interpret is None else -(-length // tile) * tile

@@ -29,11 +29,11 @@ def lookup(op: str, kind: str, length: int) -> Tiles:
     raise KeyError(f"{PATH.name} has no sizes for {op} over {length} tokens on {kind}")
 
 
-def write(op: str, kind: str, length: int, sizes: Tiles, path: Path = PATH) -> None:
-    """Puts `sizes` for lengths up to `length` into the table at `path`, beside what is there."""
-    whole: Table = json.loads(path.read_text())
+def write(op: str, kind: str, length: int, sizes: Tiles) -> None:
+    """Puts `sizes` for lengths up to `length` into the table and its file, beside what is there."""
+    whole: Table = json.loads(PATH.read_text())
     whole.setdefault(op, {}).setdefault(kind, {})[str(length)] = sizes
-    path.write_text(text(whole))
+    PATH.write_text(text(whole))
     table.cache_clear()
 
 
