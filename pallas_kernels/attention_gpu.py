@@ -77,6 +77,7 @@ def forward(
     scratch = dict(
         query_tiles=gpu.SMEM((GROUPS, rows, head_dim), query.dtype, transforms=hopper.TILED),
         query_in=gpu.Barrier(num_barriers=GROUPS),
+        turn=gpu.Barrier(num_arrivals=GROUPS),
         keys=hopper.ring(slots, (columns, head_dim), key.dtype),
         values=hopper.ring(slots, (columns, head_dim), value.dtype),
     )
@@ -91,13 +92,17 @@ def forward(
 
 
 def _kernel(
-    query, key, value, lengths, out, *sums, query_tiles, query_in, keys: Ring, values: Ring,
+    query, key, value, lengths, out, *sums, query_tiles, query_in, turn, keys: Ring, values: Ring,
     sum_tiles: Any = None, say: Dialect,
 ):  # fmt: skip
     head, tile, sample, group = (lax.axis_index(name) for name in ("head", "tile", "sample", "group"))
     (_, rows, head_dim), columns = query_tiles.shape, keys.tiles.shape[1]
     length = lengths[sample]
     steps = pl.cdiv(length, columns)
+
+    def take_turns():
+        gpu.barrier_arrive(turn)
+        gpu.barrier_wait(turn)
 
     @pl.when(group < GROUPS)
     def compute():
@@ -106,10 +111,12 @@ def _kernel(
         query_tile = query_tiles.at[group]
         gpu.copy_gmem_to_smem(query.at[sample, mine, head], query_tile, query_in.at[group])
         gpu.barrier_wait(query_in.at[group])
+        # The groups take turns: one has its products under way while the other computes a softmax.
+        pl.when(group == 1)(take_turns)
 
         def step(i, carry):
             total, top, norm = carry
-            logits = say.product(query_tile, say.transposed(hopper.wait(keys, i)))
+            logits = say.product(query_tile, say.transposed(hopper.wait(keys, i)), take_turns)
             hopper.done(keys, i)
             logits = hopper.hide(say, logits * hopper.exponent(head_dim), i * columns, length)
             new_top = jnp.maximum(top, logits.max(axis=1))
@@ -117,12 +124,18 @@ def _kernel(
             weights = jnp.exp2(logits - lax.broadcast_in_dim(new_top, logits.shape, [0]))
             norm = norm * shrink + weights.sum(axis=1)
             total *= lax.broadcast_in_dim(shrink, total.shape, [0])
-            (total,) = say.add_products((total, weights.astype(value.dtype), hopper.wait(values, i)))
+            total, norm, new_top, weights = lax.optimization_barrier(
+                (total, norm, new_top, weights.astype(value.dtype))
+            )
+            value_tile = hopper.wait(values, i)
+            take_turns()
+            (total,) = say.add_products((total, weights, value_tile))
             hopper.done(values, i)
             return total, new_top, norm
 
         start = say.zeros((rows, head_dim)), say.zeros((rows,)) - jnp.inf, say.zeros((rows,))
         total, top, norm = lax.fori_loop(0, steps, step, start)
+        pl.when(group == 0)(take_turns)
         query_tile[...] = (total / lax.broadcast_in_dim(norm, total.shape, [0])).astype(query_tile.dtype)
         if sums:
             sum_tiles[group] = top + jnp.log(norm) * math.log2(math.e)

@@ -78,7 +78,8 @@ class Dialect(NamedTuple):
     numbers: of the rows (axis 0) or columns (axis 1) of a product of some shape
     vector: a float32 vector in shared memory as it lies beside a product, along its rows (axis 0) or columns (axis 1)
     transposed: a matrix in shared memory, to be read as its transpose
-    product: a (in shared memory or registers) @ b (in shared memory), in float32 registers
+    product: a (in shared memory or registers) @ b (in shared memory), in float32 registers; calls `meanwhile` when it
+        is under way
     add_products: total + a @ b for each `(total, a, b)`, all under way at once
     """
 
@@ -86,7 +87,7 @@ class Dialect(NamedTuple):
     numbers: Callable[[tuple[int, ...], int], Array]
     vector: Callable[[Any, int], Array]
     transposed: Callable[[Any], Any]
-    product: Callable[[Any, Any], Array]
+    product: Callable[..., Array]
     add_products: Callable[..., tuple[Array, ...]]
 
 
@@ -95,9 +96,14 @@ def _zeros(shape: tuple[int, ...]) -> Array:
     return gpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
-def _product(a: Any, b: Any) -> Array:
+def _nothing() -> None:
+    pass
+
+
+def _product(a: Any, b: Any, meanwhile: Callable[[], None] = _nothing) -> Array:
     def run(accumulator):
         gpu.wgmma(accumulator, a, b)
+        meanwhile()
         return accumulator[...]
 
     return pl.run_scoped(run, gpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
@@ -121,7 +127,8 @@ COMPILED = Dialect(
 )
 
 
-def _dot(a: Any, b: Any) -> Array:
+def _dot(a: Any, b: Any, meanwhile: Callable[[], None] = _nothing) -> Array:
+    meanwhile()
     return jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
 
 
