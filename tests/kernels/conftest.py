@@ -1,8 +1,7 @@
-"""Mosaic GPU's interpreter compiles a kernel once for each warpgroup of each block, until jax 0.11; here only once."""
+"""Mosaic GPU's interpreter in jax 0.10 compiles a kernel for each warpgroup of each block; here only once, as later."""
 
 import jax
 import pytest
-from jax._src.pallas.mosaic.interpret import thread_map
 
 
 def _run(jaxpr, consts, *args):
@@ -16,4 +15,4 @@ def _run_jaxpr(jaxpr, consts, *args):
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch):
     if jax.__version_info__ < (0, 11):
-        monkeypatch.setattr(thread_map, "_run_jaxpr", _run_jaxpr)
+        monkeypatch.setattr("jax._src.pallas.mosaic.interpret.thread_map._run_jaxpr", _run_jaxpr)

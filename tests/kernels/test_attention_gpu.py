@@ -10,12 +10,12 @@ from pallas_kernels.attention import reference
 
 try:
     from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
-except ImportError:  # it was private until jax 0.11
+except ImportError:  # private in jax 0.10
     from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 # As TMA does, the interpreter takes what lies beyond an end for zeros.
 INTERPRET = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
-# Far below what the hardware takes. The interpreter compiles every block of the grid: that is what takes the time here.
+# Far below what the hardware takes.
 TILES = {
     "attention": {"block_q": 8, "block_k": 8, "slots": 2},
     "attention_dq": {"block_q": 16, "block_k": 8, "slots": 2},
