@@ -26,7 +26,7 @@ class Op:
     arguments: random inputs, on the device
     candidates: block sizes that may do on "gpu" or "tpu"; none where the op has none
     kernel: the op with such sizes, to be called with the arguments
-    alternatives: by name, others that compute the same; the first that runs is what kernels are checked with
+    alternatives: by name, others that compute the same, trusted ones first: kernels are checked with what runs first
     prepared: of a function and its arguments, what is to be timed in its place: a part, with what that part needs
     """
 

@@ -4,8 +4,8 @@
     python -m pallas_kernels.tune attention --shape n=8640 b=2    # another
     python -m pallas_kernels.tune attention --write               # and the fastest go into tiles.json
 
-Sizes with which the kernel does not compile, or differs from the first of the others that runs, are left out and the
-table says why.
+Sizes with which the kernel does not compile, or differs from the first row that ran, are left out and the table says
+why.
 """
 
 import argparse
@@ -46,12 +46,9 @@ def measure(op: Op, shape: Shape, report: Callable[[Result], None]) -> list[Resu
         try:
             timed = op.prepared(function, arguments)
             got = jax.block_until_ready(jax.jit(timed[0])(*timed[1]))
-            if expected is None and sizes is None:
-                expected = got
-            if expected is not None and _distance(got, expected) > TOLERANCE:
-                result = Result(name, sizes, None, "wrong")
-            else:
-                result = Result(name, sizes, seconds(timed[0], *timed[1]))
+            expected = got if expected is None else expected
+            wrong = _distance(got, expected) > TOLERANCE
+            result = Result(name, sizes, None, "wrong") if wrong else Result(name, sizes, seconds(timed[0], *timed[1]))
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
             result = Result(name, sizes, None, _word(error))
         results.append(result)

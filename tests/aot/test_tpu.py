@@ -26,7 +26,7 @@ def test_attention_has_gradients(tpu, report, name, n, m, head_dim):
 
     program = compilation.compiled(gradients, q, k, k, q, platform="tpu")
     assert compilation.custom_calls(program)["tpu_custom_call"] == 2
-    memory = report(f"attention's gradients, 2 heads, {n} queries", device, program)
+    memory = report(f"attention's gradients, {n} queries", device, program)
     assert memory.temporaries < max(2 * n * m * 2 / 4, 1e7), (
         "more than a quarter of the logits, which are not to be kept"
     )
