@@ -4,6 +4,14 @@ Laws, and kernels as they are interpreted, are tested on programs that are compi
 beside a reference's, on programs as they are compiled for use.
 """
 
+import os
+import tempfile
+
+# What one test has compiled, others and their processes read, in this run alone. Before jax, which reads it once.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory()
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+
 import jax
 import pytest
 from hypothesis import settings
