@@ -1,8 +1,16 @@
 """Shape annotations are checked in every test; hypothesis does not time them, machines differ.
 
-Laws are tested on programs that are compiled fast, at a third less time; values beside a reference's, on programs as
-they are compiled for use.
+Laws, and kernels as they are interpreted, are tested on programs that are compiled fast, at a third less time; values
+beside a reference's, on programs as they are compiled for use.
 """
+
+import os
+import tempfile
+
+# What one test has compiled, others and their processes read, in this run alone. Before jax, which reads it once.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    COMPILED = tempfile.TemporaryDirectory()
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
 
 import jax
 import pytest
@@ -16,7 +24,7 @@ install_import_hook(["helios_jax.models", "helios_jax.diffusion", "helios_jax.sa
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-LAWS = ("data", "diffusion", "sampling", "training")  # folders
+LAWS = ("data", "diffusion", "kernels", "sampling", "training")  # folders
 
 
 @pytest.fixture(autouse=True, scope="module")
