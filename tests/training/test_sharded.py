@@ -31,10 +31,8 @@ OTHER = ("mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1")
 
 def prepared(stage: str, root: Path, mesh: tuple[str, ...]):
     """(config, module of the stage, mesh), but for the largest program with batches in two parts."""
-    flags = [*mesh]
-    if stage != "stage3_gan":
-        flags += ["data.batch_size=8", "optim.accumulate=2"]
-    else:
+    flags = ["data.batch_size=8", f"optim.accumulate={1 if stage == 'stage3_gan' else 2}", *mesh]
+    if stage == "stage3_gan":
         # Group norms of two values would be their signs, and a penalty the difference of what is nearly equal: neither
         # has a gradient to 1e-5 in float32, on one device or on eight.
         flags += ["distill.gan.discriminator.dim=128", "distill.gan.r1={weight: 0.1, sigma: 1.0}"]
