@@ -23,10 +23,14 @@ def reference(
 
     `runs` are numbers of tokens: the first `runs[0]` take row 0 of `shift` and `scale`, and so on.
     """
-    y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
-    return (y * (1 + rows.spread(scale, runs)) + rows.spread(shift, runs)).astype(x.dtype)
+    return (layer_norm(x, eps) * (1 + rows.spread(scale, runs)) + rows.spread(shift, runs)).astype(x.dtype)
+
+
+def layer_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
+    """(x - mean) / sqrt(var + eps) over the last dimension, computed and returned in float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
 
 
 def unsupported(x: Array) -> str | None:

@@ -25,18 +25,18 @@ def reference(
     y: Float[Array, "b n d"],
     gate: Float[Array, "#b runs d"],
     shift: Float[Array, "#b runs d"],
-    scale: Float[Array, "#b runs d"],
+    gain: Float[Array, "#b runs d"],
     runs: Runs,
     eps: float,
 ) -> Sums:
-    """z = x + gate * y of the last sum(runs) tokens in float32, in the dtype of `x`; and `adaln.reference` of z.
-
-    `gate`, `shift` and `scale` have a row for each of `runs`, which are numbers of tokens.
+    """z = x + gate * y of the last sum(runs) tokens in float32, in the dtype of `x`; and its layer norm times
+    `gain` plus `shift`. `gate`, `shift` and `gain` have a row for each of `runs`, which are numbers of tokens.
     """
     first = x.shape[1] - sum(runs)
     gated = y[:, first:].astype(jnp.float32) * rows.spread(gate, runs)
     z = (x[:, first:].astype(jnp.float32) + gated).astype(x.dtype)
-    return z, adaln.reference(z, shift, scale, runs, eps)
+    norm = adaln.layer_norm(z, eps) * rows.spread(gain, runs) + rows.spread(shift, runs)
+    return z, norm.astype(x.dtype)
 
 
 def unsupported(x: Float[Array, "b n d"], first: int) -> str | None:
@@ -52,7 +52,7 @@ def gated_residual(
     y: Float[Array, "b n d"],
     gate: Float[Array, "#b runs d"],
     shift: Float[Array, "#b runs d"],
-    scale: Float[Array, "#b runs d"],
+    gain: Float[Array, "#b runs d"],
     runs: Runs,
     eps: float,
     *,
@@ -66,18 +66,18 @@ def gated_residual(
     first = x.shape[1] - sum(runs)
     if first < 0:
         raise ValueError(f"gated_residual: runs {runs} have the sum {sum(runs)}, and there are {x.shape[1]} tokens")
-    rows.check("gated_residual", x[:, first:], runs, gate, shift, scale)
+    rows.check("gated_residual", x[:, first:], runs, gate, shift, gain)
     if not rows.by_kernel(implementation, unsupported(x, first), default=device.platform() == "gpu"):
-        return reference(x, y, gate, shift, scale, runs, eps)
+        return reference(x, y, gate, shift, gain, runs, eps)
     tpu, sizes = device.platform() == "tpu", tiles.lookup("gated_residual", device.kind(), x.shape[1])
     forward = partial((gated_residual_tpu if tpu else gated_residual_gpu).forward, sizes=sizes)
     norm_sizes = tiles.lookup("adaln", device.kind(), x.shape[1])
     norm_backward = partial((adaln_tpu if tpu else adaln_gpu).backward, sizes=norm_sizes)
-    return by(forward, norm_backward, x, y, gate, shift, scale, runs, eps)
+    return by(forward, norm_backward, x, y, gate, shift, gain, runs, eps)
 
 
 def by(
-    forward: Any, norm_backward: Any, x: Array, y: Array, gate: Array, shift: Array, scale: Array, runs: Runs,
+    forward: Any, norm_backward: Any, x: Array, y: Array, gate: Array, shift: Array, gain: Array, runs: Runs,
     eps: float,
 ) -> Sums:  # fmt: skip
     """`gated_residual` by `forward` of `gated_residual_tpu` or `gated_residual_gpu`, with its block sizes.
@@ -95,15 +95,15 @@ def by(
         return (z, normed), (inputs, z)
 
     def backward(kept, gradients):
-        (x, y, gate, shift, scale), z = kept
-        dz, dshift, dscale = norm_backward(z, scale, gradients[1], runs, eps)
+        (x, y, gate, shift, gain), z = kept
+        dz, dshift, dgain = norm_backward(z, gain - 1, gradients[1], runs, eps)
 
         def add(x, y, gate):  # the sum alone
             return x[:, first:].astype(jnp.float32) + y[:, first:].astype(jnp.float32) * rows.spread(gate, runs)
 
         total = gradients[0].astype(jnp.float32) + dz.astype(jnp.float32)
         dx, dy, dgate = jax.vjp(add, x, y, gate)[1](total)
-        return dx, dy, dgate, rows.as_given(dshift, shift), rows.as_given(dscale, scale)
+        return dx, dy, dgate, rows.as_given(dshift, shift), rows.as_given(dgain, gain)
 
     run.defvjp(keep, backward)
-    return run(x, y, gate, shift, scale)
+    return run(x, y, gate, shift, gain)

@@ -18,7 +18,7 @@ def forward(
     y: Float[Array, "b n d"],
     gate: Float[Array, "#b runs d"],
     shift: Float[Array, "#b runs d"],
-    scale: Float[Array, "#b runs d"],
+    gain: Float[Array, "#b runs d"],
     runs: Runs,
     eps: float,
     sizes: Tiles,
@@ -34,10 +34,10 @@ def forward(
         (shape, shape),
         (b, len(blocks)),
         interpret,
-    )(x, y, *(table.astype(jnp.float32) for table in (gate, shift, scale)), jnp.asarray(blocks))
+    )(x, y, *(table.astype(jnp.float32) for table in (gate, shift, gain)), jnp.asarray(blocks))
 
 
-def _kernel(x, y, gate, shift, scale, spans, z, out, *, first: int, eps: float, interpret: bool):
+def _kernel(x, y, gate, shift, gain, spans, z, out, *, first: int, eps: float, interpret: bool):
     sample, start, stop, _ = block(spans, gate)
     # The rows of the norm are read for each token, from a cache: registers hold no more than one of the three.
     gates = row(gate, block(spans, gate)[3], interpret)
@@ -47,7 +47,7 @@ def _kernel(x, y, gate, shift, scale, spans, z, out, *, first: int, eps: float, 
         new = (row(x, there, interpret) + gates * row(y, there, interpret)).astype(z.dtype)
         z[sample, token] = new
         after, _ = normed(new.astype(jnp.float32), eps)
-        scales, shifts = (row(table, block(spans, table)[3], interpret) for table in (scale, shift))
-        out[sample, token] = (after * (1 + scales) + shifts).astype(out.dtype)
+        gains, shifts = (row(table, block(spans, table)[3], interpret) for table in (gain, shift))
+        out[sample, token] = (after * gains + shifts).astype(out.dtype)
 
     lax.fori_loop(start, stop, step, None)

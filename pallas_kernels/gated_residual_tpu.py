@@ -20,7 +20,7 @@ def forward(
     y: Float[Array, "b n d"],
     gate: Float[Array, "#b runs d"],
     shift: Float[Array, "#b runs d"],
-    scale: Float[Array, "#b runs d"],
+    gain: Float[Array, "#b runs d"],
     runs: Runs,
     eps: float,
     sizes: Tiles,
@@ -39,18 +39,18 @@ def forward(
     return pl.pallas_call(
         partial(_kernel, runs=runs, eps=eps),
         grid=(b, pl.cdiv(m, block)),
-        in_specs=[tokens, tokens, *map(table_spec, (gate, shift, scale))],
+        in_specs=[tokens, tokens, *map(table_spec, (gate, shift, gain))],
         out_specs=(outs, outs),
         out_shape=(shape, shape),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         interpret=bool(interpret),
         name="gated_residual",
-    )(x, y, *(table.astype(jnp.float32) for table in (gate, shift, scale)))
+    )(x, y, *(table.astype(jnp.float32) for table in (gate, shift, gain)))
 
 
-def _kernel(x, y, gate, shift, scale, z, out, *, runs: Runs, eps: float):
+def _kernel(x, y, gate, shift, gain, z, out, *, runs: Runs, eps: float):
     token = numbers(x.shape[1])
     gated = y[0].astype(jnp.float32) * select(gate[0], token, runs)
     z[0] = (x[0].astype(jnp.float32) + gated).astype(z.dtype)
     after, _ = normed(z[0].astype(jnp.float32), eps)
-    out[0] = (after * (1 + select(scale[0], token, runs)) + select(shift[0], token, runs)).astype(out.dtype)
+    out[0] = (after * select(gain[0], token, runs) + select(shift[0], token, runs)).astype(out.dtype)

@@ -69,10 +69,11 @@ def norm_rope(
 ) -> Float[Array, "b n heads head_dim"]:
     """`reference`; the kernels round once, at the end, and their gradient is the reference's, by XLA.
 
-    Without `implementation` the kernel runs where there is one for these inputs and XLA elsewhere. Raises ValueError
-    when "pallas" is asked for and cannot run.
+    Without `implementation` the kernel runs where it can and saves something, which on a GPU needs a `table`, and XLA
+    elsewhere. Raises ValueError when "pallas" is asked for and cannot run.
     """
-    if not rows.by_kernel(implementation, unsupported(x, heads), default=True):
+    pays = table is not None or device.platform() == "tpu"
+    if not rows.by_kernel(implementation, unsupported(x, heads), default=pays):
         return reference(x, weight, heads, eps, table, history_scale, num_history)
     kernel = norm_rope_tpu if device.platform() == "tpu" else norm_rope_gpu
     sizes = tiles.lookup("norm_rope", device.kind(), x.shape[1])
@@ -104,7 +105,10 @@ def by(
         return run(*inputs), inputs
 
     def backward(inputs, gradient):
-        return jax.vjp(lambda *args: reference(*args[:2], heads, eps, *args[2:], num_history), *inputs)[1](gradient)
+        def plain(x, weight, table, history_scale):
+            return reference(x, weight, heads, eps, table, history_scale, num_history)
+
+        return jax.vjp(plain, *inputs)[1](gradient)
 
     run.defvjp(keep, backward)
     return run(x, weight, table, history_scale)

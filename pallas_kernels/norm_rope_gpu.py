@@ -84,7 +84,7 @@ def exchanged(y: Array, layout: Any) -> Array:
     def exchange(_, y):
         return y._pointwise(_shuffle)
 
-    return exchange(y)
+    return exchange(y)  # pyright: ignore[reportCallIssue]
 
 
 def _shuffle(register: Any) -> Any:

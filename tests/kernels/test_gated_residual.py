@@ -23,7 +23,7 @@ KERNELS = {
 
 
 def draw(b: int, first: int, runs: tuple[int, ...], d: int, dtype):
-    """x, y, gate, shift and scale (the last two shared by the samples), and cotangents of both outputs."""
+    """x, y, gate, shift and gain (the last two shared by the samples), and cotangents of both outputs."""
     rng, m = np.random.default_rng(), sum(runs)
     tokens, tables = (b, first + m, d), (len(runs), d)
     shapes = tokens, tokens, (b, *tables), (1, *tables), (1, *tables)
