@@ -55,10 +55,14 @@ def test_a_block_by_kernels_is_that_by_xla(monkeypatch, packing, keep_history, f
     )  # it has its own tests
     # What takes the residual to its op is the same for all devices; TPUs have another choice.
     monkeypatch.setattr(norms, "fuses_residual", lambda by: fuses and by is None)
-    block, x, *rest = draw(packing)
-    expected = block(x, *rest, packing, keep_history=keep_history)
+    arguments = draw(packing)
+
+    def run():
+        return jax.jit(lambda block, *args: block(*args, packing, keep_history=keep_history))(*arguments)
+
+    expected = run()
     with compiling_for(TPU), pltpu.force_tpu_interpret_mode():
-        got = block(x, *rest, packing, keep_history=keep_history)
+        got = run()
     np.testing.assert_allclose(got, expected, atol=2e-4, rtol=2e-4)
 
 
