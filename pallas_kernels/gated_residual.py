@@ -1,7 +1,7 @@
 """A gated residual and the norm that follows it: x + gate * y, and that normed, shifted and scaled.
 
 It pays on GPUs after self-attention, where the sum of the noisy tokens is normed for the text's attention: XLA writes
-the sum and reads it again, 88 MB of 515 a block at 11040 tokens of 5120 features in bfloat16. Elsewhere XLA adds in
+the sum and reads it again, 88 MB of 516 a block at 11040 tokens of 5120 features in bfloat16. Elsewhere XLA adds in
 the product before, which is better: after the text's attention on GPUs, and everywhere on TPUs. A sum that no norm
 follows at once (the block's end) is one pass in XLA, too, and needs no kernel.
 """

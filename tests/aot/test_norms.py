@@ -1,4 +1,4 @@
-"""The norms' kernels for TPUs and an H100, by themselves at 14B's size, and in a block that a mesh splits by samples."""
+"""The norms' kernels for TPUs and an H100, at 14B's size, and in a block that a mesh splits by samples."""
 
 import jax
 import jax.numpy as jnp
