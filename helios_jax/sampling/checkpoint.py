@@ -15,6 +15,7 @@ from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
 from helios_jax.pretrained import CheckpointError
+from helios_jax.sampling import offload
 from helios_jax.sampling.plan import Variant
 
 PIPELINES = ("HeliosPipeline", "HeliosPyramidPipeline")
@@ -122,21 +123,24 @@ class Checkpoint:
     def load_vae(self, dtype: Any, *, mesh: Mesh | None = None) -> AutoencoderKLWan:
         return self._load(self.abstract_vae(), "vae", dtype, mesh)
 
-    def load_text_encoder(self, dtype: Any, *, mesh: Mesh | None = None) -> UMT5Encoder:
-        return self._load(self.abstract_text_encoder(), "text_encoder", dtype, mesh)
+    def load_text_encoder(self, dtype: Any, *, mesh: Mesh | None = None, offloaded: bool = False) -> UMT5Encoder:
+        """With `offloaded` it goes to the host's memory, and to the device when a prompt is encoded."""
+        return self._load(self.abstract_text_encoder(), "text_encoder", dtype, mesh, offloaded)
 
-    def _load(self, model: Network, part: str, dtype: Any, mesh: Mesh | None) -> Network:
+    def _load(self, model: Network, part: str, dtype: Any, mesh: Mesh | None, offloaded: bool = False) -> Network:
         placed = None if mesh is None else sharding.shardings(model, mesh)
+        if offloaded:
+            placed = offload.in_host_memory(offload.default_shardings(model) if placed is None else placed)
         return pretrained.load_model(model, self.folder / part, dtype=dtype, shardings=placed)
 
     def load(
-        self, dtype: Any, vae_dtype: Any, stacked: bool, mesh: Mesh | None = None
+        self, dtype: Any, vae_dtype: Any, stacked: bool, mesh: Mesh | None = None, offload_text_encoder: bool = False
     ) -> tuple[Transformer, AutoencoderKLWan, UMT5Encoder]:
         """The networks with their weights."""
         return (
             self.load_transformer(dtype, stacked=stacked, mesh=mesh),
             self.load_vae(vae_dtype, mesh=mesh),
-            self.load_text_encoder(dtype, mesh=mesh),
+            self.load_text_encoder(dtype, mesh=mesh, offloaded=offload_text_encoder),
         )
 
 

@@ -147,6 +147,8 @@ class SampleConfig(Options):
     seed: int = 0
     num_videos_per_prompt: int = 1  # with seeds seed, seed + 1, ...
     precision: Literal["float32", "bfloat16"] | None = None  # null: float32 on CPU, bfloat16 elsewhere
+    # the text encoder waits in the host's memory between prompts; null: where there is an accelerator
+    offload_text_encoder: bool | None = None
     out: str = "outputs/video.mp4"  # a file; with csv the folder of all files
     format: Literal["mp4", "png", "npz"] | None = None  # png: a folder of frames; npz: latents; null: as `out` ends
     state: str | None = None  # a file that is kept up to date while the video grows, to go on from

@@ -74,6 +74,7 @@ class HeliosPipeline:
         dtype: Any = None,
         vae_dtype: Any = None,
         stacked: bool | None = None,
+        offload_text_encoder: bool | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "HeliosPipeline":
         """The pipeline in a diffusers folder, a hub repository (at a `revision`) or an opened checkpoint.
@@ -81,8 +82,9 @@ class HeliosPipeline:
         `transformer` is the subfolder with the transformer: released repositories also have those of other stages,
         such as transformer_ode. `dtype` is that of the transformer and the text encoder: bfloat16 where there is an
         accelerator and float32 on CPU unless given. `vae_dtype` is the VAE's: `dtype` or, on CPU,
-        float32. `stacked` keeps
-        transformer blocks stacked and scanned (the default on TPU) or as a list (elsewhere). With a `mesh`
+        float32. `stacked` keeps transformer blocks stacked and scanned (the default on TPU) or as a list (elsewhere).
+        With `offload_text_encoder` (the default where there is an accelerator) the text encoder, 11 GB of the released
+        weights, waits in the host's memory and is on the device only while a prompt is encoded. With a `mesh`
         (`helios_jax.sharding.make_mesh`) each device gets its shard of every tensor.
 
         Raises:
@@ -94,9 +96,9 @@ class HeliosPipeline:
         backend = jax.default_backend()
         dtype = jnp.dtype(dtype or (jnp.float32 if backend == "cpu" else jnp.bfloat16))
         stacked = backend == "tpu" if stacked is None else stacked
-        networks = checkpoint.load(
-            dtype, jnp.dtype(vae_dtype or (jnp.float32 if backend == "cpu" else dtype)), stacked, mesh
-        )
+        vae_dtype = jnp.dtype(vae_dtype or (jnp.float32 if backend == "cpu" else dtype))
+        offloaded = backend != "cpu" if offload_text_encoder is None else offload_text_encoder
+        networks = checkpoint.load(dtype, vae_dtype, stacked, mesh, offloaded)
         return cls(*networks, checkpoint.tokenizer, checkpoint.scheduler, checkpoint.variant)
 
     def save_pretrained(self, folder: str | Path, *, dtype: Any = None, max_shard_size: int | str = "5GB") -> None:

@@ -52,7 +52,9 @@ def run(config: SampleConfig) -> int:
         files[str(i)] = lora.read(name)
     lora.check(Transformer.abstract(checkpoint.transformer), files)
 
-    pipe = HeliosPipeline.from_pretrained(checkpoint, dtype=config.precision)
+    pipe = HeliosPipeline.from_pretrained(
+        checkpoint, dtype=config.precision, offload_text_encoder=config.offload_text_encoder
+    )
     if files:
         pipe.transformer = lora.merge(lora.attach(pipe.transformer, files, scales), donate=True)
     print(f"loading: {time.monotonic() - begin:.2f} s", flush=True)

@@ -11,6 +11,7 @@ from helios_jax.models import text as umt5
 from helios_jax.models.text import UMT5Encoder
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer
+from helios_jax.sampling.offload import on_device
 from helios_jax.sampling.program import program
 from helios_jax.sampling.prompts import Mixture, Prompts
 
@@ -29,12 +30,15 @@ def text_kv(transformer: Transformer, embeddings: Array) -> Any:
 def encode_prompts(
     encoder: UMT5Encoder, tokenizer: Tokenizer, prompts: Sequence[str], max_sequence_length: int | None
 ) -> Array:
-    """Text embeddings [b, m, d], zero past each prompt's end; `max_sequence_length` is by default the tokenizer's."""
+    """Text embeddings [b, m, d], zero past each prompt's end; `max_sequence_length` is by default the tokenizer's.
+
+    An encoder in the host's memory is on the device for as long as this takes.
+    """
     length = min(512, tokenizer.max_length) if max_sequence_length is None else max_sequence_length
     if length < 1:
         raise ValueError(f"max_sequence_length must be at least 1, got {length}")
     ids, mask = tokenizer(list(prompts), length)
-    return encode_text(encoder, jnp.asarray(ids), jnp.asarray(mask))
+    return encode_text(on_device(encoder), jnp.asarray(ids), jnp.asarray(mask))
 
 
 class Texts:

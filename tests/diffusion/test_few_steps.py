@@ -70,13 +70,13 @@ def slope(exits, first=False):
 
 def test_the_gradient_goes_through_the_step_a_level_ends_at():
     sigma = [np.asarray(level.sigma[0]) for level in levels()]
-    assert slope((1, 0, 2)) == pytest.approx(-sigma[2][2], rel=1e-5)
+    assert slope((1, 0, 2)) == pytest.approx(-sigma[2][2], rel=1e-4)
     # A level that ends at its first step hands the gradient on to what it was entered from.
     alpha = float(levels()[2].entry.alpha)
-    below = slope((1, 0, 0)) + sigma[2][0]
+    below = slope((1, 0, 0)) + sigma[2][0]  # of float32 sums, as both are
     entered = float(levels()[1].entry.alpha)
     expected = (1 - sigma[2][0]) * alpha * (-sigma[1][0] + (1 - sigma[1][0]) * entered * -sigma[0][1])
-    assert below == pytest.approx(expected, rel=1e-2)
+    assert below == pytest.approx(expected, abs=5e-5)
 
 
 def test_exits_are_drawn_from_all_steps_alike_and_twice_as_many_in_a_first_chunk():

@@ -1,0 +1,35 @@
+"""Weights that wait in the host's memory while nothing needs them, beside the device that they are for."""
+
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+Tree = TypeVar("Tree")
+HOST = "pinned_host"  # page-locked: devices copy from it at the full speed of their link
+
+
+def default_shardings(model: Tree, device: Any = None) -> Tree:
+    """A sharding for each array of an abstract `model`: all of it on one device, by default jax's own."""
+    device = device or jax.config.jax_default_device or jax.local_devices()[0]
+    return jax.tree.map(lambda _: SingleDeviceSharding(device), model)
+
+
+def in_host_memory(shardings: Tree) -> Tree:
+    """The same shardings, in the memory of their devices' hosts."""
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST), shardings)
+
+
+def on_device(model: Tree) -> Tree:
+    """`model` where programs read it: itself, or a copy of what waits in the host's memory.
+
+    The copy's memory is free again when the caller lets go of it and what was computed with it is done.
+    """
+
+    def place(x: jax.Array) -> jax.Array:
+        if x.sharding.memory_kind != HOST:
+            return x
+        default = next(iter(x.sharding.device_set)).default_memory().kind
+        return jax.device_put(x, x.sharding.with_memory_kind(default))
+
+    return jax.tree.map(place, model)
