@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from helios_jax.models import norms
 from helios_jax.models.block import Block, TransformerConfig
+from helios_jax.models.nn import Linear
 from helios_jax.models.packing import Packing
 from helios_jax.sharding import AXES
 from pallas_kernels.attention import reference as attention
@@ -118,3 +119,13 @@ def test_profiles_name_the_parts_of_a_block():
     text = lowered.as_text(debug_info=True)
     for scope in ("norms", "self_attention", "cross_attention", "feed_forward"):
         assert f"/{scope}/" in text
+
+
+def test_a_product_that_writes_heads_has_bias_and_adapters():
+    rng = np.random.default_rng()
+    linear = Linear(6, 8, rngs=nnx.Rngs(0))
+    linear.bias[...] = jnp.asarray(rng.standard_normal(8), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((2, 3, 6)), jnp.float32)
+    for adapters in (None, nnx.List([Linear(6, 8, rngs=nnx.Rngs(1))])):
+        linear.adapters = adapters
+        np.testing.assert_allclose(linear.head_major(x, 2), linear(x).reshape(2, 3, 2, 4), atol=1e-5)
