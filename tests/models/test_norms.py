@@ -127,5 +127,5 @@ def test_a_product_that_writes_heads_has_bias_and_adapters():
     linear.bias[...] = jnp.asarray(rng.standard_normal(8), jnp.float32)
     x = jnp.asarray(rng.standard_normal((2, 3, 6)), jnp.float32)
     for adapters in (None, nnx.List([Linear(6, 8, rngs=nnx.Rngs(1))])):
-        linear.adapters = adapters
+        linear.adapters = nnx.data(adapters)
         np.testing.assert_allclose(linear.head_major(x, 2), linear(x).reshape(2, 3, 2, 4), atol=1e-5)
