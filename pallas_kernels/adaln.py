@@ -55,9 +55,9 @@ def adaln(
     if not rows.by_kernel(implementation, unsupported(x), default=True):
         return reference(x, shift, scale, runs, eps)
     kernel = adaln_tpu if device.platform() == "tpu" else adaln_gpu
-    sizes = tiles.lookup("adaln", device.kind(), x.shape[1])
+    sizes, gradients = (tiles.lookup(op, device.kind(), x.shape[1]) for op in ("adaln", "adaln_backward"))
     forward = reference if implementation is None else partial(kernel.forward, sizes=sizes)
-    return by(forward, partial(kernel.backward, sizes=sizes), x, shift, scale, runs, eps)
+    return by(forward, partial(kernel.backward, sizes=gradients), x, shift, scale, runs, eps)
 
 
 def by(forward: Any, backward: Any, x: Array, shift: Array, scale: Array, runs: Runs, eps: float) -> Array:

@@ -51,7 +51,7 @@ def backward(
     interpret: Any = None,
 ) -> tuple[Float[Array, "b n d"], Float[Array, "b runs d"], Float[Array, "b runs d"]]:
     """Gradients of `x`, and of each sample's `shift` and `scale` in float32: blocks' sums, which XLA adds up."""
-    blocks = spans(runs, sizes["block_backward"])
+    blocks = spans(runs, sizes["block"])
     sums = jax.ShapeDtypeStruct((x.shape[0], len(blocks), x.shape[2]), jnp.float32)
     dx, *parts = launch(
         partial(_backward, eps=eps, interpret=interpret is not None),

@@ -52,7 +52,7 @@ def backward(
 ) -> tuple[Float[Array, "b n d"], Float[Array, "b runs d"], Float[Array, "b runs d"]]:
     """Gradients of `x`, and of each sample's `shift` and `scale` in float32: a row's is the sum over its tokens."""
     b, n, d = x.shape
-    block = fitting(n, sizes["block_backward"])
+    block = fitting(n, sizes["block"])
     tokens = pl.BlockSpec((1, block, d), lambda i, j: (i, j, 0))
     sums = pl.BlockSpec((1, len(runs), d), lambda i, j: (i, 0, 0))
     table = jax.ShapeDtypeStruct((b, len(runs), d), jnp.float32)

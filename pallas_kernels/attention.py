@@ -34,7 +34,8 @@ def unsupported(query: Array) -> str | None:
     if head_dim not in (64, 128):
         return f"Pallas attention has kernels for head_dim 64 and 128, not {head_dim}"
     if platform == "gpu" and query.dtype != jnp.bfloat16:
-        return f"Pallas attention on a GPU is bfloat16, and the queries are {query.dtype}"
+        why = "; Hopper's tensor cores would round float32 to the 10 bits of tf32" * (query.dtype == jnp.float32)
+        return f"Pallas attention on a GPU is bfloat16, and the queries are {query.dtype}{why}"
     if platform == "gpu" and not any(name in device.kind() for name in ("H100", "H200", "H800", "H20", "GH200")):
         return f"Pallas attention's GPU kernel is written for Hopper (H100, H200), and this is a {device.kind()}"
     return None
@@ -58,6 +59,6 @@ def attention(
         return reference(query, key, value, key_lengths)
     if reason:
         raise ValueError(f"{reason}: implementation='xla' runs everywhere")
-    sizes = tiles.lookup("attention", device.kind(), query.shape[1])
-    kernel = attention_tpu.attention if device.platform() == "tpu" else attention_gpu.attention
-    return kernel(query, key, value, key_lengths, sizes)
+    kernels = attention_tpu if device.platform() == "tpu" else attention_gpu
+    sizes = {op: tiles.lookup(op, device.kind(), query.shape[1]) for op in kernels.OPS}
+    return kernels.attention(query, key, value, key_lengths, sizes)

@@ -2,12 +2,12 @@
 
 A block of the grid has two warpgroups that compute, each for rows of its own, and one that copies the keys and values
 that both read into a ring of slots in shared memory. Tensor cores multiply from there (`wgmma`); sums and the softmax
-stay in float32 registers. A length need be a multiple of nothing: what is copied from beyond an end is zeros, and the
-output has room for whole tiles.
+stay in float32 registers. Tiles need not divide a length: what is copied from beyond an end is zeros, and what is
+written there is dropped. The gradient is in `attention_gpu_backward`.
 """
 
 import math
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,10 +17,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import hopper
+from pallas_kernels.attention_gpu_backward import key_value_gradients, query_gradient
+from pallas_kernels.hopper import GROUPS, Dialect, Ring
 from pallas_kernels.tiles import Tiles
 
-GROUPS = 2  # warpgroups that compute
-TILED = (gpu.TilingTransform((8, 64)), gpu.SwizzleTransform(128))  # how wgmma reads 16-bit tiles
+OPS = ("attention", "attention_dq", "attention_dkv")
 
 
 def attention(
@@ -28,150 +30,126 @@ def attention(
     key: Float[Array, "b m heads head_dim"],
     value: Float[Array, "b m heads head_dim"],
     key_lengths: Int[Array, " b"] | None,
-    tiles: Tiles,
+    tiles: Mapping[str, Tiles],
     *,
     interpret: Any = None,
 ) -> Float[Array, "b n heads head_dim"]:
-    """`pallas_kernels.attention.reference` of bfloat16. A warpgroup has `tiles["block_q"]` queries, a slot
-    `tiles["block_k"]` keys, and there are `tiles["slots"]` slots.
+    """`pallas_kernels.attention.reference` of bfloat16, with its gradients.
 
-    Raises:
-        NotImplementedError: a gradient is asked for.
+    `tiles` has sizes for each of `OPS`: a warpgroup has `block_q` queries, a slot `block_k` keys, and there are `slots`
+    slots; for the gradients of keys and values ("attention_dkv") a warpgroup has `block_k` keys, a slot `block_q`
+    queries.
     """
+    n, m = query.shape[1], key.shape[1]
+    lengths = jnp.full((query.shape[0],), m, jnp.int32) if key_lengths is None else key_lengths.astype(jnp.int32)
+    query, key, value = (hopper.padded(x) for x in (query, key, value))
 
     @jax.custom_vjp
-    def forward(query: Array, key: Array, value: Array) -> Array:
-        return _forward(query, key, value, key_lengths, tiles, interpret)
+    def attend(query: Array, key: Array, value: Array, lengths: Array) -> Array:
+        return forward(query, key, value, lengths, tiles["attention"], log_sums=False, interpret=interpret)[0]
 
-    def no_gradient(*_: Array) -> Any:
-        raise NotImplementedError("Pallas attention on a GPU has no gradient; implementation='cudnn' has")
+    def keep(query: Array, key: Array, value: Array, lengths: Array) -> tuple[Array, Any]:
+        out, sums = forward(query, key, value, lengths, tiles["attention"], log_sums=True, interpret=interpret)
+        return out, (query, key, value, lengths, out, sums)
 
-    forward.defvjp(no_gradient, no_gradient)
-    return forward(query, key, value)
+    def backward(kept: Any, cotangent: Array) -> tuple[Array | None, ...]:
+        query, key, value, lengths, out, sums = kept
+        dots = jnp.einsum("bnhd,bnhd->bhn", out, cotangent, preferred_element_type=jnp.float32)
+        arrays = (query, key, value, cotangent.astype(query.dtype), sums, dots, lengths)
+        d_query = query_gradient(*arrays, tiles["attention_dq"], interpret=interpret)
+        return d_query, *key_value_gradients(*arrays, tiles["attention_dkv"], interpret=interpret), None
+
+    attend.defvjp(keep, backward)
+    return attend(query, key, value, lengths)[:, :n]
 
 
-def _forward(query: Array, key: Array, value: Array, key_lengths: Array | None, tiles: Tiles, interpret: Any) -> Array:
+def forward(
+    query: Array, key: Array, value: Array, lengths: Array, tiles: Tiles, *, log_sums: bool, interpret: Any = None
+) -> tuple[Array, ...]:
+    """Attention's values and, if asked for, log2(sum of exp(logits)) of each row, float32 [b, heads, n and more].
+
+    Numbers of queries and keys are multiples of `hopper.ROWS`.
+    """
     (b, n, heads, head_dim), m = query.shape, key.shape[1]
     rows, columns = tiles["block_q"], tiles["block_k"]
     slots, tile_count = min(tiles["slots"], pl.cdiv(m, columns)), pl.cdiv(n, GROUPS * rows)
-    lengths = jnp.full((b,), m, jnp.int32) if key_lengths is None else key_lengths.astype(jnp.int32)
-
-    def tile(slots: int, size: int) -> Any:
-        return gpu.SMEM((slots, size, head_dim), query.dtype, transforms=TILED)
-
-    out = gpu.kernel(
-        partial(_kernel, interpret=interpret is not None),
-        out_type=jax.ShapeDtypeStruct((b, tile_count * GROUPS * rows, heads, head_dim), query.dtype),
-        grid=(heads, tile_count, b),
-        grid_names=("head", "tile", "sample"),
-        num_threads=GROUPS + 1,
-        thread_name="group",
-        scratch_types=dict(
-            query_tile=tile(GROUPS, rows),
-            key_tiles=tile(slots, columns),
-            value_tiles=tile(slots, columns),
-            query_in=gpu.Barrier(num_barriers=GROUPS),
-            key_in=gpu.Barrier(num_barriers=slots),
-            value_in=gpu.Barrier(num_barriers=slots),
-            key_free=gpu.Barrier(num_arrivals=GROUPS, num_barriers=slots),
-            value_free=gpu.Barrier(num_arrivals=GROUPS, num_barriers=slots),
-        ),
-        compiler_params=gpu.CompilerParams(approx_math=True),
-        **({} if interpret is None else {"interpret": interpret}),
-    )(query, key, value, lengths)
-    return out[:, :n]
+    out = [jax.ShapeDtypeStruct((b, hopper.room(n, GROUPS * rows, interpret), heads, head_dim), query.dtype)]
+    scratch = dict(
+        query_tiles=gpu.SMEM((GROUPS, rows, head_dim), query.dtype, transforms=hopper.TILED),
+        query_in=gpu.Barrier(num_barriers=GROUPS),
+        turn=gpu.Barrier(num_arrivals=GROUPS),
+        keys=hopper.ring(slots, (columns, head_dim), key.dtype),
+        values=hopper.ring(slots, (columns, head_dim), value.dtype),
+    )
+    if log_sums:
+        out.append(jax.ShapeDtypeStruct((b, heads, tile_count * GROUPS * rows), jnp.float32))
+        scratch["sum_tiles"] = gpu.SMEM((GROUPS, rows), jnp.float32)
+    grid = (heads, tile_count, b)
+    got = hopper.launch(
+        _kernel, (query, key, value, lengths), tuple(out), grid=grid, scratch=scratch, interpret=interpret
+    )
+    return got[0][:, :n], *got[1:]
 
 
 def _kernel(
-    query, key, value, lengths, out, query_tile, key_tiles, value_tiles, query_in, key_in, value_in, key_free,
-    value_free, *, interpret: bool,
+    query, key, value, lengths, out, *sums, query_tiles, query_in, turn, keys: Ring, values: Ring,
+    sum_tiles: Any = None, say: Dialect,
 ):  # fmt: skip
     head, tile, sample, group = (lax.axis_index(name) for name in ("head", "tile", "sample", "group"))
-    (_, rows, head_dim), (slots, columns, _) = query_tile.shape, key_tiles.shape
+    (_, rows, head_dim), columns = query_tiles.shape, keys.tiles.shape[1]
     length = lengths[sample]
     steps = pl.cdiv(length, columns)
 
-    def laid(x: Array, layout: Any) -> Array:
-        return x if interpret else gpu.layout_cast(x, layout)
-
-    multiply = _interpreted_multiply if interpret else _multiply
-
-    def column_numbers() -> Array:
-        if interpret:
-            return lax.broadcasted_iota(jnp.int32, (rows, columns), 1)
-        return gpu.broadcasted_iota(jnp.int32, (rows, columns), 1, layout=gpu.Layout.WGMMA)
+    def take_turns():
+        gpu.barrier_arrive(turn)
+        gpu.barrier_wait(turn)
 
     @pl.when(group < GROUPS)
     def compute():
         gpu.set_max_registers(232, action="increase")
         mine = pl.ds((tile * GROUPS + group) * rows, rows)
-        gpu.copy_gmem_to_smem(query.at[sample, mine, head], query_tile.at[group], query_in.at[group])
+        query_tile = query_tiles.at[group]
+        gpu.copy_gmem_to_smem(query.at[sample, mine, head], query_tile, query_in.at[group])
         gpu.barrier_wait(query_in.at[group])
+        # The groups take turns: one has its products under way while the other computes a softmax.
+        pl.when(group == 1)(take_turns)
 
         def step(i, carry):
             total, top, norm = carry
-            slot = lax.rem(i, jnp.array(slots, i.dtype))
-            gpu.barrier_wait(key_in.at[slot])
-            logits = multiply(query_tile.at[group], key_tiles.at[slot], transposed=True)
-            gpu.barrier_arrive(key_free.at[slot])
-            logits *= head_dim**-0.5 * math.log2(math.e)  # exp2 is what the hardware has
-
-            def hide(logits):
-                return jnp.where(column_numbers() + i * columns < length, logits, -jnp.inf)
-
-            logits = lax.cond((i + 1) * columns > length, hide, lambda logits: logits, logits)
+            logits = say.product(query_tile, say.transposed(hopper.wait(keys, i)), take_turns)
+            hopper.done(keys, i)
+            logits = hopper.hide(say, logits * hopper.exponent(head_dim), i * columns, length)
             new_top = jnp.maximum(top, logits.max(axis=1))
             shrink = jnp.exp2(top - new_top)
             weights = jnp.exp2(logits - lax.broadcast_in_dim(new_top, logits.shape, [0]))
             norm = norm * shrink + weights.sum(axis=1)
-            gpu.barrier_wait(value_in.at[slot])
-            part = multiply(weights.astype(value_tiles.dtype), value_tiles.at[slot])
-            gpu.barrier_arrive(value_free.at[slot])
-            return total * lax.broadcast_in_dim(shrink, total.shape, [0]) + part, new_top, norm
+            total *= lax.broadcast_in_dim(shrink, total.shape, [0])
+            total, norm, new_top, weights = lax.optimization_barrier(
+                (total, norm, new_top, weights.astype(value.dtype))
+            )
+            value_tile = hopper.wait(values, i)
+            take_turns()
+            (total,) = say.add_products((total, weights, value_tile))
+            hopper.done(values, i)
+            return total, new_top, norm
 
-        wgmma = gpu.Layout.WGMMA
-        start = (
-            laid(jnp.zeros((rows, head_dim), jnp.float32), wgmma),
-            laid(jnp.full((rows,), -jnp.inf, jnp.float32), wgmma.reduce(1)),
-            laid(jnp.zeros((rows,), jnp.float32), wgmma.reduce(1)),
-        )
-        total, _, norm = lax.fori_loop(0, steps, step, start)
-        query_tile[group] = (total / lax.broadcast_in_dim(norm, total.shape, [0])).astype(query_tile.dtype)
+        start = say.zeros((rows, head_dim)), say.zeros((rows,)) - jnp.inf, say.zeros((rows,))
+        total, top, norm = lax.fori_loop(0, steps, step, start)
+        pl.when(group == 0)(take_turns)
+        query_tile[...] = (total / lax.broadcast_in_dim(norm, total.shape, [0])).astype(query_tile.dtype)
+        if sums:
+            sum_tiles[group] = top + jnp.log(norm) * math.log2(math.e)
         gpu.commit_smem()
-        gpu.copy_smem_to_gmem(query_tile.at[group], out.at[sample, mine, head])
+        gpu.copy_smem_to_gmem(query_tile, out.at[sample, mine, head])
+        if sums:
+            gpu.copy_smem_to_gmem(sum_tiles.at[group], sums[0].at[sample, head, mine])
         gpu.wait_smem_to_gmem(0)
 
     @pl.when(group == GROUPS)
     def copy():
         gpu.set_max_registers(40, action="decrease")
-
-        def step(i, _):
-            slot = lax.rem(i, jnp.array(slots, i.dtype))
-            there = (sample, pl.ds(i * columns, columns), head)
-            pl.when(i >= slots)(lambda: gpu.barrier_wait(key_free.at[slot]))
-            gpu.copy_gmem_to_smem(key.at[there], key_tiles.at[slot], key_in.at[slot])
-            pl.when(i >= slots)(lambda: gpu.barrier_wait(value_free.at[slot]))
-            gpu.copy_gmem_to_smem(value.at[there], value_tiles.at[slot], value_in.at[slot])
-
-        def drain(i, _):
-            slot = lax.rem(i, jnp.array(slots, i.dtype))
-            gpu.barrier_wait(key_free.at[slot])
-            gpu.barrier_wait(value_free.at[slot])
-
-        lax.fori_loop(0, steps, step, None)
-        lax.fori_loop(jnp.maximum(steps - slots, 0), steps, drain, None)  # no barrier ends unobserved
-
-
-def _multiply(a: Any, b: Any, *, transposed: bool = False) -> Array:
-    """a (in shared memory or registers) @ b (in shared memory, or its transpose), in float32 registers."""
-
-    def run(accumulator):
-        gpu.wgmma(accumulator, a, gpu.transpose_ref(b, (1, 0)) if transposed else b)
-        return accumulator[...]
-
-    return pl.run_scoped(run, gpu.ACC((a.shape[0], b.shape[0 if transposed else 1]), jnp.float32))
-
-
-def _interpreted_multiply(a: Any, b: Any, *, transposed: bool = False) -> Array:
-    """`_multiply` where Mosaic GPU is interpreted, which knows no transposed operands."""
-    return jnp.dot(a[...], b[...].T if transposed else b[...], preferred_element_type=jnp.float32)
+        hopper.fill(
+            steps,
+            (keys, lambda i: key.at[sample, pl.ds(i * columns, columns), head]),
+            (values, lambda i: value.at[sample, pl.ds(i * columns, columns), head]),
+        )

@@ -1,5 +1,7 @@
 """Attention on TPUs: jax's splash attention, fed with padded, head-major arrays."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -8,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.tiles import Tiles
 
+OPS = ("attention", "attention_dkv")  # the backward kernel computes the queries' gradient too
 LANES = 128
 
 
@@ -16,27 +19,18 @@ def attention(
     key: Float[Array, "b m heads head_dim"],
     value: Float[Array, "b m heads head_dim"],
     key_lengths: Int[Array, " b"] | None,
-    tiles: Tiles,
+    tiles: Mapping[str, Tiles],
     *,
     interpret: bool = False,
 ) -> Float[Array, "b n heads head_dim"]:
-    """`pallas_kernels.attention.reference`. Lengths are padded to blocks of at most `tiles["block_q"]` queries and
-    `tiles["block_k"]` keys, multiplied `tiles["block_k_compute"]` at a time; padded keys are a segment of their own.
+    """`pallas_kernels.attention.reference`. `tiles` has sizes for each of `OPS`: lengths are padded to blocks of at
+    most `block_q` queries and `block_k` keys, multiplied `block_k_compute` at a time; padded keys are a segment of
+    their own.
     """
     (b, n, heads, head_dim), m = query.shape, key.shape[1]
-    block_q, block_k = block(n, tiles["block_q"]), block(m, tiles["block_k"])
-    compute = max(c for c in range(LANES, block_k + 1, LANES) if block_k % c == 0 and c <= tiles["block_k_compute"])
-    sizes = splash.BlockSizes(
-        block_q=block_q,
-        block_kv=block_k,
-        block_kv_compute=compute,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_k,
-        block_kv_dkv_compute=compute,
-        use_fused_bwd_kernel=True,
-    )
-    query = _head_major((query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype), block_q)
-    key, value = _head_major(key, block_k), _head_major(value, block_k)
+    sizes = _sizes(n, m, tiles)
+    query = _head_major((query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype), sizes.block_q)
+    key, value = _head_major(key, sizes.block_kv), _head_major(value, sizes.block_kv)
     mask = MultiHeadMask([FullMask((query.shape[2], key.shape[2]))] * heads)
     kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
 
@@ -47,6 +41,28 @@ def attention(
         segments = splash.SegmentIds(jnp.zeros((b, query.shape[2]), jnp.int32), hidden)
     out: Array = jax.vmap(kernel)(query, key, value, segments)  # pyright: ignore[reportAssignmentType]
     return out[:, :, :n].transpose(0, 2, 1, 3)
+
+
+def _sizes(n: int, m: int, tiles: Mapping[str, Tiles]) -> splash.BlockSizes:
+    forward, backward = (tiles[op] for op in OPS)
+    block_q, block_k = block(n, forward["block_q"]), block(m, forward["block_k"])
+    # What the forward kernel's blocks pad is what the backward kernel's have to divide.
+    block_q_dkv = _divisor(n + -n % block_q, backward["block_q"])
+    block_k_dkv = _divisor(m + -m % block_k, backward["block_k"])
+    return splash.BlockSizes(
+        block_q=block_q,
+        block_kv=block_k,
+        block_kv_compute=_divisor(block_k, forward["block_k_compute"]),
+        block_q_dkv=block_q_dkv,
+        block_kv_dkv=block_k_dkv,
+        block_kv_dkv_compute=_divisor(block_k_dkv, backward["block_k_compute"]),
+        use_fused_bwd_kernel=True,
+    )
+
+
+def _divisor(whole: int, largest: int) -> int:
+    """The largest multiple of 128 up to `largest` that divides `whole`."""
+    return max(size for size in range(LANES, min(whole, largest) + 1, LANES) if whole % size == 0)
 
 
 def block(length: int, largest: int) -> int:

@@ -71,7 +71,7 @@ def gated_residual(
         return reference(x, y, gate, shift, gain, runs, eps)
     tpu, sizes = device.platform() == "tpu", tiles.lookup("gated_residual", device.kind(), x.shape[1])
     forward = partial((gated_residual_tpu if tpu else gated_residual_gpu).forward, sizes=sizes)
-    norm_sizes = tiles.lookup("adaln", device.kind(), x.shape[1])
+    norm_sizes = tiles.lookup("adaln_backward", device.kind(), x.shape[1])
     norm_backward = partial((adaln_tpu if tpu else adaln_gpu).backward, sizes=norm_sizes)
     return by(forward, norm_backward, x, y, gate, shift, gain, runs, eps)
 

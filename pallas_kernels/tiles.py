@@ -1,4 +1,4 @@
-"""Block sizes, by op, kind of device and length: data in tiles.json."""
+"""Block sizes, by op, kind of device and length: data in tiles.json, which `python -m pallas_kernels.tune` fills."""
 
 import json
 from functools import cache
@@ -6,17 +6,50 @@ from pathlib import Path
 
 PATH = Path(__file__).with_name("tiles.json")
 Tiles = dict[str, int]
+# op -> the beginning of a device kind's name ("" is any) -> longest length they are for ("" is any) -> sizes
+Table = dict[str, dict[str, dict[str, Tiles]]]
 
 
 @cache
-def table() -> dict[str, dict[str, dict[str, Tiles]]]:
-    """op -> the beginning of a device kind's name ("" is any) -> longest length they are for ("" is any) -> sizes."""
+def table() -> Table:
     return json.loads(PATH.read_text())
 
 
 def lookup(op: str, kind: str, length: int) -> Tiles:
-    """Sizes for `op` over `length` tokens on a device whose kind is `kind`, such as "TPU v5" or "NVIDIA H100 PCIe"."""
+    """Sizes for `op` over `length` tokens on a device whose kind is `kind`, such as "TPU v5" or "NVIDIA H100 PCIe".
+
+    Those of the longest name that has any for the length. Raises KeyError where none has.
+    """
     kinds = [name for name in table()[op] if kind.startswith(name)]
-    lengths = table()[op][max(kinds, key=len)]
-    fits = [int(longest) for longest in lengths if longest and length <= int(longest)]
-    return lengths[str(min(fits)) if fits else ""]
+    for name in sorted(kinds, key=len, reverse=True):
+        lengths = table()[op][name]
+        fits = [longest for longest in lengths if longest and length <= int(longest)]
+        if fits or "" in lengths:
+            return lengths[min(fits, key=int, default="")]
+    raise KeyError(f"{PATH.name} has no sizes for {op} over {length} tokens on {kind}")
+
+
+def write(op: str, kind: str, length: int, sizes: Tiles) -> None:
+    """Puts `sizes` for lengths up to `length` into the table and its file, beside what is there."""
+    whole: Table = json.loads(PATH.read_text())
+    whole.setdefault(op, {}).setdefault(kind, {})[str(length)] = sizes
+    PATH.write_text(text(whole))
+    table.cache_clear()
+
+
+def text(whole: Table) -> str:
+    """The table as its file has it: the sizes of a length on one line, shorter lengths first."""
+
+    def nested(items: dict[str, str], indent: str) -> str:
+        lines = ",\n".join(f"{indent}  {json.dumps(name)}: {item}" for name, item in items.items())
+        return f"{{\n{lines}\n{indent}}}"
+
+    def by_length(lengths: dict[str, Tiles]) -> dict[str, str]:
+        ordered = sorted(lengths, key=lambda longest: float(longest or "inf"))
+        return {longest: json.dumps(lengths[longest]) for longest in ordered}
+
+    ops = {
+        op: nested({kind: nested(by_length(lengths), "    ") for kind, lengths in kinds.items()}, "  ")
+        for op, kinds in whole.items()
+    }
+    return nested(ops, "") + "\n"

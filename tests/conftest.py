@@ -1,7 +1,7 @@
 """Shape annotations are checked in every test; hypothesis does not time them, machines differ.
 
-Laws are tested on programs that are compiled fast, at a third less time; values beside a reference's, on programs as
-they are compiled for use.
+Laws, and kernels as they are interpreted, are tested on programs that are compiled fast, at a third less time; values
+beside a reference's, on programs as they are compiled for use.
 """
 
 import os
@@ -24,7 +24,7 @@ install_import_hook(["helios_jax.models", "helios_jax.diffusion", "helios_jax.sa
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-LAWS = ("data", "diffusion", "sampling", "training")  # folders
+LAWS = ("data", "diffusion", "kernels", "sampling", "training")  # folders
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,17 +1,15 @@
 """Devices to compile for, and a table of what was compiled. jax itself runs on the CPU: the rest is not here."""
 
-import os
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from helios_jax import compile as compilation
 
+jax.config.update("jax_platforms", "cpu")
 ROWS = pytest.StashKey[list[str]]()
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from helios_jax.diffusion import memory
+from helios_jax.models.attention import Implementation
 from helios_jax.models.block import Block, TransformerConfig
 from helios_jax.models.packing import Packing
 from helios_jax.models.transformer import Transformer
@@ -26,7 +27,7 @@ def half(tree: Any) -> Any:
     return jax.tree.map(lambda x: shape(*x.shape, dtype=jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype), tree)
 
 
-def block() -> tuple[Any, tuple[Any, ...]]:
+def block(implementation: Implementation | None = None) -> tuple[Any, tuple[Any, ...]]:
     """One of the 40 blocks, over the history and a chunk at full size."""
     tokens, angles = HISTORY + NOISY, CONFIG.attention_head_dim // 2
     heads = (CONFIG.num_attention_heads, CONFIG.attention_head_dim)
@@ -37,7 +38,12 @@ def block() -> tuple[Any, tuple[Any, ...]]:
         (shape(1, tokens, angles, dtype=jnp.float32),) * 2,
         (shape(1, TEXT, *heads),) * 2,
     )
-    return lambda block, x, time, table, text: block(x, time, table, text, Packing(HISTORY, (NOISY,))), arguments
+    packing = Packing(HISTORY, (NOISY,))
+
+    def run(block, x, time, table, text):
+        return block(x, time, table, text, packing, implementation=implementation)
+
+    return run, arguments
 
 
 def transformer() -> tuple[Any, tuple[Any, ...]]:

@@ -11,7 +11,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from pallas_kernels import adaln_gpu, adaln_tpu
 from pallas_kernels.adaln import adaln, by, reference
 
-SIZES = {"block": 16, "block_backward": 16}
+SIZES = {"block": 16}
 KERNELS = {"tpu": (adaln_tpu, True, SIZES), "gpu": (adaln_gpu, InterpretGPUParams(), SIZES)}
 EPS = 1e-6
 
@@ -54,7 +54,7 @@ def test_values_and_gradients_are_the_references(kernel, b, runs, d, dtype, samp
 def test_32k_tokens():
     runs = (9000, 23768)
     *inputs, cotangent = draw(1, runs, 128, jnp.float32, samples=1)
-    sizes = {"block": 4096, "block_backward": 4096}
+    sizes = {"block": 4096}
     forward, backward = (partial(f, sizes=sizes, interpret=True) for f in (adaln_tpu.forward, adaln_tpu.backward))
     expected, expected_vjp = jax.vjp(lambda *args: reference(*args, runs, EPS), *inputs)
     got, got_vjp = jax.vjp(lambda *args: by(forward, backward, *args, runs, EPS), *inputs)

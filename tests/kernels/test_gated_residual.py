@@ -12,7 +12,7 @@ from pallas_kernels import adaln_gpu, adaln_tpu, gated_residual_gpu, gated_resid
 from pallas_kernels.gated_residual import by, gated_residual, reference
 
 EPS = 1e-6
-SIZES = {"block": 32, "block_backward": 16}
+SIZES = {"block": 32}
 KERNELS = {
     "tpu": [partial(f, sizes=SIZES, interpret=True) for f in (gated_residual_tpu.forward, adaln_tpu.backward)],
     "gpu": [

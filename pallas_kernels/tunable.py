@@ -1,0 +1,74 @@
+"""What the tuner has to know of an op, and how long a call of it takes on the device at hand."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax import lax
+
+from pallas_kernels.tiles import Tiles
+
+Shape = dict[str, int]  # sizes of an op's axes
+IN_A_PROGRAM, REPEATS, SPEND = 8, 7, 0.1
+
+
+@dataclass(frozen=True)
+class Op:
+    """
+    axes: names of the axes of its inputs, and the sizes they have where none are given: the 14B model's
+    length: the axis by whose size tiles.json keeps block sizes
+    fixed: axes for whose usual sizes alone block sizes are kept
+    work: how many `unit`s one call is; "FLOP" or "B", bytes that have to be read or written at least once
+    arguments: random inputs, on the device
+    candidates: block sizes that may do on "gpu" or "tpu"; none where the op has none
+    kernel: the op with such sizes, to be called with the arguments
+    alternatives: by name, others that compute the same, trusted ones first: kernels are checked with what runs first
+    prepared: of a function and its arguments, what is to be timed in its place: a part, with what that part needs
+    """
+
+    axes: Shape
+    length: str
+    fixed: tuple[str, ...]
+    work: Callable[[Shape], float]
+    unit: str
+    arguments: Callable[[Shape], tuple[Any, ...]]
+    candidates: Callable[[str, Shape], list[Tiles]]
+    kernel: Callable[[Tiles], Callable[..., Any]]
+    alternatives: Callable[[str], dict[str, Callable[..., Any]]]
+    prepared: Callable[[Callable[..., Any], tuple[Any, ...]], tuple[Callable[..., Any], tuple[Any, ...]]] = (
+        lambda function, arguments: (function, arguments)
+    )
+
+
+def seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds of one call of `function`, compiled: the median of several measurements after a first call.
+
+    A measurement queues programs of several calls each, for the device is not to wait for the host to start them.
+    """
+    program = jax.jit(lambda *arguments: repeated(function, *arguments))
+
+    def measure(programs: int) -> float:
+        begin = time.perf_counter()
+        out = program(*arguments)
+        for _ in range(programs - 1):
+            out = program(*arguments)
+        jax.block_until_ready(out)
+        return (time.perf_counter() - begin) / programs / IN_A_PROGRAM
+
+    measure(1)
+    programs = max(1, math.ceil(SPEND / IN_A_PROGRAM / measure(1)))
+    return statistics.median(measure(programs) for _ in range(REPEATS))
+
+
+def repeated(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function` of the same `arguments`, `IN_A_PROGRAM` times over."""
+
+    def again(i: Any, _: Any) -> Any:
+        same, _ = lax.optimization_barrier((arguments, i))  # or it would be computed once, before the loop
+        return function(*same)
+
+    return lax.fori_loop(1, IN_A_PROGRAM, again, function(*arguments))

@@ -1,0 +1,47 @@
+"""Pallas attention for Hopper, interpreted on the CPU, against softmax(q k^T) v: values and gradients at any length."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import attention_gpu
+from pallas_kernels.attention import reference
+
+try:
+    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
+except ImportError:  # private in jax 0.10
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+# As TMA does, the interpreter takes what lies beyond an end for zeros.
+INTERPRET = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
+# Far below what the hardware takes.
+TILES = {
+    "attention": {"block_q": 8, "block_k": 8, "slots": 2},
+    "attention_dq": {"block_q": 16, "block_k": 8, "slots": 2},
+    "attention_dkv": {"block_q": 8, "block_k": 16, "slots": 2},
+}
+
+
+@pytest.mark.parametrize(
+    ("b", "n", "m", "heads", "head_dim", "lengths"),
+    [
+        (1, 1, 1, 2, 64, None),
+        # No length is a multiple of a block, n not even of the 8 rows that are copied at once; the third block takes
+        # the slot of the first; keys of the first row are hidden, whole blocks of them.
+        (2, 21, 40, 1, 128, (17, 40)),
+    ],
+)
+def test_values_and_gradients_are_the_references(b, n, m, heads, head_dim, lengths):
+    rng = np.random.default_rng(0)
+    q, k, v, cotangent = (rng.standard_normal((b, length, heads, head_dim)) for length in (n, m, m, n))
+    if lengths is not None:
+        k[0, lengths[0] :] *= 1000  # what is hidden does not matter, whatever it is
+        lengths = jnp.asarray(lengths)
+    inputs = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    got, vjp = jax.vjp(lambda *x: attention_gpu.attention(*x, lengths, TILES, interpret=INTERPRET), *inputs)
+    expected, expected_vjp = jax.vjp(lambda *x: reference(*x, lengths), *(x.astype(jnp.float32) for x in inputs))
+    ours, theirs = vjp(jnp.asarray(cotangent, got.dtype)), expected_vjp(jnp.asarray(cotangent, jnp.float32))
+    assert got.dtype == jnp.bfloat16
+    for a, b in zip((got, *ours), (expected, *theirs)):
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.02)
