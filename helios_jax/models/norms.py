@@ -28,14 +28,18 @@ Choice = Literal["xla"] | None
 def choose(x: Float[Array, "b n d"], heads: int, attention: Implementation | None) -> Choice:
     """What the norms of a block run by, where its attention was asked for by that name.
 
-    XLA where attention is asked for in "xla", where the kernels cannot run, and under a mesh that splits features or
-    tokens: the norm of queries and keys is across all heads. The log says which, and why.
+    XLA where attention is asked for in "xla", where the kernels cannot run, under a mesh that splits features or
+    tokens (the norm of queries and keys is across all heads), and on a GPU unless attention is asked for in "pallas".
+    The log says which, and why.
     """
     reason = "xla was asked for" if attention == "xla" else None
     if device.platform() == "cpu":
         _say("norms by xla (cpu)")
         return "xla"
     reason = reason or norm_rope_kernel.unsupported(x, heads) or _split(x.shape[0])
+    if reason is None and device.platform() == "gpu" and attention != "pallas":
+        # Interpreted, they go another way through registers than compiled: no default before a GPU has run them.
+        reason = "the kernels have not been measured on a GPU, implementation='pallas' runs them"
     if reason:
         _say(f"norms by xla ({device.kind()}): {reason}")
         return "xla"

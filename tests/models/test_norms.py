@@ -79,16 +79,19 @@ def test_the_choice_is_logged(caplog):
             assert norms.choose(x, 4, "xla") == "xla"
             assert norms.choose(x, 16, None) == "xla"
         with compiling_for(HOPPER):
-            assert norms.choose(x, 4, "cudnn") is None
+            assert norms.choose(x, 4, "cudnn") == "xla"
+            assert norms.choose(x, 8, None) == "xla"
+            assert norms.choose(x, 8, "pallas") is None
             assert norms.fuses_residual(None)
             assert not norms.head_major(None)
-            assert norms.choose(x, 8, None) is None
-            assert norms.choose(x.astype(jnp.float16), 8, None) == "xla"
+            assert norms.choose(x.astype(jnp.float16), 8, "pallas") == "xla"
     assert caplog.messages == [
         "norms by xla (cpu)",
         "norms (TPU v5): queries and keys by pallas; adaLN by xla, its gradient by pallas; gated residual by xla",
         "norms by xla (TPU v5): xla was asked for",
         "norms by xla (TPU v5): Pallas norm_rope has kernels for head_dim 64 and 128, not 32",
+        "norms by xla (NVIDIA H100 80GB HBM3): the kernels have not been measured on a GPU, implementation='pallas' runs"
+        " them",
         "norms (NVIDIA H100 80GB HBM3): queries and keys by pallas; adaLN by xla, its gradient by pallas;"
         " gated residual by pallas",
         "norms by xla (NVIDIA H100 80GB HBM3): Pallas norm_rope is for bfloat16 and float32, not float16",
