@@ -90,8 +90,8 @@ def test_the_choice_is_logged(caplog):
         "norms (TPU v5): queries and keys by pallas; adaLN by xla, its gradient by pallas; gated residual by xla",
         "norms by xla (TPU v5): xla was asked for",
         "norms by xla (TPU v5): Pallas norm_rope has kernels for head_dim 64 and 128, not 32",
-        "norms by xla (NVIDIA H100 80GB HBM3): the kernels have not been measured on a GPU, implementation='pallas' runs"
-        " them",
+        "norms by xla (NVIDIA H100 80GB HBM3): the kernels have not been measured on a GPU, implementation='pallas'"
+        " runs them",
         "norms (NVIDIA H100 80GB HBM3): queries and keys by pallas; adaLN by xla, its gradient by pallas;"
         " gated residual by pallas",
         "norms by xla (NVIDIA H100 80GB HBM3): Pallas norm_rope is for bfloat16 and float32, not float16",
