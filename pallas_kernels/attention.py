@@ -26,7 +26,7 @@ def reference(
     return jnp.einsum("bhnm,bmhd->bnhd", weights, value)
 
 
-def unsupported(query: Array) -> str | None:
+def unsupported(query: Array | jax.ShapeDtypeStruct) -> str | None:
     """Why the kernel cannot run here for such queries, or None if it can."""
     platform, head_dim = device.platform(), query.shape[-1]
     if platform not in ("tpu", "gpu"):

@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import device, tiles, tune_attention
+from pallas_kernels import device, tiles, tune_attention, tune_norms
 from pallas_kernels.tiles import Tiles
 from pallas_kernels.tunable import Op, Shape, seconds
 
-OPS: dict[str, Op] = {**tune_attention.OPS}
+OPS: dict[str, Op] = {**tune_attention.OPS, **tune_norms.OPS}
 TOLERANCE = 0.02  # of the root mean square; bfloat16 and another order of sums make a few thousandths
 
 

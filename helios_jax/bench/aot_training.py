@@ -7,7 +7,7 @@ The step is the one that train.py runs, on shapes in place of arrays: nothing of
 environment of `make aot`) and no TPU. Exits with 1 when a step does not fit the memory of a chip.
 
 A program's memory is settled before its instructions are made, which takes most of the time. They are made with little
-effort here, in a fraction of it; the peak comes out 3 to 4% lower than with all effort, which fetches more ahead.
+effort here, in a fraction of it; the peak comes out 1 to 5% lower than with all effort, which fetches more ahead.
 """
 
 import argparse

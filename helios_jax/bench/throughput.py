@@ -29,6 +29,8 @@ from helios_jax.bench.throughput_report import Comparison, facts, table, write
 from helios_jax.diffusion import solvers
 from helios_jax.diffusion.denoise import guided_velocity, rows
 from helios_jax.diffusion.memory import window
+from helios_jax.models import attention
+from helios_jax.models.attention import Implementation
 from helios_jax.models.vae import denormalize
 from helios_jax.sampling import sampler
 from helios_jax.sampling.config import Options
@@ -142,7 +144,15 @@ def best(call: Callable[[], Any]) -> float:
     return min([seconds(call) for _ in range(6)][1:])
 
 
-def measure(size_name: str, dtype: Any, repeats: int, budget: float, chunks: int | None, alone: bool) -> dict[str, Any]:
+def measure(
+    size_name: str,
+    dtype: Any,
+    repeats: int,
+    budget: float,
+    chunks: int | None,
+    alone: bool,
+    implementation: Implementation | None = None,
+) -> dict[str, Any]:
     """The report of a run: see `docs/benchmarks/README.md`."""
     begin = time.monotonic()
 
@@ -153,8 +163,10 @@ def measure(size_name: str, dtype: Any, repeats: int, budget: float, chunks: int
         return time.monotonic() - begin > budget
 
     size, notes = SIZES[size_name], []
+    attention.check(implementation, size.transformer.attention_head_dim, dtype)
     chunks = chunks or size.chunks
     pipe = make(size, dtype, stacked=jax.default_backend() == "tpu")
+    pipe.transformer.implementation = implementation
     ours = Ours(pipe, size, chunks)
     rate = flops.matmul_rate(2048 if jax.default_backend() == "cpu" else 8192, dtype, best)
     say(f"weights made; products of {jnp.dtype(dtype).name} matrices: {rate / 1e12:.3g} TFLOP/s")
@@ -212,6 +224,8 @@ def measure(size_name: str, dtype: Any, repeats: int, budget: float, chunks: int
             notes.append(f"{turn + 1} rounds of {repeats}: --budget was spent.")
             break
 
+    if implementation is not None:
+        notes.append(f"Attention and norms by {implementation}, as asked.")
     notes.append(f"Peak memory of our side before the reference was there: {peak}.")
     if reference is not None and (theirs := reference.peak_bytes()) is not None:
         notes.append(f"Peak memory of torch, the shared weights not counted: {theirs / 2**30:.1f} GiB.")
@@ -225,6 +239,7 @@ def measure(size_name: str, dtype: Any, repeats: int, budget: float, chunks: int
         f" of large {jnp.dtype(dtype).name} products.",
         "machine": machine,
         "dtype": jnp.dtype(dtype).name,
+        "implementation": implementation,
         "matmul_flop_per_s": rate,
         "peak_memory": peak,
         "agreement": agreement,
@@ -261,6 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helios_jax.bench.throughput", description="Measure the sampler.")
     parser.add_argument("--size", choices=SIZES, help="by default 14b on an accelerator and small on a CPU")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="by default float32 on CPU, else bfloat16")
+    parser.add_argument("--implementation", choices=("xla", "cudnn", "pallas"), help="by default the device's best")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of ours and reference in turn")
     parser.add_argument("--chunks", type=int, help="chunks of 33 frames a call")
     parser.add_argument("--budget", type=float, default=450, help="seconds after which no further round begins")
@@ -276,7 +292,13 @@ def main(argv: list[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*trained at.*")
         report = measure(
-            args.size or ("small" if cpu else "14b"), dtype, args.repeats, args.budget, args.chunks, args.alone
+            args.size or ("small" if cpu else "14b"),
+            dtype,
+            args.repeats,
+            args.budget,
+            args.chunks,
+            args.alone,
+            args.implementation,
         )
     print("\n".join(["", *table(report), "", *report["notes"]]))
     for path in write(report, args.out):

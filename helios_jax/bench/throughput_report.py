@@ -114,7 +114,7 @@ def write(report: dict[str, Any], folder: Path) -> list[Path]:
     """The JSON and the Markdown file of a run."""
     folder.mkdir(parents=True, exist_ok=True)
     device = "cpu" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind.replace(" ", "-").lower()
-    name = f"{report['size']}-{device}"
+    name = "-".join(filter(None, (report["size"], device, report["implementation"])))
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / f"{name}.md").write_text(markdown(report))
     return [folder / f"{name}.json", folder / f"{name}.md"]

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,12 @@ def attention(
     return _by_segment(attend, query, key, value, segments)
 
 
+def check(implementation: Implementation | None, head_dim: int, dtype: Any) -> None:
+    """Raises ValueError when the `implementation` asked for cannot run such queries here: known before weights are."""
+    if implementation is not None:
+        _choose(jax.ShapeDtypeStruct((1, 1, 1, head_dim), dtype), implementation)
+
+
 def _pallas(query: Array, key: Array, value: Array) -> Array:
     """Under a mesh (`jax.set_mesh`) each device runs the kernel on its samples and heads, if they divide."""
     attend = partial(pallas.attention, implementation="pallas")
@@ -62,7 +68,7 @@ def _pallas(query: Array, key: Array, value: Array) -> Array:
     return jax.shard_map(attend, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)(query, key, value)
 
 
-def _choose(query: Array, asked: Implementation | None) -> Implementation:
+def _choose(query: Array | jax.ShapeDtypeStruct, asked: Implementation | None) -> Implementation:
     reasons = {"xla": None, "cudnn": _no_cudnn(query), "pallas": pallas.unsupported(query)}
     if asked is not None:
         if reasons[asked]:
@@ -77,7 +83,7 @@ def _choose(query: Array, asked: Implementation | None) -> Implementation:
     return "xla"
 
 
-def _no_cudnn(query: Array) -> str | None:
+def _no_cudnn(query: Array | jax.ShapeDtypeStruct) -> str | None:
     """Why cuDNN's attention cannot run here for such queries."""
     if device.platform() != "gpu":
         return f"cuDNN runs on NVIDIA GPUs, and this is {device.platform()}"

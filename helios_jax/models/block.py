@@ -9,10 +9,11 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from helios_jax.models import norms
 from helios_jax.models.attention import Implementation, attention
-from helios_jax.models.nn import LayerNorm, Linear, RMSNorm, layer_norm, normal, ones, param
+from helios_jax.models.nn import LayerNorm, Linear, RMSNorm, normal, ones, param
 from helios_jax.models.packing import Packing
-from helios_jax.models.rope import Rotary, apply_rotary
+from helios_jax.models.rope import Rotary
 
 MAX_KEY_SCALE = 10.0  # history keys are multiplied by 1 to 10
 
@@ -84,24 +85,30 @@ class Attention(nnx.Module):
         scales = config.num_attention_heads if config.history_scale_mode == "per_head" else 1
         self.history_key_scale = param(rngs, ones, (scales,), (None,)) if history_scale else None
 
-    def query(self, x: Float[Array, "b n d"]) -> Float[Array, "b n heads head_dim"]:
-        return rearrange(self.norm_q(self.to_q(x)), "b n (heads d) -> b n heads d", heads=self.heads)
+    def query(
+        self, x: Float[Array, "b n d"], table: Rotary | None = None, by: norms.Choice = "xla"
+    ) -> Float[Array, "b n heads head_dim"]:
+        return self._normed(self.norm_q, self.to_q(x), table, None, 0, by)
 
-    def key_value(self, x: Float[Array, "b n d"]) -> TextKV:
-        key, value = self.norm_k(self.to_k(x)), self.to_v(x)
-        split = "b n (heads d) -> b n heads d"
-        return rearrange(key, split, heads=self.heads), rearrange(value, split, heads=self.heads)
+    def key_value(
+        self, x: Float[Array, "b n d"], table: Rotary | None = None, num_history: int = 0, by: norms.Choice = "xla"
+    ) -> TextKV:
+        """The first `num_history` keys are times 1 + 9 sigmoid(s): how strongly the past is attended to."""
+        scale = self.history_key_scale
+        if scale is not None:
+            scale = 1 + jax.nn.sigmoid(scale[...].astype(jnp.float32)) * (MAX_KEY_SCALE - 1)
+        key = self._normed(self.norm_k, self.to_k(x), table, scale, num_history, by)
+        if norms.head_major(by):
+            return key, self.to_v.head_major(x, self.heads)
+        return key, rearrange(self.to_v(x), "b n (heads d) -> b n heads d", heads=self.heads)
+
+    def _normed(
+        self, norm: RMSNorm, x: Array, table: Rotary | None, scale: Array | None, num_history: int, by
+    ) -> Array:
+        return norms.norm_rope(x, norm.weight[...], self.heads, norm.eps, table, scale, num_history, by)
 
     def out(self, x: Float[Array, "b n heads head_dim"]) -> Float[Array, "b n d"]:
         return self.to_out(rearrange(x, "b n heads d -> b n (heads d)"))
-
-    def scale_history(self, key: Float[Array, "b n heads head_dim"], num_history: int):
-        """History keys times 1 + 9 sigmoid(s): how strongly the past is attended to."""
-        if self.history_key_scale is None or num_history == 0:
-            return key
-        scale = 1 + jax.nn.sigmoid(self.history_key_scale[...].astype(jnp.float32)) * (MAX_KEY_SCALE - 1)
-        history = (jnp.arange(key.shape[1]) < num_history)[None, :, None, None]
-        return jnp.where(history, key * scale[:, None], key).astype(key.dtype)
 
 
 class FeedForward(nnx.Module):
@@ -139,29 +146,52 @@ class Block(nnx.Module):
         rows = self.scale_shift_table[...].astype(jnp.float32) + time.astype(jnp.float32)
         num_history = packing.num_history
         start = 0 if keep_history else num_history
+        by = norms.choose(x, self.attn1.heads, implementation)
 
         def row(i: int, history: bool = keep_history):
             return packing.rows(rows[:, :, i], history=history)
 
+        @jax.named_scope("norms")
         def modulate(x, shift: int, history: bool = keep_history):
-            return (layer_norm(x, self.eps) * (1 + row(shift + 1, history)) + row(shift, history)).astype(x.dtype)
+            (shifts, runs), (scales, _) = (packing.runs(rows[:, :, i], history=history) for i in (shift, shift + 1))
+            return norms.adaln(x, shifts, scales, runs, self.eps, by)
 
         normed = modulate(x, 0, history=True)
-        key, value = self.attn1.key_value(normed)
-        key = self.attn1.scale_history(apply_rotary(key, table), num_history)
-        query = apply_rotary(self.attn1.query(normed[:, start:]), (table[0][:, start:], table[1][:, start:]))
-        segments = packing.segments(history=keep_history)
-        attended = self.attn1.out(attention(query, key, value, segments=segments, implementation=implementation))
+        with jax.named_scope("self_attention"):
+            key, value = self.attn1.key_value(normed, table, num_history, by)
+            query = self.attn1.query(normed[:, start:], (table[0][:, start:], table[1][:, start:]), by)
+            segments = packing.segments(history=keep_history)
+            attended = self.attn1.out(attention(query, key, value, segments=segments, implementation=implementation))
 
         x, num_history = x[:, start:], num_history - start
-        x = (x.astype(jnp.float32) + attended.astype(jnp.float32) * row(2)).astype(x.dtype)
-
         # With guidance_cross_attn the text speaks to the noisy tokens only.
         first = num_history if self.guidance_cross_attn else 0
-        noisy = x[:, first:]
-        query = self.attn2.query(noisy if self.norm2 is None else self.norm2(noisy))
-        noisy = noisy + self.attn2.out(attention(query, *text, implementation=implementation))
-        x = jnp.concatenate([x[:, :first], noisy], 1) if first else noisy
+        with jax.named_scope("norms"):
+            if self.norm2 is not None and norms.fuses_residual(by):
+                gate, runs = packing.runs(rows[:, :, 2], history=keep_history and first == 0)
+                shift, gain = (
+                    jnp.broadcast_to(p[...], (1, *gate.shape[1:])) for p in (self.norm2.bias, self.norm2.weight)
+                )
+                noisy, normed = norms.gated_residual(x, attended, gate, shift, gain, runs, self.eps, by)
+                past = _residual(x[:, :first], attended[:, :first], row(2)[:, :first])
+            else:
+                x = _residual(x, attended, row(2))
+                past, noisy = x[:, :first], x[:, first:]
+                normed = noisy if self.norm2 is None else self.norm2(noisy)
 
-        fed = self.ffn(modulate(x, 3)).astype(jnp.float32)
-        return (x.astype(jnp.float32) + fed * row(5)).astype(x.dtype)
+        with jax.named_scope("cross_attention"):
+            query = self.attn2.query(normed, by=by)
+            noisy = noisy + self.attn2.out(attention(query, *text, implementation=implementation))
+        x = jnp.concatenate([past, noisy], 1) if first else noisy
+
+        normed = modulate(x, 3)
+        with jax.named_scope("feed_forward"):
+            fed = self.ffn(normed)
+        with jax.named_scope("norms"):
+            return _residual(x, fed, row(5))
+
+
+def _residual(
+    x: Float[Array, "b n d"], y: Float[Array, "b n d"], gate: Float[Array, "b #n d"]
+) -> Float[Array, "b n d"]:
+    return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.adaln import layer_norm
+
 Initializer = Callable[..., jax.Array]
 # "same": as it is; "linear": transposed; "conv": [*kernel, in, out] here, [out, in, *kernel] there;
 # a tuple: reshaped to it in the file.
@@ -63,6 +65,14 @@ class Linear(nnx.Module):
         y = x @ self.weight[...].astype(x.dtype)
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
         return with_adapters(y, x, self.adapters)
+
+    def head_major(self, x: Float[Array, "b n in"], heads: int) -> Float[Array, "b n heads head_dim"]:
+        """The same, split into `heads`, from a product that writes them one after the other: TPUs turn it otherwise."""
+        weight = self.weight[...].astype(x.dtype).reshape(x.shape[-1], heads, -1)
+        y = jnp.einsum("bnd,dhk->bhnk", x, weight).transpose(0, 2, 1, 3)
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape(heads, -1)
+        split = y.shape
+        return y if not self.adapters else with_adapters(y.reshape(*split[:2], -1), x, self.adapters).reshape(split)
 
 
 class Conv(nnx.Module):
@@ -114,13 +124,6 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch features"]:
         return self.weight[...][ids]
-
-
-def layer_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
-    """(x - mean) / sqrt(var + eps) over the last dimension, computed and returned in float32."""
-    x = x.astype(jnp.float32)
-    x = x - x.mean(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
 
 
 class LayerNorm(nnx.Module):

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from helios_jax.models.attention import Segments
+from pallas_kernels.rows import Runs, spread
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,20 @@ class Packing:
         """History tokens of all sequences."""
         return self.history * len(self.noisy)
 
-    def rows(self, rows: Float[Array, "b rows d"], *, history: bool = True) -> Float[Array, "b n d"]:
-        """Each token's row, as a select that fuses into its consumer; without `history` those of noisy tokens alone.
+    def runs(self, rows: Float[Array, "b rows d"], *, history: bool = True) -> tuple[Float[Array, "b runs d"], Runs]:
+        """Those of `rows` that tokens take, and how many tokens take each; without `history` of noisy tokens alone.
 
         The last rows are those of each sequence's noisy tokens; before them come the history's, one for all copies of
-        it or one for each. What is the same for all tokens is [b, 1, d].
+        it or one for each.
         """
-        copies, lengths = rows.shape[1] - len(self.noisy), self.noisy
+        copies = rows.shape[1] - len(self.noisy)
         if history and self.num_history:
-            lengths = (self.num_history // copies,) * copies + lengths
-        else:
-            rows = rows[:, copies:]
-        token, out = jnp.arange(sum(lengths))[None, :, None], rows[:, :1]
-        for i, start in enumerate(np.cumsum(lengths)[:-1], 1):
-            out = jnp.where(token >= start, rows[:, i : i + 1], out)
-        return out
+            return rows, (self.num_history // copies,) * copies + self.noisy
+        return rows[:, copies:], self.noisy
+
+    def rows(self, rows: Float[Array, "b rows d"], *, history: bool = True) -> Float[Array, "b n d"]:
+        """Each token's row of those of `runs`; what is the same for all tokens is [b, 1, d]."""
+        return spread(*self.runs(rows, history=history))
 
     def segments(self, *, history: bool) -> Segments | None:
         """Which sequence each query and each key is of; without `history` the queries are the noisy tokens."""

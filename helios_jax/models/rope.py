@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# cos and sin of the angle of each pair of features; the first dimension is 1 when all samples share positions.
-Rotary = tuple[Float[Array, "#b n pairs"], Float[Array, "#b n pairs"]]
+from pallas_kernels.norm_rope import Rotary
 
 
 def _grid(
@@ -51,12 +50,3 @@ def rotary(
             table = table.reshape(b, t // pool, pool, h // pool, pool, w // pool, pool, p).mean((2, 4, 6))
         tables.append(table.reshape(table.shape[0], -1, table.shape[-1]))
     return tables[0], tables[1]
-
-
-def apply_rotary(x: Float[Array, "b n heads head_dim"], table: Rotary) -> Float[Array, "b n heads head_dim"]:
-    """Rotates neighbouring feature pairs (0, 1), (2, 3), ... of `x`, in float32, returned in the dtype of `x`."""
-    cos, sin = (t[:, :, None] for t in table)
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    real, imaginary = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
-    return turned.reshape(x.shape).astype(x.dtype)

@@ -72,6 +72,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, stacked: bool = False, rngs: nnx.Rngs):
         self.config = config
+        self.implementation: Implementation | None = None  # of calls that name none
         patch, dim = config.patch_size, config.dim
 
         def patches(scale: int) -> Patches:
@@ -182,7 +183,7 @@ class Transformer(nnx.Module):
         remat: Remat | None,
         implementation: Implementation | None,
     ) -> tuple[tuple[Array, ...], list[Array]]:
-        config = self.config
+        config, implementation = self.config, implementation or self.implementation
         grids = [tuple(size // p for size, p in zip(x.shape[1:4], config.patch_size)) for x in latents]
         if indices is None:
             indices = FrameIndices(noisy=jnp.arange(grids[0][0])[None])

@@ -53,7 +53,10 @@ def run(config: SampleConfig) -> int:
     lora.check(Transformer.abstract(checkpoint.transformer), files)
 
     pipe = HeliosPipeline.from_pretrained(
-        checkpoint, dtype=config.precision, offload_text_encoder=config.offload_text_encoder
+        checkpoint,
+        dtype=config.precision,
+        offload_text_encoder=config.offload_text_encoder,
+        implementation=config.implementation,
     )
     if files:
         pipe.transformer = lora.merge(lora.attach(pipe.transformer, files, scales), donate=True)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tiles, tunable, tune
 from pallas_kernels.device import compiling_for
@@ -158,3 +159,16 @@ def test_attentions_are_timed_as_they_are(name):
         np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), atol=0.02)
     assert len(op.candidates("gpu", op.axes)) > 3
     assert (op.candidates("tpu", op.axes) == []) == (name == "attention_dq")
+
+
+@pytest.mark.parametrize("name", ["adaln", "adaln_backward", "norm_rope", "gated_residual"])
+def test_norms_are_timed_as_they_are(name):
+    """The kernel computes what the alternative does, here on a TPU that is interpreted."""
+    op = tune.OPS[name]
+    arguments = op.arguments({"b": 1, "n": 33, "heads": 2, "head_dim": 64})
+    sizes = op.candidates("tpu", op.axes)[0]
+    expected = jax.jit(op.alternatives("tpu")["xla"])(*arguments)
+    with compiling_for(SimpleNamespace(platform="tpu", device_kind="TPU v5")), pltpu.force_tpu_interpret_mode():
+        got = jax.jit(op.kernel(sizes))(*arguments)
+    assert tune._distance(got, expected) < tune.TOLERANCE
+    assert len(op.candidates("gpu", op.axes)) > 3

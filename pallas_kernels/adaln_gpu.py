@@ -1,0 +1,143 @@
+"""adaLN on Hopper GPUs in Mosaic GPU: a warpgroup holds a token in registers, and no shared memory is needed.
+
+Tensor cores have nothing to do here, and neither has the copying engine: a block of the grid goes over tokens of one
+run, whose row of the tables stays in registers, and the other blocks on its multiprocessor hide what it waits for.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as gpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.rows import Runs
+from pallas_kernels.tiles import Tiles
+
+THREADS = 128
+
+
+def forward(
+    x: Float[Array, "b n d"],
+    shift: Float[Array, "#b runs d"],
+    scale: Float[Array, "#b runs d"],
+    runs: Runs,
+    eps: float,
+    sizes: Tiles,
+    *,
+    interpret: Any = None,
+) -> Float[Array, "b n d"]:
+    """`pallas_kernels.adaln.reference`; a block of the grid has `sizes["block"]` tokens."""
+    blocks = spans(runs, sizes["block"])
+    return launch(
+        partial(_forward, eps=eps, interpret=interpret is not None),
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        (x.shape[0], len(blocks)),
+        interpret,
+    )(x, shift.astype(jnp.float32), scale.astype(jnp.float32), jnp.asarray(blocks))
+
+
+def backward(
+    x: Float[Array, "b n d"],
+    scale: Float[Array, "#b runs d"],
+    gradient: Float[Array, "b n d"],
+    runs: Runs,
+    eps: float,
+    sizes: Tiles,
+    *,
+    interpret: Any = None,
+) -> tuple[Float[Array, "b n d"], Float[Array, "b runs d"], Float[Array, "b runs d"]]:
+    """Gradients of `x`, and of each sample's `shift` and `scale` in float32: blocks' sums, which XLA adds up."""
+    blocks = spans(runs, sizes["block"])
+    sums = jax.ShapeDtypeStruct((x.shape[0], len(blocks), x.shape[2]), jnp.float32)
+    dx, *parts = launch(
+        partial(_backward, eps=eps, interpret=interpret is not None),
+        (jax.ShapeDtypeStruct(x.shape, x.dtype), sums, sums),
+        (x.shape[0], len(blocks)),
+        interpret,
+    )(x, scale.astype(jnp.float32), gradient, jnp.asarray(blocks))
+    owners = blocks[:, 2]
+    dshift, dscale = (
+        jnp.stack([part[:, np.flatnonzero(owners == i)].sum(1) for i in range(len(runs))], 1) for part in parts
+    )
+    return dx, dshift, dscale
+
+
+def spans(runs: Runs, block: int) -> np.ndarray:
+    """[blocks, 3]: first token, one past the last, and run of each block; none has tokens of two runs."""
+    ends = np.cumsum(runs)
+    return np.asarray(
+        [
+            (start, min(start + block, end), run)
+            for run, (length, end) in enumerate(zip(runs, ends))
+            for start in range(end - length, end, block)
+        ],
+        np.int32,
+    )
+
+
+def launch(body: Any, out: Any, grid: tuple[int, int], interpret: Any) -> Any:
+    """`body` for each block ("tile") of each "sample", a warpgroup each."""
+    return gpu.kernel(
+        body,
+        out_type=out,
+        grid=grid[::-1],
+        grid_names=("tile", "sample"),
+        compiler_params=gpu.CompilerParams(reduction_scratch_bytes=1024),
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+
+
+def row(ref: Any, index: tuple, interpret: bool) -> Array:
+    """A row of features, as float32 in registers, each thread with neighbours that it loads at once."""
+    d = ref.shape[-1]
+    vector = max(size for size in (1, 2, 4, 8) if d % (size * THREADS) == 0)
+    value = ref[index] if interpret else gpu.load(ref, index, layout=gpu.Layout.WG_STRIDED((d,), vec_size=vector))
+    return value.astype(jnp.float32)
+
+
+def normed(x: Float[Array, " d"], eps: float) -> tuple[Float[Array, " d"], Float[Array, ""]]:
+    """The layer norm of `x`, and what it was multiplied by."""
+    d = x.shape[0]
+    x = x - jnp.sum(x) / d
+    rate = lax.rsqrt(jnp.sum(x * x) / d + eps)
+    return x * rate, rate
+
+
+def block(spans: Any, table: Any) -> tuple[Array, Array, Array, tuple[Array, Array]]:
+    """This block's sample, first token and one past the last, and the index of its row of `table`."""
+    tile, sample = lax.axis_index("tile"), lax.axis_index("sample")
+    return sample, spans[tile, 0], spans[tile, 1], (sample if table.shape[0] > 1 else jnp.int32(0), spans[tile, 2])
+
+
+def _forward(x, shift, scale, spans, out, *, eps: float, interpret: bool):
+    sample, start, stop, mine = block(spans, scale)
+    _, _, _, shifts = block(spans, shift)
+    shift_row, scale_row = row(shift, shifts, interpret), row(scale, mine, interpret)
+
+    def step(token, _):
+        y, _ = normed(row(x, (sample, token), interpret), eps)
+        out[sample, token] = (y * (1 + scale_row) + shift_row).astype(out.dtype)
+
+    lax.fori_loop(start, stop, step, None)
+
+
+def _backward(x, scale, gradient, spans, dx, dshift, dscale, *, eps: float, interpret: bool):
+    sample, start, stop, mine = block(spans, scale)
+    scale_row, d = row(scale, mine, interpret), x.shape[-1]
+
+    def step(token, sums):
+        y, rate = normed(row(x, (sample, token), interpret), eps)
+        upper = row(gradient, (sample, token), interpret)
+        inner = upper * (1 + scale_row)
+        slope = jnp.sum(inner * y) / d
+        dx[sample, token] = (rate * (inner - jnp.sum(inner) / d - y * slope)).astype(dx.dtype)
+        return sums[0] + upper, sums[1] + upper * y
+
+    nothing = scale_row * 0
+    sums = lax.fori_loop(start, stop, step, (nothing, nothing))
+    tile = lax.axis_index("tile")
+    dshift[sample, tile], dscale[sample, tile] = sums

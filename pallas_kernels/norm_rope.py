@@ -1,0 +1,120 @@
+"""Queries and keys on their way to attention: RMS norm across all heads, rotary position embedding, split into heads.
+
+XLA takes two passes for the norm and the rotation, and on TPUs four more to turn the result to the layout that
+attention reads; the kernel reads and writes once.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import device, norm_rope_gpu, norm_rope_tpu, rows, tiles
+from pallas_kernels.rows import Implementation
+
+# cos and sin of the angle of each pair of features; the first dimension is 1 when all samples share positions.
+Rotary = tuple[Float[Array, "#b n pairs"], Float[Array, "#b n pairs"]]
+
+
+def reference(
+    x: Float[Array, "b n d"],
+    weight: Float[Array, " d"],
+    heads: int,
+    eps: float,
+    table: Rotary | None = None,
+    history_scale: Float[Array, " #heads"] | None = None,
+    num_history: int = 0,
+) -> Float[Array, "b n heads head_dim"]:
+    """x / sqrt(mean(x^2) + eps) * weight over all features, in float32; split into heads, whose neighbouring pairs
+    (0, 1), (2, 3), ... are turned by the angles of `table`; the first `num_history` tokens times `history_scale`.
+
+    What is between these steps has the dtype of `x`, as where each is a layer of its own.
+    """
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+    y = (y * weight.astype(jnp.float32)).astype(x.dtype).reshape(*x.shape[:2], heads, -1)
+    if table is not None:
+        cos, sin = (t[:, :, None] for t in table)
+        pairs = y.astype(jnp.float32).reshape(*y.shape[:-1], -1, 2)
+        real, imaginary = pairs[..., 0], pairs[..., 1]
+        turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
+        y = turned.reshape(y.shape).astype(x.dtype)
+    if history_scale is None or num_history == 0:
+        return y
+    history = (jnp.arange(y.shape[1]) < num_history)[None, :, None, None]
+    return jnp.where(history, y * history_scale[:, None], y).astype(x.dtype)
+
+
+def unsupported(x: Array, heads: int) -> str | None:
+    """Why the kernel cannot run here for such features, or None if it can."""
+    head_dim = x.shape[-1] // heads
+    if head_dim not in (64, 128):
+        return f"Pallas norm_rope has kernels for head_dim 64 and 128, not {head_dim}"
+    if device.platform() == "gpu" and heads % norm_rope_gpu.WARPS:
+        return f"Pallas norm_rope on a GPU is for heads in multiples of {norm_rope_gpu.WARPS}, not {heads}"
+    return rows.unsupported("norm_rope", x, x.shape[-1])
+
+
+def norm_rope(
+    x: Float[Array, "b n d"],
+    weight: Float[Array, " d"],
+    heads: int,
+    eps: float,
+    table: Rotary | None = None,
+    history_scale: Float[Array, " #heads"] | None = None,
+    num_history: int = 0,
+    *,
+    implementation: Implementation | None = None,
+) -> Float[Array, "b n heads head_dim"]:
+    """`reference`; the kernels round once, at the end, and their gradient is the reference's, by XLA.
+
+    Without `implementation` the kernel runs where it can and saves something, which on a GPU needs a `table`, and XLA
+    elsewhere. Raises ValueError when "pallas" is asked for and cannot run.
+    """
+    pays = table is not None or device.platform() == "tpu"
+    if not rows.by_kernel(implementation, unsupported(x, heads), default=pays):
+        return reference(x, weight, heads, eps, table, history_scale, num_history)
+    kernel = norm_rope_tpu if device.platform() == "tpu" else norm_rope_gpu
+    sizes = tiles.lookup("norm_rope", device.kind(), x.shape[1])
+    return by(partial(kernel.forward, sizes=sizes), x, weight, heads, eps, table, history_scale, num_history)
+
+
+def by(
+    forward, x: Array, weight: Array, heads: int, eps: float, table: Rotary | None, history_scale: Array | None,
+    num_history: int,
+) -> Array:  # fmt: skip
+    """`norm_rope` by `forward`: that of `norm_rope_tpu` or `norm_rope_gpu`, with its block sizes."""
+
+    @jax.custom_vjp
+    def run(x: Array, weight: Array, table: Rotary | None, history_scale: Array | None) -> Array:
+        # The rotation is linear, so what scales a head may as well scale its weights: those of the history are a row.
+        table_of_weights, runs = weight.astype(jnp.float32)[None], (x.shape[1],)
+        if history_scale is not None and num_history:
+            scale = jnp.broadcast_to(history_scale.astype(jnp.float32), (heads,))
+            scaled = table_of_weights * jnp.repeat(scale, x.shape[2] // heads)
+            table_of_weights, runs = (
+                jnp.concatenate([scaled, table_of_weights]),
+                (num_history, x.shape[1] - num_history),
+            )
+            if runs[1] == 0:
+                table_of_weights, runs = scaled, runs[:1]
+        return forward(x, table_of_weights, heads, eps, table and signed(table), runs)
+
+    def keep(*inputs):
+        return run(*inputs), inputs
+
+    def backward(inputs, gradient):
+        def plain(x, weight, table, history_scale):
+            return reference(x, weight, heads, eps, table, history_scale, num_history)
+
+        return jax.vjp(plain, *inputs)[1](gradient)
+
+    run.defvjp(keep, backward)
+    return run(x, weight, table, history_scale)
+
+
+def signed(table: Rotary) -> Rotary:
+    """[#b, n, head_dim]: turning is y * cos + (y with the two of each pair exchanged) * sin."""
+    cos, sin = (jnp.repeat(t.astype(jnp.float32), 2, -1) for t in table)
+    return cos, sin * jnp.where(jnp.arange(sin.shape[-1]) % 2, 1.0, -1.0)

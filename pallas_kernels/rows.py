@@ -1,0 +1,66 @@
+"""What the kernels of a row per token share: the rows of tables that tokens take, by runs, and what can run."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels import device
+
+Implementation = Literal["xla", "pallas"]
+# Numbers of tokens: the first run takes the first row of a table, the second run the next.
+Runs = tuple[int, ...]
+LANES = 128
+
+
+def spread(table: Float[Array, "b runs d"], runs: Runs) -> Float[Array, "b n d"]:
+    """Each token's row, as a select that fuses into its consumer; [b, 1, d] where there is one run."""
+    token, out = jnp.arange(sum(runs))[None, :, None], table[:, :1]
+    for i, start in enumerate(np.cumsum(runs)[:-1], 1):
+        out = jnp.where(token >= start, table[:, i : i + 1], out)
+    return out
+
+
+def as_given(gradient: Float[Array, "b runs d"], table: Float[Array, "#b runs d"]) -> Float[Array, "#b runs d"]:
+    """A table's gradient in its own shape and dtype: summed over the samples that share it."""
+    return (gradient if table.shape[0] != 1 else gradient.sum(0, keepdims=True)).astype(table.dtype)
+
+
+def check(op: str, x: Float[Array, "b n d"], runs: Runs, *tables: Array) -> None:
+    """Raises ValueError where `runs` or `tables` are not those of the tokens."""
+    if sum(runs) != x.shape[1] or min(runs) < 1:
+        raise ValueError(f"{op}: runs {runs} must be positive and have the sum {x.shape[1]}, the number of tokens")
+    for table in tables:
+        if table.shape[1:] != (len(runs), x.shape[2]) or table.shape[0] not in (1, x.shape[0]):
+            shape = (x.shape[0], len(runs), x.shape[2])
+            raise ValueError(f"{op}: a table has shape {table.shape}, and {shape} or 1 instead of {shape[0]} is needed")
+
+
+def unsupported(op: str, x: Array, width: int) -> str | None:
+    """Why a kernel over rows of `width` features cannot run here, or None if it can."""
+    platform = device.platform()
+    if platform not in ("tpu", "gpu"):
+        return f"Pallas {op} has kernels for TPUs and NVIDIA GPUs (Hopper), and this runs on {platform}"
+    if width % LANES:
+        return f"Pallas {op} is for widths in multiples of {LANES}, not {width}"
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"Pallas {op} is for bfloat16 and float32, not {x.dtype}"
+    if platform == "gpu" and not any(name in device.kind() for name in ("H100", "H200", "H800", "H20", "GH200")):
+        return f"Pallas {op}'s GPU kernel is written for Hopper (H100, H200), and this is a {device.kind()}"
+    return None
+
+
+def by_kernel(asked: Implementation | None, reason: str | None, *, default: bool) -> bool:
+    """Whether the kernel runs: if asked for, or if nothing is and it is the `default` and no `reason` is against it.
+
+    Raises ValueError when it is asked for and cannot run.
+    """
+    if asked == "pallas" and reason:
+        raise ValueError(f"{reason}: implementation='xla' runs everywhere")
+    return asked == "pallas" or (asked is None and default and reason is None)
+
+
+def fitting(n: int, largest: int) -> int:
+    """Tokens in a block on a TPU: `largest`, or fewer where there are fewer, in whole tiles of 16-bit numbers."""
+    return min(largest, -(-n // 16) * 16)

@@ -1,0 +1,77 @@
+"""adaLN's kernels, interpreted on the CPU, against layer norm and modulation in plain jax: values and gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from pallas_kernels import adaln_gpu, adaln_tpu
+from pallas_kernels.adaln import adaln, by, reference
+
+SIZES = {"block": 16}
+KERNELS = {"tpu": (adaln_tpu, True, SIZES), "gpu": (adaln_gpu, InterpretGPUParams(), SIZES)}
+EPS = 1e-6
+
+
+def draw(b: int, runs: tuple[int, ...], d: int, dtype, *, samples: int):
+    """Tokens, shift and scale of `samples` tables, and a cotangent."""
+    rng, n = np.random.default_rng(), sum(runs)
+    shapes = (b, n, d), (samples, len(runs), d), (samples, len(runs), d), (b, n, d)
+    types = dtype, jnp.float32, jnp.float32, dtype
+    return [jnp.asarray(rng.standard_normal(shape), of) for shape, of in zip(shapes, types)]
+
+
+def agree(ours, theirs, dtype, *, of: str):
+    assert ours.dtype == theirs.dtype
+    tolerance = 3e-5 if dtype == jnp.float32 else 0.03
+    arrays = (np.asarray(x, np.float32) for x in (ours, theirs))
+    np.testing.assert_allclose(*arrays, atol=tolerance, rtol=tolerance, err_msg=of)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("b", "runs", "d", "dtype", "samples"),
+    [
+        (1, (1,), 256, jnp.bfloat16, 1),
+        (2, (20, 17), 128, jnp.float32, 2),  # a block has tokens of both runs, and the last is not full
+        (2, (3, 5, 33), 128, jnp.bfloat16, 1),  # one table for both samples, several runs in one block
+    ],
+)
+def test_values_and_gradients_are_the_references(kernel, b, runs, d, dtype, samples):
+    module, interpret, sizes = KERNELS[kernel]
+    *inputs, cotangent = draw(b, runs, d, dtype, samples=samples)
+    forward, backward = (partial(f, sizes=sizes, interpret=interpret) for f in (module.forward, module.backward))
+    expected, expected_vjp = jax.vjp(lambda *args: reference(*args, runs, EPS), *inputs)
+    got, got_vjp = jax.vjp(lambda *args: by(forward, backward, *args, runs, EPS), *inputs)
+    names = ("values", "x", "shift", "scale")
+    for of, ours, theirs in zip(names, (got, *got_vjp(cotangent)), (expected, *expected_vjp(cotangent)), strict=True):
+        agree(ours, theirs, dtype, of=of)
+
+
+def test_32k_tokens():
+    runs = (9000, 23768)
+    *inputs, cotangent = draw(1, runs, 128, jnp.float32, samples=1)
+    sizes = {"block": 4096}
+    forward, backward = (partial(f, sizes=sizes, interpret=True) for f in (adaln_tpu.forward, adaln_tpu.backward))
+    expected, expected_vjp = jax.vjp(lambda *args: reference(*args, runs, EPS), *inputs)
+    got, got_vjp = jax.vjp(lambda *args: by(forward, backward, *args, runs, EPS), *inputs)
+    agree(got, expected, jnp.float32, of="values")
+    for ours, theirs in zip(got_vjp(cotangent), expected_vjp(cotangent)):  # sums of 32k numbers
+        np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+def test_blocks_of_a_gpu_lie_in_one_run():
+    assert adaln_gpu.spans((5, 1, 4), 4).tolist() == [[0, 4, 0], [4, 5, 0], [5, 6, 1], [6, 10, 2]]
+
+
+def test_what_cannot_be_says_why():
+    x, shift, scale, _ = draw(1, (2, 3), 128, jnp.float32, samples=1)
+    with pytest.raises(ValueError, match=r"runs on cpu.*implementation='xla'"):
+        adaln(x, shift, scale, (2, 3), EPS, implementation="pallas")
+    with pytest.raises(ValueError, match=r"runs \(2, 2\).*the sum 5"):
+        adaln(x, shift, scale, (2, 2), EPS)
+    with pytest.raises(ValueError, match="a table has shape"):
+        adaln(x, shift[:, :1], scale, (2, 3), EPS)

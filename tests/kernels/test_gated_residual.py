@@ -1,0 +1,67 @@
+"""The gated residual's kernels, interpreted on the CPU, against the sum and its norm in plain jax, with gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from pallas_kernels import adaln_gpu, adaln_tpu, gated_residual_gpu, gated_residual_tpu
+from pallas_kernels.gated_residual import by, gated_residual, reference
+
+EPS = 1e-6
+SIZES = {"block": 32}
+KERNELS = {
+    "tpu": [partial(f, sizes=SIZES, interpret=True) for f in (gated_residual_tpu.forward, adaln_tpu.backward)],
+    "gpu": [
+        partial(f, sizes=SIZES, interpret=InterpretGPUParams())
+        for f in (gated_residual_gpu.forward, adaln_gpu.backward)
+    ],
+}
+
+
+def draw(b: int, first: int, runs: tuple[int, ...], d: int, dtype):
+    """x, y, gate, shift and gain (the last two shared by the samples), and cotangents of both outputs."""
+    rng, m = np.random.default_rng(), sum(runs)
+    tokens, tables = (b, first + m, d), (len(runs), d)
+    shapes = tokens, tokens, (b, *tables), (1, *tables), (1, *tables)
+    types = dtype, dtype, jnp.float32, jnp.float32, jnp.float32
+    inputs = [jnp.asarray(rng.standard_normal(shape), of) for shape, of in zip(shapes, types)]
+    return inputs, tuple(jnp.asarray(rng.standard_normal((b, m, d)), dtype) for _ in range(2))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("b", "first", "runs", "d", "dtype"),
+    [
+        (1, 0, (1,), 128, jnp.float32),
+        (2, 48, (7, 30), 128, jnp.float32),  # what comes before is not touched; a block has tokens of both runs
+        (1, 16, (20,), 256, jnp.bfloat16),
+    ],
+)
+def test_values_and_gradients_are_the_references(kernel, b, first, runs, d, dtype):
+    inputs, cotangents = draw(b, first, runs, d, dtype)
+    expected, expected_vjp = jax.vjp(lambda *args: reference(*args, runs, EPS), *inputs)
+    got, got_vjp = jax.vjp(lambda *args: by(*KERNELS[kernel], *args, runs, EPS), *inputs)
+    tolerance = 3e-5 if dtype == jnp.float32 else 0.03
+    for ours, theirs in zip((*got, *got_vjp(cotangents)), (*expected, *expected_vjp(cotangents)), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (ours, theirs)), atol=tolerance, rtol=tolerance)
+
+
+def test_32k_tokens():
+    inputs, _ = draw(1, 8192, (24576,), 128, jnp.float32)
+    forward = partial(gated_residual_tpu.forward, sizes={"block": 4096}, interpret=True)
+    for ours, theirs in zip(by(forward, None, *inputs, (24576,), EPS), reference(*inputs, (24576,), EPS)):
+        np.testing.assert_allclose(ours, theirs, atol=3e-5)
+
+
+def test_what_cannot_be_says_why():
+    inputs, _ = draw(1, 0, (5,), 128, jnp.float32)
+    with pytest.raises(ValueError, match=r"runs on cpu.*implementation='xla'"):
+        gated_residual(*inputs, (5,), EPS, implementation="pallas")
+    with pytest.raises(ValueError, match=r"runs \(6,\) have the sum 6, and there are 5 tokens"):
+        gated_residual(*inputs, (6,), EPS)

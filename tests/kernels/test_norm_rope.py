@@ -1,0 +1,72 @@
+"""norm_rope's kernels, interpreted on the CPU, against the three steps in plain jax, and the gradient."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from pallas_kernels import norm_rope_gpu, norm_rope_tpu
+from pallas_kernels.norm_rope import by, norm_rope, reference
+
+EPS = 1e-6
+KERNELS = {
+    "tpu": partial(norm_rope_tpu.forward, sizes={"block": 16}, interpret=True),
+    "gpu": partial(norm_rope_gpu.forward, sizes={"block": 16}, interpret=InterpretGPUParams()),
+}
+
+
+def draw(b: int, n: int, heads: int, head_dim: int, dtype, *, samples: int = 1, scales: int = 0):
+    """Features, weight, tables of angles of so many samples (0: none), history scales (0: none)."""
+    rng = np.random.default_rng()
+    angles = rng.uniform(0, 6, (samples, n, head_dim // 2))
+    table = (jnp.cos(angles), jnp.sin(angles)) if samples else None
+    x = jnp.asarray(rng.standard_normal((b, n, heads * head_dim)), dtype)
+    weight = jnp.asarray(rng.standard_normal(heads * head_dim), jnp.float32)
+    return x, weight, table, jnp.asarray(rng.uniform(1, 10, scales), jnp.float32) if scales else None
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("b", "n", "heads", "head_dim", "dtype", "samples", "scales", "num_history"),
+    [
+        (1, 1, 2, 128, jnp.float32, 1, 0, 0),
+        (2, 37, 4, 64, jnp.float32, 2, 4, 20),  # a scale a head, in a block with tokens of both kinds
+        (2, 20, 3, 128, jnp.bfloat16, 1, 1, 20),  # one scale for all heads, and no noisy tokens
+        (1, 20, 2, 64, jnp.float32, 0, 0, 0),  # no positions: queries to the text
+    ],
+)
+def test_values_are_the_references(kernel, b, n, heads, head_dim, dtype, samples, scales, num_history):
+    x, weight, table, scale = draw(b, n, heads, head_dim, dtype, samples=samples, scales=scales)
+    got = by(KERNELS[kernel], x, weight, heads, EPS, table, scale, num_history)
+    expected = reference(x, weight, heads, EPS, table, scale, num_history)
+    assert got.dtype == dtype
+    # The reference rounds after each step, and a rotation's result can be small for what it is the sum of.
+    relative, absolute = (1e-5, 1e-4) if dtype == jnp.float32 else (0.02, 0.3)
+    np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (got, expected)), atol=absolute, rtol=relative)
+
+
+def test_32k_tokens():
+    x, weight, table, scale = draw(1, 32768, 1, 128, jnp.float32, scales=1)
+    forward = partial(norm_rope_tpu.forward, sizes={"block": 4096}, interpret=True)
+    got = by(forward, x, weight, 1, EPS, table, scale, 9000)
+    np.testing.assert_allclose(got, reference(x, weight, 1, EPS, table, scale, 9000), atol=1e-4)
+
+
+def test_gradients_are_the_references():
+    x, weight, table, scale = draw(1, 5, 2, 64, jnp.float32, scales=2)
+    cotangent = jnp.asarray(np.random.default_rng().standard_normal((1, 5, 2, 64)), jnp.float32)
+    _, expected = jax.vjp(lambda *args: reference(*args[:2], 2, EPS, *args[2:], 3), x, weight, table, scale)
+    _, got = jax.vjp(lambda *args: by(KERNELS["tpu"], *args[:2], 2, EPS, *args[2:], 3), x, weight, table, scale)
+    for ours, theirs in zip(*(jax.tree.leaves(vjp(cotangent)) for vjp in (got, expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_what_cannot_run_says_why():
+    x, weight, table, _ = draw(1, 2, 2, 64, jnp.float32)
+    with pytest.raises(ValueError, match=r"runs on cpu.*implementation='xla'"):
+        norm_rope(x, weight, 2, EPS, table, implementation="pallas")
+    with pytest.raises(ValueError, match="head_dim 64 and 128, not 32"):
+        norm_rope(x, weight, 4, EPS, implementation="pallas")
