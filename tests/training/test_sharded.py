@@ -90,6 +90,9 @@ def found(tmp_path_factory):
     # A collective blocks the thread that waits in it: with a thread a device, devices that take two independent ones in
     # another order wait for one another for ever.
     environment |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "64"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
+        "0"  # the discriminator's convolutions would take longer than that saves
+    )
     subprocess.run([sys.executable, __file__, str(root), *STAGES], env=environment, check=True)
     return root
 
