@@ -19,8 +19,8 @@ sample: $(VENV)/.run  ## sample a video of four chunks with the embedded model
 test: $(VENV)/.test  ## every test, those against torch, diffusers and transformers included
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
 
-test-light: $(VENV)/.test-light  ## the tests that need no torch
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not reference" $(ARGS)
+test-light: $(VENV)/.test-light  ## the tests that need no torch, without the slowest
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not reference and not slow" $(ARGS)
 
 aot: $(AOT)/.aot  ## compile the 14B model, its training steps and the kernels for TPUs and an H100; needs neither
 	$(AOT)/bin/python -m pytest -q -s tests/aot $(ARGS)

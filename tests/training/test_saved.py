@@ -17,7 +17,14 @@ from helios_jax.training.config import LoRAConfig
 from tests.training import recipe
 
 PATCHES = ("patch_short", "patch_mid", "patch_long")
-STAGES = ("stage1_init", "stage1_post", "stage2_init", "stage2_post", "stage3_ode", "stage3_gan")
+STAGES = (
+    "stage1_init",
+    "stage1_post",
+    "stage2_init",
+    "stage2_post",
+    "stage3_ode",
+    pytest.param("stage3_gan", marks=pytest.mark.slow),
+)
 EVERY_STEP = ("checkpoint.every=1", "checkpoint.keep=2")
 # The convolutions that get adapters; every linear layer does.
 CONVOLUTIONS = {

@@ -97,6 +97,7 @@ def found(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_eight_devices_step_as_one_does(found, stage):
     one, eight = (dict(np.load(found / f"{stage}-{name}.npz")) for name in ("one", "eight"))

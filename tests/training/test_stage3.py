@@ -142,6 +142,7 @@ def game():
     return begin, found
 
 
+@pytest.mark.slow
 def test_neither_player_has_a_gradient_for_the_other(game):
     _, found = game
     on, off = (dict(nnx.to_flat_state(found[step][0])) for step in (0, 1))
@@ -253,6 +254,7 @@ def test_a_rollout_scores_its_last_chunk_after_those_before(chunks):
     assert history.chunk.tolist() == past.chunk.tolist() == [1, 3]
 
 
+@pytest.mark.slow
 def test_one_batch_is_learnt():
     """The student goes where the teacher changes less and less, and the critic learns what it makes there."""
     settled = {"lr": 3e-3, "betas": (0.0, 0.9), "weight_decay": 0.0}
