@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS ?=
 # Compilers for devices that are not here; in an environment of their own, or jax would look for those devices.
 AOT := .venv-aot
-# Configs whose training steps `make aot` compiles: all stages, a quarter of an hour in all; STEPS=configs/... for some.
+# Configs whose training steps `make aot` compiles; without STEPS=configs/... those of all stages, some minutes in all.
 STEPS ?=
 
 .PHONY: sample test test-light aot lint format bench tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
@@ -24,7 +24,7 @@ test-light: $(VENV)/.test-light  ## the tests that need no torch, without the sl
 
 aot: $(AOT)/.aot  ## compile the 14B model, its training steps and the kernels for TPUs and an H100; needs neither
 	$(AOT)/bin/python -m pytest -q -s tests/aot $(ARGS)
-	$(AOT)/bin/python -m helios_jax.bench.aot_training $(STEPS)
+	JAX_PLATFORMS=cpu $(AOT)/bin/python -m helios_jax.bench.aot_training $(STEPS)
 
 lint: $(VENV)/.test  ## ruff and pyright
 	$(BIN)/ruff check .
