@@ -81,26 +81,17 @@ def restored(stage: str, root: Path, mesh: tuple[str, ...], folder: Path) -> dic
     return {f"restored/{jax.tree_util.keystr(path, simple=True, separator='/')}": np.asarray(x) for path, x in leaves}
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    """The folder of what one and eight devices made of each stage."""
-    root = tmp_path_factory.mktemp("sharded")
-    recipe.build(root)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_eight_devices_step_as_one_does(stage, tmp_path):
+    recipe.build(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(recipe.ROOT), "JAX_PLATFORMS": "cpu"}
     # A collective blocks the thread that waits in it: with a thread a device, devices that take two independent ones in
     # another order wait for one another for ever.
     environment |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "64"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = (
-        "0"  # the discriminator's convolutions would take longer than that saves
-    )
-    subprocess.run([sys.executable, __file__, str(root), *STAGES], env=environment, check=True)
-    return root
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_eight_devices_step_as_one_does(found, stage):
-    one, eight = (dict(np.load(found / f"{stage}-{name}.npz")) for name in ("one", "eight"))
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # slow convolutions would take longer than that saves
+    subprocess.run([sys.executable, __file__, str(tmp_path), stage], env=environment, check=True)
+    one, eight = (dict(np.load(tmp_path / f"{stage}-{name}.npz")) for name in ("one", "eight"))
     for name, x in one.items():
         tolerance = 0 if name.startswith("begin/") else 1e-5
         np.testing.assert_allclose(eight[name], x, rtol=tolerance, atol=tolerance, err_msg=name)
