@@ -89,7 +89,8 @@ def test_eight_devices_step_as_one_does(stage, tmp_path):
     # A collective blocks the thread that waits in it: with a thread a device, devices that take two independent ones in
     # another order wait for one another for ever.
     environment |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "64"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # slow convolutions would take longer than that saves
+    if stage == "stage3_gan":
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # slow convolutions would take longer than that saves
     subprocess.run([sys.executable, __file__, str(tmp_path), stage], env=environment, check=True)
     one, eight = (dict(np.load(tmp_path / f"{stage}-{name}.npz")) for name in ("one", "eight"))
     for name, x in one.items():
