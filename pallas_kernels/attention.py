@@ -33,9 +33,8 @@ def unsupported(query: Array | jax.ShapeDtypeStruct) -> str | None:
         return f"Pallas attention has kernels for TPUs and NVIDIA GPUs (Hopper), and this runs on {platform}"
     if head_dim not in (64, 128):
         return f"Pallas attention has kernels for head_dim 64 and 128, not {head_dim}"
-    if platform == "gpu" and query.dtype != jnp.bfloat16:
-        why = "; Hopper's tensor cores would round float32 to the 10 bits of tf32" * (query.dtype == jnp.float32)
-        return f"Pallas attention on a GPU is bfloat16, and the queries are {query.dtype}{why}"
+    if platform == "gpu" and query.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"Pallas attention on a GPU is bfloat16 or float32, and the queries are {query.dtype}"
     if platform == "gpu" and not any(name in device.kind() for name in ("H100", "H200", "H800", "H20", "GH200")):
         return f"Pallas attention's GPU kernel is written for Hopper (H100, H200), and this is a {device.kind()}"
     return None
@@ -60,5 +59,6 @@ def attention(
     if reason:
         raise ValueError(f"{reason}: implementation='xla' runs everywhere")
     kernels = attention_tpu if device.platform() == "tpu" else attention_gpu
-    sizes = {op: tiles.lookup(op, device.kind(), query.shape[1]) for op in kernels.OPS}
+    names = kernels.tables(query.dtype)
+    sizes = {op: tiles.lookup(name, device.kind(), query.shape[1]) for op, name in names.items()}
     return kernels.attention(query, key, value, key_lengths, sizes)

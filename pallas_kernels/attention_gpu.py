@@ -17,12 +17,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, parts
 from pallas_kernels.attention_gpu_backward import key_value_gradients, query_gradient
 from pallas_kernels.hopper import GROUPS, Dialect, Ring
 from pallas_kernels.tiles import Tiles
 
 OPS = ("attention", "attention_dq", "attention_dkv")
+
+
+def tables(dtype: Any) -> dict[str, str]:
+    """The entry of tiles.json that each of `OPS` has its sizes from."""
+    return {op: op + "_float32" * (dtype == jnp.float32) for op in OPS}
 
 
 def attention(
@@ -34,7 +39,7 @@ def attention(
     *,
     interpret: Any = None,
 ) -> Float[Array, "b n heads head_dim"]:
-    """`pallas_kernels.attention.reference` of bfloat16, with its gradients.
+    """`pallas_kernels.attention.reference` of bfloat16 or float32, with its gradients.
 
     `tiles` has sizes for each of `OPS`: a warpgroup has `block_q` queries, a slot `block_k` keys, and there are `slots`
     slots; for the gradients of keys and values ("attention_dkv") a warpgroup has `block_k` keys, a slot `block_q`
@@ -54,7 +59,7 @@ def attention(
 
     def backward(kept: Any, cotangent: Array) -> tuple[Array | None, ...]:
         query, key, value, lengths, out, sums = kept
-        dots = jnp.einsum("bnhd,bnhd->bhn", out, cotangent, preferred_element_type=jnp.float32)
+        dots = jnp.einsum("bnhd,bnhd->bhn", out, cotangent, precision="highest", preferred_element_type=jnp.float32)
         arrays = (query, key, value, cotangent.astype(query.dtype), sums, dots, lengths)
         d_query = query_gradient(*arrays, tiles["attention_dq"], interpret=interpret)
         return d_query, *key_value_gradients(*arrays, tiles["attention_dkv"], interpret=interpret), None
@@ -70,16 +75,18 @@ def forward(
 
     Numbers of queries and keys are multiples of `hopper.ROWS`.
     """
-    (b, n, heads, head_dim), m = query.shape, key.shape[1]
-    rows, columns = tiles["block_q"], tiles["block_k"]
+    (b, n, heads, head_dim), m, dtype = query.shape, key.shape[1], query.dtype
+    count, rows, columns = parts.COUNT[dtype], tiles["block_q"], tiles["block_k"]
     slots, tile_count = min(tiles["slots"], pl.cdiv(m, columns)), pl.cdiv(n, GROUPS * rows)
-    out = [jax.ShapeDtypeStruct((b, hopper.room(n, GROUPS * rows, interpret), heads, head_dim), query.dtype)]
+    query, key, value = (parts.split(x) for x in (query, key, value))
+    out = [jax.ShapeDtypeStruct((b, hopper.room(n, GROUPS * rows, interpret), *query.shape[2:]), query.dtype)]
+    slot = hopper.matrices((count, columns, head_dim), columns)
     scratch = dict(
-        query_tiles=gpu.SMEM((GROUPS, rows, head_dim), query.dtype, transforms=hopper.TILED),
-        query_in=gpu.Barrier(num_barriers=GROUPS),
+        query_tiles=hopper.matrices((GROUPS, count, rows, head_dim), columns),
+        query_in=gpu.Barrier(num_arrivals=count, num_barriers=GROUPS),
         turn=gpu.Barrier(num_arrivals=GROUPS),
-        keys=hopper.ring(slots, (columns, head_dim), key.dtype),
-        values=hopper.ring(slots, (columns, head_dim), value.dtype),
+        keys=hopper.ring(slots, slot),
+        values=hopper.ring(slots, slot),
     )
     if log_sums:
         out.append(jax.ShapeDtypeStruct((b, heads, tile_count * GROUPS * rows), jnp.float32))
@@ -88,7 +95,7 @@ def forward(
     got = hopper.launch(
         _kernel, (query, key, value, lengths), tuple(out), grid=grid, scratch=scratch, interpret=interpret
     )
-    return got[0][:, :n], *got[1:]
+    return parts.joined(got[0][:, :n], dtype), *got[1:]
 
 
 def _kernel(
@@ -96,7 +103,7 @@ def _kernel(
     sum_tiles: Any = None, say: Dialect,
 ):  # fmt: skip
     head, tile, sample, group = (lax.axis_index(name) for name in ("head", "tile", "sample", "group"))
-    (_, rows, head_dim), columns = query_tiles.shape, keys.tiles.shape[1]
+    (_, count, rows, head_dim), columns = query_tiles.shape, keys.tiles.shape[2]
     length = lengths[sample]
     steps = pl.cdiv(length, columns)
 
@@ -109,14 +116,14 @@ def _kernel(
         gpu.set_max_registers(232, action="increase")
         mine = pl.ds((tile * GROUPS + group) * rows, rows)
         query_tile = query_tiles.at[group]
-        gpu.copy_gmem_to_smem(query.at[sample, mine, head], query_tile, query_in.at[group])
+        hopper.load(hopper.of_head(query, sample, mine, head), query_tile, query_in.at[group])
         gpu.barrier_wait(query_in.at[group])
         # The groups take turns: one has its products under way while the other computes a softmax.
         pl.when(group == 1)(take_turns)
 
         def step(i, carry):
             total, top, norm = carry
-            logits = say.product(query_tile, say.transposed(hopper.wait(keys, i)), take_turns)
+            logits = say.product(hopper.parts_of(query_tile), say.transposed(hopper.wait(keys, i)), take_turns)
             hopper.done(keys, i)
             logits = hopper.hide(say, logits * hopper.exponent(head_dim), i * columns, length)
             new_top = jnp.maximum(top, logits.max(axis=1))
@@ -124,9 +131,7 @@ def _kernel(
             weights = jnp.exp2(logits - lax.broadcast_in_dim(new_top, logits.shape, [0]))
             norm = norm * shrink + weights.sum(axis=1)
             total *= lax.broadcast_in_dim(shrink, total.shape, [0])
-            total, norm, new_top, weights = lax.optimization_barrier(
-                (total, norm, new_top, weights.astype(value.dtype))
-            )
+            total, norm, new_top, weights = lax.optimization_barrier((total, norm, new_top, parts.of(weights, count)))
             value_tile = hopper.wait(values, i)
             take_turns()
             (total,) = say.add_products((total, weights, value_tile))
@@ -136,11 +141,11 @@ def _kernel(
         start = say.zeros((rows, head_dim)), say.zeros((rows,)) - jnp.inf, say.zeros((rows,))
         total, top, norm = lax.fori_loop(0, steps, step, start)
         pl.when(group == 0)(take_turns)
-        query_tile[...] = (total / lax.broadcast_in_dim(norm, total.shape, [0])).astype(query_tile.dtype)
+        hopper.store(total / lax.broadcast_in_dim(norm, total.shape, [0]), query_tile)
         if sums:
             sum_tiles[group] = top + jnp.log(norm) * math.log2(math.e)
         gpu.commit_smem()
-        gpu.copy_smem_to_gmem(query_tile, out.at[sample, mine, head])
+        hopper.save(query_tile, hopper.of_head(out, sample, mine, head))
         if sums:
             gpu.copy_smem_to_gmem(sum_tiles.at[group], sums[0].at[sample, head, mine])
         gpu.wait_smem_to_gmem(0)
@@ -150,6 +155,6 @@ def _kernel(
         gpu.set_max_registers(40, action="decrease")
         hopper.fill(
             steps,
-            (keys, lambda i: key.at[sample, pl.ds(i * columns, columns), head]),
-            (values, lambda i: value.at[sample, pl.ds(i * columns, columns), head]),
+            (keys, lambda i: hopper.of_head(key, sample, pl.ds(i * columns, columns), head)),
+            (values, lambda i: hopper.of_head(value, sample, pl.ds(i * columns, columns), head)),
         )

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array
 
-from pallas_kernels import hopper
+from pallas_kernels import hopper, parts
 from pallas_kernels.hopper import GROUPS, Dialect, Ring
 from pallas_kernels.tiles import Tiles
 
@@ -35,27 +35,29 @@ def query_gradient(
     interpret: Any = None,
 ) -> Array:
     """The gradient of the queries, of whom a warpgroup has `block_q`; a slot has `block_k` keys."""
-    (b, n, heads, head_dim), m = query.shape, key.shape[1]
-    rows, columns = tiles["block_q"], tiles["block_k"]
+    (b, n, heads, head_dim), m, dtype = query.shape, key.shape[1], query.dtype
+    count, rows, columns = parts.COUNT[dtype], tiles["block_q"], tiles["block_k"]
     slots, tile_count = min(tiles["slots"], pl.cdiv(m, columns)), pl.cdiv(n, GROUPS * rows)
-    matrix = gpu.SMEM((GROUPS, rows, head_dim), query.dtype, transforms=hopper.TILED)
+    query, key, value, cotangent = (parts.split(x) for x in (query, key, value, cotangent))
+    matrix = hopper.matrices((GROUPS, count, rows, head_dim), columns)
+    slot = hopper.matrices((count, columns, head_dim), columns)
     (gradient,) = hopper.launch(
         _query_kernel,
         (query, key, value, cotangent, sums, dots, lengths),
-        (jax.ShapeDtypeStruct((b, hopper.room(n, GROUPS * rows, interpret), heads, head_dim), query.dtype),),
+        (jax.ShapeDtypeStruct((b, hopper.room(n, GROUPS * rows, interpret), *query.shape[2:]), query.dtype),),
         grid=(heads, tile_count, b),
         scratch=dict(
             query_tiles=matrix,
             cotangent_tiles=matrix,
             sum_tiles=gpu.SMEM((GROUPS, rows), jnp.float32),
             dot_tiles=gpu.SMEM((GROUPS, rows), jnp.float32),
-            loaded=gpu.Barrier(num_arrivals=4, num_barriers=GROUPS),
-            keys=hopper.ring(slots, (columns, head_dim), key.dtype),
-            values=hopper.ring(slots, (columns, head_dim), value.dtype),
+            loaded=gpu.Barrier(num_arrivals=2 * count + 2, num_barriers=GROUPS),
+            keys=hopper.ring(slots, slot),
+            values=hopper.ring(slots, slot),
         ),
         interpret=interpret,
     )
-    return gradient[:, :n]
+    return parts.joined(gradient[:, :n], dtype)
 
 
 def _query_kernel(
@@ -63,7 +65,7 @@ def _query_kernel(
     loaded, keys: Ring, values: Ring, say: Dialect,
 ):  # fmt: skip
     head, tile, sample, group = (lax.axis_index(name) for name in ("head", "tile", "sample", "group"))
-    (_, rows, head_dim), columns = query_tiles.shape, keys.tiles.shape[1]
+    (_, count, rows, head_dim), columns = query_tiles.shape, keys.tiles.shape[2]
     length = lengths[sample]
     steps = pl.cdiv(length, columns)
 
@@ -72,8 +74,8 @@ def _query_kernel(
         gpu.set_max_registers(232, action="increase")
         mine = pl.ds((tile * GROUPS + group) * rows, rows)
         query_tile, cotangent_tile = query_tiles.at[group], cotangent_tiles.at[group]
-        gpu.copy_gmem_to_smem(query.at[sample, mine, head], query_tile, loaded.at[group])
-        gpu.copy_gmem_to_smem(cotangent.at[sample, mine, head], cotangent_tile, loaded.at[group])
+        hopper.load(hopper.of_head(query, sample, mine, head), query_tile, loaded.at[group])
+        hopper.load(hopper.of_head(cotangent, sample, mine, head), cotangent_tile, loaded.at[group])
         gpu.copy_gmem_to_smem(sums.at[sample, head, mine], sum_tiles.at[group], loaded.at[group])
         gpu.copy_gmem_to_smem(dots.at[sample, head, mine], dot_tiles.at[group], loaded.at[group])
         gpu.barrier_wait(loaded.at[group])
@@ -81,20 +83,20 @@ def _query_kernel(
 
         def step(i, total):
             key_tile = hopper.wait(keys, i)
-            logits = say.product(query_tile, say.transposed(key_tile)) * hopper.exponent(head_dim)
+            logits = say.product(hopper.parts_of(query_tile), say.transposed(key_tile)) * hopper.exponent(head_dim)
             logits = hopper.hide(say, logits, i * columns, length)
             weights = jnp.exp2(logits - lax.broadcast_in_dim(row_sums, logits.shape, [0]))
-            slopes = say.product(cotangent_tile, say.transposed(hopper.wait(values, i)))
+            slopes = say.product(hopper.parts_of(cotangent_tile), say.transposed(hopper.wait(values, i)))
             hopper.done(values, i)
             slopes = weights * (slopes - lax.broadcast_in_dim(row_dots, slopes.shape, [0]))
-            (total,) = say.add_products((total, slopes.astype(key.dtype), key_tile))
+            (total,) = say.add_products((total, parts.of(slopes, count), key_tile))
             hopper.done(keys, i)
             return total
 
         total = lax.fori_loop(0, steps, step, say.zeros((rows, head_dim)))
-        query_tile[...] = (total * head_dim**-0.5).astype(query_tile.dtype)
+        hopper.store(total * head_dim**-0.5, query_tile)
         gpu.commit_smem()
-        gpu.copy_smem_to_gmem(query_tile, out.at[sample, mine, head])
+        hopper.save(query_tile, hopper.of_head(out, sample, mine, head))
         gpu.wait_smem_to_gmem(0)
 
     @pl.when(group == GROUPS)
@@ -102,8 +104,8 @@ def _query_kernel(
         gpu.set_max_registers(40, action="decrease")
         hopper.fill(
             steps,
-            (keys, lambda i: key.at[sample, pl.ds(i * columns, columns), head]),
-            (values, lambda i: value.at[sample, pl.ds(i * columns, columns), head]),
+            (keys, lambda i: hopper.of_head(key, sample, pl.ds(i * columns, columns), head)),
+            (values, lambda i: hopper.of_head(value, sample, pl.ds(i * columns, columns), head)),
         )
 
 
@@ -120,11 +122,14 @@ def key_value_gradients(
     interpret: Any = None,
 ) -> tuple[Array, Array]:
     """The gradients of the keys and values, of whom a warpgroup has `block_k`; a slot has `block_q` queries."""
-    (b, n, heads, head_dim), m = query.shape, key.shape[1]
-    rows, columns = tiles["block_k"], tiles["block_q"]
+    (b, n, heads, head_dim), m, dtype = query.shape, key.shape[1], key.dtype
+    count, rows, columns = parts.COUNT[dtype], tiles["block_k"], tiles["block_q"]
     slots, tile_count = min(tiles["slots"], pl.cdiv(n, columns)), pl.cdiv(m, GROUPS * rows)
-    matrix = gpu.SMEM((GROUPS, rows, head_dim), key.dtype, transforms=hopper.TILED)
-    out = jax.ShapeDtypeStruct((b, hopper.room(m, GROUPS * rows, interpret), heads, head_dim), key.dtype)
+    query, key, value, cotangent = (parts.split(x) for x in (query, key, value, cotangent))
+    matrix = hopper.matrices((GROUPS, count, rows, head_dim), columns)
+    slot = hopper.matrices((count, columns, head_dim), columns)
+    numbers = gpu.SMEM((1, max(columns, hopper.VECTOR)), jnp.float32)
+    out = jax.ShapeDtypeStruct((b, hopper.room(m, GROUPS * rows, interpret), *key.shape[2:]), key.dtype)
     d_key, d_value = hopper.launch(
         _key_value_kernel,
         (query, key, value, cotangent, sums, dots, lengths),
@@ -133,15 +138,15 @@ def key_value_gradients(
         scratch=dict(
             key_tiles=matrix,
             value_tiles=matrix,
-            loaded=gpu.Barrier(num_arrivals=2, num_barriers=GROUPS),
-            queries=hopper.ring(slots, (columns, head_dim), query.dtype),
-            cotangents=hopper.ring(slots, (columns, head_dim), query.dtype),
-            row_sums=hopper.ring(slots, (columns,), jnp.float32),
-            row_dots=hopper.ring(slots, (columns,), jnp.float32),
+            loaded=gpu.Barrier(num_arrivals=2 * count, num_barriers=GROUPS),
+            queries=hopper.ring(slots, slot),
+            cotangents=hopper.ring(slots, slot),
+            row_sums=hopper.ring(slots, numbers),
+            row_dots=hopper.ring(slots, numbers),
         ),
         interpret=interpret,
     )
-    return d_key[:, :m], d_value[:, :m]
+    return parts.joined(d_key[:, :m], dtype), parts.joined(d_value[:, :m], dtype)
 
 
 def _key_value_kernel(
@@ -150,7 +155,7 @@ def _key_value_kernel(
 ):  # fmt: skip
     """Logits, and what is of their shape, lie transposed here: a row for each key, a column for each query."""
     head, tile, sample, group = (lax.axis_index(name) for name in ("head", "tile", "sample", "group"))
-    (_, rows, head_dim), columns = key_tiles.shape, queries.tiles.shape[1]
+    (_, count, rows, head_dim), columns = key_tiles.shape, queries.tiles.shape[2]
     length = lengths[sample]
     # Of a tile of hidden keys only, the gradients are the zeros that the sums start with.
     steps = jnp.where(tile * GROUPS * rows < length, pl.cdiv(query.shape[1], columns), 0)
@@ -161,38 +166,38 @@ def _key_value_kernel(
         first = (tile * GROUPS + group) * rows
         mine = pl.ds(first, rows)
         key_tile, value_tile = key_tiles.at[group], value_tiles.at[group]
-        gpu.copy_gmem_to_smem(key.at[sample, mine, head], key_tile, loaded.at[group])
-        gpu.copy_gmem_to_smem(value.at[sample, mine, head], value_tile, loaded.at[group])
+        hopper.load(hopper.of_head(key, sample, mine, head), key_tile, loaded.at[group])
+        hopper.load(hopper.of_head(value, sample, mine, head), value_tile, loaded.at[group])
         gpu.barrier_wait(loaded.at[group])
 
         def step(i, totals):
             d_key, d_value = totals
             query_tile = hopper.wait(queries, i)
-            logits = say.product(key_tile, say.transposed(query_tile)) * hopper.exponent(head_dim)
-            column_sums = say.vector(hopper.wait(row_sums, i), 1)
+            logits = say.product(hopper.parts_of(key_tile), say.transposed(query_tile)) * hopper.exponent(head_dim)
+            column_sums = say.vector(hopper.wait(row_sums, i)[0].at[:columns], 1)
             hopper.done(row_sums, i)
             weights = jnp.exp2(logits - lax.broadcast_in_dim(column_sums, logits.shape, [1]))
             cotangent_tile = hopper.wait(cotangents, i)
             d_value, slopes = say.add_products(
-                (d_value, weights.astype(query.dtype), cotangent_tile),
-                (say.zeros(logits.shape), value_tile, say.transposed(cotangent_tile)),
+                (d_value, parts.of(weights, count), cotangent_tile),
+                (say.zeros(logits.shape), hopper.parts_of(value_tile), say.transposed(cotangent_tile)),
             )
             hopper.done(cotangents, i)
-            column_dots = say.vector(hopper.wait(row_dots, i), 1)
+            column_dots = say.vector(hopper.wait(row_dots, i)[0].at[:columns], 1)
             hopper.done(row_dots, i)
             slopes = weights * (slopes - lax.broadcast_in_dim(column_dots, slopes.shape, [1]))
-            (d_key,) = say.add_products((d_key, slopes.astype(query.dtype), query_tile))
+            (d_key,) = say.add_products((d_key, parts.of(slopes, count), query_tile))
             hopper.done(queries, i)
             return d_key, d_value
 
         zeros = say.zeros((rows, head_dim))
         d_key, d_value = lax.fori_loop(0, steps, step, (zeros, zeros))
         visible = say.numbers(zeros.shape, 0) + first < length
-        key_tile[...] = jnp.where(visible, d_key * head_dim**-0.5, 0.0).astype(key_tile.dtype)
-        value_tile[...] = jnp.where(visible, d_value, 0.0).astype(value_tile.dtype)
+        hopper.store(jnp.where(visible, d_key * head_dim**-0.5, 0.0), key_tile)
+        hopper.store(jnp.where(visible, d_value, 0.0), value_tile)
         gpu.commit_smem()
-        gpu.copy_smem_to_gmem(key_tile, key_out.at[sample, mine, head])
-        gpu.copy_smem_to_gmem(value_tile, value_out.at[sample, mine, head])
+        hopper.save(key_tile, hopper.of_head(key_out, sample, mine, head))
+        hopper.save(value_tile, hopper.of_head(value_out, sample, mine, head))
         gpu.wait_smem_to_gmem(0)
 
     @pl.when(group == GROUPS)
@@ -202,10 +207,13 @@ def _key_value_kernel(
         def there(i):
             return pl.ds(i * columns, columns)
 
+        def numbers(array, i):
+            return (array.at[sample, head, pl.ds(i * columns, row_sums.tiles.shape[2])],)
+
         hopper.fill(
             steps,
-            (queries, lambda i: query.at[sample, there(i), head]),
-            (row_sums, lambda i: sums.at[sample, head, there(i)]),
-            (cotangents, lambda i: cotangent.at[sample, there(i), head]),
-            (row_dots, lambda i: dots.at[sample, head, there(i)]),
+            (queries, lambda i: hopper.of_head(query, sample, there(i), head)),
+            (row_sums, lambda i: numbers(sums, i)),
+            (cotangents, lambda i: hopper.of_head(cotangent, sample, there(i), head)),
+            (row_dots, lambda i: numbers(dots, i)),
         )

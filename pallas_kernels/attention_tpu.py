@@ -1,6 +1,7 @@
 """Attention on TPUs: jax's splash attention, fed with padded, head-major arrays."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,11 @@ from pallas_kernels.tiles import Tiles
 
 OPS = ("attention", "attention_dkv")  # the backward kernel computes the queries' gradient too
 LANES = 128
+
+
+def tables(dtype: Any) -> dict[str, str]:
+    """The entry of tiles.json that each of `OPS` has its sizes from: one for all dtypes."""
+    return {op: op for op in OPS}
 
 
 def attention(

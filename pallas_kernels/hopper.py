@@ -3,6 +3,8 @@
 A block of the grid has `GROUPS` warpgroups that compute and one more that copies for them. `COMPILED` and `INTERPRETED`
 hold what a kernel says differently to the compiler and to the interpreter, which knows neither layouts of registers nor
 products into them.
+
+Matrices are bfloat16, or parts that are (`parts`): a tile has as many as its array's dtype has.
 """
 
 import math
@@ -17,32 +19,45 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array
 
+from pallas_kernels import parts
+
 GROUPS = 2  # warpgroups that compute
 ROWS = 8  # TMA copies tiled arrays whose length is a multiple of this
-TILED = (gpu.TilingTransform((ROWS, 64)), gpu.SwizzleTransform(128))  # how wgmma reads 16-bit tiles
+VECTOR = 32  # a warpgroup copies no fewer float32 numbers
 
 
 class Ring(NamedTuple):
-    """Slots in shared memory, which one warpgroup fills while the others use what they were filled with before."""
+    """Slots in shared memory, which one warpgroup fills while the others use what they were filled with before.
+
+    `tiles` is [slots, parts, ...].
+    """
 
     tiles: Any
     filled: Any
     free: Any
 
 
-def ring(slots: int, shape: tuple[int, ...], dtype: Any) -> Ring:
-    """Scratch memory of a ring of matrices, or of vectors."""
+def matrices(shape: tuple[int, ...], columns: int) -> Any:
+    """Shared memory for matrices [..., parts, rows, head_dim], as wgmma reads them where `columns` are added up."""
+    width = next((size for size in (64, 32, 16) if columns % size == 0), 64)
+    return gpu.SMEM(
+        shape, jnp.bfloat16, transforms=(gpu.TilingTransform((ROWS, width)), gpu.SwizzleTransform(2 * width))
+    )
+
+
+def ring(slots: int, tile: Any) -> Ring:
+    """Scratch memory of a ring of such tiles: shared memory [parts, ...]."""
     return Ring(
-        gpu.SMEM((slots, *shape), dtype, transforms=TILED if len(shape) == 2 else ()),
-        gpu.Barrier(num_barriers=slots),
+        gpu.SMEM((slots, *tile.shape), tile.dtype, transforms=tile.transforms),
+        gpu.Barrier(num_arrivals=tile.shape[0], num_barriers=slots),
         gpu.Barrier(num_arrivals=GROUPS, num_barriers=slots),
     )
 
 
-def wait(ring: Ring, i: Array) -> Any:
-    """The `i`th tile that is copied into `ring`, as soon as it is there."""
+def wait(ring: Ring, i: Array) -> tuple[Any, ...]:
+    """The parts of the `i`th tile that is copied into `ring`, as soon as they are there."""
     gpu.barrier_wait(ring.filled.at[_slot(ring, i)])
-    return ring.tiles.at[_slot(ring, i)]
+    return parts_of(ring.tiles.at[_slot(ring, i)])
 
 
 def done(ring: Ring, i: Array) -> None:
@@ -50,18 +65,18 @@ def done(ring: Ring, i: Array) -> None:
     gpu.barrier_arrive(ring.free.at[_slot(ring, i)])
 
 
-def fill(steps: Array, *parts: tuple[Ring, Callable[[Array], Any]]) -> None:
-    """For `i` of `steps` copies what each part's function gives for `i` into its ring."""
-    slots = parts[0][0].tiles.shape[0]
+def fill(steps: Array, *rings: tuple[Ring, Callable[[Array], tuple[Any, ...]]]) -> None:
+    """For `i` of `steps` copies the parts that its function gives for `i` into each ring."""
+    slots = rings[0][0].tiles.shape[0]
 
     def step(i, _):
-        for ring, source in parts:
+        for ring, source in rings:
             slot = _slot(ring, i)
             pl.when(i >= slots)(partial(gpu.barrier_wait, ring.free.at[slot]))
-            gpu.copy_gmem_to_smem(source(i), ring.tiles.at[slot], ring.filled.at[slot])
+            load(source(i), ring.tiles.at[slot], ring.filled.at[slot])
 
     def drain(i, _):
-        for ring, _ in parts:
+        for ring, _ in rings:
             gpu.barrier_wait(ring.free.at[_slot(ring, i)])
 
     lax.fori_loop(0, steps, step, None)
@@ -72,15 +87,44 @@ def _slot(ring: Ring, i: Array) -> Array:
     return lax.rem(i, jnp.array(ring.tiles.shape[0], i.dtype))
 
 
+def parts_of(ref: Any) -> tuple[Any, ...]:
+    """The parts of a tile [parts, ...] in shared memory."""
+    return tuple(ref.at[i] for i in range(ref.shape[0]))
+
+
+def load(sources: tuple[Any, ...], ref: Any, barrier: Any) -> None:
+    """Copies the parts of a tile into shared memory; each arrives at `barrier`."""
+    for source, part in zip(sources, parts_of(ref), strict=True):
+        gpu.copy_gmem_to_smem(source, part, barrier)
+
+
+def store(x: Array, ref: Any) -> None:
+    """Writes float32 registers to the parts of a tile in shared memory."""
+    for part, value in zip(parts_of(ref), parts.of(x, ref.shape[0]), strict=True):
+        part[...] = value
+
+
+def save(ref: Any, destinations: tuple[Any, ...]) -> None:
+    """Copies the parts of a tile to global memory."""
+    for part, destination in zip(parts_of(ref), destinations, strict=True):
+        gpu.copy_smem_to_gmem(part, destination)
+
+
+def of_head(array: Any, sample: Array, rows: Any, head: Array) -> tuple[Any, ...]:
+    """The parts of some rows of a head of queries, keys or values that `parts.split` wrote, in global memory."""
+    heads = lax.axis_size("head")
+    return tuple(array.at[sample, rows, head + first] for first in range(0, array.shape[2], heads))
+
+
 class Dialect(NamedTuple):
-    """
+    """Matrices are tuples of their parts.
+
     zeros: `(rows, columns)` or `(rows,)` of float32 0, as a product lies in registers, or as its rows do
     numbers: of the rows (axis 0) or columns (axis 1) of a product of some shape
     vector: a float32 vector in shared memory as it lies beside a product, along its rows (axis 0) or columns (axis 1)
     transposed: a matrix in shared memory, to be read as its transpose
-    product: a (in shared memory or registers) @ b (in shared memory), in float32 registers; calls `meanwhile` when it
-        is under way
-    add_products: total + a @ b for each `(total, a, b)`, all under way at once
+    product: a @ b, both in shared memory, in float32 registers; calls `meanwhile` when it is under way
+    add_products: total + a @ b for each `(total, a, b)`, a in shared memory or registers, all under way at once
     """
 
     zeros: Callable[[tuple[int, ...]], Array]
@@ -100,19 +144,24 @@ def _nothing() -> None:
     pass
 
 
-def _product(a: Any, b: Any, meanwhile: Callable[[], None] = _nothing) -> Array:
+Parts = tuple[Any, ...]
+
+
+def _product(a: Parts, b: Parts, meanwhile: Callable[[], None] = _nothing) -> Array:
     def run(accumulator):
-        gpu.wgmma(accumulator, a, b)
+        for i, j in parts.PAIRS[len(a)]:
+            gpu.wgmma(accumulator, a[i], b[j])
         meanwhile()
         return accumulator[...]
 
-    return pl.run_scoped(run, gpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(run, gpu.ACC((a[0].shape[0], b[0].shape[1]), jnp.float32))
 
 
-def _add_products(*terms: tuple[Array, Any, Any]) -> Any:
+def _add_products(*terms: tuple[Array, Parts, Parts]) -> Any:
     def run(accumulators):
         for accumulator, (_, a, b) in zip(accumulators, terms):
-            gpu.wgmma(accumulator, a, b)
+            for i, j in parts.PAIRS[len(a)]:
+                gpu.wgmma(accumulator, a[i], b[j])
 
     return pl.run_state(run)(tuple(gpu.ACC.init(total) for total, _, _ in terms))
 
@@ -121,22 +170,23 @@ COMPILED = Dialect(
     zeros=_zeros,
     numbers=lambda shape, axis: gpu.broadcasted_iota(jnp.int32, shape, axis, layout=gpu.Layout.WGMMA),
     vector=lambda ref, axis: gpu.layout_cast(ref[...], gpu.Layout.WGMMA.reduce(1 - axis)),
-    transposed=lambda ref: ref.transpose((1, 0)),
+    transposed=lambda refs: tuple(ref.transpose((1, 0)) for ref in refs),
     product=_product,
     add_products=_add_products,
 )
 
 
-def _dot(a: Any, b: Any, meanwhile: Callable[[], None] = _nothing) -> Array:
+def _dot(a: Parts, b: Parts, meanwhile: Callable[[], None] = _nothing) -> Array:
     meanwhile()
-    return jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+    pairs = parts.PAIRS[len(a)]
+    return parts.added(jnp.dot(a[i][...], b[j][...], preferred_element_type=jnp.float32) for i, j in pairs)
 
 
 INTERPRETED = Dialect(
     zeros=lambda shape: jnp.zeros(shape, jnp.float32),
     numbers=partial(lax.broadcasted_iota, jnp.int32),
     vector=lambda ref, axis: ref[...],
-    transposed=lambda ref: ref[...].T,
+    transposed=lambda refs: tuple(ref[...].T for ref in refs),
     product=_dot,
     add_products=lambda *terms: tuple(total + _dot(a, b) for total, a, b in terms),
 )

@@ -28,6 +28,7 @@ class Op:
     kernel: the op with such sizes, to be called with the arguments
     alternatives: by name, others that compute the same, trusted ones first: kernels are checked with what runs first
     prepared: of a function and its arguments, what is to be timed in its place: a part, with what that part needs
+    tolerance: how far results may be from the first alternative's, as a part of their root mean square
     """
 
     axes: Shape
@@ -42,6 +43,7 @@ class Op:
     prepared: Callable[[Callable[..., Any], tuple[Any, ...]], tuple[Callable[..., Any], tuple[Any, ...]]] = (
         lambda function, arguments: (function, arguments)
     )
+    tolerance: float = 0.02  # bfloat16 and another order of sums make a few thousandths
 
 
 def seconds(function: Callable[..., Any], *arguments: Any) -> float:

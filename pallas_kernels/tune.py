@@ -23,7 +23,6 @@ from pallas_kernels.tiles import Tiles
 from pallas_kernels.tunable import Op, Shape, seconds
 
 OPS: dict[str, Op] = {**tune_attention.OPS, **tune_norms.OPS}
-TOLERANCE = 0.02  # of the root mean square; bfloat16 and another order of sums make a few thousandths
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def measure(op: Op, shape: Shape, report: Callable[[Result], None]) -> list[Resu
             timed = op.prepared(function, arguments)
             got = jax.block_until_ready(jax.jit(timed[0])(*timed[1]))
             expected = got if expected is None else expected
-            wrong = _distance(got, expected) > TOLERANCE
+            wrong = _distance(got, expected) > op.tolerance
             result = Result(name, sizes, None, "wrong") if wrong else Result(name, sizes, seconds(timed[0], *timed[1]))
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
             result = Result(name, sizes, None, _word(error))

@@ -14,26 +14,34 @@ from pallas_kernels.tunable import Op, Shape
 
 # The 14B model's self-attention at full size: 2400 tokens of history, 8640 noisy ones.
 AXES = {"b": 1, "n": 11040, "heads": 40, "head_dim": 128}
-FORWARD = "attention"
+DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 TPU_SIZES = {"block_q": (512, 1024, 2048), "block_k": (512, 1024, 2048), "block_k_compute": (256, 512, 1024)}
 GPU_SIZES = {
     "attention": {"block_q": (64, 128), "block_k": (64, 128, 192, 256), "slots": (2, 3, 4)},
     "attention_dq": {"block_q": (64, 128), "block_k": (64, 128), "slots": (2, 3, 4)},
     "attention_dkv": {"block_q": (64, 128), "block_k": (64, 128), "slots": (2, 3, 4)},
+    # Three parts of each tile leave room for no more.
+    "attention_float32": {"block_q": (64,), "block_k": (16, 32, 64), "slots": (1, 2, 3, 4)},
+    "attention_dq_float32": {"block_q": (64,), "block_k": (16, 32), "slots": (1, 2)},
+    "attention_dkv_float32": {"block_q": (16, 32), "block_k": (64,), "slots": (1, 2)},
 }
 
 
-def _arguments(shape: Shape) -> tuple[jax.Array, ...]:
+def _arguments(dtype: Any, shape: Shape) -> tuple[jax.Array, ...]:
     """Query, key, value and a cotangent."""
     sizes = tuple(shape[axis] for axis in AXES)
-    return tuple(jax.random.normal(key, sizes, jnp.bfloat16) for key in jax.random.split(jax.random.key(0), 4))
+    return tuple(jax.random.normal(key, sizes, dtype) for key in jax.random.split(jax.random.key(0), 4))
 
 
-def _candidates(op: str, platform: str, shape: Shape) -> list[Tiles]:
-    kernels = attention_tpu if platform == "tpu" else attention_gpu
-    if op not in kernels.OPS:
+def _kernels(platform: str) -> Any:
+    return attention_tpu if platform == "tpu" else attention_gpu
+
+
+def _candidates(op: str, dtype: Any, platform: str, shape: Shape) -> list[Tiles]:
+    name = attention_gpu.tables(dtype)[op]
+    if name not in _kernels(platform).tables(dtype).values():
         return []
-    sizes = TPU_SIZES if platform == "tpu" else GPU_SIZES[op]
+    sizes = TPU_SIZES if platform == "tpu" else GPU_SIZES[name]
     every = [dict(zip(sizes, chosen)) for chosen in product(*sizes.values())]
     return [chosen for chosen in every if chosen.get("block_k_compute", 0) <= chosen["block_k"]]
 
@@ -44,14 +52,17 @@ def _kernel(op: str, chosen: Tiles) -> Callable[..., Any]:
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         if reason := attention.unsupported(query):
             raise ValueError(reason)
-        kernels = attention_tpu if device.platform() == "tpu" else attention_gpu
-        sizes = {name: tiles.lookup(name, device.kind(), query.shape[1]) for name in kernels.OPS}
+        kernels = _kernels(device.platform())
+        names = kernels.tables(query.dtype)
+        sizes = {part: tiles.lookup(name, device.kind(), query.shape[1]) for part, name in names.items()}
         return kernels.attention(query, key, value, None, sizes | {op: chosen})
 
     return attend
 
 
-def _alternatives(platform: str) -> dict[str, Callable[..., Any]]:
+def _alternatives(dtype: Any, platform: str) -> dict[str, Callable[..., Any]]:
+    if dtype == jnp.float32:
+        return {"xla": jax.default_matmul_precision("highest")(attention.reference)}
     cudnn = {"cudnn": partial(jax.nn.dot_product_attention, implementation="cudnn")} if platform == "gpu" else {}
     return cudnn | {"xla": attention.reference}
 
@@ -67,8 +78,8 @@ def _gradients(attend: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[
     return lambda backward, cotangent: backward(cotangent), (backward, cotangent)
 
 
-def _op(name: str) -> Op:
-    products = 2 if name == FORWARD else 5
+def _op(op: str, dtype: Any) -> Op:
+    products = 2 if op == "attention" else 5
 
     def work(shape: Shape) -> float:
         return products * 2.0 * shape["b"] * shape["heads"] * shape["n"] ** 2 * shape["head_dim"]
@@ -79,12 +90,13 @@ def _op(name: str) -> Op:
         fixed=("head_dim",),
         work=work,
         unit="FLOP",
-        arguments=_arguments,
-        candidates=partial(_candidates, name),
-        kernel=partial(_kernel, name),
-        alternatives=_alternatives,
-        prepared=_values if name == FORWARD else _gradients,
+        arguments=partial(_arguments, dtype),
+        candidates=partial(_candidates, op, dtype),
+        kernel=partial(_kernel, op),
+        alternatives=partial(_alternatives, dtype),
+        prepared=_values if op == "attention" else _gradients,
+        tolerance=1e-4 if dtype == jnp.float32 else 0.02,
     )
 
 
-OPS = {name: _op(name) for name in attention_gpu.OPS}
+OPS = {name: _op(op, dtype) for dtype in DTYPES for op, name in attention_gpu.tables(dtype).items()}

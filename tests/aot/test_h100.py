@@ -74,10 +74,25 @@ def test_pallas_attention(h100, report, head_dim):
     assert memory.temporaries < 1e7, "more than two numbers a row and head"
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_pallas_attention_in_float32(h100, report, head_dim):
+    q = compilation.on_device(programs.shape(1, 11040, 40, head_dim, dtype=jnp.float32), h100)
+    parts = 6 * math.prod(q.shape)  # bytes
+    values = compilation.compiled(partial(attention, implementation="pallas"), q, q, q, platform="gpu")
+    assert compilation.custom_calls(values) == {"mosaic_gpu_v2": 1}
+    memory = report(f"float32 Pallas attention, head_dim {head_dim}", h100, values)
+    assert memory.temporaries < 4 * parts + 1e7, "more than the parts of three arguments and the output"
+    gradients = compilation.compiled(attention_gradients, q, q, q, q, platform="gpu")
+    assert compilation.custom_calls(gradients) == {"mosaic_gpu_v2": 3}
+    memory = report(f"float32 Pallas attention, gradients, head_dim {head_dim}", h100, gradients)
+    assert memory.temporaries < 8 * parts
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (70, 123), (32760, 32760)])
-def test_pallas_attention_of_any_length(h100, n, m):
+def test_pallas_attention_of_any_length(h100, n, m, dtype):
     """By default blocks; TMA is particular about strides and ends."""
-    q, k = (compilation.on_device(programs.shape(2, length, 4, 128), h100) for length in (n, m))
+    q, k = (compilation.on_device(programs.shape(2, length, 4, 128, dtype=dtype), h100) for length in (n, m))
     program = compilation.compiled(attention_gradients, q, k, k, q, platform="gpu")
     assert compilation.custom_calls(program) == {"mosaic_gpu_v2": 3}
 

@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels import attention_gpu
 from pallas_kernels.attention import reference
+from pallas_kernels.tiles import lookup
 
 try:
     from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
@@ -24,24 +25,32 @@ TILES = {
 
 
 @pytest.mark.parametrize(
-    ("b", "n", "m", "heads", "head_dim", "lengths"),
+    ("b", "n", "m", "heads", "head_dim", "lengths", "dtype", "tolerance"),
     [
-        (1, 1, 1, 2, 64, None),
+        (1, 1, 1, 2, 64, None, jnp.bfloat16, 0.02),
         # No length is a multiple of a block, n not even of the 8 rows that are copied at once; the third block takes
         # the slot of the first; keys of the first row are hidden, whole blocks of them.
-        (2, 21, 40, 1, 128, (17, 40)),
+        (2, 21, 40, 1, 128, (17, 40), jnp.bfloat16, 0.02),
+        (1, 21, 40, 2, 64, (17,), jnp.float32, 5e-6),
     ],
 )
-def test_values_and_gradients_are_the_references(b, n, m, heads, head_dim, lengths):
+def test_values_and_gradients_are_the_references(b, n, m, heads, head_dim, lengths, dtype, tolerance):
     rng = np.random.default_rng(0)
     q, k, v, cotangent = (rng.standard_normal((b, length, heads, head_dim)) for length in (n, m, m, n))
     if lengths is not None:
         k[0, lengths[0] :] *= 1000  # what is hidden does not matter, whatever it is
         lengths = jnp.asarray(lengths)
-    inputs = [jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)]
+    inputs = [jnp.asarray(x, dtype) for x in (q, k, v)]
     got, vjp = jax.vjp(lambda *x: attention_gpu.attention(*x, lengths, TILES, interpret=INTERPRET), *inputs)
     expected, expected_vjp = jax.vjp(lambda *x: reference(*x, lengths), *(x.astype(jnp.float32) for x in inputs))
     ours, theirs = vjp(jnp.asarray(cotangent, got.dtype)), expected_vjp(jnp.asarray(cotangent, jnp.float32))
-    assert got.dtype == jnp.bfloat16
+    assert got.dtype == dtype
     for a, b in zip((got, *ours), (expected, *theirs)):
-        np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.02)
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=tolerance)
+
+
+def test_dtypes_have_their_own_sizes():
+    for dtype in (jnp.bfloat16, jnp.float32):
+        for name in attention_gpu.tables(dtype).values():
+            assert lookup(name, "NVIDIA H100 80GB HBM3", 11040)
+    assert attention_gpu.tables(jnp.float32)["attention_dq"] == "attention_dq_float32"
