@@ -25,6 +25,7 @@ from typing import Any
 import jax
 
 from helios_jax import config as configs
+from helios_jax.compile import precise
 from helios_jax.config import ConfigError
 from helios_jax.pretrained import CheckpointError
 from helios_jax.sharding import check_batch, join_hosts, make_mesh
@@ -58,7 +59,7 @@ def train(config: TrainConfig, stage: Any) -> int:
         own = getattr(stage, "make_optimizer", None)
         optimizer = own(config) if own else make_optimizer(config.optim, config.steps)
         load = partial(stage.load, config) if config.init else None
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(mesh), precise(config.precision):
             state = init_sharded(
                 partial(stage.init, config),
                 jax.random.key(config.seed),

@@ -10,12 +10,13 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -38,6 +39,12 @@ def compiler_options(platform: str | None = None) -> dict[str, Any]:
     """Options for `jax.jit(..., compiler_options=)` on `platform`: "gpu", "tpu" or "cpu"; None is where jax runs."""
     platform = platform or jax.default_backend()
     return dict(GPU_OPTIONS) if platform in ("gpu", "cuda") else {}
+
+
+def precise(dtype: Any) -> AbstractContextManager[Any]:
+    """Programs traced under it multiply in `dtype`: left alone, GPUs and TPUs round float32 to 10 or 8 bits first."""
+    exact = jnp.dtype(dtype) == jnp.float32
+    return jax.default_matmul_precision("highest") if exact else nullcontext()
 
 
 def tpu_topology(name: str) -> topologies.TopologyDescription:

@@ -1,6 +1,7 @@
 """What XLA and Mosaic make of the model for TPUs."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from helios_jax import compile as compilation
@@ -30,6 +31,16 @@ def test_attention_has_gradients(tpu, report, name, n, m, head_dim):
     assert memory.temporaries < max(2 * n * m * 2 / 4, 1e7), (
         "more than a quarter of the logits, which are not to be kept"
     )
+
+
+def test_attention_in_float32(tpu, report):
+    """Multiplied as such (`compile.precise`), by the block sizes that bfloat16 has."""
+    device = tpu("v5e:2x2")
+    q = compilation.on_device(programs.shape(1, 11040, 2, 128, dtype=jnp.float32), device)
+    with compilation.precise(jnp.float32):
+        program = compilation.compiled(attention, q, q, q, platform="tpu")
+    assert compilation.custom_calls(program)["tpu_custom_call"] == 1
+    report("float32 attention, 11040 queries", device, program)
 
 
 def test_attention_of_all_heads(tpu, report):

@@ -1,4 +1,4 @@
-"""A program of the sampler is traced under the mesh that its weights lie on."""
+"""A program of the sampler is traced under the mesh and for the precision of its weights."""
 
 import jax
 import jax.numpy as jnp
@@ -22,3 +22,18 @@ def test_weights_bring_their_mesh():
     run({"a": 1.0, "b": b}, name="alone")
     run({"a": 1.0, "b": jax.device_put(b, NamedSharding(mesh, PartitionSpec()))}, name="on a mesh")
     assert seen == [(), AXES]
+
+
+def test_float32_is_multiplied_as_float32():
+    """A bfloat16 model has float32 arrays, too; a float32 model has no other."""
+    seen = []
+
+    @program()
+    def run(tree):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return tree
+
+    number, half, ids = jnp.zeros(2), jnp.zeros(2, jnp.bfloat16), jnp.zeros(2, jnp.int32)
+    run({"weight": number, "ids": ids, "key": jax.random.key(0)})
+    run({"weight": half, "norm": number, "ids": ids})
+    assert seen == ["highest", None]

@@ -173,6 +173,19 @@ def test_frozen_parameters_that_changed_are_one_line(config, tmp_path, capsys):
     assert "the parameters that are not trained are others now; give init (or seed) as it was" in error
 
 
+@pytest.mark.parametrize(("precision", "products"), [("float32", "highest"), ("bfloat16", None)])
+def test_float32_is_multiplied_as_float32(config, tmp_path, monkeypatch, precision, products):
+    seen, loss = set(), dummy.loss
+
+    def watched(*args):
+        seen.add(jax.config.jax_default_matmul_precision)
+        return loss(*args)
+
+    monkeypatch.setattr(dummy, "loss", watched)
+    assert run(config, f"run={tmp_path}", "steps=1", f"precision={precision}") == 0
+    assert seen == {products}
+
+
 def test_validates_at_intervals(config, tmp_path):
     folder = tmp_path / "r"
     assert run(config, f"run={folder}", "validation={every: 5, prompts: [x]}") == 0
