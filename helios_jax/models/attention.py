@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from helios_jax.models.blockwise import blockwise
+from helios_jax.models.blockwise import CACHE, MEMORY, blockwise
 from helios_jax.sharding import BATCH, RULES
 from pallas_kernels import attention as pallas
 from pallas_kernels import device
@@ -101,14 +101,8 @@ def _say(line: str) -> None:
 
 def _xla(query: Array, key: Array, value: Array) -> Array:
     # The choice falls while lowering, so a program compiled on a host for another platform gets that platform's.
-    return jax.lax.platform_dependent(query, key, value, cpu=blockwise, default=_at_once)
-
-
-def _at_once(query: Array, key: Array, value: Array) -> Array:
-    scale = query.shape[-1] ** -0.5
-    logits = jnp.einsum("bnhd,bmhd->bhnm", query, key, preferred_element_type=jnp.float32) * scale
-    weights = jax.nn.softmax(logits, -1).astype(value.dtype)
-    return jnp.einsum("bhnm,bmhd->bnhd", weights, value)
+    cache, memory = (partial(blockwise, block=block) for block in (CACHE, MEMORY))
+    return jax.lax.platform_dependent(query, key, value, cpu=cache, default=memory)
 
 
 def _by_segment(attend: Callable[..., Array], query: Array, key: Array, value: Array, segments: Segments) -> Array:

@@ -37,7 +37,7 @@ def test_the_device_and_the_inputs_choose(device, query, chosen, caplog):
         (None, HEADS, "pallas", "this runs on cpu"),
         (H100, FULL, "cudnn", "queries are float32"),
         (H100, WIDE, "cudnn", "not 256"),
-        (H100, FULL, "pallas", "queries are float32"),
+        (H100, FULL.astype(jnp.float16), "pallas", "queries are float16"),
         (A100, HEADS, "pallas", "NVIDIA A100"),
         (TPU, WIDE, "pallas", "not 256"),
     ],
