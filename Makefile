@@ -11,7 +11,7 @@ AOT := .venv-aot
 # Configs whose training steps `make aot` compiles; without STEPS=configs/... those of all stages, some minutes in all.
 STEPS ?=
 
-.PHONY: sample test test-light aot lint format bench tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
+.PHONY: sample test test-light aot lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
 
 sample: $(VENV)/.run  ## sample a video of four chunks with the embedded model
 	$(BIN)/python sample.py configs/toy/sample.yaml $(ARGS)
@@ -37,6 +37,9 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.test  ## time the sampler on what there is, beside diffusers, and write docs/benchmarks/
 	$(BIN)/python -m helios_jax.bench.throughput $(ARGS)
+
+check-kernels: $(VENV)/.run  ## the kernels' values and gradients beside their references', on the GPU or TPU at hand
+	$(BIN)/python -m pallas_kernels.check $(ARGS)
 
 tune: $(VENV)/.run  ## time a kernel's block sizes on the GPU or TPU at hand: make tune ARGS="attention --write"
 	$(BIN)/python -m pallas_kernels.tune $(ARGS)

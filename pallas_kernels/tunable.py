@@ -1,4 +1,4 @@
-"""What the tuner has to know of an op, and how long a call of it takes on the device at hand."""
+"""What the tuner has to know of an op; how long a call of it takes on the device at hand, and how right it is."""
 
 import math
 import statistics
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.tiles import Tiles
@@ -74,3 +76,23 @@ def repeated(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*same)
 
     return lax.fori_loop(1, IN_A_PROGRAM, again, function(*arguments))
+
+
+def distance(got: Any, expected: Any) -> float:
+    """The largest root mean square of a difference of two arrays, over that of the expected one; NaN is infinite."""
+    distances = []
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        apart = float(jnp.linalg.norm((a - b).ravel()) / jnp.maximum(jnp.linalg.norm(b.ravel()), 1e-30))
+        distances.append(apart if np.isfinite(apart) else np.inf)
+    return max(distances)
+
+
+def word(error: Exception) -> str:
+    """Why a kernel did not run, in few words."""
+    message = str(error)
+    if "shared memory" in message:
+        return "shared memory"
+    if "RESOURCE_EXHAUSTED" in message or "out of memory" in message:
+        return "memory"
+    return f"{type(error).__name__}: {message.splitlines()[0][:70] if message else ''}"

@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from pallas_kernels import device, tiles, tune_attention, tune_norms
 from pallas_kernels.tiles import Tiles
-from pallas_kernels.tunable import Op, Shape, seconds
+from pallas_kernels.tunable import Op, Shape, distance, seconds, word
 
 OPS: dict[str, Op] = {**tune_attention.OPS, **tune_norms.OPS}
 
@@ -46,10 +44,10 @@ def measure(op: Op, shape: Shape, report: Callable[[Result], None]) -> list[Resu
             timed = op.prepared(function, arguments)
             got = jax.block_until_ready(jax.jit(timed[0])(*timed[1]))
             expected = got if expected is None else expected
-            wrong = _distance(got, expected) > op.tolerance
+            wrong = distance(got, expected) > op.tolerance
             result = Result(name, sizes, None, "wrong") if wrong else Result(name, sizes, seconds(timed[0], *timed[1]))
         except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-            result = Result(name, sizes, None, _word(error))
+            result = Result(name, sizes, None, word(error))
         results.append(result)
         report(result)
     return results
@@ -113,25 +111,6 @@ def _shape(op: Op, given: list[str]) -> Shape:
 
 def _label(sizes: Tiles) -> str:
     return " ".join(f"{name}={size}" for name, size in sizes.items())
-
-
-def _distance(got: Any, expected: Any) -> float:
-    """The largest root mean square of a difference of two arrays, over that of the expected one; NaN is infinite."""
-    distances = []
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected)):
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        distance = float(jnp.linalg.norm((a - b).ravel()) / jnp.maximum(jnp.linalg.norm(b.ravel()), 1e-30))
-        distances.append(distance if np.isfinite(distance) else np.inf)
-    return max(distances)
-
-
-def _word(error: Exception) -> str:
-    message = str(error)
-    if "shared memory" in message:
-        return "shared memory"
-    if "RESOURCE_EXHAUSTED" in message or "out of memory" in message:
-        return "memory"
-    return f"{type(error).__name__}: {message.splitlines()[0][:70] if message else ''}"
 
 
 if __name__ == "__main__":

@@ -170,5 +170,5 @@ def test_norms_are_timed_as_they_are(name):
     expected = jax.jit(op.alternatives("tpu")["xla"])(*arguments)
     with compiling_for(SimpleNamespace(platform="tpu", device_kind="TPU v5")), pltpu.force_tpu_interpret_mode():
         got = jax.jit(op.kernel(sizes))(*arguments)
-    assert tune._distance(got, expected) < op.tolerance
+    assert tunable.distance(got, expected) < op.tolerance
     assert len(op.candidates("gpu", op.axes)) > 3

@@ -1,0 +1,149 @@
+"""Whether the kernels are right on the GPU or TPU at hand: values and gradients, as compiled, beside the references'.
+
+    python -m pallas_kernels.check              # all ops, some minutes
+    python -m pallas_kernels.check attention    # or some
+
+One token, lengths that no block divides, 32760 tokens; bfloat16 and float32. The references run by XLA in float32.
+Prints a line for each; exits with 1 if a kernel is wrong or does not run, with 2 where there are none.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import adaln, attention, device, gated_residual, norm_rope
+from pallas_kernels.tunable import distance, word
+
+EPS = 1e-6
+DTYPES = {"bfloat16": 0.01, "float32": 1e-5}  # how far a result may be, as a part of its root mean square
+
+
+@dataclass(frozen=True)
+class Case:
+    """`ours` and the `reference` of the same float inputs, of which `tokens` have the dtype and the others float32."""
+
+    op: str
+    what: str
+    dtype: str
+    ours: Callable[..., Any]
+    reference: Callable[..., Any]
+    tokens: tuple[tuple[int, ...], ...]
+    others: tuple[tuple[int, ...], ...] = ()
+
+
+def cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for b, n, m, heads, head_dim, lengths in (
+            (1, 1, 9, 4, 64, None),
+            (2, 333, 517, 4, 128, (400, 517)),
+            (1, 11040, 11040, 4, 128, None),
+            (1, 32760, 1000, 4, 64, None),
+        ):
+            yield Case(
+                "attention",
+                f"{b} x {n} queries, {m} keys, head_dim {head_dim}",
+                dtype,
+                *_both(attention.attention, attention.reference, None if lengths is None else jnp.array(lengths)),
+                tuple((b, length, heads, head_dim) for length in (n, m, m)),
+            )
+        for b, n, heads, head_dim, history in ((1, 1, 4, 64, 0), (2, 333, 40, 128, 100), (1, 32760, 8, 64, 9000)):
+            yield Case(
+                "norm_rope",
+                f"{b} x {n} tokens, {heads} heads of {head_dim}",
+                dtype,
+                *_both(_turned(norm_rope.norm_rope), _turned(norm_rope.reference), heads, history),
+                ((b, n, heads * head_dim),),
+                ((heads * head_dim,), (heads,), (b, n, head_dim // 2)),
+            )
+        for b, runs, d in ((1, (1,), 256), (2, (100, 233), 5120), (1, (9000, 23760), 1024)):
+            yield Case(
+                "adaln",
+                f"{b} x {sum(runs)} tokens of {d}",
+                dtype,
+                *_both(adaln.adaln, adaln.reference, runs, EPS),
+                ((b, sum(runs), d),),
+                ((b, len(runs), d),) * 2,
+            )
+        for b, first, runs, d in ((1, 0, (1,), 256), (2, 96, (100, 233), 5120), (1, 8192, (24568,), 1024)):
+            yield Case(
+                "gated_residual",
+                f"{b} x {sum(runs)} tokens of {d}",
+                dtype,
+                *_both(gated_residual.gated_residual, gated_residual.reference, runs, EPS),
+                ((b, first + sum(runs), d),) * 2,
+                ((b, len(runs), d),) * 3,
+            )
+
+
+def _both(
+    op: Callable[..., Any], reference: Callable[..., Any], *rest: Any
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The op by Pallas and its reference, of the arrays that `rest` comes after."""
+    return lambda *x: op(*x, *rest, implementation="pallas"), lambda *x: reference(*x, *rest)
+
+
+def _turned(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op` with its arrays first, the angles among them."""
+
+    def run(x, weight, scale, angles, heads, history, **options):
+        return op(x, weight, heads, EPS, (jnp.cos(angles), jnp.sin(angles)), scale, history, **options)
+
+    return run
+
+
+def error(case: Case) -> float:
+    """The largest `tunable.distance` of values and gradients from the reference's in float32 at the same inputs."""
+    shapes = [(shape, case.dtype) for shape in case.tokens] + [(shape, "float32") for shape in case.others]
+    inputs = tuple(
+        jax.random.normal(key, shape, dtype)
+        for key, (shape, dtype) in zip(jax.random.split(jax.random.key(0), len(shapes)), shapes)
+    )
+
+    def run(function: Callable[..., Any], *inputs: jax.Array) -> Any:
+        values, gradients = jax.vjp(function, *inputs)
+        return values, gradients(
+            jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size)).reshape(x.shape).astype(x.dtype), values)
+        )
+
+    with jax.default_matmul_precision("highest" if case.dtype == "float32" else None):
+        ours = jax.jit(lambda *x: run(case.ours, *x))(*inputs)
+    with jax.default_matmul_precision("highest"):
+        theirs = jax.jit(lambda *x: run(case.reference, *x))(*(x.astype(jnp.float32) for x in inputs))
+    return distance(ours, theirs)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    every = list(dict.fromkeys(case.op for case in cases()))
+    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.check", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("ops", nargs="*", metavar="op", help=", ".join(every))
+    asked = parser.parse_args(arguments).ops
+    if unknown := [op for op in asked if op not in every]:
+        print(f"check: there is no op {unknown[0]!r}; there are {', '.join(every)}", file=sys.stderr)
+        return 2
+    if device.platform() == "cpu":
+        print("check: there is nothing to check on a CPU: kernels run on GPUs and TPUs", file=sys.stderr)
+        return 2
+    print(f"{device.kind()}, jax {jax.__version__}")
+    wrong = 0
+    for case in cases():
+        if case.op not in (asked or every):
+            continue
+        try:
+            found = error(case)
+            verdict = f"{found:8.1e}  {'ok' if found < DTYPES[case.dtype] else 'wrong'}"
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as failure:
+            verdict = f"failed: {word(failure)}"
+        wrong += not verdict.endswith("ok")
+        print(f"{case.op:16} {case.dtype:10} {case.what:48} {verdict}", flush=True)
+    print("all are right" if not wrong else f"{wrong} are not right")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The check of kernels on a device, here on a TPU that is interpreted."""
+
+from types import SimpleNamespace
+
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import adaln_tpu, check
+from pallas_kernels.device import compiling_for
+
+TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The cases of a token: interpreted, none is fast."""
+    tokens = [case for case in check.cases() if " 1 tokens" in case.what or " 1 queries" in case.what]
+    few = [case for case in tokens if case.dtype == "float32" or case.op == "adaln"]
+    monkeypatch.setattr(check, "cases", lambda: iter(few))
+
+
+def run(*ops: str) -> int:
+    with compiling_for(TPU), pltpu.force_tpu_interpret_mode():
+        return check.main(list(ops))
+
+
+def test_right_kernels_pass(capsys):
+    assert run() == 0
+    first, *lines, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("TPU v5, jax ")
+    assert {line.split()[0] for line in lines} == {"attention", "norm_rope", "adaln", "gated_residual"}
+    assert {line.split()[1] for line in lines} == {"bfloat16", "float32"}
+    assert last == "all are right"
+
+
+def test_a_wrong_kernel_and_one_that_fails_are_told(capsys, monkeypatch):
+    forward = adaln_tpu.forward
+
+    def broken(x, *args, **kwargs):
+        if x.dtype == "float32":
+            raise NotImplementedError("no such layout\nand more")
+        return 1.02 * forward(x, *args, **kwargs)
+
+    monkeypatch.setattr(adaln_tpu, "forward", broken)
+    assert run("adaln") == 1
+    _, half, full, last = capsys.readouterr().out.splitlines()
+    assert half.endswith("wrong")
+    assert full.endswith("failed: NotImplementedError: no such layout")
+    assert last == "2 are not right"
+
+
+def test_elsewhere_it_says_so(capsys):
+    assert check.main([]) == 2
+    assert capsys.readouterr().err == "check: there is nothing to check on a CPU: kernels run on GPUs and TPUs\n"
+    assert run("atention") == 2
+    assert "no op 'atention'; there are adaln, " in capsys.readouterr().err
