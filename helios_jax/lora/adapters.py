@@ -142,6 +142,11 @@ def remove(model: Model, name: str | None = None) -> Model:
 
 def freeze(model: Model, name: str) -> Model:
     """`model` with the adapter `name` taken out of what is trained. Raises ValueError for an unknown name."""
+    return set_kind(model, name, FrozenLoRAWeight)
+
+
+def set_kind(model: Model, name: str, kind: type[LoRAWeight]) -> Model:
+    """`model` with variables of another kind in the adapter `name`. Raises ValueError for an unknown name."""
     check_names([name], names(model))
     model = copy(model)
     for _, module in adapted(model):
@@ -149,7 +154,7 @@ def freeze(model: Model, name: str) -> Model:
             if adapter.name == name:
                 for part in ("a", "b", "bias"):
                     if (old := getattr(adapter, part)) is not None:
-                        setattr(adapter, part, FrozenLoRAWeight(old[...], axes=old.axes))
+                        setattr(adapter, part, kind(old[...], axes=old.axes))
     return model
 
 

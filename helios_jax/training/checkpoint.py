@@ -91,8 +91,8 @@ class Checkpoints:
         differ += [n for n in shapes if n not in target]
         if differ:
             raise RestoreError(
-                f"{where}: was written by another model or optimiser: {differ[0]} and {len(differ) - 1} more differ; "
-                "give this run another folder (run=...), or the config the checkpoint was written with"
+                f"{where}: was written by another model, optimiser or average: {differ[0]} and {len(differ) - 1} more "
+                "differ; give this run another folder (run=...), or the config and the code that wrote the checkpoint"
             )
 
     def wait(self) -> None:

@@ -18,6 +18,15 @@ from helios_jax.training.config import ModelConfig, TrainConfig
 CRITIC = "critic"  # the name of the fake score's adapters
 
 
+class CriticWeight(lora.LoRAWeight):
+    """A matrix of the fake score's adapters, which may stand on the generator's weights."""
+
+
+def of_student(path: tuple[Any, ...], variable: Any) -> bool:
+    """The filter for the student's parameters; the others are those of the scores and of the discriminator."""
+    return path[0] == "generator" and not isinstance(variable, CriticWeight)
+
+
 class Players(nnx.Module):
     """The generator, the scores' transformer and the discriminator, None where there is none.
 
@@ -27,6 +36,7 @@ class Players(nnx.Module):
     """
 
     FLOAT32 = Transformer.FLOAT32
+    AVERAGED = staticmethod(of_student)
 
     def __init__(self, generator: Transformer, score: Transformer | None, discriminator: Discriminator | None):
         self.generator, self.score, self.discriminator = generator, score, discriminator
@@ -78,9 +88,10 @@ def _add_critic(model: Transformer, config: TrainConfig) -> Transformer:
     asked = config.distill.critic.lora
     adapter = lora.LoRAConfig(asked.rank, asked.alpha, asked.target_modules, init="gaussian", name=CRITIC)
     try:
-        return lora.add(model, adapter, jax.random.fold_in(jax.random.key(config.seed), 2), dtype=jnp.float32)
+        model = lora.add(model, adapter, jax.random.fold_in(jax.random.key(config.seed), 2), dtype=jnp.float32)
     except ValueError as error:
         raise ConfigError(f"distill.critic.lora: {error}") from None
+    return lora.adapters.set_kind(model, CRITIC, CriticWeight)
 
 
 def _discriminator(config: TrainConfig, model: Transformer) -> Discriminator | None:

@@ -18,9 +18,10 @@ from helios_jax.training.trainable import ALL, check, settle_dtypes, trainable
 class TrainState:
     """`step` steps have been taken.
 
-    `params` are the parameters that are trained, in float32; `ema` is their average over the steps, or None. `frozen`
-    is the rest of the model, which no step changes and no checkpoint holds; `frozen_digest` [2] tells one from another,
-    None when nothing is frozen. `graph` puts the two together.
+    `params` are the parameters that are trained, in float32; `ema` is their average over the steps, or None: of all, or
+    of those that the model's class names with a filter, `AVERAGED`. `frozen` is the rest of the model, which no step
+    changes and no checkpoint holds; `frozen_digest` [2] tells one from another, None when nothing is frozen. `graph`
+    puts the two together.
     """
 
     step: jax.Array
@@ -38,8 +39,10 @@ class TrainState:
 
     @property
     def best(self) -> Any:
-        """The model to evaluate and to export: the average when there is one."""
-        return self.model if self.ema is None else nnx.merge(self.graph, self.ema, self.frozen)
+        """The model to evaluate and to export: the average when there is one, where there is one."""
+        if self.ema is None:
+            return self.model
+        return nnx.merge(self.graph, nnx.merge_state(self.params, self.ema), self.frozen)
 
 
 def create(
@@ -47,11 +50,12 @@ def create(
 ) -> TrainState:
     """The state before the first step, of a run that trains the parameters `names` (`training.trainable`)."""
     graph, params, frozen = nnx.split(model, trainable(names), ...)
+    averaged = nnx.filter_state(params, getattr(type(model), "AVERAGED", ...))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        ema=None if ema is None else jax.tree.map(lambda x: jnp.array(x, jnp.float32), params),
+        ema=None if ema is None else jax.tree.map(lambda x: jnp.array(x, jnp.float32), averaged),
         frozen=frozen,
         frozen_digest=digest(frozen),
         graph=graph,
@@ -118,12 +122,14 @@ def abstract_like(state: TrainState) -> TrainState:
 def update(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, ema: EMAConfig | None) -> TrainState:
     """The state after one optimiser step with `grads`."""
     changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, changes)
+    params: Any = optax.apply_updates(state.params, changes)
     average = state.ema
     if ema is not None:
         keep = jnp.where(state.step < ema.start, 0.0, ema.decay)
         keep = jnp.where((state.step >= ema.start) & (state.step % ema.every != 0), 1.0, keep)
-        average = jax.tree.map(lambda a, x: keep * a + (1 - keep) * x.astype(jnp.float32), state.ema, params)
+        flat = dict(nnx.to_flat_state(params))
+        now = nnx.from_flat_state([(path, flat[path]) for path, _ in nnx.to_flat_state(state.ema)])
+        average = jax.tree.map(lambda a, x: keep * a + (1 - keep) * x.astype(jnp.float32), state.ema, now)
     return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=average)
 
 

@@ -69,14 +69,12 @@ def make_players(config: TrainConfig) -> Players:
     """The players as the stage makes them, their values drawn without compiling each draw."""
     key, settings = jax.random.key(0), config.distill
     adapters = lora.LoRAConfig(LORA.rank, LORA.alpha, LORA.target_modules, init="gaussian")
-    asked = settings.critic.lora
-    critic = lora.LoRAConfig(asked.rank, asked.alpha, asked.target_modules, init="gaussian", name=players.CRITIC)
     generator = lora.add(transformer(0), adapters, key, dtype=jnp.float32)
     score = None
     if settings.score.init is None:
-        generator = lora.add(generator, critic, key, dtype=jnp.float32)
+        generator = players._add_critic(generator, config)
     else:
-        score = lora.add(transformer(1), critic, key, dtype=jnp.float32)
+        score = players._add_critic(transformer(1), config)
     heads = None
     if settings.gan is not None:
         heads = Discriminator(settings.gan.discriminator, SMALL.dim, SMALL.out_channels, rngs=nnx.Rngs(0))

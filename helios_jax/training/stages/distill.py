@@ -33,11 +33,11 @@ from helios_jax.pretrained import CheckpointError
 from helios_jax.training import optim, pipeline
 from helios_jax.training.config import TrainConfig
 from helios_jax.training.distill import DistillConfig
-from helios_jax.training.players import Players, init, load, score_config
+from helios_jax.training.players import Players, init, load, of_student, score_config
 from helios_jax.training.stages import flow
 from helios_jax.training.stages.flow import Metrics, fold
 from helios_jax.training.start import transformer_config
-from helios_jax.training.trainable import ALL
+from helios_jax.training.trainable import ALL, Filter
 
 __all__ = ["batches", "export", "init", "load", "loss", "make_optimizer", "validate"]
 
@@ -113,7 +113,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     generator = optim.make_optimizer(config.optim, math.ceil(config.steps / every))
 
     def player(params: Any) -> Any:
-        return nnx.map_state(lambda path, _: "generator" if path[0] == "generator" else "critic", params)
+        return nnx.map_state(lambda path, x: "generator" if of_student(path, x) else "critic", params)
 
     return optax.partition(
         {
@@ -146,19 +146,13 @@ def loss(
     common = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), COMMON), step)
     chunks = distill.rollout.draw(jax.random.fold_in(common, 0), step)
 
+    critic = _learning(model, lambda path, x: not of_student(path, x))
     critic_loss, metrics = _critic_loss(
-        _others_stopped(model, "generator"), scene, chunks, fold(keys, 2), jax.random.fold_in(common, 1), step, config
+        critic, scene, chunks, fold(keys, 2), jax.random.fold_in(common, 1), step, config
     )
     turn = step % distill.critic.steps_per_generator == 0
     generator = partial(_generator_loss, config=config)
-    operands = (
-        _others_stopped(model, "score", "discriminator"),
-        scene,
-        chunks,
-        fold(keys, 3),
-        jax.random.fold_in(common, 2),
-        step,
-    )
+    operands = _learning(model, of_student), scene, chunks, fold(keys, 3), jax.random.fold_in(common, 2), step
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(generator, *operands))
     generator_loss, more = jax.lax.cond(turn, generator, lambda *_: nothing, *operands)
     return critic_loss + generator_loss, {**metrics, **more}
@@ -169,13 +163,10 @@ def _distill(config: TrainConfig) -> DistillConfig:
     return config.distill
 
 
-def _others_stopped(model: Players, *names: str) -> Players:
-    """`model` without gradients for its parts `names`."""
-    graph, state = nnx.split(model)
-    for name in names:
-        if name in state:
-            state[name] = jax.lax.stop_gradient(state[name])
-    return nnx.merge(graph, state)
+def _learning(model: Players, which: Filter) -> Players:
+    """`model` with gradients for the parameters `which` alone."""
+    graph, own, others = nnx.split(model, which, ...)
+    return nnx.merge(graph, own, jax.lax.stop_gradient(others))
 
 
 def _scene(batch: dict[str, Any], keys: Key[Array, " b"], config: TrainConfig) -> Scene:
