@@ -1,10 +1,12 @@
 """Stage 3: who moves when, which way, what is kept, and what is refused."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -15,7 +17,7 @@ from helios_jax.diffusion import distillation as losses
 from helios_jax.diffusion import few_steps
 from helios_jax.diffusion.distillation import PenaltyConfig, RenoiseConfig
 from helios_jax.diffusion.few_steps import RolloutConfig
-from helios_jax.models.discriminator import Discriminator, DiscriminatorConfig
+from helios_jax.models.discriminator import Discriminator, DiscriminatorConfig, Head
 from helios_jax.models.transformer import Transformer
 from helios_jax.sharding import make_mesh
 from helios_jax.training import players
@@ -25,7 +27,7 @@ from helios_jax.training.loop import make_step
 from helios_jax.training.optim import EMAConfig, OptimConfig, make_optimizer
 from helios_jax.training.players import Players
 from helios_jax.training.stages import distill, ode
-from helios_jax.training.state import create, update
+from helios_jax.training.state import TrainState, create, update
 from helios_jax.training.trainable import trainable
 from tests import tiny
 
@@ -35,6 +37,7 @@ PYRAMID = PyramidConfig(sample_ratios=(1, 1), stage_range=(0, 0.5, 1))
 FAST = OptimConfig(lr=1e-2, weight_decay=0.0)
 BATCH = 2
 CHUNK = (BATCH, 9, 8, 8, 4)
+START, STEPS = 1000, 400  # of the discriminator; of the game without it
 
 
 def config_of(**change) -> TrainConfig:
@@ -50,8 +53,8 @@ def config_of(**change) -> TrainConfig:
         stage="distill",
         precision="float32",
         lora=LORA,
-        trainable=("adapters", "discriminator"),
-        optim=FAST,
+        trainable=change.pop("trainable", ("adapters", "discriminator")),
+        optim=change.pop("optim", FAST),
         flow=FlowConfig(pyramid=PYRAMID, **change.pop("flow", {})),
         distill=DistillConfig(**parts),
         **change,
@@ -94,8 +97,8 @@ def batch_of(chunks: int = 1, seed: int = 0) -> dict:
     return {**batch, "chunk": jnp.array([0, 2], jnp.int32)}
 
 
-def keys():
-    return jax.random.split(jax.random.key(1), BATCH)
+def keys(seed: int = 1):
+    return jax.random.split(jax.random.key(seed), BATCH)
 
 
 def values(model) -> dict[str, np.ndarray]:
@@ -107,43 +110,75 @@ def moved(before: dict, after: dict) -> set[str]:
 
 
 def trained(name: str, *parts: str) -> bool:
-    return name.startswith(parts) and (name.startswith("discriminator") or name.endswith((".a", ".b")))
+    adapter = name.endswith((".a", ".b"))
+    others = {"generator": "adapters" not in name, "discriminator": True}
+    return name.startswith(parts) and (adapter or others.get(name.split(".")[0], False))
+
+
+@dataclasses.dataclass
+class Game:
+    """All players on one batch, in a program for all tests: (parameters, step, keys) -> (gradients, metrics).
+
+    The discriminator has its say from step START. How far the student goes is drawn for each step: here it goes to the
+    end in all.
+    """
+
+    begin: TrainState
+    gradient: Callable
+    update: Callable
 
 
 @pytest.fixture(scope="module")
 def game():
-    """Everything together, once on the generator's turn (step 0) and once not: gradients, metrics, the state after."""
-    config = config_of()
-    ema = EMAConfig(0.5, every=2)
-    optimizer = distill.make_optimizer(config)
-    begin = create(make_players(config), optimizer, ema, config.trainable)
-    # The b of an adapter begins as zero, which would leave its a without a gradient.
-    begin = begin.replace(params=jax.tree.map(lambda x: x + 0.1, begin.params))
+    settled = {"lr": 3e-3, "betas": (0.0, 0.9), "weight_decay": 0.0}
+    light = PenaltyConfig(weight=1.0)
+    config = config_of(
+        distill={
+            "score": ScoreConfig(init="teacher", guidance_scale=0.0),
+            "critic": CriticConfig(LoRAConfig(rank=16), OptimConfig(**{**settled, "lr": 1e-2}), steps_per_generator=2),
+            "gan": GANConfig(
+                START, DiscriminatorConfig((0,), dim=32), generator_weight=10.0, r1=light, r2=light, crop=None
+            ),
+        },
+        flow={"drop": None, "corruption": None},
+        optim=OptimConfig(**settled),
+        trainable=("adapters", "generator", "discriminator"),
+    )
+    ema, optimizer = EMAConfig(0.5, every=2), distill.make_optimizer(config)
+    with pytest.MonkeyPatch.context() as patch:
+        # What heads are made of, tests/parity compares; convolutions take long to compile.
+        patch.setattr(Head, "SHAPES", (((1, 2, 2), (1, 2, 2), (0, 0, 0)),) * 2)
+        patch.setattr(few_steps, "draw_exits", lambda _, levels, first: few_steps.last_exits(levels, first))
+        begin = create(make_players(config), optimizer, ema, config.trainable)
+        # The b of an adapter begins as zero, which would leave its a without a gradient.
+        begin = begin.replace(params=jax.tree.map(lambda x: x if x.any() else x + 0.01, begin.params))
 
-    @jax.jit
-    def gradient(step):
-        def loss(params):
-            model = nnx.merge(begin.graph, params, begin.frozen)
-            return distill.loss(model, {**batch_of(), "step": step}, keys(), config)
+        def gradient(params, step, keys):
+            def loss(params):
+                model = nnx.merge(begin.graph, params, begin.frozen)
+                return distill.loss(model, {**batch_of(), "step": step}, keys, config)
 
-        return jax.grad(loss, has_aux=True)(begin.params)
+            return jax.grad(loss, has_aux=True)(params)
 
-    found = {}
-    # How far the student goes is drawn for each step: here it goes to the end, on both.
-    patch = pytest.MonkeyPatch()
-    patch.setattr(few_steps, "draw_exits", lambda _, levels, first: few_steps.last_exits(levels, first))
-    for step in (0, 1):
-        grads, metrics = gradient(jnp.asarray(step))
-        state = begin.replace(step=jnp.asarray(step))
-        found[step] = grads, metrics, jax.jit(lambda s, g: update(s, g, optimizer, ema))(state, grads)
-    patch.undo()
-    return begin, found
+        compiled = jax.jit(gradient).lower(begin.params, begin.step, keys()).compile()
+    return Game(begin, compiled, jax.jit(lambda state, grads: update(state, grads, optimizer, ema)))
+
+
+@pytest.fixture(scope="module")
+def turns(game):
+    """A step on the generator's turn and the next, which is not: gradients and metrics at the same parameters, and the
+    states before and after."""
+    states, found = [game.begin.replace(step=jnp.asarray(START))], []
+    for number in (START, START + 1):
+        found.append(game.gradient(game.begin.params, jnp.asarray(number), keys()))
+        grads, _ = game.gradient(states[-1].params, jnp.asarray(number), keys())
+        states.append(game.update(states[-1], grads))
+    return found, states
 
 
 @pytest.mark.slow
-def test_neither_player_has_a_gradient_for_the_other(game):
-    _, found = game
-    on, off = (dict(nnx.to_flat_state(found[step][0])) for step in (0, 1))
+def test_neither_player_has_a_gradient_for_the_other(turns):
+    on, off = (dict(nnx.to_flat_state(grads)) for grads, _ in turns[0])
     for path in off:
         with_turn, without = (np.asarray(x[path].get_value()) for x in (on, off))
         if path[0] == "generator":
@@ -154,22 +189,66 @@ def test_neither_player_has_a_gradient_for_the_other(game):
             assert without.any(), path
 
 
-def test_the_generator_moves_on_its_turns_and_the_others_always(game):
-    begin, found = game
-    before = values(begin.model)
-    for step, parts in ((0, ("generator", "score", "discriminator")), (1, ("score", "discriminator"))):
-        assert moved(before, values(found[step][2].model)) == {name for name in before if trained(name, *parts)}
+@pytest.mark.slow
+def test_the_generator_moves_on_its_turns_and_the_others_always(turns):
+    found, states = turns
+    models = [values(state.model) for state in states]
+    for i, parts in enumerate((("generator", "score", "discriminator"), ("score", "discriminator"))):
+        assert moved(*models[i : i + 2]) == {name for name in models[0] if trained(name, *parts)}
         for name in ("dmd_loss", "gan_generator"):
-            total, count = found[step][1][name]
-            assert count == 1 - step
-            assert bool(total != 0) == (step == 0)
+            total, count = found[i][1][name]
+            assert count == 1 - i
+            assert bool(total != 0) == (i == 0)
 
 
-def test_the_average_moves_with_the_generator(game):
-    begin, found = game
-    averages = {step: moved(values(begin.best), values(found[step][2].best)) for step in found}
-    assert any(name.startswith("generator") for name in averages[0])
-    assert not averages[1]
+@pytest.mark.slow
+def test_the_average_is_the_student_s_and_moves_with_it(turns):
+    _, states = turns
+    assert {path[0] for path, _ in nnx.to_flat_state(states[0].ema)} == {"generator"}
+    best, last = ([values(x) for x in models] for models in zip(*((s.best, s.model) for s in states), strict=True))
+    student = {name for name in best[0] if trained(name, "generator")}
+    assert moved(best[0], best[1]) & student == student
+    assert not moved(best[1], best[2]) & student
+    for average, model in zip(best[1:], last[1:], strict=True):
+        assert moved(average, model) == student  # the others are those of the last step
+
+
+@pytest.mark.slow
+def test_one_batch_is_learnt(game):
+    """The student goes where the teacher changes less and less, and the critic learns what it makes there."""
+    state, distance, error = game.begin, [], []
+    for i in range(STEPS):
+        grads, metrics = game.gradient(state.params, state.step, keys(i))
+        state = game.update(state, grads)
+        error.append(float(metrics["critic_loss"][0]))
+        if i % 2 == 0:
+            distance.append(float(metrics["dmd_distance"][0]))
+    for falls in (distance, error):
+        tenth = len(falls) // 10
+        assert np.mean(falls[-tenth:]) < 0.7 * np.mean(falls[:tenth]), falls[::tenth]
+
+
+@pytest.mark.slow
+def test_the_discriminator_tells_one_batch_from_the_student_s_which_then_passes(game):
+    """First the discriminator alone learns, then the student alone, before a judge that stays as it is."""
+    params = game.begin.params
+
+    def learn(which, metric: str, step: int, count: int, optimizer) -> list[float]:
+        nonlocal params
+        own, seen = nnx.filter_state(params, which), []
+        state, move = optimizer.init(own), jax.jit(optimizer.update)
+        for _ in range(count):
+            grads, metrics = game.gradient(params, jnp.asarray(step), keys())
+            changes, state = move(nnx.filter_state(grads, which), state)
+            own = optax.apply_updates(own, changes)
+            params = nnx.merge_state(params, own)
+            seen.append(float(metrics[metric][0]))
+        return seen
+
+    told = learn(lambda path, _: path[0] == "discriminator", "gan_critic", START + 1, 18, optax.adam(3e-2, 0.5))
+    assert told[-1] < 0.8 * told[0], told
+    passes = learn(players.of_student, "gan_generator", START, 8, optax.adam(2e-3, 0.5))
+    assert passes[-1] < 0.95 * passes[0], passes
 
 
 def test_dmd_pulls_the_chunk_to_where_the_teacher_sees_it():
@@ -208,11 +287,9 @@ def test_one_set_of_weights_serves_generator_and_both_scores(tmp_path):
     lora.save(between, tmp_path)
     config = config_of(distill={"score": ScoreConfig(None, adapters=(str(tmp_path),), guidance_scale=2.0), "gan": None})
     key, new = jax.random.key(0), lora.LoRAConfig(LORA.rank, LORA.alpha, LORA.target_modules, init="gaussian")
-    critic = dataclasses.replace(new, name=players.CRITIC)
     teacher = transformer(1)
-    shared = lora.add(players._attach(lora.add(teacher, new, key), config), critic, key)
-    one = Players(shared, None, None)
-    two = Players(lora.add(lora.merge(between), new, key), lora.add(teacher, critic, key), None)
+    one = Players(players._add_critic(players._attach(lora.add(teacher, new, key), config), config), None, None)
+    two = Players(lora.add(lora.merge(between), new, key), players._add_critic(teacher, config), None)
     assert sorted(lora.names(one.student)) == ["before_0", "default"]
     assert lora.names(one.fake) == [players.CRITIC]
     assert lora.names(one.real) == []
@@ -220,59 +297,37 @@ def test_one_set_of_weights_serves_generator_and_both_scores(tmp_path):
     assert len(jax.tree.leaves(trained_of_one)) == len(jax.tree.leaves(trained_of_two))
     assert not [v for _, v in nnx.to_flat_state(trained_of_one) if isinstance(v, lora.FrozenLoRAWeight)]
 
-    loss = jax.jit(lambda m: distill.loss(m, {**batch_of(), "step": jnp.asarray(0)}, keys(), config))
-    (value, parts), (expected, same) = loss(one), loss(two)
+    def loss(model):
+        return distill.loss(model, {**batch_of(), "step": jnp.asarray(0)}, keys(), config)
+
+    graph, params, rest = nnx.split(one, trainable(("adapters",)), ...)
+    of_params = jax.value_and_grad(lambda params, rest: loss(nnx.merge(graph, params, rest)), has_aux=True)
+    ((value, parts), grads), (expected, same) = jax.jit(of_params)(params, rest), jax.jit(loss)(two)
+    learning = {name for name, x in values(grads).items() if name.endswith(".b") and x.any()}
+    assert learning == {name for name in values(params) if name.endswith(".b")}  # those of both players
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     for name, (total, _) in parts.items():
         assert float(total) == pytest.approx(float(same[name][0]), rel=1e-4), name
 
 
-@pytest.mark.parametrize("chunks", [1, 2])
-def test_a_rollout_scores_its_last_chunk_after_those_before(chunks):
-    config = config_of(
-        distill={"gan": None, "rollout": RolloutConfig(chunks, chunks)}, flow={"drop": None, "corruption": None}
-    )
-    model, batch = make_players(config), batch_of(chunks)
+def test_a_rollout_scores_its_last_chunk_after_those_before():
+    config = config_of(distill={"gan": None, "rollout": RolloutConfig(2, 2)}, flow={"drop": None, "corruption": None})
+    model, batch = make_players(config), batch_of(2)
     scene = distill._scene(batch, keys(), config)
 
+    @jax.jit
     def make(m, count):
         return distill._make(m.student, scene, count, keys(), jax.random.key(5), config, with_gradient=False)
 
-    made, history = jax.jit(make)(model, jnp.asarray(chunks))
-    assert made.shape == CHUNK
-    if chunks == 1:
-        np.testing.assert_array_equal(history.latents, scene.history.latents)
-        np.testing.assert_array_equal(distill._real(scene, jnp.asarray(1), config)[0], batch["target"])
-        return
-    before, _ = jax.jit(make)(model, jnp.asarray(1))
+    (before, past), (made, history) = (make(model, jnp.asarray(count)) for count in (1, 2))
+    assert before.shape == made.shape == CHUNK
+    np.testing.assert_array_equal(past.latents, scene.history.latents)
     np.testing.assert_allclose(history.latents[:, -9:], before, atol=1e-5)
+    np.testing.assert_array_equal(distill._real(scene, jnp.asarray(1), config)[0], batch["target"][:, :9])
     own, past = distill._real(scene, jnp.asarray(2), config)
     np.testing.assert_array_equal(own, batch["target"][:, 9:])
     np.testing.assert_array_equal(past.latents[:, -9:], batch["target"][:, :9])
     assert history.chunk.tolist() == past.chunk.tolist() == [1, 3]
-
-
-@pytest.mark.slow
-def test_one_batch_is_learnt():
-    """The student goes where the teacher changes less and less, and the critic learns what it makes there."""
-    settled = {"lr": 3e-3, "betas": (0.0, 0.9), "weight_decay": 0.0}
-    critic = CriticConfig(LoRAConfig(rank=16), OptimConfig(**{**settled, "lr": 1e-2}), steps_per_generator=2)
-    config = config_of(
-        distill={"gan": None, "score": ScoreConfig(init="teacher", guidance_scale=0.0), "critic": critic},
-        flow={"drop": None, "corruption": None},
-    )
-    config = dataclasses.replace(config, trainable=("adapters", "generator"), optim=OptimConfig(**settled))
-    optimizer, mesh, batch = distill.make_optimizer(config), make_mesh(config.mesh), batch_of()
-    state = create(make_players(config), optimizer, None, config.trainable)
-    step, distance, error = make_step(distill, config, optimizer, state, mesh), [], []
-    for i in range(400):
-        state, metrics = step(state, batch, jax.random.key(2))
-        error.append(float(metrics["critic_loss"][0]))
-        if i % 2 == 0:
-            distance.append(float(metrics["dmd_distance"][0]))
-    for falls in (distance, error):
-        tenth = len(falls) // 10
-        assert np.mean(falls[-tenth:]) < 0.7 * np.mean(falls[:tenth]), falls[::tenth]
 
 
 def ode_batch():
@@ -289,30 +344,34 @@ def ode_batch():
     return batch | {name: shared[name] for name in ("history", "anchor", "text", "chunk")}
 
 
-def ode_config():
-    return dataclasses.replace(config_of(), stage="ode", lora=None, trainable=("all",))
-
-
-def test_ode_packed_and_separate_levels_are_one_loss():
-    config, model, found = ode_config(), transformer(0), {}
-    for levels in ("packed", "separate"):
-        config.flow.pyramid = dataclasses.replace(PYRAMID, levels=levels)
-        found[levels] = jax.jit(lambda m: ode.loss(m, ode_batch(), keys(), config))(model)
-    (a, parts), (b, _) = found["packed"], found["separate"]
-    assert float(a) == pytest.approx(float(b), rel=1e-5)
-    mean = sum(float(total) for total, _ in parts.values()) / (2 * BATCH)
-    assert float(a) == pytest.approx(80 * mean, rel=1e-5)
-
-
-def test_ode_one_batch_is_learnt():
-    config, batch = ode_config(), ode_batch()
+@pytest.fixture(scope="module")
+def ode_run():
+    """The config, and the metrics of each of 100 steps."""
+    config = dataclasses.replace(config_of(), stage="ode", lora=None, trainable=("all",))
     optimizer, mesh = make_optimizer(config.optim, 100), make_mesh(config.mesh)
-    state = create(transformer(0), optimizer, None, config.trainable)
+    state, batch = create(transformer(0), optimizer, None, config.trainable), ode_batch()
     step, found = make_step(ode, config, optimizer, state, mesh), []
     for _ in range(100):
         state, metrics = step(state, batch, jax.random.key(0))
-        found.append(float(metrics["loss"]))
-    assert found[-1] < 0.3 * found[0], found[::10]
+        found.append(jax.device_get(metrics))
+    return config, found
+
+
+def test_ode_packed_and_separate_levels_are_one_loss(ode_run):
+    config, (packed, *_) = ode_run
+    pyramid = dataclasses.replace(PYRAMID, levels="separate")
+    config = dataclasses.replace(config, flow=dataclasses.replace(config.flow, pyramid=pyramid))
+    separate, parts = jax.jit(lambda m: ode.loss(m, ode_batch(), keys(), config))(transformer(0))
+    assert float(packed["loss"]) == pytest.approx(float(separate), rel=1e-5)
+    for name, (total, _) in parts.items():
+        assert float(packed[name][0]) == pytest.approx(float(total), rel=1e-5), name
+    mean = sum(float(total) for total, _ in parts.values()) / (2 * BATCH)
+    assert float(separate) == pytest.approx(80 * mean, rel=1e-5)
+
+
+def test_ode_one_batch_is_learnt(ode_run):
+    losses = [float(metrics["loss"]) for metrics in ode_run[1]]
+    assert losses[-1] < 0.3 * losses[0], losses[::10]
 
 
 @pytest.mark.parametrize(
