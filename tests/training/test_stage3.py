@@ -119,8 +119,7 @@ def trained(name: str, *parts: str) -> bool:
 class Game:
     """All players on one batch, in a program for all tests: (parameters, step, keys) -> (gradients, metrics).
 
-    The discriminator has its say from step START. How far the student goes is drawn for each step: here it goes to the
-    end in all.
+    The discriminator has its say from step START, and the student goes to the end in every step.
     """
 
     begin: TrainState
@@ -172,8 +171,7 @@ def game():
 
 @pytest.fixture(scope="module")
 def turns(game):
-    """A step on the generator's turn and the next, which is not: gradients and metrics at the same parameters, and the
-    states before and after."""
+    """Of the generator's turn and the next step: gradients and metrics at the same parameters; the states around."""
     states, found = [game.begin.replace(step=jnp.asarray(START))], []
     for number in (START, START + 1):
         found.append(game.gradient(game.begin.params, jnp.asarray(number), keys()))
@@ -229,8 +227,7 @@ def test_one_batch_is_learnt(game):
         error.append(float(metrics["critic_loss"][0]))
         if i % 2 == 0:
             distance.append(float(metrics["dmd_distance"][0]))
-    for falls in (distance, error):
-        tenth = len(falls) // 10
+    for falls, tenth in ((distance, STEPS // 20), (error, STEPS // 10)):
         assert np.mean(falls[-tenth:]) < 0.7 * np.mean(falls[:tenth]), falls[::tenth]
 
 
@@ -307,8 +304,8 @@ def test_one_set_of_weights_serves_generator_and_both_scores(tmp_path):
         return distill.loss(model, {**batch_of(), "step": jnp.asarray(0)}, keys(), config)
 
     graph, params, rest = nnx.split(one, trainable(("adapters",)), ...)
-    of_params = jax.value_and_grad(lambda params, rest: loss(nnx.merge(graph, params, rest)), has_aux=True)
-    ((value, parts), grads), (expected, same) = jax.jit(of_params)(params, rest), jax.jit(loss)(two)
+    learn = jax.jit(jax.value_and_grad(lambda params, rest: loss(nnx.merge(graph, params, rest)), has_aux=True))
+    ((value, parts), grads), (expected, same) = learn(params, rest), jax.jit(loss)(two)
     learning = {name for name, x in values(grads).items() if name.endswith(".b") and x.any()}
     assert learning == {name for name in values(params) if name.endswith(".b")}  # those of both players
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
@@ -371,8 +368,7 @@ def test_ode_packed_and_separate_levels_are_one_loss(ode_run):
     assert float(packed["loss"]) == pytest.approx(float(separate), rel=1e-5)
     for name, (total, _) in parts.items():
         assert float(packed[name][0]) == pytest.approx(float(total), rel=1e-5), name
-    mean = sum(float(total) for total, _ in parts.values()) / (2 * BATCH)
-    assert float(separate) == pytest.approx(80 * mean, rel=1e-5)
+    assert float(separate) == pytest.approx(80 * sum(float(x) for x, _ in parts.values()) / (2 * BATCH), rel=1e-5)
 
 
 def test_ode_one_batch_is_learnt(ode_run):
