@@ -19,6 +19,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from helios_jax.models.nn import Shapes
 from helios_jax.models.text import UMT5Config, UMT5Encoder
 from helios_jax.models.transformer import Transformer
 from helios_jax.models.vae import AutoencoderKLWan
@@ -49,8 +50,8 @@ def abstract(kind: str) -> nnx.Module:
     return {
         "listed": lambda: Transformer.abstract(tiny.TRANSFORMER),
         "stacked": lambda: Transformer.abstract(tiny.TRANSFORMER, stacked=True),
-        "vae": lambda: nnx.eval_shape(lambda: AutoencoderKLWan(tiny.VAE, rngs=nnx.Rngs(0))),
-        "text": lambda: nnx.eval_shape(lambda: UMT5Encoder(TEXT, rngs=nnx.Rngs(0))),
+        "vae": lambda: AutoencoderKLWan(tiny.VAE, rngs=Shapes()),
+        "text": lambda: UMT5Encoder(TEXT, rngs=Shapes()),
     }[kind]()
 
 

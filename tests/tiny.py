@@ -8,6 +8,7 @@ from flax import nnx
 
 import helios_jax
 from helios_jax.diffusion.schedule import SchedulerConfig
+from helios_jax.models.nn import Shapes
 from helios_jax.models.text import UMT5Config, UMT5Encoder
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer, TransformerConfig
@@ -54,8 +55,8 @@ def pipeline(seed: int = 0) -> HeliosPipeline:
     rng = np.random.default_rng(seed)
     return HeliosPipeline(
         draw(Transformer.abstract(TRANSFORMER), rng),
-        draw(nnx.eval_shape(lambda: AutoencoderKLWan(VAE, rngs=nnx.Rngs(0))), rng),
-        draw(nnx.eval_shape(lambda: UMT5Encoder(text, rngs=nnx.Rngs(0))), rng),
+        draw(AutoencoderKLWan(VAE, rngs=Shapes()), rng),
+        draw(UMT5Encoder(text, rngs=Shapes()), rng),
         tokenizer,
         SchedulerConfig(stages=1, stage_range=(0.0, 1.0), use_dynamic_shifting=True),
         Variant(trained_size=(32, 48)),

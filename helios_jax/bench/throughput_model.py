@@ -14,6 +14,7 @@ from flax import nnx
 
 import helios_jax
 from helios_jax.diffusion.schedule import DMDSchedulerConfig
+from helios_jax.models.nn import Shapes
 from helios_jax.models.text import UMT5Config, UMT5Encoder
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer, TransformerConfig
@@ -79,8 +80,8 @@ def make(size: Size, dtype: Any, *, stacked: bool) -> HeliosPipeline:
         return nnx.merge(graph, nnx.from_flat_state(filled), rest)
 
     transformer = network(Transformer.abstract(size.transformer, stacked=stacked), 0)
-    vae = network(nnx.eval_shape(lambda: AutoencoderKLWan(size.vae, rngs=nnx.Rngs(0))), 1)
-    text = network(nnx.eval_shape(lambda: UMT5Encoder(size.text_encoder, rngs=nnx.Rngs(0))), 2)
+    vae = network(AutoencoderKLWan(size.vae, rngs=Shapes()), 1)
+    text = network(UMT5Encoder(size.text_encoder, rngs=Shapes()), 2)
     scheduler = DMDSchedulerConfig(use_dynamic_shifting=True)
     variant = Variant(pyramid=True, is_distilled=True, trained_size=(size.height, size.width))
     return HeliosPipeline(transformer, vae, text, Tokenizer.from_pretrained(TOKENIZER), scheduler, variant)

@@ -9,12 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import AxisType, Mesh
 from jaxtyping import Float16, UInt8
 
 from helios_jax import pretrained, sharding
 from helios_jax.models import text as umt5
+from helios_jax.models.nn import Shapes
 from helios_jax.models.text import UMT5Config, UMT5Encoder
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
@@ -61,7 +61,7 @@ class TextEmbedder:
     def load(self) -> "TextEmbedder":
         """With its weights: float32 on CPU and bfloat16 elsewhere, as the pipeline has them."""
         self._mesh = local_mesh()
-        abstract = nnx.eval_shape(lambda: UMT5Encoder(self.config, rngs=nnx.Rngs(0)))
+        abstract = UMT5Encoder(self.config, rngs=Shapes())
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         placed = sharding.shardings(abstract, self._mesh)
         self._model = pretrained.load_model(abstract, self.folder / "text_encoder", dtype=dtype, shardings=placed)
@@ -92,7 +92,7 @@ class VideoEncoder:
     def load(self) -> "VideoEncoder":
         """With its weights, in float32."""
         self._mesh = local_mesh()
-        abstract = nnx.eval_shape(lambda: AutoencoderKLWan(self.config, rngs=nnx.Rngs(0)))
+        abstract = AutoencoderKLWan(self.config, rngs=Shapes())
         placed = sharding.shardings(abstract, self._mesh)
         self._model = pretrained.load_model(abstract, self.folder, dtype=jnp.float32, shardings=placed)
         return self

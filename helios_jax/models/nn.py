@@ -28,13 +28,24 @@ normal = jax.nn.initializers.normal
 lecun_normal = jax.nn.initializers.lecun_normal
 
 
+class Shapes(nnx.Rngs):
+    """In place of `rngs` it makes a module abstract: its parameters are `jax.ShapeDtypeStruct`s.
+
+    `nnx.eval_shape` makes the same by tracing every initializer, which takes a second for a VAE.
+    """
+
+
 def param(
     rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Sequence[str | None], layout: Layout = "same"
 ) -> nnx.Param:
     """A float32 parameter with logical `axes` (one name or None per dimension) and its `layout` in a file."""
     if len(shape) != len(axes):
         raise ValueError(f"a parameter of shape {tuple(shape)} needs {len(shape)} axis names, got {tuple(axes)}")
-    return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), axes=tuple(axes), layout=layout)
+    if isinstance(rngs, Shapes):
+        value = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    else:
+        value = init(rngs.params(), tuple(shape), jnp.float32)
+    return nnx.Param(value, axes=tuple(axes), layout=layout)
 
 
 def with_adapters(y: Array, x: Array, adapters: nnx.List | None) -> Array:

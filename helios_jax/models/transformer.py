@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from helios_jax.models.attention import Implementation
 from helios_jax.models.block import Block, TextKV, TransformerConfig
 from helios_jax.models.embeddings import ConditionEmbedder, Patches, coarser
-from helios_jax.models.nn import Linear, layer_norm, normal, param, zeros
+from helios_jax.models.nn import Linear, Shapes, layer_norm, normal, param, zeros
 from helios_jax.models.packing import Packing
 from helios_jax.models.remat import BLOCK_INPUT, Remat, policy
 from helios_jax.models.rope import Rotary, pad_replicate, rotary
@@ -98,15 +98,11 @@ class Transformer(nnx.Module):
 
     @classmethod
     def abstract(cls, config: TransformerConfig, *, stacked: bool = False) -> "Transformer":
-        """The model with shapes in place of arrays. One block is traced, whatever the depth."""
-        model = nnx.eval_shape(lambda: cls(config, stacked=True, rngs=nnx.Rngs(0)))
-        if not stacked:
-            graph, state = nnx.split(model.blocks)
-
-            def layer():
-                return nnx.merge(graph, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), state))
-
-            model.blocks = nnx.data(nnx.List([layer() for _ in range(config.num_layers)]))
+        """The model with shapes in place of arrays."""
+        model = cls(config, rngs=Shapes())
+        if stacked:
+            block, layers = Block(config, rngs=Shapes()), config.num_layers
+            model.blocks = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), block)
         return model
 
     def text_kv(self, embeddings: Float[Array, "b m text_dim"]) -> TextCache:

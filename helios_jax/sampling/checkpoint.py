@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from helios_jax import pretrained, sharding
 from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig
+from helios_jax.models.nn import Shapes
 from helios_jax.models.text import UMT5Config, UMT5Encoder
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer, TransformerConfig
@@ -111,10 +112,10 @@ class Checkpoint:
                 raise CheckpointError(f"{self.folder}: {ours[0]} {ours[1]} is not {theirs[0]} {theirs[1]}")
 
     def abstract_vae(self) -> AutoencoderKLWan:
-        return nnx.eval_shape(lambda: AutoencoderKLWan(self.vae, rngs=nnx.Rngs(0)))
+        return AutoencoderKLWan(self.vae, rngs=Shapes())
 
     def abstract_text_encoder(self) -> UMT5Encoder:
-        return nnx.eval_shape(lambda: UMT5Encoder(self.text_encoder, rngs=nnx.Rngs(0)))
+        return UMT5Encoder(self.text_encoder, rngs=Shapes())
 
     def load_transformer(self, dtype: Any, *, stacked: bool, mesh: Mesh | None = None) -> Transformer:
         """The transformer with its weights in `dtype`; with a `mesh`, split over it as its axes' rules say."""

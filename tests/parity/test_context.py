@@ -10,9 +10,9 @@ torch = pytest.importorskip("torch")
 import PIL.Image  # noqa: E402
 from diffusers.pipelines.helios import pipeline_helios, pipeline_helios_pyramid  # noqa: E402
 from diffusers.video_processor import VideoProcessor  # noqa: E402
-from flax import nnx  # noqa: E402
 
 from helios_jax.diffusion.memory import MemoryConfig, empty, push, window  # noqa: E402
+from helios_jax.models.nn import Shapes  # noqa: E402
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig  # noqa: E402
 from helios_jax.pretrained import from_arrays  # noqa: E402
 from helios_jax.sampling import context  # noqa: E402
@@ -37,7 +37,7 @@ def pictures(seed: int, count: int, size: int = 0) -> list[PIL.Image.Image]:
 
 def autoencoder(pipe) -> AutoencoderKLWan:
     config = VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in pipe.vae.config.items() if k[0] != "_"})
-    return from_arrays(nnx.eval_shape(lambda: AutoencoderKLWan(config, rngs=nnx.Rngs(0))), arrays(pipe.vae))
+    return from_arrays(AutoencoderKLWan(config, rngs=Shapes()), arrays(pipe.vae))
 
 
 class Reference:

@@ -12,13 +12,13 @@ torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F  # noqa: E402
 from diffusers import HeliosScheduler  # noqa: E402
-from flax import nnx  # noqa: E402
 
 from helios_jax.diffusion import distillation, few_steps  # noqa: E402
 from helios_jax.diffusion.denoise import ChunkNoise  # noqa: E402
 from helios_jax.diffusion.pyramid import block_noise  # noqa: E402
 from helios_jax.diffusion.schedule import SchedulerConfig  # noqa: E402
 from helios_jax.models.discriminator import Head  # noqa: E402
+from helios_jax.models.nn import Shapes  # noqa: E402
 from helios_jax.pretrained import from_arrays  # noqa: E402
 from tests.parity.reference import arrays, channels_first, channels_last, check, randomise  # noqa: E402
 
@@ -166,7 +166,7 @@ def test_discriminator_head(size):
         number, part = name.split(".")
         at = int(number)
         values[f"out.{part}" if at == 20 else f"{'norms' if at % 3 else 'convs'}.{at // 3}.{part}"] = x
-    head = from_arrays(nnx.eval_shape(lambda: Head(5, 64, rngs=nnx.Rngs(0))), values)
+    head = from_arrays(Head(5, 64, rngs=Shapes()), values)
     (x,) = draws(1, (2, *size, 5))
     with torch.no_grad():
         check("stage 3, discriminator head", jax.jit(head)(jnp.asarray(x)), ref(channels_first(x))[:, 0], 1e-5)

@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import ExifTags, Image
 
 from helios_jax.data.video import VideoWriter, read_video
 from helios_jax.diffusion.memory import MemoryConfig
+from helios_jax.models.nn import Shapes
 from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.sampling import context
 from helios_jax.sampling.context import (
@@ -33,7 +33,7 @@ CLEAN = ContextConfig(add_noise_to_image_latents=False, add_noise_to_video_laten
 
 @pytest.fixture(scope="module")
 def vae():
-    return tiny.draw(nnx.eval_shape(lambda: AutoencoderKLWan(tiny.VAE, rngs=nnx.Rngs(0))), np.random.default_rng(1))
+    return tiny.draw(AutoencoderKLWan(tiny.VAE, rngs=Shapes()), np.random.default_rng(1))
 
 
 class Zeros:
