@@ -45,7 +45,7 @@ tune: $(VENV)/.run  ## time a kernel's block sizes on the GPU or TPU at hand: ma
 	$(BIN)/python -m pallas_kernels.tune $(ARGS)
 
 parity: $(VENV)/.test  ## measure our error against the references and write docs/parity.md
-	$(BIN)/python -m tests.parity.report docs/parity.md
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m tests.parity.report docs/parity.md
 
 # --- the toy world, from nothing to the embedded model ---
 DATA := data/toy

@@ -1,7 +1,8 @@
 """Shape annotations are checked in every test; hypothesis does not time them, machines differ.
 
-Laws, and kernels as they are interpreted, are tested on programs that are compiled fast, at a third less time; values
-beside a reference's, on programs as they are compiled for use.
+Laws, kernels as they are interpreted, and whole pipelines are tested on programs that are compiled fast, at half the
+time; values of networks beside a reference's, on programs as they are compiled for use. So is everything with
+JAX_DISABLE_MOST_OPTIMIZATIONS=0, as `make parity` is.
 """
 
 import os
@@ -24,13 +25,15 @@ install_import_hook(["helios_jax.models", "helios_jax.diffusion", "helios_jax.sa
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-LAWS = ("data", "diffusion", "kernels", "sampling", "training")  # folders
+# Folders, and files of others.
+FAST = {"data", "diffusion", "kernels", "sampling", "training", "test_context.py", "test_lora.py", "test_pipeline.py"}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def compilation(request):
     """Also that of a test's other processes."""
-    name, fast = "jax_disable_most_optimizations", request.path.parent.name in LAWS
+    name = "jax_disable_most_optimizations"
+    fast = bool(FAST & {request.path.parent.name, request.path.name}) and os.environ.get(name.upper()) != "0"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(name.upper(), str(int(fast)))
         before = jax.config.read(name)

@@ -5,6 +5,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 
+torch.set_num_threads(1)  # for arrays this small, more threads mostly wait for each other
 # What `check` has seen, for the report: (error, bar) by what was compared.
 MEASURED: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
 

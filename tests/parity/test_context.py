@@ -22,7 +22,6 @@ from tests.parity.pipelines import PROMPTS, Recorder  # noqa: E402
 from tests.parity.reference import arrays, channels_last, check  # noqa: E402
 from tests.parity.test_pipeline import fresh_seed  # noqa: E402
 
-torch.set_num_threads(1)
 BAR = 1e-5
 MEMORY = MemoryConfig(long=8, mid=2, recent=1, frames_per_chunk=3)  # chunks of 9 frames; 11 latents are 4 chunks
 SIZES = [(53, 37), (17, 90)]  # of the inputs: one side or both become smaller, and larger

@@ -22,7 +22,6 @@ from helios_jax.pretrained import count, file_entries, from_arrays, to_arrays  #
 from tests.parity.reference import arrays, channels_first, channels_last, check, error, randomise  # noqa: E402
 
 BAR = 2e-5
-torch.set_num_threads(1)  # for arrays this small, more threads mostly wait for each other
 # Compiling is what these tests would spend their time on.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 FRAMES = pytest.mark.parametrize("frames", [1, 5, 17, 33])
