@@ -26,7 +26,23 @@ settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
 # Folders, and files of others.
-FAST = {"data", "diffusion", "kernels", "sampling", "training", "test_context.py", "test_lora.py", "test_pipeline.py"}
+FAST = {
+    "data",
+    "diffusion",
+    "kernels",
+    "models",
+    "sampling",
+    "training",
+    "test_context.py",
+    "test_lora.py",
+    "test_pipeline.py",
+}
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first, or one worker would end with them while others have nothing left to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True, scope="module")

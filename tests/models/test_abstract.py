@@ -1,0 +1,31 @@
+"""An abstract model is what tracing would make: the same tree, so that programs and checkpoints take either."""
+
+import jax
+import pytest
+from flax import nnx
+
+from helios_jax.models.nn import Shapes
+from helios_jax.models.text import UMT5Config, UMT5Encoder
+from helios_jax.models.transformer import Transformer
+from tests import tiny
+
+TEXT = UMT5Config(vocab_size=7, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("abstract", "expected"),
+    [
+        (lambda: UMT5Encoder(TEXT, rngs=Shapes()), lambda rngs: UMT5Encoder(TEXT, rngs=rngs)),
+        (lambda: Transformer.abstract(tiny.TRANSFORMER), lambda rngs: Transformer(tiny.TRANSFORMER, rngs=rngs)),
+        (
+            lambda: Transformer.abstract(tiny.TRANSFORMER, stacked=True),
+            lambda rngs: Transformer(tiny.TRANSFORMER, stacked=True, rngs=rngs),
+        ),
+    ],
+    ids=["text", "listed", "stacked"],
+)
+def test_shapes_make_what_tracing_makes(abstract, expected):
+    ours, theirs = abstract(), nnx.eval_shape(lambda: expected(nnx.Rngs(0)))
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
