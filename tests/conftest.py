@@ -25,18 +25,8 @@ install_import_hook(["helios_jax.models", "helios_jax.diffusion", "helios_jax.sa
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-# Folders, and files of others.
-FAST = {
-    "data",
-    "diffusion",
-    "kernels",
-    "models",
-    "sampling",
-    "training",
-    "test_context.py",
-    "test_lora.py",
-    "test_pipeline.py",
-}
+FAST = {"data", "diffusion", "kernels", "models", "sampling", "training"}  # folders
+FAST |= {"test_context.py", "test_lora.py", "test_pipeline.py"}  # files of any folder
 
 
 def pytest_collection_modifyitems(items):

@@ -58,10 +58,11 @@ def step(stage: str, root: Path, mesh: tuple[str, ...], folder: Path | None = No
         batches = module.batches(config)
         batch, _ = loop.split_ids(next(batches))
         run = loop.make_step(module, config, optimizer, state, laid)
+        fast = jax.config.read(FAST)
         if stage == "stage3_gan":  # slow convolutions would take longer than their compilation
             jax.config.update(FAST, False)
         state, metrics = run(state, put_batch(batch, laid), jax.random.key(config.seed))
-        jax.config.update(FAST, True)
+        jax.config.update(FAST, fast)
         if folder is not None:
             checkpoints = Checkpoints(folder, 1)
             checkpoints.save(state, batches.get_state(), config)
