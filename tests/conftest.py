@@ -25,8 +25,8 @@ install_import_hook(["helios_jax.models", "helios_jax.diffusion", "helios_jax.sa
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-FAST = {"data", "diffusion", "kernels", "models", "sampling", "training"}  # folders
-FAST |= {"test_context.py", "test_lora.py", "test_pipeline.py"}  # files of any folder
+FAST = {"data", "diffusion", "kernels", "models", "sampling", "training"}  # folders, and files
+FAST |= {"parity/test_context.py", "parity/test_lora.py", "parity/test_pipeline.py"}
 
 
 def pytest_collection_modifyitems(items):
@@ -39,7 +39,8 @@ def pytest_collection_modifyitems(items):
 def compilation(request):
     """Also that of a test's other processes."""
     name = "jax_disable_most_optimizations"
-    fast = bool(FAST & {request.path.parent.name, request.path.name}) and os.environ.get(name.upper()) != "0"
+    folder = request.path.parent.name
+    fast = bool(FAST & {folder, f"{folder}/{request.path.name}"}) and os.environ.get(name.upper()) != "0"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(name.upper(), str(int(fast)))
         before = jax.config.read(name)
