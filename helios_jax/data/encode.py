@@ -13,6 +13,7 @@ from jax.sharding import AxisType, Mesh
 from jaxtyping import Float16, UInt8
 
 from helios_jax import pretrained, sharding
+from helios_jax.compile import precise
 from helios_jax.models import text as umt5
 from helios_jax.models.nn import Shapes
 from helios_jax.models.text import UMT5Config, UMT5Encoder
@@ -122,7 +123,8 @@ class VideoEncoder:
             full = [*group, *[group[-1]] * (size - len(group))]
             pixels = np.stack([chunk for _, _, chunk in full])
             noise = np.stack([self._noise(*each) for each in full]) if self.sample else None
-            rows = _encode(self._model, *sharding.put_batch((pixels, noise), self._mesh))
+            with precise(jnp.float32):
+                rows = _encode(self._model, *sharding.put_batch((pixels, noise), self._mesh))
             done.extend(np.asarray(rows)[: len(group)])
             while waiting and len(done) >= waiting[0]:
                 yield np.stack([done.popleft() for _ in range(waiting.popleft())])

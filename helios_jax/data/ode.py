@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -32,6 +31,7 @@ from helios_jax.sampling.config import Options
 from helios_jax.sampling.fingerprint import weights_hash
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.sampling.plan import Plan
+from helios_jax.sampling.program import program
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def make_trajectory(
     )
 
 
-@partial(jax.jit, static_argnames=("places", "memory"))
+@program(static_argnames=("places", "memory"))
 def denoise_trajectory(
     model: Transformer,
     history: History,

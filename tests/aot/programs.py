@@ -27,7 +27,7 @@ def half(tree: Any) -> Any:
     return jax.tree.map(lambda x: shape(*x.shape, dtype=jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype), tree)
 
 
-def block(implementation: Implementation | None = None) -> tuple[Any, tuple[Any, ...]]:
+def block(implementation: Implementation | None = None, dtype: Any = jnp.bfloat16) -> tuple[Any, tuple[Any, ...]]:
     """One of the 40 blocks, over the history and a chunk at full size."""
     tokens, angles = HISTORY + NOISY, CONFIG.attention_head_dim // 2
     heads = (CONFIG.num_attention_heads, CONFIG.attention_head_dim)
@@ -38,6 +38,7 @@ def block(implementation: Implementation | None = None) -> tuple[Any, tuple[Any,
         (shape(1, tokens, angles, dtype=jnp.float32),) * 2,
         (shape(1, TEXT, *heads),) * 2,
     )
+    arguments = jax.tree.map(lambda x: shape(*x.shape, dtype=dtype if x.dtype == jnp.bfloat16 else x.dtype), arguments)
     packing = Packing(HISTORY, (NOISY,))
 
     def run(block, x, time, table, text):

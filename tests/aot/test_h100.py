@@ -105,6 +105,15 @@ def test_block_by_kernels(h100, report):
     assert report("block, 11040 tokens, by Pallas", h100, program).temporaries < 0.7 * GB
 
 
+@pytest.mark.parametrize(("implementation", "most"), [("xla", 4 * GB), ("pallas", 2 * GB)])
+def test_block_in_float32(h100, report, implementation, most):
+    function, arguments = programs.block(implementation, jnp.float32)
+    with compilation.precise(jnp.float32):
+        program = compilation.compiled(function, *compilation.on_device(arguments, h100), platform="gpu", donate=(1,))
+    memory = report(f"float32 block, 11040 tokens, {implementation}", h100, program)
+    assert memory.temporaries < most, "all of attention's logits are there at once"
+
+
 def test_block_trains_by_kernels(h100, report):
     function, (block, x, *rest) = programs.block(implementation="pallas")
 
