@@ -6,12 +6,16 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS ?=
-# Compilers for devices that are not here; in an environment of their own, or jax would look for those devices.
+# A Python on which requirements.txt has the newest jax; on 3.11 it has the oldest.
+NEWER ?= $(shell for p in python3.13 python3.12 $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3; do \
+	path=$$(command -v $$p) && $$path -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
+	&& echo $$path && break; done)
+# Compilers for devices that are not here; in environments of their own, or jax would look for those devices.
 AOT := .venv-aot
 # Configs whose training steps `make aot` compiles; without STEPS=configs/... those of all stages, some minutes in all.
 STEPS ?=
 
-.PHONY: sample test test-light aot lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
+.PHONY: sample test test-light test-newest newer aot aot-oldest aot-newest gpu-report lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
 
 sample: $(VENV)/.run  ## sample a video of four chunks with the embedded model
 	$(BIN)/python sample.py configs/toy/sample.yaml $(ARGS)
@@ -22,9 +26,20 @@ test: $(VENV)/.test  ## every test, those against torch, diffusers and transform
 test-light: $(VENV)/.test-light  ## the tests that need no torch, without the slowest
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not reference and not slow" $(ARGS)
 
-aot: $(AOT)/.aot  ## compile the 14B model, its training steps and the kernels for TPUs and an H100; needs neither
-	$(AOT)/bin/python -m pytest -q -s tests/aot $(ARGS)
-	JAX_PLATFORMS=cpu $(AOT)/bin/python -m helios_jax.bench.aot_training $(STEPS)
+test-newest: | newer  ## the same on the newest jax
+	$(MAKE) test-light PYTHON=$(NEWER) VENV=.venv-newest
+
+newer:
+	@test -n "$(NEWER)" || { echo "the newest jax needs Python 3.12 or newer: make NEWER=/path/to/python3.12 ..."; exit 2; }
+
+aot: | newer  ## compile the 14B model, its training steps and the kernels for TPUs and an H100; needs neither
+	$(MAKE) -j2 --output-sync=target aot-oldest aot-newest
+aot-newest: $(AOT)-newest/.aot
+	$(AOT)-newest/bin/python -m pytest -q -s tests/aot $(ARGS)
+	JAX_PLATFORMS=cpu $(AOT)-newest/bin/python -m helios_jax.bench.aot_training $(STEPS)
+aot-oldest: $(AOT)/.aot  ## what a release of jax may break: kernels, the block, the decoder, one training step
+	$(AOT)/bin/python -m pytest -q -s tests/aot/test_h100.py tests/aot/test_norms.py -k "not sampler_fits and not v6e" $(ARGS)
+	JAX_PLATFORMS=cpu $(AOT)/bin/python -m helios_jax.bench.aot_training configs/stage1_init.yaml
 
 lint: $(VENV)/.test  ## ruff and pyright
 	$(BIN)/ruff check .
@@ -105,7 +120,7 @@ lock: $(VENV)/.test  ## requirements*.txt from pyproject.toml
 		--extra test --extra reference -c requirements.txt -o requirements-test.txt
 
 clean:
-	rm -rf $(VENV) $(AOT) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(AOT) $(AOT)-newest .pytest_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -123,7 +138,9 @@ $(VENV)/.test-light: requirements-test.txt | $(BIN)/python
 	$(PIP) install -r requirements-test.txt
 	@touch $@ $(VENV)/.run
 
-$(AOT)/.aot: requirements.txt requirements-aot.txt
-	$(PYTHON) -m venv $(AOT)
-	$(AOT)/bin/python -m pip --disable-pip-version-check -q install -r requirements.txt -r requirements-aot.txt
+$(AOT)/.aot: AOT_PYTHON = $(PYTHON)
+$(AOT)-newest/.aot: AOT_PYTHON = $(NEWER)
+$(AOT)/.aot $(AOT)-newest/.aot: requirements.txt requirements-aot.txt
+	$(AOT_PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check -q install -r requirements.txt -r requirements-aot.txt
 	@touch $@

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array, Float
 
+from pallas_kernels import mosaic
 from pallas_kernels.rows import Runs
 from pallas_kernels.tiles import Tiles
 
@@ -95,7 +96,7 @@ def row(ref: Any, index: tuple, interpret: bool) -> Array:
     """A row of features, as float32 in registers, each thread with neighbours that it loads at once."""
     d = ref.shape[-1]
     vector = max(size for size in (1, 2, 4, 8) if d % (size * THREADS) == 0)
-    value = ref[index] if interpret else gpu.load(ref, index, layout=gpu.Layout.WG_STRIDED((d,), vec_size=vector))
+    value = ref[index] if interpret else mosaic.load(ref, index, gpu.Layout.WG_STRIDED((d,), vec_size=vector))
     return value.astype(jnp.float32)
 
 

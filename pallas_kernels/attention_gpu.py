@@ -80,9 +80,9 @@ def forward(
     slots, tile_count = min(tiles["slots"], pl.cdiv(m, columns)), pl.cdiv(n, GROUPS * rows)
     query, key, value = (parts.split(x) for x in (query, key, value))
     out = [jax.ShapeDtypeStruct((b, hopper.room(n, GROUPS * rows, interpret), *query.shape[2:]), query.dtype)]
-    slot = hopper.matrices((count, columns, head_dim), columns)
+    slot = hopper.matrices(count, (columns, head_dim), columns)
     scratch = dict(
-        query_tiles=hopper.matrices((GROUPS, count, rows, head_dim), columns),
+        query_tiles=hopper.matrices(count, (GROUPS, rows, head_dim), columns),
         query_in=gpu.Barrier(num_arrivals=count, num_barriers=GROUPS),
         turn=gpu.Barrier(num_arrivals=GROUPS),
         keys=hopper.ring(slots, slot),
@@ -103,7 +103,7 @@ def _kernel(
     sum_tiles: Any = None, say: Dialect,
 ):  # fmt: skip
     head, tile, sample, group = (lax.axis_index(name) for name in ("head", "tile", "sample", "group"))
-    (_, count, rows, head_dim), columns = query_tiles.shape, keys.tiles.shape[2]
+    count, (_, rows, head_dim), columns = len(query_tiles), query_tiles[0].shape, keys.tiles[0].shape[1]
     length = lengths[sample]
     steps = pl.cdiv(length, columns)
 
@@ -115,7 +115,7 @@ def _kernel(
     def compute():
         gpu.set_max_registers(232, action="increase")
         mine = pl.ds((tile * GROUPS + group) * rows, rows)
-        query_tile = query_tiles.at[group]
+        query_tile = hopper.at(query_tiles, group)
         hopper.load(hopper.of_head(query, sample, mine, head), query_tile, query_in.at[group])
         gpu.barrier_wait(query_in.at[group])
         # The groups take turns: one has its products under way while the other computes a softmax.
@@ -123,7 +123,7 @@ def _kernel(
 
         def step(i, carry):
             total, top, norm = carry
-            logits = say.product(hopper.parts_of(query_tile), say.transposed(hopper.wait(keys, i)), take_turns)
+            logits = say.product(query_tile, say.transposed(hopper.wait(keys, i)), take_turns)
             hopper.done(keys, i)
             logits = hopper.hide(say, logits * hopper.exponent(head_dim), i * columns, length)
             new_top = jnp.maximum(top, logits.max(axis=1))

@@ -39,8 +39,8 @@ def query_gradient(
     count, rows, columns = parts.COUNT[dtype], tiles["block_q"], tiles["block_k"]
     slots, tile_count = min(tiles["slots"], pl.cdiv(m, columns)), pl.cdiv(n, GROUPS * rows)
     query, key, value, cotangent = (parts.split(x) for x in (query, key, value, cotangent))
-    matrix = hopper.matrices((GROUPS, count, rows, head_dim), columns)
-    slot = hopper.matrices((count, columns, head_dim), columns)
+    matrix = hopper.matrices(count, (GROUPS, rows, head_dim), columns)
+    slot = hopper.matrices(count, (columns, head_dim), columns)
     (gradient,) = hopper.launch(
         _query_kernel,
         (query, key, value, cotangent, sums, dots, lengths),
@@ -65,7 +65,7 @@ def _query_kernel(
     loaded, keys: Ring, values: Ring, say: Dialect,
 ):  # fmt: skip
     head, tile, sample, group = (lax.axis_index(name) for name in ("head", "tile", "sample", "group"))
-    (_, count, rows, head_dim), columns = query_tiles.shape, keys.tiles.shape[2]
+    count, (_, rows, head_dim), columns = len(query_tiles), query_tiles[0].shape, keys.tiles[0].shape[1]
     length = lengths[sample]
     steps = pl.cdiv(length, columns)
 
@@ -73,7 +73,7 @@ def _query_kernel(
     def compute():
         gpu.set_max_registers(232, action="increase")
         mine = pl.ds((tile * GROUPS + group) * rows, rows)
-        query_tile, cotangent_tile = query_tiles.at[group], cotangent_tiles.at[group]
+        query_tile, cotangent_tile = hopper.at(query_tiles, group), hopper.at(cotangent_tiles, group)
         hopper.load(hopper.of_head(query, sample, mine, head), query_tile, loaded.at[group])
         hopper.load(hopper.of_head(cotangent, sample, mine, head), cotangent_tile, loaded.at[group])
         gpu.copy_gmem_to_smem(sums.at[sample, head, mine], sum_tiles.at[group], loaded.at[group])
@@ -83,10 +83,10 @@ def _query_kernel(
 
         def step(i, total):
             key_tile = hopper.wait(keys, i)
-            logits = say.product(hopper.parts_of(query_tile), say.transposed(key_tile)) * hopper.exponent(head_dim)
+            logits = say.product(query_tile, say.transposed(key_tile)) * hopper.exponent(head_dim)
             logits = hopper.hide(say, logits, i * columns, length)
             weights = jnp.exp2(logits - lax.broadcast_in_dim(row_sums, logits.shape, [0]))
-            slopes = say.product(hopper.parts_of(cotangent_tile), say.transposed(hopper.wait(values, i)))
+            slopes = say.product(cotangent_tile, say.transposed(hopper.wait(values, i)))
             hopper.done(values, i)
             slopes = weights * (slopes - lax.broadcast_in_dim(row_dots, slopes.shape, [0]))
             (total,) = say.add_products((total, parts.of(slopes, count), key_tile))
@@ -126,9 +126,9 @@ def key_value_gradients(
     count, rows, columns = parts.COUNT[dtype], tiles["block_k"], tiles["block_q"]
     slots, tile_count = min(tiles["slots"], pl.cdiv(n, columns)), pl.cdiv(m, GROUPS * rows)
     query, key, value, cotangent = (parts.split(x) for x in (query, key, value, cotangent))
-    matrix = hopper.matrices((GROUPS, count, rows, head_dim), columns)
-    slot = hopper.matrices((count, columns, head_dim), columns)
-    numbers = gpu.SMEM((1, max(columns, hopper.VECTOR)), jnp.float32)
+    matrix = hopper.matrices(count, (GROUPS, rows, head_dim), columns)
+    slot = hopper.matrices(count, (columns, head_dim), columns)
+    numbers = (gpu.SMEM((max(columns, hopper.VECTOR),), jnp.float32),)
     out = jax.ShapeDtypeStruct((b, hopper.room(m, GROUPS * rows, interpret), *key.shape[2:]), key.dtype)
     d_key, d_value = hopper.launch(
         _key_value_kernel,
@@ -155,7 +155,7 @@ def _key_value_kernel(
 ):  # fmt: skip
     """Logits, and what is of their shape, lie transposed here: a row for each key, a column for each query."""
     head, tile, sample, group = (lax.axis_index(name) for name in ("head", "tile", "sample", "group"))
-    (_, count, rows, head_dim), columns = key_tiles.shape, queries.tiles.shape[2]
+    count, (_, rows, head_dim), columns = len(key_tiles), key_tiles[0].shape, queries.tiles[0].shape[1]
     length = lengths[sample]
     # Of a tile of hidden keys only, the gradients are the zeros that the sums start with.
     steps = jnp.where(tile * GROUPS * rows < length, pl.cdiv(query.shape[1], columns), 0)
@@ -165,7 +165,7 @@ def _key_value_kernel(
         gpu.set_max_registers(232, action="increase")
         first = (tile * GROUPS + group) * rows
         mine = pl.ds(first, rows)
-        key_tile, value_tile = key_tiles.at[group], value_tiles.at[group]
+        key_tile, value_tile = hopper.at(key_tiles, group), hopper.at(value_tiles, group)
         hopper.load(hopper.of_head(key, sample, mine, head), key_tile, loaded.at[group])
         hopper.load(hopper.of_head(value, sample, mine, head), value_tile, loaded.at[group])
         gpu.barrier_wait(loaded.at[group])
@@ -173,14 +173,14 @@ def _key_value_kernel(
         def step(i, totals):
             d_key, d_value = totals
             query_tile = hopper.wait(queries, i)
-            logits = say.product(hopper.parts_of(key_tile), say.transposed(query_tile)) * hopper.exponent(head_dim)
+            logits = say.product(key_tile, say.transposed(query_tile)) * hopper.exponent(head_dim)
             column_sums = say.vector(hopper.wait(row_sums, i)[0].at[:columns], 1)
             hopper.done(row_sums, i)
             weights = jnp.exp2(logits - lax.broadcast_in_dim(column_sums, logits.shape, [1]))
             cotangent_tile = hopper.wait(cotangents, i)
             d_value, slopes = say.add_products(
                 (d_value, parts.of(weights, count), cotangent_tile),
-                (say.zeros(logits.shape), hopper.parts_of(value_tile), say.transposed(cotangent_tile)),
+                (say.zeros(logits.shape), value_tile, say.transposed(cotangent_tile)),
             )
             hopper.done(cotangents, i)
             column_dots = say.vector(hopper.wait(row_dots, i)[0].at[:columns], 1)
@@ -208,7 +208,7 @@ def _key_value_kernel(
             return pl.ds(i * columns, columns)
 
         def numbers(array, i):
-            return (array.at[sample, head, pl.ds(i * columns, row_sums.tiles.shape[2])],)
+            return (array.at[sample, head, pl.ds(i * columns, row_sums.tiles[0].shape[1])],)
 
         hopper.fill(
             steps,

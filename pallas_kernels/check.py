@@ -1,26 +1,33 @@
-"""Whether the kernels are right on the GPU or TPU at hand: values and gradients, as compiled, beside the references'.
+"""Compares the kernels on the GPU or TPU at hand with their references: values and gradients, as compiled.
 
     python -m pallas_kernels.check              # all ops, some minutes
     python -m pallas_kernels.check attention    # or some
 
 One token, lengths that no block divides, 32760 tokens; bfloat16 and float32. The references run by XLA in float32.
-Prints a line for each; exits with 1 if a kernel is wrong or does not run, with 2 where there are none.
+Each kernel runs three times with the same inputs: results that move are a race. Prints a line for each case, and goes
+on after one that fails or hangs. Exits with 1 if a kernel is wrong or does not run, with 2 where there are none.
 """
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import adaln, attention, device, gated_residual, norm_rope
-from pallas_kernels.tunable import distance, word
+from pallas_kernels import adaln, attention, device, gated_residual, isolated, norm_rope
+from pallas_kernels.tunable import add_line, distance, word
 
 EPS = 1e-6
 DTYPES = {"bfloat16": 0.01, "float32": 1e-5}  # how far a result may be, as a part of its root mean square
+STILL = 0.1  # part of that by which results may move from run to run: XLA's own sums over rows are not ordered
+RUNS = 3
+LIMIT = 90  # seconds
 
 
 @dataclass(frozen=True)
@@ -96,8 +103,25 @@ def _turned(op: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def error(case: Case) -> float:
-    """The largest `tunable.distance` of values and gradients from the reference's in float32 at the same inputs."""
+def measure(case: Case) -> dict[str, Any]:
+    """Runs a case: `error`, `moved` and the `verdict`, or `why` it did not run; and the `seconds` it took.
+
+    `error` is the largest `tunable.distance` of values and gradients from the reference's in float32 at the same
+    inputs, `moved` that of later runs from the first.
+    """
+    begin = time.monotonic()
+    try:
+        found, moved = _error(case)
+    except Exception as failure:  # whatever a case raises is its row, and the others are run
+        result = {"why": word(failure)}
+    else:
+        allowed = DTYPES[case.dtype]
+        verdict = "wrong" if found >= allowed else "moves" if moved >= STILL * allowed else "ok"
+        result = {"error": found, "moved": moved, "verdict": verdict}
+    return result | {"seconds": time.monotonic() - begin}
+
+
+def _error(case: Case) -> tuple[float, float]:
     shapes = [(shape, case.dtype) for shape in case.tokens] + [(shape, "float32") for shape in case.others]
     inputs = tuple(
         jax.random.normal(key, shape, dtype)
@@ -111,38 +135,64 @@ def error(case: Case) -> float:
         )
 
     with jax.default_matmul_precision("highest" if case.dtype == "float32" else None):
-        ours = jax.jit(lambda *x: run(case.ours, *x))(*inputs)
+        program = jax.jit(lambda *x: run(case.ours, *x))
+        ours = program(*inputs)
+        moved = max(distance(program(*inputs), ours) for _ in range(RUNS - 1))
     with jax.default_matmul_precision("highest"):
         theirs = jax.jit(lambda *x: run(case.reference, *x))(*(x.astype(jnp.float32) for x in inputs))
-    return distance(ours, theirs)
+    return distance(ours, theirs), moved
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    every = list(dict.fromkeys(case.op for case in cases()))
+    every = list(cases())
+    ops = list(dict.fromkeys(case.op for case in every))
     parser = argparse.ArgumentParser(prog="python -m pallas_kernels.check", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("ops", nargs="*", metavar="op", help=", ".join(every))
-    asked = parser.parse_args(arguments).ops
-    if unknown := [op for op in asked if op not in every]:
-        print(f"check: there is no op {unknown[0]!r}; there are {', '.join(every)}", file=sys.stderr)
+    parser.add_argument("ops", nargs="*", metavar="op", help=", ".join(ops))
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, metavar="SECONDS",
+        help="of a case, which runs in another process; 0 runs all in this one (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add a line for each case to this file")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if unknown := [op for op in options.ops if op not in ops]:
+        print(f"check: there is no op {unknown[0]!r}; there are {', '.join(ops)}", file=sys.stderr)
         return 2
-    if device.platform() == "cpu":
-        print("check: there is nothing to check on a CPU: kernels run on GPUs and TPUs", file=sys.stderr)
-        return 2
-    print(f"{device.kind()}, jax {jax.__version__}")
-    wrong = 0
-    for case in cases():
-        if case.op not in (asked or every):
-            continue
-        try:
-            found = error(case)
-            verdict = f"{found:8.1e}  {'ok' if found < DTYPES[case.dtype] else 'wrong'}"
-        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as failure:
-            verdict = f"failed: {word(failure)}"
-        wrong += not verdict.endswith("ok")
-        print(f"{case.op:16} {case.dtype:10} {case.what:48} {verdict}", flush=True)
+
+    def job(number: int) -> isolated.Answer:
+        return measure(every[number])
+
+    def greeting() -> isolated.Answer:
+        return {"platform": device.platform(), "device": device.kind()}
+
+    if options.worker:
+        isolated.serve(greeting(), job)
+        return 0
+    command = [sys.executable, "-m", "pallas_kernels.check", "--worker"]
+    with closing(isolated.Apart(command) if options.limit else isolated.Here(greeting(), job)) as jobs:
+        if jobs.greeting["platform"] == "cpu":
+            print("check: there is nothing to check on a CPU: kernels run on GPUs and TPUs", file=sys.stderr)
+            return 2
+        print(f"{jobs.greeting['device']}, jax {jax.__version__}")
+        wrong = 0
+        for number, case in enumerate(every):
+            if case.op not in (options.ops or ops):
+                continue
+            result = jobs.ask(number, options.limit)
+            verdict = f"failed: {result['why']}" if "why" in result else _figures(result)
+            wrong += result.get("verdict") != "ok"
+            print(f"{case.op:16} {case.dtype:10} {case.what:48} {verdict}", flush=True)
+            if options.json is not None:
+                facts = {"phase": "check", "op": case.op, "dtype": case.dtype, "what": case.what}
+                add_line(options.json, facts | result)
     print("all are right" if not wrong else f"{wrong} are not right")
     return int(bool(wrong))
+
+
+def _figures(result: dict[str, Any]) -> str:
+    moved = f", moves by {result['moved']:.1e}" if result["moved"] else ""
+    return f"{result['error']:8.1e}{moved}  {result['verdict']}"
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ A block of the grid has `GROUPS` warpgroups that compute and one more that copie
 hold what a kernel says differently to the compiler and to the interpreter, which knows neither layouts of registers nor
 products into them.
 
-Matrices are bfloat16, or parts that are (`parts`): a tile has as many as its array's dtype has.
+A tile is a tuple of its parts (`parts`), which are bfloat16: as many as its array's dtype has. Each part is memory of
+its own, not a row of an array: from 0.11 on jax cannot lower a product of what a constant index chooses.
 """
 
 import math
@@ -26,38 +27,42 @@ ROWS = 8  # TMA copies tiled arrays whose length is a multiple of this
 VECTOR = 32  # a warpgroup copies no fewer float32 numbers
 
 
+Tile = tuple[Any, ...]
+
+
 class Ring(NamedTuple):
     """Slots in shared memory, which one warpgroup fills while the others use what they were filled with before.
 
-    `tiles` is [slots, parts, ...].
+    `tiles` are the parts of all slots, [slots, ...] each.
     """
 
-    tiles: Any
+    tiles: Tile
     filled: Any
     free: Any
 
 
-def matrices(shape: tuple[int, ...], columns: int) -> Any:
-    """Shared memory for matrices [..., parts, rows, head_dim], as wgmma reads them where `columns` are added up."""
+def matrices(count: int, shape: tuple[int, ...], columns: int) -> Tile:
+    """Shared memory for the `count` parts of matrices [..., rows, head_dim], as wgmma reads them where `columns` are
+    added up.
+    """
     width = next((size for size in (64, 32, 16) if columns % size == 0), 64)
-    return gpu.SMEM(
-        shape, jnp.bfloat16, transforms=(gpu.TilingTransform((ROWS, width)), gpu.SwizzleTransform(2 * width))
-    )
+    transforms = (gpu.TilingTransform((ROWS, width)), gpu.SwizzleTransform(2 * width))
+    return tuple(gpu.SMEM(shape, jnp.bfloat16, transforms=transforms) for _ in range(count))
 
 
-def ring(slots: int, tile: Any) -> Ring:
-    """Scratch memory of a ring of such tiles: shared memory [parts, ...]."""
+def ring(slots: int, tile: Tile) -> Ring:
+    """Scratch memory of a ring of such tiles in shared memory."""
     return Ring(
-        gpu.SMEM((slots, *tile.shape), tile.dtype, transforms=tile.transforms),
-        gpu.Barrier(num_arrivals=tile.shape[0], num_barriers=slots),
+        tuple(gpu.SMEM((slots, *part.shape), part.dtype, transforms=part.transforms) for part in tile),
+        gpu.Barrier(num_arrivals=len(tile), num_barriers=slots),
         gpu.Barrier(num_arrivals=GROUPS, num_barriers=slots),
     )
 
 
-def wait(ring: Ring, i: Array) -> tuple[Any, ...]:
-    """The parts of the `i`th tile that is copied into `ring`, as soon as they are there."""
+def wait(ring: Ring, i: Array) -> Tile:
+    """The `i`th tile that is copied into `ring`, as soon as it is there."""
     gpu.barrier_wait(ring.filled.at[_slot(ring, i)])
-    return parts_of(ring.tiles.at[_slot(ring, i)])
+    return at(ring.tiles, _slot(ring, i))
 
 
 def done(ring: Ring, i: Array) -> None:
@@ -67,13 +72,13 @@ def done(ring: Ring, i: Array) -> None:
 
 def fill(steps: Array, *rings: tuple[Ring, Callable[[Array], tuple[Any, ...]]]) -> None:
     """For `i` of `steps` copies the parts that its function gives for `i` into each ring."""
-    slots = rings[0][0].tiles.shape[0]
+    slots = _slots(rings[0][0])
 
     def step(i, _):
         for ring, source in rings:
             slot = _slot(ring, i)
             pl.when(i >= slots)(partial(gpu.barrier_wait, ring.free.at[slot]))
-            load(source(i), ring.tiles.at[slot], ring.filled.at[slot])
+            load(source(i), at(ring.tiles, slot), ring.filled.at[slot])
 
     def drain(i, _):
         for ring, _ in rings:
@@ -83,30 +88,34 @@ def fill(steps: Array, *rings: tuple[Ring, Callable[[Array], tuple[Any, ...]]]) 
     lax.fori_loop(jnp.maximum(steps - slots, 0), steps, drain, None)  # no barrier ends unobserved
 
 
+def _slots(ring: Ring) -> int:
+    return ring.tiles[0].shape[0]
+
+
 def _slot(ring: Ring, i: Array) -> Array:
-    return lax.rem(i, jnp.array(ring.tiles.shape[0], i.dtype))
+    return lax.rem(i, jnp.array(_slots(ring), i.dtype))
 
 
-def parts_of(ref: Any) -> tuple[Any, ...]:
-    """The parts of a tile [parts, ...] in shared memory."""
-    return tuple(ref.at[i] for i in range(ref.shape[0]))
+def at(tiles: Tile, i: Array) -> Tile:
+    """The `i`th of the tiles whose parts are [..., rows, head_dim]."""
+    return tuple(part.at[i] for part in tiles)
 
 
-def load(sources: tuple[Any, ...], ref: Any, barrier: Any) -> None:
+def load(sources: tuple[Any, ...], tile: Tile, barrier: Any) -> None:
     """Copies the parts of a tile into shared memory; each arrives at `barrier`."""
-    for source, part in zip(sources, parts_of(ref), strict=True):
+    for source, part in zip(sources, tile, strict=True):
         gpu.copy_gmem_to_smem(source, part, barrier)
 
 
-def store(x: Array, ref: Any) -> None:
+def store(x: Array, tile: Tile) -> None:
     """Writes float32 registers to the parts of a tile in shared memory."""
-    for part, value in zip(parts_of(ref), parts.of(x, ref.shape[0]), strict=True):
+    for part, value in zip(tile, parts.of(x, len(tile)), strict=True):
         part[...] = value
 
 
-def save(ref: Any, destinations: tuple[Any, ...]) -> None:
+def save(tile: Tile, destinations: tuple[Any, ...]) -> None:
     """Copies the parts of a tile to global memory."""
-    for part, destination in zip(parts_of(ref), destinations, strict=True):
+    for part, destination in zip(tile, destinations, strict=True):
         gpu.copy_smem_to_gmem(part, destination)
 
 
@@ -144,10 +153,7 @@ def _nothing() -> None:
     pass
 
 
-Parts = tuple[Any, ...]
-
-
-def _product(a: Parts, b: Parts, meanwhile: Callable[[], None] = _nothing) -> Array:
+def _product(a: Tile, b: Tile, meanwhile: Callable[[], None] = _nothing) -> Array:
     def run(accumulator):
         for i, j in parts.PAIRS[len(a)]:
             gpu.wgmma(accumulator, a[i], b[j])
@@ -157,7 +163,7 @@ def _product(a: Parts, b: Parts, meanwhile: Callable[[], None] = _nothing) -> Ar
     return pl.run_scoped(run, gpu.ACC((a[0].shape[0], b[0].shape[1]), jnp.float32))
 
 
-def _add_products(*terms: tuple[Array, Parts, Parts]) -> Any:
+def _add_products(*terms: tuple[Array, Tile, Tile]) -> Any:
     def run(accumulators):
         for accumulator, (_, a, b) in zip(accumulators, terms):
             for i, j in parts.PAIRS[len(a)]:
@@ -176,7 +182,7 @@ COMPILED = Dialect(
 )
 
 
-def _dot(a: Parts, b: Parts, meanwhile: Callable[[], None] = _nothing) -> Array:
+def _dot(a: Tile, b: Tile, meanwhile: Callable[[], None] = _nothing) -> Array:
     meanwhile()
     pairs = parts.PAIRS[len(a)]
     return parts.added(jnp.dot(a[i][...], b[j][...], preferred_element_type=jnp.float32) for i, j in pairs)

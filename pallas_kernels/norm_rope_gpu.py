@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as gpu
-from jaxlib.mlir.dialects import vector
 from jaxtyping import Array, Float
 
+from pallas_kernels import mosaic
 from pallas_kernels.adaln_gpu import block, launch, row, spans
 from pallas_kernels.rows import Runs
 from pallas_kernels.tiles import Tiles
@@ -54,7 +54,7 @@ def _kernel(x, x_heads, weight, *rest, eps: float, interpret: bool):
     laid = layout(heads, head_dim)
 
     def load(ref: Any, index: tuple, layout: Any) -> Array:
-        return (ref[index] if interpret else gpu.load(ref, index, layout=layout, optimized=False)).astype(jnp.float32)
+        return (ref[index] if interpret else mosaic.load(ref, index, layout, optimized=False)).astype(jnp.float32)
 
     def across(angles: Array) -> Array:
         wide = lax.broadcast_in_dim(angles, (heads, head_dim), [1])
@@ -71,27 +71,12 @@ def _kernel(x, x_heads, weight, *rest, eps: float, interpret: bool):
             cos, sin = (
                 across(load(t, (sample if t.shape[0] > 1 else jnp.int32(0), token), laid.reduce(0))) for t in tables
             )
-            y = y * cos + (_exchanged(y) if interpret else exchanged(y, laid)) * sin
+            y = y * cos + (_swap_pairs(y) if interpret else mosaic.swap_pairs(y, laid)) * sin
         out[sample, token] = y.astype(out.dtype)
 
     lax.fori_loop(start, stop, step, None)
 
 
-def exchanged(y: Array, layout: Any) -> Array:
-    """The two features of each pair exchanged, which lie side by side in a thread's registers."""
-
-    @gpu.inline_mgpu(arg_types=(layout,), return_type=gpu.ShapeDtypeStruct(y.shape, y.dtype, layout))
-    def exchange(_, y):
-        return y._pointwise(_shuffle)
-
-    return exchange(y)  # pyright: ignore[reportCallIssue]
-
-
-def _shuffle(register: Any) -> Any:
-    size = register.type.shape[0]
-    return vector.shuffle(register, register, mask=[i ^ 1 for i in range(size)])
-
-
-def _exchanged(y: Array) -> Array:
-    """`exchanged` where Mosaic GPU is interpreted."""
+def _swap_pairs(y: Array) -> Array:
+    """`mosaic.swap_pairs` where Mosaic GPU is interpreted."""
     return y.reshape(*y.shape[:-1], -1, 2)[..., ::-1].reshape(y.shape)

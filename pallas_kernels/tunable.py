@@ -1,10 +1,12 @@
 """What the tuner has to know of an op; how long a call of it takes on the device at hand, and how right it is."""
 
+import json
 import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -86,6 +88,12 @@ def distance(got: Any, expected: Any) -> float:
         apart = float(jnp.linalg.norm((a - b).ravel()) / jnp.maximum(jnp.linalg.norm(b.ravel()), 1e-30))
         distances.append(apart if np.isfinite(apart) else np.inf)
     return max(distances)
+
+
+def add_line(path: Path, facts: dict[str, Any]) -> None:
+    """Adds `facts` to a file of JSON lines."""
+    with path.open("a") as file:
+        file.write(json.dumps(facts) + "\n")
 
 
 def word(error: Exception) -> str:

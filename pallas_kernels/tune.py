@@ -4,23 +4,29 @@
     python -m pallas_kernels.tune attention --shape n=8640 b=2    # another
     python -m pallas_kernels.tune attention --write               # and the fastest go into tiles.json
 
-Sizes with which the kernel does not compile, or differs from the first row that ran, are left out and the table says
-why.
+Sizes with which the kernel does not compile, hangs, or differs from the first row that ran, are left out and the table
+says why.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from pallas_kernels import device, tiles, tune_attention, tune_norms
+from pallas_kernels import device, isolated, tiles, tune_attention, tune_norms
 from pallas_kernels.tiles import Tiles
-from pallas_kernels.tunable import Op, Shape, distance, seconds, word
+from pallas_kernels.tunable import Op, Shape, add_line, distance, seconds, word
 
 OPS: dict[str, Op] = {**tune_attention.OPS, **tune_norms.OPS}
+
+
+LIMIT = 60  # seconds
 
 
 @dataclass(frozen=True)
@@ -33,24 +39,49 @@ class Result:
     why: str = ""
 
 
-def measure(op: Op, shape: Shape, report: Callable[[Result], None]) -> list[Result]:
-    """Times the alternatives and then every candidate, and tells `report` of each as it is done."""
-    arguments, results = op.arguments(shape), []
-    expected: Any = None
-    entries = [(name, None, function) for name, function in op.alternatives(device.platform()).items()]
-    entries += [(_label(sizes), sizes, op.kernel(sizes)) for sizes in op.candidates(device.platform(), shape)]
-    for name, sizes, function in entries:
+class Trials:
+    """The alternatives to an op's kernel and then its candidates, in the order in which they are timed."""
+
+    def __init__(self, op: Op, shape: Shape, platform: str, *, short: bool = False):
+        self.op, self.shape = op, shape
+        others = op.alternatives(platform)
+        if short:  # the first is what kernels are checked with
+            others = dict(list(others.items())[:1])
+        self._functions = [(name, None, function) for name, function in others.items()]
+        self._functions += [(_label(sizes), sizes, op.kernel(sizes)) for sizes in op.candidates(platform, shape)]
+        self.names = [(name, sizes) for name, sizes, _ in self._functions]
+
+        self._expected: Any = None  # what kernels are compared with
+
+    @cached_property
+    def _arguments(self) -> Any:
+        return self.op.arguments(self.shape)
+
+    def measure(self, number: int) -> Result:
+        """Times one of them; whatever it raises is its result."""
+        name, sizes, function = self._functions[number]
         try:
-            timed = op.prepared(function, arguments)
-            got = jax.block_until_ready(jax.jit(timed[0])(*timed[1]))
-            expected = got if expected is None else expected
-            wrong = distance(got, expected) > op.tolerance
-            result = Result(name, sizes, None, "wrong") if wrong else Result(name, sizes, seconds(timed[0], *timed[1]))
-        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
-            result = Result(name, sizes, None, word(error))
-        results.append(result)
-        report(result)
-    return results
+            timed, arguments, got = self._run(function)
+            if self._expected is None:
+                self._expected = self._first_before(number, got)
+            if distance(got, self._expected) > self.op.tolerance:
+                return Result(name, sizes, None, "wrong")
+            return Result(name, sizes, seconds(timed, *arguments))
+        except Exception as error:
+            return Result(name, sizes, None, word(error))
+
+    def _run(self, function: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...], Any]:
+        timed, arguments = self.op.prepared(function, self._arguments)
+        return timed, arguments, jax.block_until_ready(jax.jit(timed)(*arguments))
+
+    def _first_before(self, number: int, got: Any) -> Any:
+        """The result of the first trial that runs, where `got` is that of `number`."""
+        for _, _, function in self._functions[:number]:
+            try:
+                return self._run(function)[2]
+            except Exception:  # its own row said why
+                continue
+        return got
 
 
 def fastest(results: Iterable[Result]) -> Result | None:
@@ -64,6 +95,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("op", help=", ".join(OPS))
     parser.add_argument("--shape", nargs="+", default=[], metavar="AXIS=SIZE", help="other sizes than the 14B model's")
     parser.add_argument("--write", action="store_true", help="put the fastest sizes into tiles.json")
+    parser.add_argument("--short", action="store_true", help="beside the first alternative only")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, metavar="SECONDS",
+        help="of one row, which runs in another process; 0 runs all in this one (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="add a line for each row to this file")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.op not in OPS:
         sys.exit(f"tune: there is no op {options.op!r}; there are {', '.join(OPS)}")
@@ -73,22 +111,47 @@ def main(arguments: list[str] | None = None) -> None:
     if options.write and odd:
         usual = ", ".join(f"{axis}={op.axes[axis]}" for axis in odd)
         sys.exit(f"tune: tiles.json is for {usual}: leave {', '.join(odd)} out of --shape, or leave out --write")
-    platform, kind = device.platform(), device.kind()
-    if platform == "cpu":
-        print("tune: there is nothing to tune on a CPU: kernels run on GPUs and TPUs", file=sys.stderr)
-        sys.exit(2)
-    if not op.candidates(platform, shape):
-        sys.exit(f"tune: {options.op} has no kernel of its own on a {platform.upper()}, so no sizes")
 
-    sizes = " ".join(f"{axis}={size}" for axis, size in shape.items())
-    print(f"{options.op}, {sizes}, on {kind} (jax {jax.__version__})")
-    best = fastest(measure(op, shape, lambda result: print(row(op, shape, result), flush=True)))
+    def trials(platform: str) -> Trials:
+        return Trials(op, shape, platform, short=options.short)
+
+    if options.worker:
+        here = trials(device.platform())
+        return isolated.serve(_greeting(), lambda number: vars(here.measure(number)))
+    if options.limit:
+        given = [options.op, *["--short"] * options.short, "--shape", *(f"{a}={size}" for a, size in shape.items())]
+        jobs = isolated.Apart([sys.executable, "-m", "pallas_kernels.tune", *given, "--worker"])
+    else:
+        jobs = isolated.Here(_greeting(), lambda number: vars(tried.measure(number)))
+    platform, kind = jobs.greeting["platform"], jobs.greeting["device"]
+    tried, results = trials(platform), []
+    with closing(jobs):
+        if platform == "cpu":
+            print("tune: there is nothing to tune on a CPU: kernels run on GPUs and TPUs", file=sys.stderr)
+            sys.exit(2)
+        if not op.candidates(platform, shape):
+            sys.exit(f"tune: {options.op} has no kernel of its own on a {platform.upper()}, so no sizes")
+        sizes = " ".join(f"{axis}={size}" for axis, size in shape.items())
+        print(f"{options.op}, {sizes}, on {kind} (jax {jax.__version__})")
+        for number, (name, chosen) in enumerate(tried.names):
+            answer = jobs.ask(number, options.limit)
+            result = Result(name, chosen, answer.get("seconds"), answer.get("why", ""))
+            results.append(result)
+            print(row(op, shape, result), flush=True)
+            if options.json is not None:
+                facts = {"phase": "tune", "op": options.op, "device": kind, "length": shape[op.length]}
+                add_line(options.json, facts | vars(result))
+    best = fastest(results)
     if best is None:
         sys.exit(f"tune: no sizes of {options.op} ran here")
     print(f"fastest: {best.name}")
     if options.write:
         tiles.write(options.op, kind, shape[op.length], best.sizes or {})
         print(f"written to {tiles.PATH} for {kind}, {op.length} up to {shape[op.length]}")
+
+
+def _greeting() -> isolated.Answer:
+    return {"platform": device.platform(), "device": device.kind()}
 
 
 def row(op: Op, shape: Shape, result: Result) -> str:

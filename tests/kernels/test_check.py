@@ -1,7 +1,12 @@
 """The check of kernels on a device, here on a TPU that is interpreted."""
 
+import dataclasses
+import json
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
@@ -21,7 +26,7 @@ def small(monkeypatch):
 
 def run(*ops: str) -> int:
     with compiling_for(TPU), pltpu.force_tpu_interpret_mode():
-        return check.main(list(ops))
+        return check.main([*ops, "--limit", "0"])
 
 
 def test_right_kernels_pass(capsys):
@@ -33,19 +38,44 @@ def test_right_kernels_pass(capsys):
     assert last == "all are right"
 
 
+def test_each_case_is_a_line_of_json(tmp_path, capsys):
+    path = tmp_path / "found.jsonl"
+    assert run("adaln", "--json", str(path)) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["phase"], row["op"], row["dtype"], row["verdict"]) for row in rows] == [
+        ("check", "adaln", dtype, "ok") for dtype in ("bfloat16", "float32")
+    ]
+    assert all(0 < row["error"] < 1e-2 and row["moved"] == 0 and row["seconds"] > 0 for row in rows)
+
+
+def test_results_that_move_are_told():
+    """Another result of the same program and inputs: some of its sums were read before they were ready."""
+    (case,) = (c for c in check.cases() if c.op == "adaln" and c.dtype == "float32")
+    factors = iter((1.0, 1.0 + 1e-5, 1.0))
+
+    def race(*inputs):
+        factor = jax.pure_callback(lambda: np.float32(next(factors)), jax.ShapeDtypeStruct((), jnp.float32))
+        return case.reference(*inputs) * factor
+
+    result = check.measure(dataclasses.replace(case, ours=race))
+    assert result["verdict"] == "moves"
+    assert 5e-6 < result["moved"] < 2e-5
+    assert check.measure(dataclasses.replace(case, ours=case.reference))["verdict"] == "ok"
+
+
 def test_a_wrong_kernel_and_one_that_fails_are_told(capsys, monkeypatch):
     forward = adaln_tpu.forward
 
     def broken(x, *args, **kwargs):
         if x.dtype == "float32":
-            raise NotImplementedError("no such layout\nand more")
+            raise AssertionError("no such layout\nand more")  # as Mosaic's own checks do
         return 1.02 * forward(x, *args, **kwargs)
 
     monkeypatch.setattr(adaln_tpu, "forward", broken)
     assert run("adaln") == 1
     _, half, full, last = capsys.readouterr().out.splitlines()
     assert half.endswith("wrong")
-    assert full.endswith("failed: NotImplementedError: no such layout")
+    assert full.endswith("failed: AssertionError: no such layout")
     assert last == "2 are not right"
 
 

@@ -1,0 +1,52 @@
+"""Jobs in a process of their own: one that hangs, dies or spoils the device costs itself only."""
+
+import sys
+from contextlib import closing
+
+import pytest
+
+from pallas_kernels import isolated
+
+JOBS = """
+import os, time
+from pallas_kernels import isolated
+
+def job(number):
+    print("what a job prints is no answer")
+    if number == 1:
+        time.sleep(60)
+    if number == 2:
+        os.abort()
+    if number == 3:
+        isolated._works = lambda: False
+        return {"why": "an illegal access"}
+    return {"seconds": number, "process": os.getpid()}
+
+isolated.serve({"device": "an abacus"}, job)
+"""
+
+
+def test_each_job_is_answered_and_a_process_that_is_lost_is_replaced():
+    with closing(isolated.Apart([sys.executable, "-c", JOBS])) as jobs:
+        assert jobs.greeting == {"device": "an abacus"}
+        first, second = jobs.ask(0, 60), jobs.ask(4, 60)
+        assert (first["seconds"], second["seconds"]) == (0, 4)
+        assert first["process"] == second["process"]
+        assert jobs.ask(1, 0.5) == {"why": "no answer in 0 s"}
+        third = jobs.ask(5, 60)
+        assert third["seconds"] == 5
+        assert jobs.ask(2, 60) == {"why": "its process ended with SIGABRT"}
+        assert jobs.ask(3, 60) == {"why": "an illegal access"}
+        fourth = jobs.ask(6, 60)
+    assert len({first["process"], third["process"], fourth["process"]}) == 3
+
+
+def test_a_worker_that_cannot_start_is_told_in_a_line():
+    with pytest.raises(RuntimeError, match="no worker process could be started: its process ended with exit code 7"):
+        isolated.Apart([sys.executable, "-c", "raise SystemExit(7)"])
+
+
+def test_a_failed_job_leaves_a_sound_device_to_the_next(monkeypatch):
+    assert isolated._works()
+    here = isolated.Here({}, lambda number: {"seconds": number})
+    assert here.ask(3, 0) == {"seconds": 3}
