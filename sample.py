@@ -35,7 +35,8 @@ FLAGS = {
         "guidance_scale": "how closely to follow the prompt; 1 switches guidance off and halves the time",
         "interpolation_steps": "chunks over which a prompt fades in after a switch",
         "precision": "float32 or bfloat16",
-        "implementation": "of attention and norms: xla, cudnn or pallas",
+        "attention": "its implementation: xla, cudnn or pallas",
+        "norms": "their implementation: xla or pallas",
     },
     "where it goes": {
         "out": "file.mp4, file.npz (latents), or a folder (PNG frames; with --csv, of all videos)",

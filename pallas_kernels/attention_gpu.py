@@ -81,7 +81,7 @@ def forward(
     query, key, value = (parts.split(x) for x in (query, key, value))
     out = [jax.ShapeDtypeStruct((b, hopper.room(n, GROUPS * rows, interpret), *query.shape[2:]), query.dtype)]
     slot = hopper.matrices(count, (columns, head_dim), columns)
-    scratch = dict(
+    scratch: dict[str, Any] = dict(
         query_tiles=hopper.matrices(count, (GROUPS, rows, head_dim), columns),
         query_in=gpu.Barrier(num_arrivals=count, num_barriers=GROUPS),
         turn=gpu.Barrier(num_arrivals=GROUPS),

@@ -46,14 +46,16 @@ def reference(
     return jnp.where(history, y * history_scale[:, None], y).astype(x.dtype)
 
 
-def unsupported(x: Array, heads: int) -> str | None:
+def unsupported(x: Array | jax.ShapeDtypeStruct, heads: int) -> str | None:
     """Why the kernel cannot run here for such features, or None if it can."""
     head_dim = x.shape[-1] // heads
+    if reason := rows.unsupported("norm_rope", x, x.shape[-1]):
+        return reason
     if head_dim not in (64, 128):
         return f"Pallas norm_rope has kernels for head_dim 64 and 128, not {head_dim}"
     if device.platform() == "gpu" and heads % norm_rope_gpu.WARPS:
         return f"Pallas norm_rope on a GPU is for heads in multiples of {norm_rope_gpu.WARPS}, not {heads}"
-    return rows.unsupported("norm_rope", x, x.shape[-1])
+    return None
 
 
 def norm_rope(

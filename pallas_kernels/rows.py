@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -37,7 +38,7 @@ def check(op: str, x: Float[Array, "b n d"], runs: Runs, *tables: Array) -> None
             raise ValueError(f"{op}: a table has shape {table.shape}, and {shape} or 1 instead of {shape[0]} is needed")
 
 
-def unsupported(op: str, x: Array, width: int) -> str | None:
+def unsupported(op: str, x: Array | jax.ShapeDtypeStruct, width: int) -> str | None:
     """Why a kernel over rows of `width` features cannot run here, or None if it can."""
     platform = device.platform()
     if platform not in ("tpu", "gpu"):

@@ -70,7 +70,8 @@ def test_a_video_of_exactly_the_frames_and_its_figures(config, tmp_path, capsys)
         (["--out", "x.gif"], [".gif", ".mp4"]),
         (["guidence_scale=2"], ["guidence_scale", "guidance_scale"]),
         (["precision=half"], ["precision"]),
-        (["--implementation", "pallas"], ["attention", "runs on cpu", "'xla'"]),
+        (["--attention", "pallas"], ["attention", "runs on cpu", "'xla'"]),
+        (["--norms", "pallas"], ["norms", "runs on cpu", "'xla'"]),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(arguments, words, config, tmp_path, capsys):

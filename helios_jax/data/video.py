@@ -1,8 +1,10 @@
 """Video files: an mp4 that plays while it grows, and strict reading.
 
 Everything that a writer cannot do is refused before the file is touched; a reader refuses a damaged file where a
-decoder would by default fill in what is missing.
+decoder would by default fill in what is missing. PyAV is imported by the first file: without files nothing needs it.
 """
+
+from __future__ import annotations
 
 import contextlib
 import math
@@ -11,11 +13,13 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-import av
 import numpy as np
-from av.stream import Disposition
 from jaxtyping import UInt8
+
+if TYPE_CHECKING:
+    import av
 
 CODEC, SUFFIX = "libx264", ".mp4"
 # A fragment for each frame behind an empty index: whatever has been written so far is a complete file.
@@ -48,6 +52,8 @@ class VideoWriter:
         if rate <= 0:
             raise ValueError(f"{path}: {fps} frames a second; the rate must be positive, such as 24")
         check_writable(self.path)
+        import av
+
         self._size = (height, width)
         self._container = av.open(str(self.path), "w", format="mp4", options=CONTAINER_OPTIONS)
         self._stream = self._container.add_stream(CODEC, rate=rate, options=CODEC_OPTIONS)
@@ -61,8 +67,10 @@ class VideoWriter:
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self._size, 3):
             expected = f"uint8 [t, {self._size[0]}, {self._size[1]}, 3]"
             raise ValueError(f"{self.path}: got frames of {frames.dtype} {list(frames.shape)}; they must be {expected}")
+        from av import VideoFrame
+
         for array in frames:
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+            frame = VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
             frame.pts, frame.time_base = self.frames, self._time_base
             self._container.mux(self._stream.encode(frame))
             self.frames += 1
@@ -78,7 +86,7 @@ class VideoWriter:
         finally:
             self._container.close()
 
-    def __enter__(self) -> "VideoWriter":
+    def __enter__(self) -> VideoWriter:
         return self
 
     def __exit__(
@@ -180,6 +188,9 @@ def _decode(path: Path, near: int = 0) -> Iterator[tuple[av.VideoFrame, float, f
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; name a video file, such as clip{SUFFIX}")
+    import av
+    from av.stream import Disposition
+
     count, size, start, declared = 0, None, None, 0
     try:
         with av.open(str(path), options={"err_detect": "explode"}) as container:

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,13 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from helios_jax.models import choices
 from helios_jax.models.blockwise import CACHE, MEMORY, blockwise
+from helios_jax.models.choices import Attention
 from helios_jax.sharding import BATCH, RULES
 from pallas_kernels import attention as pallas
 from pallas_kernels import device
 
-Implementation = Literal["xla", "cudnn", "pallas"]
 # The segment of each query and of each key, known when the program is compiled.
 Segments = tuple[np.ndarray, np.ndarray]
 
@@ -30,13 +31,13 @@ def attention(
     value: Float[Array, "b m heads head_dim"],
     *,
     segments: Segments | None = None,
-    implementation: Implementation | None = None,
+    implementation: Attention | None = None,
 ) -> Float[Array, "b n heads head_dim"]:
     """softmax(query key^T / sqrt(head_dim)) value, every query seeing every key; the softmax is float32.
 
     With `segments` a query sees the keys of its own segment only: several sequences packed into one. Each of them is
     then computed on its own, so that nothing is spent on what a mask would hide.
-    Without `implementation` cuDNN runs on NVIDIA GPUs, Pallas on TPUs, and XLA where they cannot; the log says which.
+    Without `implementation` the device's default runs (`choices`), and XLA where that cannot; the log says which.
     Raises ValueError when the one asked for cannot run.
     """
     implementation = _choose(query, implementation)
@@ -50,7 +51,7 @@ def attention(
     return _by_segment(attend, query, key, value, segments)
 
 
-def check(implementation: Implementation | None, head_dim: int, dtype: Any) -> None:
+def check(implementation: Attention | None, head_dim: int, dtype: Any) -> None:
     """Raises ValueError when the `implementation` asked for cannot run such queries here: known before weights are."""
     if implementation is not None:
         _choose(jax.ShapeDtypeStruct((1, 1, 1, head_dim), dtype), implementation)
@@ -68,17 +69,16 @@ def _pallas(query: Array, key: Array, value: Array) -> Array:
     return jax.shard_map(attend, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)(query, key, value)
 
 
-def _choose(query: Array | jax.ShapeDtypeStruct, asked: Implementation | None) -> Implementation:
+def _choose(query: Array | jax.ShapeDtypeStruct, asked: Attention | None) -> Attention:
     reasons = {"xla": None, "cudnn": _no_cudnn(query), "pallas": pallas.unsupported(query)}
     if asked is not None:
         if reasons[asked]:
-            raise ValueError(f"attention: {reasons[asked]}; leave implementation out, or ask for 'xla'")
+            raise ValueError(f"attention: {reasons[asked]}; leave attention out, or ask for 'xla'")
         return asked
-    best: Implementation = "cudnn" if device.platform() == "gpu" else "pallas"
-    if device.platform() == "cpu" or reasons[best] is None:
-        chosen: Implementation = "xla" if device.platform() == "cpu" else best
-        _say(f"attention by {chosen} ({device.kind()})")
-        return chosen
+    best: Any = choices.default("attention")
+    if reasons[best] is None:
+        _say(f"attention by {best} ({device.kind()})")
+        return best
     _say(f"attention by xla ({device.kind()}): {reasons[best]}")
     return "xla"
 

@@ -1,7 +1,7 @@
 """What the Helios transformer is made of, and one block of it."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,10 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
+from helios_jax.models import attention as attentions
 from helios_jax.models import norms
-from helios_jax.models.attention import Implementation, attention
+from helios_jax.models.attention import attention
+from helios_jax.models.choices import DEVICE, Implementations
 from helios_jax.models.nn import LayerNorm, Linear, RMSNorm, normal, ones, param
 from helios_jax.models.packing import Packing
 from helios_jax.models.rope import Rotary
@@ -140,13 +142,13 @@ class Block(nnx.Module):
         packing: Packing,
         *,
         keep_history: bool = True,
-        implementation: Implementation | None = None,
+        implementations: Implementations = DEVICE,
     ) -> Float[Array, "b n_out d"]:
         """`keep_history=False` returns the noisy tokens alone: all that is needed after the last block."""
         rows = self.scale_shift_table[...].astype(jnp.float32) + time.astype(jnp.float32)
         num_history = packing.num_history
         start = 0 if keep_history else num_history
-        by = norms.choose(x, self.attn1.heads, implementation)
+        by = norms.choose(x, self.attn1.heads, implementations.norms)
 
         def row(i: int, history: bool = keep_history):
             return packing.rows(rows[:, :, i], history=history)
@@ -161,7 +163,8 @@ class Block(nnx.Module):
             key, value = self.attn1.key_value(normed, table, num_history, by)
             query = self.attn1.query(normed[:, start:], (table[0][:, start:], table[1][:, start:]), by)
             segments = packing.segments(history=keep_history)
-            attended = self.attn1.out(attention(query, key, value, segments=segments, implementation=implementation))
+            attended = attention(query, key, value, segments=segments, implementation=implementations.attention)
+            attended = self.attn1.out(attended)
 
         x, num_history = x[:, start:], num_history - start
         # With guidance_cross_attn the text speaks to the noisy tokens only.
@@ -181,7 +184,7 @@ class Block(nnx.Module):
 
         with jax.named_scope("cross_attention"):
             query = self.attn2.query(normed, by=by)
-            noisy = noisy + self.attn2.out(attention(query, *text, implementation=implementation))
+            noisy = noisy + self.attn2.out(attention(query, *text, implementation=implementations.attention))
         x = jnp.concatenate([past, noisy], 1) if first else noisy
 
         normed = modulate(x, 3)
@@ -189,6 +192,12 @@ class Block(nnx.Module):
             fed = self.ffn(normed)
         with jax.named_scope("norms"):
             return _residual(x, fed, row(5))
+
+
+def check_implementations(asked: Implementations, config: TransformerConfig, dtype: Any) -> None:
+    """Raises ValueError when one that is asked for cannot run here with tokens of `dtype`: before weights are read."""
+    attentions.check(asked.attention, config.attention_head_dim, dtype)
+    norms.check(asked.norms, config.num_attention_heads, config.dim, dtype)
 
 
 def _residual(

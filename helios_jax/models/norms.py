@@ -10,7 +10,8 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from helios_jax.models.attention import Implementation
+from helios_jax.models import choices
+from helios_jax.models.choices import Norms
 from helios_jax.models.rope import Rotary
 from helios_jax.sharding import BATCH
 from pallas_kernels import adaln as adaln_kernel
@@ -25,21 +26,21 @@ log = logging.getLogger(__name__)
 Choice = Literal["xla"] | None
 
 
-def choose(x: Float[Array, "b n d"], heads: int, attention: Implementation | None) -> Choice:
-    """What the norms of a block run by, where its attention was asked for by that name.
+def choose(x: Float[Array, "b n d"] | jax.ShapeDtypeStruct, heads: int, asked: Norms | None) -> Choice:
+    """The implementation of a block's norms.
 
-    XLA where attention is asked for in "xla", where the kernels cannot run, under a mesh that splits features or
-    tokens (the norm of queries and keys is across all heads), and on a GPU unless attention is asked for in "pallas".
-    The log says which, and why.
+    Left to the device (`choices`), it is XLA where the kernels cannot run, and under a mesh that splits features or
+    tokens: the norm of queries and keys is across all heads. The log says which, and why. Raises ValueError when
+    "pallas" is asked for and cannot run.
     """
-    reason = "xla was asked for" if attention == "xla" else None
-    if device.platform() == "cpu":
-        _say("norms by xla (cpu)")
+    if asked == "xla":
         return "xla"
-    reason = reason or norm_rope_kernel.unsupported(x, heads) or _split(x.shape[0])
-    if reason is None and device.platform() == "gpu" and attention != "pallas":
-        # Interpreted, they go another way through registers than compiled: no default before a GPU has run them.
-        reason = "the kernels have not been measured on a GPU, implementation='pallas' runs them"
+    reason = norm_rope_kernel.unsupported(x, heads) or _split(x.shape[0])
+    if asked == "pallas" and reason:
+        raise ValueError(f"norms: {reason}; leave norms out, or ask for 'xla'")
+    if asked is None and choices.default("norms") == "xla":
+        _say(f"norms by xla ({device.kind()})")
+        return "xla"
     if reason:
         _say(f"norms by xla ({device.kind()}): {reason}")
         return "xla"
@@ -49,6 +50,12 @@ def choose(x: Float[Array, "b n d"], heads: int, attention: Implementation | Non
         f" gated residual by {gated}"
     )
     return None
+
+
+def check(asked: Norms | None, heads: int, width: int, dtype: Any) -> None:
+    """Raises ValueError when the implementation asked for cannot run such tokens here: known before weights are."""
+    if asked is not None:
+        choose(jax.ShapeDtypeStruct((1, 1, width), dtype), heads, asked)
 
 
 def adaln(x: Array, shift: Array, scale: Array, runs: Runs, eps: float, by: Choice) -> Float[Array, "b n d"]:

@@ -11,8 +11,8 @@ from flax import nnx, struct
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from helios_jax.models.attention import Implementation
 from helios_jax.models.block import Block, TextKV, TransformerConfig
+from helios_jax.models.choices import DEVICE, Implementations
 from helios_jax.models.embeddings import ConditionEmbedder, Patches, coarser
 from helios_jax.models.nn import Linear, Shapes, layer_norm, normal, param, zeros
 from helios_jax.models.packing import Packing
@@ -72,7 +72,7 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, stacked: bool = False, rngs: nnx.Rngs):
         self.config = config
-        self.implementation: Implementation | None = None  # of calls that name none
+        self.implementations = DEVICE  # of calls that name none
         patch, dim = config.patch_size, config.dim
 
         def patches(scale: int) -> Patches:
@@ -121,7 +121,7 @@ class Transformer(nnx.Module):
         indices: FrameIndices | None = None,
         *,
         remat: Remat | None = None,
-        implementation: Implementation | None = None,
+        implementations: Implementations | None = None,
     ) -> Float[Array, "b t h w c_out"]:
         """Velocity (noise minus data) of `latents` at `timestep` (0 to 1000).
 
@@ -129,7 +129,7 @@ class Transformer(nnx.Module):
         fits a call without history only. With `remat` the backward pass computes again what that policy does not keep.
         """
         (out,) = self.packed(
-            (latents,), timestep[:, None], text, history, indices, remat=remat, implementation=implementation
+            (latents,), timestep[:, None], text, history, indices, remat=remat, implementations=implementations
         )
         return out
 
@@ -142,14 +142,14 @@ class Transformer(nnx.Module):
         indices: FrameIndices | None = None,
         *,
         remat: Remat | None = None,
-        implementation: Implementation | None = None,
+        implementations: Implementations | None = None,
     ) -> tuple[Float[Array, "b t _h _w c_out"], ...]:
         """`__call__` of several latents of the same chunks, such as the levels of the pyramid, as one sequence (NaViT).
 
         Each has its own timestep and sees its own copy of the history and nothing of the others, so the velocities are
         those of calls on their own.
         """
-        return self._run(latents, timesteps, text, history, indices, (), remat, implementation)[0]
+        return self._run(latents, timesteps, text, history, indices, (), remat, implementations)[0]
 
     def features(
         self,
@@ -161,10 +161,10 @@ class Transformer(nnx.Module):
         *,
         blocks: tuple[int, ...],
         remat: Remat | None = None,
-        implementation: Implementation | None = None,
+        implementations: Implementations | None = None,
     ) -> tuple[Float[Array, "b t h w c_out"], tuple[Float[Array, "b _t _h _w d"], ...]]:
         """The velocity, and what each of `blocks` (numbers from 0) makes of the noisy tokens, on their grid."""
-        (out,), kept = self._run((latents,), timestep[:, None], text, history, indices, blocks, remat, implementation)
+        (out,), kept = self._run((latents,), timestep[:, None], text, history, indices, blocks, remat, implementations)
         t, h, w = (size // p for size, p in zip(latents.shape[1:4], self.config.patch_size))
         return out, tuple(rearrange(x, "b (t h w) d -> b t h w d", t=t, h=h, w=w) for x in kept)
 
@@ -177,9 +177,9 @@ class Transformer(nnx.Module):
         indices: FrameIndices | None,
         kept: tuple[int, ...],
         remat: Remat | None,
-        implementation: Implementation | None,
+        implementations: Implementations | None,
     ) -> tuple[tuple[Array, ...], list[Array]]:
-        config, implementation = self.config, implementation or self.implementation
+        config, implementations = self.config, implementations or self.implementations
         grids = [tuple(size // p for size, p in zip(x.shape[1:4], config.patch_size)) for x in latents]
         if indices is None:
             indices = FrameIndices(noisy=jnp.arange(grids[0][0])[None])
@@ -190,7 +190,7 @@ class Transformer(nnx.Module):
 
         def run(block: Block, kv: Any, x: Array, keep_history: bool) -> Array:
             x = checkpoint_name(x, BLOCK_INPUT)
-            return block(x, modulation, table, kv, packing, keep_history=keep_history, implementation=implementation)
+            return block(x, modulation, table, kv, packing, keep_history=keep_history, implementations=implementations)
 
         if remat is not None:
             # In a scan nothing could take the place of what is computed again.

@@ -147,8 +147,9 @@ class SampleConfig(Options):
     seed: int = 0
     num_videos_per_prompt: int = 1  # with seeds seed, seed + 1, ...
     precision: Literal["float32", "bfloat16"] | None = None  # null: float32 on CPU, bfloat16 elsewhere
-    # of attention and norms (docs/kernels.md); null: the device's best
-    implementation: Literal["xla", "cudnn", "pallas"] | None = None
+    # implementations in the transformer (docs/kernels.md); null: the device's best
+    attention: Literal["xla", "cudnn", "pallas"] | None = None
+    norms: Literal["xla", "pallas"] | None = None
     # the text encoder waits in the host's memory between prompts; null: where there is an accelerator
     offload_text_encoder: bool | None = None
     out: str = "outputs/video.mp4"  # a file; with csv the folder of all files

@@ -17,8 +17,8 @@ from helios_jax import pretrained
 from helios_jax.diffusion import memory as memories
 from helios_jax.diffusion.memory import History
 from helios_jax.diffusion.schedule import SchedulerConfig
-from helios_jax.models import attention
-from helios_jax.models.attention import Implementation
+from helios_jax.models.block import check_implementations
+from helios_jax.models.choices import Attention, Implementations, Norms
 from helios_jax.models.text import UMT5Encoder
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer
@@ -77,7 +77,8 @@ class HeliosPipeline:
         vae_dtype: Any = None,
         stacked: bool | None = None,
         offload_text_encoder: bool | None = None,
-        implementation: Implementation | None = None,
+        attention: Attention | None = None,
+        norms: Norms | None = None,
         mesh: jax.sharding.Mesh | None = None,
     ) -> "HeliosPipeline":
         """The pipeline in a diffusers folder, a hub repository (at a `revision`) or an opened checkpoint.
@@ -87,12 +88,12 @@ class HeliosPipeline:
         accelerator and float32 on CPU unless given. `vae_dtype` is the VAE's: `dtype` or, on CPU,
         float32. `stacked` keeps transformer blocks stacked and scanned (the default on TPU) or as a list (elsewhere).
         With `offload_text_encoder` (the default where there is an accelerator) the text encoder, 11 GB of the released
-        weights, waits in the host's memory and is on the device only while a prompt is encoded. `implementation` is
-        that of the transformer's attention (`helios_jax.models.attention`), by default the device's best. With a `mesh`
+        weights, waits in the host's memory and is on the device only while a prompt is encoded. `attention` and `norms`
+        name the implementations in the transformer (docs/kernels.md), by default the device's best. With a `mesh`
         (`helios_jax.sharding.make_mesh`) each device gets its shard of every tensor.
 
         Raises:
-            ValueError: the `implementation` cannot run here.
+            ValueError: the `attention` or `norms` asked for cannot run here.
             CheckpointError: something in the folder is missing, broken or does not fit, before weights are read.
         """
         checkpoint = (
@@ -101,11 +102,12 @@ class HeliosPipeline:
         backend = jax.default_backend()
         dtype = jnp.dtype(dtype or (jnp.float32 if backend == "cpu" else jnp.bfloat16))
         stacked = backend == "tpu" if stacked is None else stacked
-        attention.check(implementation, checkpoint.transformer.attention_head_dim, dtype)
+        implementations = Implementations(attention, norms)
+        check_implementations(implementations, checkpoint.transformer, dtype)
         vae_dtype = jnp.dtype(vae_dtype or (jnp.float32 if backend == "cpu" else dtype))
         offloaded = backend != "cpu" if offload_text_encoder is None else offload_text_encoder
         networks = checkpoint.load(dtype, vae_dtype, stacked, mesh, offloaded)
-        networks[0].implementation = implementation
+        networks[0].implementations = implementations
         return cls(*networks, checkpoint.tokenizer, checkpoint.scheduler, checkpoint.variant)
 
     def save_pretrained(self, folder: str | Path, *, dtype: Any = None, max_shard_size: int | str = "5GB") -> None:

@@ -56,7 +56,8 @@ def run(config: SampleConfig) -> int:
         checkpoint,
         dtype=config.precision,
         offload_text_encoder=config.offload_text_encoder,
-        implementation=config.implementation,
+        attention=config.attention,
+        norms=config.norms,
     )
     if files:
         pipe.transformer = lora.merge(lora.attach(pipe.transformer, files, scales), donate=True)

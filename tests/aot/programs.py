@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from helios_jax.diffusion import memory
-from helios_jax.models.attention import Implementation
 from helios_jax.models.block import Block, TransformerConfig
+from helios_jax.models.choices import DEVICE, Implementations
 from helios_jax.models.packing import Packing
 from helios_jax.models.transformer import Transformer
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
@@ -27,7 +27,7 @@ def half(tree: Any) -> Any:
     return jax.tree.map(lambda x: shape(*x.shape, dtype=jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype), tree)
 
 
-def block(implementation: Implementation | None = None, dtype: Any = jnp.bfloat16) -> tuple[Any, tuple[Any, ...]]:
+def block(implementations: Implementations = DEVICE, dtype: Any = jnp.bfloat16) -> tuple[Any, tuple[Any, ...]]:
     """One of the 40 blocks, over the history and a chunk at full size."""
     tokens, angles = HISTORY + NOISY, CONFIG.attention_head_dim // 2
     heads = (CONFIG.num_attention_heads, CONFIG.attention_head_dim)
@@ -42,7 +42,7 @@ def block(implementation: Implementation | None = None, dtype: Any = jnp.bfloat1
     packing = Packing(HISTORY, (NOISY,))
 
     def run(block, x, time, table, text):
-        return block(x, time, table, text, packing, implementation=implementation)
+        return block(x, time, table, text, packing, implementations=implementations)
 
     return run, arguments
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from helios_jax import compile as compilation
+from helios_jax.models.choices import Implementations
 from pallas_kernels.attention import attention
 from tests.aot import programs
 
@@ -98,7 +99,7 @@ def test_pallas_attention_of_any_length(h100, n, m, dtype):
 
 
 def test_block_by_kernels(h100, report):
-    function, arguments = programs.block(implementation="pallas")
+    function, arguments = programs.block(Implementations("pallas", "pallas"))
     program = compilation.compiled(function, *compilation.on_device(arguments, h100), platform="gpu", donate=(1,))
     # Attention's two; queries and keys of self-attention, and its residual with the norm after it.
     assert compilation.custom_calls(program) == {"mosaic_gpu_v2": 2 + 3, "__cublas$lt$matmul": 8}
@@ -107,7 +108,7 @@ def test_block_by_kernels(h100, report):
 
 @pytest.mark.parametrize(("implementation", "most"), [("xla", 4 * GB), ("pallas", 2 * GB)])
 def test_block_in_float32(h100, report, implementation, most):
-    function, arguments = programs.block(implementation, jnp.float32)
+    function, arguments = programs.block(Implementations(implementation, implementation), jnp.float32)
     with compilation.precise(jnp.float32):
         program = compilation.compiled(function, *compilation.on_device(arguments, h100), platform="gpu", donate=(1,))
     memory = report(f"float32 block, 11040 tokens, {implementation}", h100, program)
@@ -115,7 +116,7 @@ def test_block_in_float32(h100, report, implementation, most):
 
 
 def test_block_trains_by_kernels(h100, report):
-    function, (block, x, *rest) = programs.block(implementation="pallas")
+    function, (block, x, *rest) = programs.block(Implementations("pallas", "pallas"))
 
     def loss(block, x, *rest):
         return function(block, x, *rest).astype(jnp.float32).sum()

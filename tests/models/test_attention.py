@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from helios_jax.models import attention as module
-from helios_jax.models.attention import Implementation, attention
+from helios_jax.models.attention import attention
+from helios_jax.models.choices import Attention
 from pallas_kernels.device import compiling_for
 
 HEADS = jnp.zeros((1, 2, 1, 64), jnp.bfloat16)
@@ -48,7 +49,7 @@ def test_one_that_cannot_run_says_why(device, query, asked, reason):
 
 
 def test_xla_always_can():
-    assert "xla" in get_args(Implementation)
+    assert "xla" in get_args(Attention)
     for device in (None, TPU, H100):
         with compiling_for(device):
             attention(FULL, FULL, FULL, implementation="xla")

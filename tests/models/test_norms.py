@@ -79,23 +79,27 @@ def test_the_choice_is_logged(caplog):
             assert norms.choose(x, 4, "xla") == "xla"
             assert norms.choose(x, 16, None) == "xla"
         with compiling_for(HOPPER):
-            assert norms.choose(x, 4, "cudnn") == "xla"
             assert norms.choose(x, 8, None) == "xla"
             assert norms.choose(x, 8, "pallas") is None
             assert norms.fuses_residual(None)
             assert not norms.head_major(None)
-            assert norms.choose(x.astype(jnp.float16), 8, "pallas") == "xla"
     assert caplog.messages == [
         "norms by xla (cpu)",
         "norms (TPU v5): queries and keys by pallas; adaLN by xla, its gradient by pallas; gated residual by xla",
-        "norms by xla (TPU v5): xla was asked for",
         "norms by xla (TPU v5): Pallas norm_rope has kernels for head_dim 64 and 128, not 32",
-        "norms by xla (NVIDIA H100 80GB HBM3): the kernels have not been measured on a GPU, implementation='pallas'"
-        " runs them",
+        "norms by xla (NVIDIA H100 80GB HBM3)",
         "norms (NVIDIA H100 80GB HBM3): queries and keys by pallas; adaLN by xla, its gradient by pallas;"
         " gated residual by pallas",
-        "norms by xla (NVIDIA H100 80GB HBM3): Pallas norm_rope is for bfloat16 and float32, not float16",
     ]
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "reason"),
+    [(None, jnp.float32, "this runs on cpu"), (HOPPER, jnp.float16, "not float16"), (TPU, jnp.float16, "not float16")],
+)
+def test_kernels_that_are_asked_for_and_cannot_run_say_why(device, dtype, reason):
+    with compiling_for(device), pytest.raises(ValueError, match=f"norms: .*{reason}.*; .*'xla'"):
+        norms.check("pallas", 8, 512, dtype)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +117,9 @@ def test_a_mesh_that_splits_what_kernels_need_leaves_xla(sizes, reason):
     with jax.sharding.use_abstract_mesh(mesh), compiling_for(TPU):
         assert norms.choose(jnp.zeros((4, 3, 256)), 4, None) == (reason and "xla")
         found = norms._split(4)
+        if reason:
+            with pytest.raises(ValueError, match=f"norms: .*{reason}"):
+                norms.choose(jnp.zeros((4, 3, 256)), 4, "pallas")
     assert found is None if reason is None else found.startswith(reason)
 
 

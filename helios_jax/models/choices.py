@@ -1,0 +1,49 @@
+"""Implementations of attention and norms: by name, or the default for a kind of device.
+
+Defaults are data, in choices.json: published figures and counts of bytes moved, until a device's own figures are there
+(`make gpu-report ARGS=--write`).
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from pallas_kernels import device
+
+PATH = Path(__file__).with_name("choices.json")
+Attention = Literal["xla", "cudnn", "pallas"]
+Norms = Literal["xla", "pallas"]
+
+
+@dataclass(frozen=True)
+class Implementations:
+    """Implementations asked for by name; None leaves the choice to the device, and to XLA what no other can do."""
+
+    attention: Attention | None = None
+    norms: Norms | None = None
+
+
+DEVICE = Implementations()  # the device chooses
+
+
+@cache
+def _table() -> dict[str, dict[str, str]]:
+    return json.loads(PATH.read_text())
+
+
+def default(op: Literal["attention", "norms"]) -> str:
+    """The implementation for the device at hand: that of the longest beginning of its kind's name."""
+    names = [name for name in _table()[op] if device.kind().startswith(name)]
+    return _table()[op][max(names, key=len)]
+
+
+def write(kind: str, chosen: dict[str, str]) -> None:
+    """Makes `chosen` (op: implementation) the defaults for devices of this kind."""
+    table: dict[str, dict[str, str]] = json.loads(PATH.read_text())
+    for op, name in chosen.items():
+        table[op][kind] = name
+    lines = (f"  {json.dumps(op)}: {json.dumps(dict(sorted(kinds.items())))}" for op, kinds in table.items())
+    PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    _table.cache_clear()
