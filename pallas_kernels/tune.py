@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -116,21 +116,21 @@ def main(arguments: list[str] | None = None) -> None:
         return Trials(op, shape, platform, short=options.short)
 
     if options.worker:
-        here = trials(device.platform())
-        return isolated.serve(_greeting(), lambda number: vars(here.measure(number)))
+        here = cache(trials)
+        return isolated.serve(_greeting(), lambda number: vars(here(device.platform()).measure(number)))
     if options.limit:
         given = [options.op, *["--short"] * options.short, "--shape", *(f"{a}={size}" for a, size in shape.items())]
         jobs = isolated.Apart([sys.executable, "-m", "pallas_kernels.tune", *given, "--worker"])
     else:
         jobs = isolated.Here(_greeting(), lambda number: vars(tried.measure(number)))
     platform, kind = jobs.greeting["platform"], jobs.greeting["device"]
-    tried, results = trials(platform), []
     with closing(jobs):
         if platform == "cpu":
             print("tune: there is nothing to tune on a CPU: kernels run on GPUs and TPUs", file=sys.stderr)
             sys.exit(2)
         if not op.candidates(platform, shape):
             sys.exit(f"tune: {options.op} has no kernel of its own on a {platform.upper()}, so no sizes")
+        tried, results = trials(platform), []
         sizes = " ".join(f"{axis}={size}" for axis, size in shape.items())
         print(f"{options.op}, {sizes}, on {kind} (jax {jax.__version__})")
         for number, (name, chosen) in enumerate(tried.names):

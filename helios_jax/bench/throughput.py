@@ -10,7 +10,6 @@ the report says. Rounds end when `--budget` seconds are spent. The compilation c
 
 import argparse
 import os
-import resource
 import sys
 import time
 import warnings
@@ -25,12 +24,12 @@ import numpy as np
 from helios_jax.bench import throughput_flops as flops
 from helios_jax.bench.throughput_model import PROMPT, SIZES, Size, make
 from helios_jax.bench.throughput_reference import Reference
-from helios_jax.bench.throughput_report import Comparison, facts, table, write
+from helios_jax.bench.throughput_report import Comparison, facts, peak_gib, table, write
 from helios_jax.diffusion import solvers
-from helios_jax.diffusion.denoise import guided_velocity, rows
+from helios_jax.diffusion.denoise import rows
 from helios_jax.diffusion.memory import window
-from helios_jax.models import attention
-from helios_jax.models.attention import Implementation
+from helios_jax.models.block import check_implementations
+from helios_jax.models.choices import DEVICE, Implementations
 from helios_jax.models.vae import denormalize
 from helios_jax.sampling import sampler
 from helios_jax.sampling.config import Options
@@ -58,38 +57,42 @@ class Ours:
     def _normal(seed: int, shape: tuple[int, ...]) -> jax.Array:
         return jax.random.normal(jax.random.key(seed), (1, *shape))
 
-    def run(self, steps: list[int]) -> float:
-        """Seconds of a whole call: text, denoising, VAE; frames reach the host, chunk by chunk."""
-        begin = time.perf_counter()
-        frames = 0
+    def arrivals(self, steps: list[int], chunks: int) -> list[float]:
+        """Seconds from the beginning of a call until each chunk's frames are on the host: text, denoising, VAE."""
+        begin, times = time.perf_counter(), []
         for chunk in self.pipe.stream(
             PROMPT,
             height=self.size.height,
             width=self.size.width,
-            num_frames=self.frames * self.chunks,
+            num_frames=self.frames * chunks,
             pyramid_num_inference_steps_list=steps,
         ):
-            frames += chunk.shape[1]
-        assert frames == self.frames * self.chunks
-        return time.perf_counter() - begin
+            assert chunk.shape[1] == self.frames
+            times.append(time.perf_counter() - begin)
+        return times
+
+    def run(self, steps: list[int]) -> float:
+        """Seconds of a whole call."""
+        return self.arrivals(steps, self.chunks)[-1]
 
     def parts(self) -> dict[str, Callable[[], Callable[[], Any]]]:
         """By part: what sets up a call, and returns it."""
 
-        def step(i: int) -> Callable[[], Any]:
-            level = self.plan.levels[i]
-            row = jax.tree.map(lambda x: x[0], rows(level))
-            # A step takes the place of its state.
-            state = jax.tree.map(jnp.copy, solvers.start(self.latents[i], level.steps))
-            arguments = self.pipe.transformer, state, row, self.call.history, self.conditioning
-            return lambda: sampler._step(*arguments, memory=self.plan.memory)
-
-        passes = {f"pass {h}": (lambda i=i: step(i)) for i, (_, h, _, _) in enumerate(self.sizes)}
+        passes = {f"pass {h}": (lambda i=i: self._step(i)) for i, (_, h, _, _) in enumerate(self.sizes)}
         return {
             "text": lambda: lambda: self.pipe.encode_prompt([PROMPT]),
             **passes,
             "decode": lambda: lambda: decode(self.pipe.vae, self.latents[-1], dtype="uint8"),
         }
+
+    def _step(self, i: int) -> Callable[[], Any]:
+        """The first step of a level, set up."""
+        level = self.plan.levels[i]
+        row = jax.tree.map(lambda x: x[0], rows(level))
+        # A step takes the place of its state.
+        state = jax.tree.map(jnp.copy, solvers.start(self.latents[i], level.steps))
+        arguments = self.pipe.transformer, state, row, self.call.history, self.conditioning
+        return lambda: sampler._step(*arguments, memory=self.plan.memory)
 
     def work(self) -> dict[str, float]:
         """TFLOP by part, and of the text's keys and values."""
@@ -113,18 +116,20 @@ class Ours:
         return {name: value / 1e12 for name, value in found.items()}
 
     def agreement(self, reference: Reference) -> dict[str, float]:
-        """norm(ours - reference) / norm(reference) of one full-size pass and of one decoding."""
+        """norm(ours - reference) / norm(reference) of one full-size pass and of one decoding.
+
+        Ours are the sampler's own programs: others would be compiled for this alone, minutes on a GPU.
+        """
         parts, indices = window(self.plan.memory, self.call.history)
-        arguments = self.pipe.transformer, self.latents[-1], jnp.float32(500), self.call.history, self.conditioning
-        velocity = jax.jit(guided_velocity, static_argnums=5)(*arguments, self.plan.memory)
-        latents = denormalize(self.latents[-1], self.size.vae)
-        video = jax.jit(type(self.pipe.vae).decode)(
-            self.pipe.vae, latents.astype(self.pipe.vae.post_quant_conv.weight.dtype)
-        )
-        text = np.asarray(self.text, np.float32)
+        latents, steps = self.latents[-1], self.plan.levels[-1].steps
+        after = self._step(len(self.sizes) - 1)()
+        velocity = (latents - after.predictions[0]) / steps.sigma[0]  # of the prediction, latents - sigma velocity
+        frames = decode(self.pipe.vae, latents, dtype="float32")
+        text, timestep = np.asarray(self.text, np.float32), float(steps.timestep[0])
+        video = reference.decode(np.asarray(denormalize(latents, self.size.vae)))
         return {
-            "velocity": _error(velocity, reference.velocity(np.asarray(self.latents[-1]), 500, text, parts, indices)),
-            "decode": _error(video, reference.decode(np.asarray(latents))),
+            "velocity": _error(velocity, reference.velocity(np.asarray(latents), timestep, text, parts, indices)),
+            "decode": _error(frames, np.clip(video / 2 + 0.5, 0, 1)),
         }
 
 
@@ -151,9 +156,10 @@ def measure(
     budget: float,
     chunks: int | None,
     alone: bool,
-    implementation: Implementation | None = None,
+    implementations: Implementations,
+    save: Callable[[dict[str, Any]], Any] = lambda report: None,
 ) -> dict[str, Any]:
-    """The report of a run: see `docs/benchmarks/README.md`."""
+    """The report of a run: see `docs/benchmarks/README.md`. `save` gets it after each round, with what is known."""
     begin = time.monotonic()
 
     def say(text: str) -> None:
@@ -163,10 +169,10 @@ def measure(
         return time.monotonic() - begin > budget
 
     size, notes = SIZES[size_name], []
-    attention.check(implementation, size.transformer.attention_head_dim, dtype)
+    check_implementations(implementations, size.transformer, dtype)
     chunks = chunks or size.chunks
     pipe = make(size, dtype, stacked=jax.default_backend() == "tpu")
-    pipe.transformer.implementation = implementation
+    pipe.transformer.implementations = implementations
     ours = Ours(pipe, size, chunks)
     rate = flops.matmul_rate(2048 if jax.default_backend() == "cpu" else 8192, dtype, best)
     say(f"weights made; products of {jnp.dtype(dtype).name} matrices: {rate / 1e12:.3g} TFLOP/s")
@@ -176,6 +182,9 @@ def measure(
         cold.append(ours.run(steps))
         say(f"ours, first call of {'+'.join(map(str, steps))}: {cold[-1]:.2f} s")
     peak = _peak()
+    calls = ours.parts()
+    for call in calls.values():
+        seconds(call())  # what is not compiled yet
 
     reference = None
     if alone:
@@ -192,7 +201,11 @@ def measure(
         say("norm(ours - reference) / norm(reference): " + ", ".join(f"{k} {v:.1e}" for k, v in agreement.items()))
         notes.append(_choose_threads(reference))
         say(notes[-1])
-        reference.run(STEPS[0], chunks)
+        reference.run(STEPS[0], 1)
+    if implementations != DEVICE:
+        asked = {name: value for name, value in vars(implementations).items() if value is not None}
+        notes.append("As asked: " + ", ".join(f"{name} by {value}" for name, value in asked.items()) + ".")
+    notes.append(f"Peak memory of our side before the reference was there: {peak}.")
 
     work = ours.work()
     names = {"text": "text encoder", "decode": f"VAE decode, {ours.frames} frames"}
@@ -205,10 +218,30 @@ def measure(
         total = work["text"] + work["text kv"] + chunks * (passes + work["decode"])
         what = f"end to end, {'+'.join(map(str, steps))}, {ours.frames * chunks} frames"
         whole.append(Comparison(what, [], cold_s=first, tflop=total, frames=ours.frames * chunks))
+    t, h, w, _ = ours.sizes[-1]
 
-    calls = ours.parts()
-    for call in calls.values():
-        seconds(call())  # what is not compiled yet
+    def report() -> dict[str, Any]:
+        later = []
+        if reference is not None and (theirs := reference.peak_bytes()) is not None:
+            later.append(f"Peak memory of torch, the shared weights not counted: {theirs / 2**30:.1f} GiB.")
+        return {
+            "command": "python -m helios_jax.bench.throughput",
+            "size": size_name,
+            "setting": f"{jnp.dtype(dtype).name}, {size.height} x {size.width} pixels, latents {t} x {h} x {w} a chunk,"
+            f" {chunks} chunk{'s' if chunks > 1 else ''} a call; the floor is {rate / 1e12:.3g} TFLOP/s, the measured"
+            f" rate of large {jnp.dtype(dtype).name} products.",
+            "machine": facts(),
+            "dtype": jnp.dtype(dtype).name,
+            "attention": implementations.attention,
+            "norms": implementations.norms,
+            "matmul_flop_per_s": rate,
+            "peak_memory": peak,
+            "agreement": agreement,
+            "reference": None if reference is None else {"pipeline": "HeliosPyramidPipeline", **reference.versions},
+            "comparisons": [comparison.facts(rate) for comparison in (*parts.values(), *whole)],
+            "notes": [*notes, *later],
+        }
+
     for turn in range(repeats):
         for key, call in calls.items():
             parts[key].ours_runs.append(seconds(call()))
@@ -223,30 +256,8 @@ def measure(
         if spent() and turn + 1 < repeats:
             notes.append(f"{turn + 1} rounds of {repeats}: --budget was spent.")
             break
-
-    if implementation is not None:
-        notes.append(f"Attention and norms by {implementation}, as asked.")
-    notes.append(f"Peak memory of our side before the reference was there: {peak}.")
-    if reference is not None and (theirs := reference.peak_bytes()) is not None:
-        notes.append(f"Peak memory of torch, the shared weights not counted: {theirs / 2**30:.1f} GiB.")
-    machine = facts()
-    t, h, w, _ = ours.sizes[-1]
-    return {
-        "command": "python -m helios_jax.bench.throughput",
-        "size": size_name,
-        "setting": f"{jnp.dtype(dtype).name}, {size.height} x {size.width} pixels, latents {t} x {h} x {w} a chunk,"
-        f" {chunks} chunk{'s' if chunks > 1 else ''} a call; the floor is {rate / 1e12:.3g} TFLOP/s, the measured rate"
-        f" of large {jnp.dtype(dtype).name} products.",
-        "machine": machine,
-        "dtype": jnp.dtype(dtype).name,
-        "implementation": implementation,
-        "matmul_flop_per_s": rate,
-        "peak_memory": peak,
-        "agreement": agreement,
-        "reference": None if reference is None else {"pipeline": "HeliosPyramidPipeline", **reference.versions},
-        "comparisons": [comparison.facts(rate) for comparison in (*parts.values(), *whole)],
-        "notes": notes,
-    }
+        save(report())
+    return report()
 
 
 def _choose_threads(reference: Reference) -> str:
@@ -265,10 +276,9 @@ def _choose_threads(reference: Reference) -> str:
 
 
 def _peak() -> str:
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return f"{stats['peak_bytes_in_use'] / 2**30:.1f} GiB of device memory"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of host memory, the process's own"
+    if jax.default_backend() == "cpu":
+        return f"{peak_gib():.2f} GiB of host memory, the process's own"
+    return f"{peak_gib():.1f} GiB of device memory"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -276,7 +286,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helios_jax.bench.throughput", description="Measure the sampler.")
     parser.add_argument("--size", choices=SIZES, help="by default 14b on an accelerator and small on a CPU")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="by default float32 on CPU, else bfloat16")
-    parser.add_argument("--implementation", choices=("xla", "cudnn", "pallas"), help="by default the device's best")
+    parser.add_argument("--attention", choices=("xla", "cudnn", "pallas"), help="by default the device's best")
+    parser.add_argument("--norms", choices=("xla", "pallas"), help="by default the device's best")
     parser.add_argument("--repeats", type=int, default=3, help="rounds of ours and reference in turn")
     parser.add_argument("--chunks", type=int, help="chunks of 33 frames a call")
     parser.add_argument("--budget", type=float, default=450, help="seconds after which no further round begins")
@@ -298,7 +309,8 @@ def main(argv: list[str] | None = None) -> int:
             args.budget,
             args.chunks,
             args.alone,
-            args.implementation,
+            Implementations(args.attention, args.norms),
+            lambda report: write(report, args.out),
         )
     print("\n".join(["", *table(report), "", *report["notes"]]))
     for path in write(report, args.out):

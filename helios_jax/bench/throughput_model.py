@@ -40,7 +40,7 @@ class Size:
 
 
 SIZES = {
-    "14b": Size(TransformerConfig(), UMT5Config(), VAEConfig(), 384, 640, chunks=3),
+    "14b": Size(TransformerConfig(), UMT5Config(), VAEConfig(), 384, 640, chunks=8),
     # For two CPU cores. The VAE is a sixth as wide as the released one, and so near its share of a chunk's work.
     "small": Size(
         TransformerConfig(num_attention_heads=4, num_layers=8, ffn_dim=1408, text_dim=256),
@@ -66,25 +66,27 @@ SIZES = {
 def make(size: Size, dtype: Any, *, stacked: bool) -> HeliosPipeline:
     """The pipeline with weights drawn in `dtype`, at a scale that keeps activations near one."""
 
-    def network(model: Any, salt: int) -> Any:
-        graph, parameters, rest = nnx.split(model, nnx.Param, ...)
-        filled = []
-        for path, variable in nnx.to_flat_state(parameters):
-            name = "/".join(map(str, path))
-            shape, kind = variable.shape, dtype_of(model, path, dtype)
-            vector = len(variable.axes) == 1
-            fan = math.prod(shape[len(shape) - len(variable.axes) : -1])
-            offset, scale = float(vector and not name.endswith("bias")), 0.1 if vector else fan**-0.5
-            seed = salt, zlib.crc32(name.encode())
-            filled.append((path, variable.replace(_draw(seed, shape, kind, offset, scale))))
-        return nnx.merge(graph, nnx.from_flat_state(filled), rest)
-
-    transformer = network(Transformer.abstract(size.transformer, stacked=stacked), 0)
-    vae = network(AutoencoderKLWan(size.vae, rngs=Shapes()), 1)
-    text = network(UMT5Encoder(size.text_encoder, rngs=Shapes()), 2)
+    transformer = fill(Transformer.abstract(size.transformer, stacked=stacked), dtype, 0)
+    vae = fill(AutoencoderKLWan(size.vae, rngs=Shapes()), dtype, 1)
+    text = fill(UMT5Encoder(size.text_encoder, rngs=Shapes()), dtype, 2)
     scheduler = DMDSchedulerConfig(use_dynamic_shifting=True)
     variant = Variant(pyramid=True, is_distilled=True, trained_size=(size.height, size.width))
     return HeliosPipeline(transformer, vae, text, Tokenizer.from_pretrained(TOKENIZER), scheduler, variant)
+
+
+def fill(model: Any, dtype: Any, salt: int) -> Any:
+    """A `model` of shapes with weights drawn in `dtype`, at a scale that keeps activations near one."""
+    graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+    filled = []
+    for path, variable in nnx.to_flat_state(parameters):
+        name = "/".join(map(str, path))
+        shape, kind = variable.shape, dtype_of(model, path, dtype)
+        vector = len(variable.axes) == 1
+        fan = math.prod(shape[len(shape) - len(variable.axes) : -1])
+        offset, scale = float(vector and not name.endswith("bias")), 0.1 if vector else fan**-0.5
+        seed = salt, zlib.crc32(name.encode())
+        filled.append((path, variable.replace(_draw(seed, shape, kind, offset, scale))))
+    return nnx.merge(graph, nnx.from_flat_state(filled), rest)
 
 
 def _draw(seed: tuple[int, int], shape: tuple[int, ...], dtype: Any, offset: float, scale: float) -> jax.Array:

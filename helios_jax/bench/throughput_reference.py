@@ -88,6 +88,11 @@ class Reference:
         theirs.load_state_dict(state, strict=True, assign=True)
         theirs.eval().requires_grad_(False)
 
+    def compile(self) -> None:
+        """Compiles the transformer and the VAE's decoder by torch.compile; the first calls of each shape are slow."""
+        self.pipe.transformer.compile(dynamic=False)
+        self.pipe.vae.decoder.compile(dynamic=False)
+
     def sync(self) -> None:
         """Waits for the device."""
         if self.device == "cuda":

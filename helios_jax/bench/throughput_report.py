@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,14 @@ class Comparison:
             "floor_share": None if floor is None else floor / self.ours_s,
             "frames_per_s": None if self.frames is None else self.frames / self.ours_s,
         }
+
+
+def peak_gib() -> float:
+    """GiB of the device's memory that were in use at most; on a CPU those of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def facts() -> dict[str, Any]:
@@ -114,7 +123,7 @@ def write(report: dict[str, Any], folder: Path) -> list[Path]:
     """The JSON and the Markdown file of a run."""
     folder.mkdir(parents=True, exist_ok=True)
     device = "cpu" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind.replace(" ", "-").lower()
-    name = "-".join(filter(None, (report["size"], device, report["implementation"])))
+    name = "-".join(filter(None, (report["size"], device, report["attention"], report["norms"])))
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
     (folder / f"{name}.md").write_text(markdown(report))
     return [folder / f"{name}.json", folder / f"{name}.md"]
