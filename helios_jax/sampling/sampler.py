@@ -89,6 +89,7 @@ def stream(
     A chunk is yielded once the next one has begun, so that the device works while the host handles frames.
     `progress(chunk, step)` is called when a step has been computed, steps counted over all levels.
     """
+    step = _step.bind(model)
     done: list[tuple[Chunk, History]] = []
     for chunk, (noise, levels, conditioning) in enumerate(chunks):
         sample = jax.tree.map(jnp.asarray, first_sample(noise, levels))
@@ -99,7 +100,7 @@ def stream(
             # A copy: the noise is the caller's, and some solvers keep what the level began with.
             state = jax.tree.map(jnp.copy, solvers.start(sample, level.steps))
             for row in _split(rows(level)):
-                state = _step(model, state, row, history, conditioning, memory=memory)
+                state = step(state, row, history, conditioning, memory=memory)
                 yield from done
                 done = []
                 if progress is not None:

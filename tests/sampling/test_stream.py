@@ -7,8 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from helios_jax.sampling import text
+from helios_jax.diffusion.denoise import denoise_step
+from helios_jax.sampling import sampler, text
 from helios_jax.sampling.config import Options, Switch
+from helios_jax.sampling.program import program
 from tests import tiny
 
 SMALL = {"height": 32, "width": 48, "num_latent_frames_per_chunk": 3, "history_sizes": (4, 2, 1)}
@@ -33,6 +35,19 @@ def test_the_one_program_and_the_stream_give_the_same_latents(pipe):
     parts = list(pipe.stream("a red plus", "a bar", output_type="latent", **arguments))
     assert [part.shape for part in parts] == [(1, 3, 4, 6, 4)] * 7
     np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+
+
+def test_a_second_stream_compiles_nothing(pipe, monkeypatch):
+    traced = []
+
+    def step(model, state, level, history, conditioning, memory):
+        traced.append(state.sample.shape)
+        return denoise_step(model, state, level, history, conditioning, memory)
+
+    monkeypatch.setattr(sampler, "_step", program(static_argnames="memory", donate_argnames="state")(step))
+    for same in (pipe, pipe, tiny.pipeline(seed=1)):
+        assert len(list(start(same, 2))) == 2
+        assert len(traced) == 1
 
 
 def test_each_text_is_encoded_once_and_projected_once_in_a_row(pipe, monkeypatch):
