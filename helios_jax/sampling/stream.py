@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -67,7 +68,8 @@ class Call:
 class Stream:
     """An iterator of what `finish` makes of each chunk's latents, as numpy: `HeliosPipeline.stream` and `resume`.
 
-    The next chunk is under way while one is handled. A chunk that has begun keeps its text.
+    The next chunk is queued before one is handed out: a slow caller does not stall the device. A chunk that has begun
+    keeps its text.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Stream:
             call.history,
             self._inputs(),
             memory=call.plan.memory,
-            finish=lambda latents: (latents, finish(latents)),
+            finish=lambda latents: _to_host((latents, finish(latents))),
             progress=None if progress is None else lambda chunk, step: progress(chunk + call.first, step),
         )
 
@@ -205,6 +207,13 @@ def read_state(path: str | os.PathLike) -> State:
 
 
 _HISTORY = [field.name for field in dataclasses.fields(History)]
+
+
+def _to_host(arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The same arrays, on their way to the host as soon as they are computed."""
+    for array in arrays:
+        array.copy_to_host_async()
+    return arrays
 
 
 def _asked(noise: Noise) -> dict[str, int] | None:
