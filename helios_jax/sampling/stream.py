@@ -135,6 +135,10 @@ class Stream:
 
         The file is whole or absent, whenever the process ends. Raises ValueError when the call's noise was not seeded.
         """
+        self.snapshot().save(path)
+
+    def snapshot(self) -> "Snapshot":
+        """What `save_state` writes, to be written later. Raises ValueError as it does."""
         asked = self._asked.get(self.chunk)
         noise = self.call.noise
         if asked is None and self._begun == self.chunk:
@@ -151,12 +155,7 @@ class Stream:
             "asked": asked,
             "chunk": self.chunk,
         }
-        history = {name: np.asarray(getattr(self._history, name)) for name in _HISTORY}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        save_file(history, part, metadata={"state": json.dumps(meta)})
-        os.replace(part, path)
+        return Snapshot(json.dumps(meta), self._history)
 
     def _inputs(self) -> Iterator[tuple[ChunkNoise, tuple[Level, ...], Conditioning]]:
         while self.plan.num_chunks is None or self._begun < self.plan.num_chunks:
@@ -166,6 +165,23 @@ class Stream:
             self._begun += 1
             self._asked[self._begun] = _asked(self.call.noise)
             yield noise, self.call.levels(chunk), self.call.conditioning(text)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A stream's state after a chunk: `meta` is JSON."""
+
+    meta: str
+    history: History
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the file, which is whole or absent."""
+        history = {name: np.asarray(getattr(self.history, name)) for name in _HISTORY}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        save_file(history, part, metadata={"state": self.meta})
+        os.replace(part, path)
 
 
 @dataclass(frozen=True)
