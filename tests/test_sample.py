@@ -1,9 +1,11 @@
 """sample.py as a person uses it: the file it makes, what it prints, and how it refuses."""
 
+import errno
 import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +16,11 @@ from safetensors.numpy import save_file
 
 import sample
 from helios_jax import HeliosPipeline
+from helios_jax.data.output import LatentWriter
 from helios_jax.data.video import VideoWriter, read_video
+from helios_jax.sampling import pipeline
+from helios_jax.sampling import run as runs
+from helios_jax.sampling.stream import Stream, read_state
 from tests import tiny
 
 ROOT = Path(sample.__file__).parent
@@ -89,7 +95,8 @@ def test_unknown_config(capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_a_playable_video(number, config, tmp_path):
-    command = [sys.executable, "-c", LISTENING, str(config), "--num-frames", "90000"]
+    state = tmp_path / "state"
+    command = [sys.executable, "-c", LISTENING, str(config), "--num-frames", "90000", "--state", str(state)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("chunk 2/"):
@@ -101,7 +108,8 @@ def test_an_interrupted_run_leaves_a_playable_video(number, config, tmp_path):
     assert "interrupted" in rest
     frames, _ = read_video(tmp_path / "video.mp4")
     assert len(frames) >= 18
-    assert len(frames) % 9 == 0
+    assert len(frames) == 9 * read_state(state).chunk
+    assert f"holds the {len(frames) // 9} of 10000 chunks" in rest
 
 
 def run(config, *arguments):
@@ -122,7 +130,8 @@ def test_the_sidecar_says_how_the_video_was_made(config, tmp_path):
 
 def test_a_profile_is_of_the_second_chunk(config, tmp_path, capsys):
     assert run(config, "--num-frames", "18", "--profile", str(tmp_path / "trace")) == 0
-    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
+    (trace,) = (tmp_path / "trace").rglob("*.xplane.pb")
+    assert b"PjitFunction(denoise_step)" in trace.read_bytes()
     assert f"profile: {tmp_path}/trace" in capsys.readouterr().out
 
 
@@ -171,6 +180,73 @@ def test_a_video_is_finished_from_its_state(config, tmp_path):
     whole, a, b = (np.load(tmp_path / f"{name}.npz")["latents"] for name in ("whole", "a", "b"))
     np.testing.assert_array_equal(np.concatenate([a, b]), whole)
     assert json.loads((tmp_path / "b.json").read_text())["first_chunk"] == 2
+
+
+class Watched(LatentWriter):
+    """Takes its time, and sees which chunk the state on disk is of before and after each chunk that it writes."""
+
+    def __init__(self, path, state):
+        super().__init__(path)
+        self.state, self.seen = state, []
+
+    def saved(self):
+        return read_state(self.state).chunk if self.state.exists() else 0
+
+    def write(self, chunk):
+        before = self.saved()
+        time.sleep(0.3)
+        super().write(chunk)
+        self.seen.append((before, self.saved()))
+
+
+def test_the_state_is_never_ahead_of_the_file(config, tmp_path, monkeypatch):
+    writers = []
+    monkeypatch.setattr(runs, "_check", lambda *args, **kwargs: None)
+    monkeypatch.setattr(
+        runs, "open_writer", lambda path, *_: writers.append(Watched(path, tmp_path / "state")) or writers[-1]
+    )
+    out = tmp_path / "x.npz"
+    assert run(config, "--num-frames", 36, "--state", tmp_path / "state", "--out", out) == 0
+    assert writers[0].seen == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert writers[0].saved() == 4
+
+
+def test_a_slow_writer_does_not_delay_the_stream(config, tmp_path, monkeypatch):
+    """The second chunk is there before the first is written."""
+    made = threading.Event()
+
+    class Slow(LatentWriter):
+        def write(self, chunk):
+            assert made.wait(60)
+            super().write(chunk)
+
+    class Seen(Stream):
+        def __next__(self):
+            out = super().__next__()
+            if self.chunk == 2:
+                made.set()
+            return out
+
+    monkeypatch.setattr(runs, "open_writer", lambda path, *_: Slow(path))
+    monkeypatch.setattr(pipeline, "Stream", Seen)
+    assert run(config, "--num-frames", 27, "--out", tmp_path / "x.npz") == 0
+    assert np.load(tmp_path / "x.npz")["latents"].shape[0] == 9
+
+
+def test_a_full_disk_ends_the_run_and_what_was_written_stays(config, tmp_path, monkeypatch, capsys):
+    class Full(LatentWriter):
+        def write(self, chunk):
+            if self.frames:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            super().write(chunk)
+
+    monkeypatch.setattr(runs, "open_writer", lambda path, *_: Full(path))
+    arguments = ["--num-frames", 90, "--state", tmp_path / "state"]
+    with pytest.raises(OSError, match="No space left"):
+        run(config, *arguments, "--out", tmp_path / "x.npz")
+    assert np.load(tmp_path / "x.npz")["latents"].shape[0] == 3
+    assert read_state(tmp_path / "state").chunk == 1
+    assert "chunk 2/" not in capsys.readouterr().out
 
 
 CSV = """id,prompt,image,seed

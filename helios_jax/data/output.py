@@ -2,6 +2,9 @@
 
 import json
 import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -73,6 +76,59 @@ class LatentWriter:
 
     def close(self) -> None:
         """Nothing is left to be done."""
+
+
+class ThreadedWriter:
+    """Writes in a thread of its own, in order: `writer` may be slow without holding up what makes the chunks.
+
+    At most `PENDING` chunks wait or are being written; `write` waits for room. After an error nothing more is written,
+    and the next `write` or `close` raises it.
+    """
+
+    PENDING = 2
+
+    def __init__(self, writer: Writer):
+        self._writer = writer
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: deque[Future[None]] = deque()
+        self._failed = False
+        self.path, self.takes = writer.path, writer.takes
+
+    @property
+    def frames(self) -> int:
+        """Written so far."""
+        return self._writer.frames
+
+    def write(self, chunk: Any, then: Callable[[], None] | None = None) -> None:
+        """Takes a chunk; `then` is called in the thread once the chunk is in the file."""
+        while self._pending and (self._pending[0].done() or len(self._pending) >= self.PENDING):
+            self._wait()
+        self._pending.append(self._thread.submit(self._write, chunk, then))
+
+    def close(self) -> None:
+        """Waits until everything is written and closes the writer. Later calls do nothing."""
+        try:
+            while self._pending:
+                self._wait()
+        finally:
+            self._thread.shutdown()
+            self._writer.close()
+
+    def _wait(self) -> None:
+        """Waits for the oldest chunk, which stays for `close` where this is interrupted."""
+        wait([self._pending[0]])
+        self._pending.popleft().result()
+
+    def _write(self, chunk: Any, then: Callable[[], None] | None) -> None:
+        if self._failed:
+            return
+        try:
+            self._writer.write(chunk)
+            if then is not None:
+                then()
+        except BaseException:
+            self._failed = True
+            raise
 
 
 def file_format(path: str | os.PathLike, chosen: Format | None) -> Format:

@@ -250,7 +250,7 @@ class HeliosPipeline:
         A chunk comes as soon as it is decoded, while the next one is computed; memory does not grow. The text can be
         changed on the way (`Stream.set_prompt`), and `save_state` writes what `resume` goes on from. The other
         arguments of `__call__` are given by name or as `options`; `num_frames=None` never ends. `progress(chunk, step)`
-        is called after every step.
+        is called after every step, which is waited for.
         """
         check_output_type(output_type)
         options = dataclasses.replace(options or Options(), **arguments)

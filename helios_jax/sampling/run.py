@@ -8,13 +8,14 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import Any
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from helios_jax import lora
-from helios_jax.data.output import open_writer, write_sidecar
+from helios_jax.data.output import ThreadedWriter, open_writer, write_sidecar
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.config import Options, SampleConfig
@@ -24,7 +25,7 @@ from helios_jax.sampling.jobs import Job, make_jobs
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.sampling.plan import Plan, make_plan
 from helios_jax.sampling.prompts import make_schedule
-from helios_jax.sampling.stream import Stream
+from helios_jax.sampling.stream import Snapshot, Stream
 
 PACKAGES = ("helios_jax", "jax", "flax", "numpy")
 
@@ -103,9 +104,9 @@ def make(pipe: HeliosPipeline, job: Job, checkpoint: Checkpoint, begin: float) -
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     interrupted = False
     with (
-        closing(open_writer(job.out, config.fps, config.height, config.width)) as writer,
         Progress(*columns, disable=not sys.stderr.isatty()) as bars,
         ExitStack() as trace,
+        closing(ThreadedWriter(open_writer(job.out, config.fps, config.height, config.width))) as writer,
     ):
         plan = pipe.plan(config)
         first = 0
@@ -115,22 +116,29 @@ def make(pipe: HeliosPipeline, job: Job, checkpoint: Checkpoint, begin: float) -
         def progress(chunk: int, step: int) -> None:
             bars.update(steps, completed=step + 1, total=plan.num_steps(chunk))
 
+        def written(chunk: int, state: Snapshot | None) -> None:
+            """After a chunk is in the file: the state on disk is never ahead of the frames."""
+            times.append(time.monotonic())
+            if config.state is not None and state is not None:
+                state.save(config.state)
+            bars.update(chunks, completed=chunk)
+            if bars.disable:
+                print(f"chunk {chunk}/{plan.num_chunks or '-'}  {writer.frames} frames", flush=True)
+
         try:
-            # A bar waits for every step, which costs a little; without one nothing does.
-            stream = _start(pipe, config, writer.takes, None if bars.disable else progress)
+            # A bar waits for every step, which costs a little; without one nothing does. A trace needs it, too: of a
+            # chunk that was queued before the trace began it would show nothing.
+            wait = config.profile is not None or not bars.disable
+            stream = _start(pipe, config, writer.takes, progress if wait else None)
             first = stream.chunk
-            for out in stream:
-                writer.write(out[0])
-                times.append(time.monotonic())
-                if config.profile is not None and len(times) == 1:
+            for made, out in enumerate(stream, 1):
+                state = None if config.state is None else stream.snapshot()
+                writer.write(out[0], partial(written, stream.chunk, state))
+                if config.profile is not None and made == 1:
                     trace.enter_context(jax.profiler.trace(config.profile))
-                elif len(times) == 2:
+                elif made == 2:
                     trace.close()
-                bars.update(chunks, completed=stream.chunk)
-                if config.state is not None:
-                    stream.save_state(config.state)
-                if bars.disable:
-                    print(f"chunk {stream.chunk}/{plan.num_chunks or '-'}  {writer.frames} frames", flush=True)
+            writer.close()
         except KeyboardInterrupt:
             interrupted = True
     figures = _figures(begin, times, writer.frames)

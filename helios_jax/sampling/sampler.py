@@ -1,11 +1,11 @@
 """The autoregressive loop over chunks, in one program (`generate`) or chunk by chunk (`stream`)."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import itemgetter
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from flax import struct
 from jaxtyping import Array, Float
@@ -69,10 +69,16 @@ def generate(
     return history, rearrange(chunks, "k b t h w c -> b (k t) h w c")
 
 
+# Steps of the next chunk that are queued before one is handed out. No more: after 32 programs that have not run, those
+# around the steps included, the runtime makes the host wait, and the chunk that is done would wait with it.
+AHEAD = 8
+
 # A step's state takes the place of the one before.
 _step = program(static_argnames="memory", donate_argnames="state")(denoise_step)
 _enter = jax.jit(enter)
 _push = jax.jit(push, static_argnums=2)
+# Jitted, it copies: the noise is the caller's, and some solvers keep what the level began with.
+_start = jax.jit(solvers.start)
 
 
 def stream(
@@ -86,31 +92,42 @@ def stream(
 ) -> Iterator[tuple[Chunk, History]]:
     """Yields `finish(latents)` of each chunk and the history after it; `chunks` gives noise, levels and text of each.
 
-    A chunk is yielded once the next one has begun, so that the device works while the host handles frames.
-    `progress(chunk, step)` is called when a step has been computed, steps counted over all levels.
+    A chunk is yielded once the next one is queued, all of it or its first `AHEAD` steps, so that the device works while
+    the host handles frames. `progress(chunk, step)` is called when a step has been computed, steps counted over all
+    levels; with it, as every step is waited for, a chunk is yielded after the first step of the next.
     """
+    step = _step.bind(model)
+    ahead = AHEAD if progress is None else 1
+    known: Sequence[Level] = ()
+    tables: list[list[Level]] = []
     done: list[tuple[Chunk, History]] = []
     for chunk, (noise, levels, conditioning) in enumerate(chunks):
+        if levels is not known:
+            known, tables = levels, [_split(rows(level)) for level in levels]
         sample = jax.tree.map(jnp.asarray, first_sample(noise, levels))
         count = 0
         for i, level in enumerate(levels):
             if i > 0:
                 sample = _enter(level, sample, noise.blocks[i - 1])
-            # A copy: the noise is the caller's, and some solvers keep what the level began with.
-            state = jax.tree.map(jnp.copy, solvers.start(sample, level.steps))
-            for row in _split(rows(level)):
-                state = _step(model, state, row, history, conditioning, memory=memory)
-                yield from done
-                done = []
+            state = _start(sample, level.steps)
+            for row in tables[i]:
+                state = step(state, row, history, conditioning, memory=memory)
+                count += 1
+                if count == ahead:
+                    yield from done
+                    done = []
                 if progress is not None:
                     jax.block_until_ready(state.sample)
-                    progress(chunk, count)
-                count += 1
+                    progress(chunk, count - 1)
             sample = state.sample
         history = _push(history, sample, memory)
-        done = [(finish(sample), history)]
+        now = (finish(sample), history)
+        yield from done
+        done = [now]
     yield from done
 
 
 def _split(level: Level) -> list[Level]:
-    return [jax.tree.map(itemgetter(i), level) for i in range(len(level.steps.sigma))]
+    """Its steps one by one, cut on the host: on the device each number would be a program of its own."""
+    host = jax.tree.map(np.asarray, level)
+    return [jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), host) for i in range(len(level.steps.sigma))]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -67,7 +68,8 @@ class Call:
 class Stream:
     """An iterator of what `finish` makes of each chunk's latents, as numpy: `HeliosPipeline.stream` and `resume`.
 
-    The next chunk is under way while one is handled. A chunk that has begun keeps its text.
+    The next chunk is queued before one is handed out: a slow caller does not stall the device. A chunk that has begun
+    keeps its text.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Stream:
             call.history,
             self._inputs(),
             memory=call.plan.memory,
-            finish=lambda latents: (latents, finish(latents)),
+            finish=lambda latents: _to_host((latents, finish(latents))),
             progress=None if progress is None else lambda chunk, step: progress(chunk + call.first, step),
         )
 
@@ -133,6 +135,10 @@ class Stream:
 
         The file is whole or absent, whenever the process ends. Raises ValueError when the call's noise was not seeded.
         """
+        self.snapshot().save(path)
+
+    def snapshot(self) -> "Snapshot":
+        """What `save_state` writes, to be written later. Raises ValueError as it does."""
         asked = self._asked.get(self.chunk)
         noise = self.call.noise
         if asked is None and self._begun == self.chunk:
@@ -149,12 +155,7 @@ class Stream:
             "asked": asked,
             "chunk": self.chunk,
         }
-        history = {name: np.asarray(getattr(self._history, name)) for name in _HISTORY}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        save_file(history, part, metadata={"state": json.dumps(meta)})
-        os.replace(part, path)
+        return Snapshot(json.dumps(meta), self._history)
 
     def _inputs(self) -> Iterator[tuple[ChunkNoise, tuple[Level, ...], Conditioning]]:
         while self.plan.num_chunks is None or self._begun < self.plan.num_chunks:
@@ -164,6 +165,23 @@ class Stream:
             self._begun += 1
             self._asked[self._begun] = _asked(self.call.noise)
             yield noise, self.call.levels(chunk), self.call.conditioning(text)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A stream's state after a chunk: `meta` is JSON."""
+
+    meta: str
+    history: History
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the file, which is whole or absent."""
+        history = {name: np.asarray(getattr(self.history, name)) for name in _HISTORY}
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        save_file(history, part, metadata={"state": self.meta})
+        os.replace(part, path)
 
 
 @dataclass(frozen=True)
@@ -205,6 +223,13 @@ def read_state(path: str | os.PathLike) -> State:
 
 
 _HISTORY = [field.name for field in dataclasses.fields(History)]
+
+
+def _to_host(arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """The same arrays, on their way to the host as soon as they are computed."""
+    for array in arrays:
+        array.copy_to_host_async()
+    return arrays
 
 
 def _asked(noise: Noise) -> dict[str, int] | None:

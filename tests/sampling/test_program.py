@@ -1,7 +1,8 @@
-"""A program of the sampler is traced under the mesh and for the precision of its weights."""
+"""A program of the sampler: traced under the mesh and for the precision of its weights, flattened and compiled once."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from helios_jax.sampling.program import program
@@ -37,3 +38,39 @@ def test_float32_is_multiplied_as_float32():
     run({"weight": number, "ids": ids, "key": jax.random.key(0)})
     run({"weight": half, "norm": number, "ids": ids})
     assert seen == ["highest", None]
+
+
+@jax.tree_util.register_pytree_node_class
+class Counted:
+    flattened = 0
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def tree_flatten(self):
+        Counted.flattened += 1
+        return (self.weight,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+
+def test_a_bound_model_is_flattened_once_and_compiled_once_for_all_of_its_kind():
+    traced = []
+
+    @program(static_argnames="power", donate_argnames="x")
+    def run(model, x, power):
+        traced.append(power)
+        return model.weight * x**power
+
+    for weight in (2.0, 3.0):
+        Counted.flattened = 0
+        bound = run.bind(Counted(jnp.full(2, weight)))
+        for _ in range(3):
+            x = jnp.full(2, 5.0)
+            np.testing.assert_array_equal(bound(x, power=2), weight * 25)
+            assert x.is_deleted()
+        assert Counted.flattened == 1
+        np.testing.assert_array_equal(run(Counted(jnp.full(2, weight)), jnp.full(2, 5.0), power=2), weight * 25)
+    assert traced == [2]

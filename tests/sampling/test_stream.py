@@ -2,13 +2,16 @@
 
 import gc
 import itertools
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from helios_jax.sampling import text
+from helios_jax.diffusion.denoise import denoise_step
+from helios_jax.sampling import pipeline, sampler, text
 from helios_jax.sampling.config import Options, Switch
+from helios_jax.sampling.program import program
 from tests import tiny
 
 SMALL = {"height": 32, "width": 48, "num_latent_frames_per_chunk": 3, "history_sizes": (4, 2, 1)}
@@ -33,6 +36,54 @@ def test_the_one_program_and_the_stream_give_the_same_latents(pipe):
     parts = list(pipe.stream("a red plus", "a bar", output_type="latent", **arguments))
     assert [part.shape for part in parts] == [(1, 3, 4, 6, 4)] * 7
     np.testing.assert_array_equal(np.concatenate(parts, 1), whole)
+
+
+@pytest.mark.parametrize("steps", [2, sampler.AHEAD, sampler.AHEAD + 2])
+def test_the_next_chunk_is_queued_before_one_is_handed_out(pipe, monkeypatch, steps):
+    """However slow the caller is, the device has a chunk to work on, or the first steps of a long one."""
+    queued = recorded(monkeypatch)
+    whole, ahead = ["step"] * steps + ["decode"], ["step"] * sampler.AHEAD
+    arguments = {**SMALL, "num_inference_steps": steps, "num_frames": 3 * WINDOW}
+    for chunk, _ in enumerate(pipe.stream("a red plus", **arguments), 1):
+        rest = whole if steps < sampler.AHEAD else ahead
+        assert queued == (whole * 3 if chunk == 3 else whole * chunk + rest)
+    assert chunk == 3
+
+
+def test_with_progress_a_chunk_waits_for_one_step_only(pipe, monkeypatch):
+    queued, seen = recorded(monkeypatch), []
+    stream = start(pipe, 2, progress=lambda chunk, step: seen.append((chunk, step)))
+    next(stream)
+    assert queued == ["step", "step", "decode", "step"]
+    assert seen == [(0, 0), (0, 1)]
+    next(stream)
+    assert seen == [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def recorded(monkeypatch) -> list[str]:
+    """What a stream queues from here on."""
+    queued, step, decode = [], sampler._step, pipeline.decode
+
+    def bind(model):
+        call = step.bind(model)
+        return lambda *args, **kwargs: queued.append("step") or call(*args, **kwargs)
+
+    monkeypatch.setattr(sampler, "_step", SimpleNamespace(bind=bind))
+    monkeypatch.setattr(pipeline, "decode", lambda *args, **kw: queued.append("decode") or decode(*args, **kw))
+    return queued
+
+
+def test_a_second_stream_compiles_nothing(pipe, monkeypatch):
+    traced = []
+
+    def step(model, state, level, history, conditioning, memory):
+        traced.append(state.sample.shape)
+        return denoise_step(model, state, level, history, conditioning, memory)
+
+    monkeypatch.setattr(sampler, "_step", program(static_argnames="memory", donate_argnames="state")(step))
+    for same in (pipe, pipe, tiny.pipeline(seed=1)):
+        assert len(list(start(same, 2))) == 2
+        assert len(traced) == 1
 
 
 def test_each_text_is_encoded_once_and_projected_once_in_a_row(pipe, monkeypatch):
