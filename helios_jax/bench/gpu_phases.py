@@ -76,7 +76,8 @@ def blocks(size: Size, say: Say) -> None:
     text = (draw(1, TEXT, heads, head_dim), draw(1, TEXT, heads, head_dim))
     for down in (0, 1, 2):
         noisy = 9 // pt * (h >> down) * (w >> down)
-        packing, tokens = Packing(history, (noisy,)), history + noisy
+        packing = Packing(history, (noisy,)).padded()
+        tokens = packing.num_tokens + packing.padding
         angles = _normal(1, tokens, head_dim // 2, dtype=jnp.float32)
         time_rows = _normal(1, 2, 6, config.dim, dtype=jnp.float32)
         rest = time_rows, (jnp.cos(angles), jnp.sin(angles)), text

@@ -31,21 +31,21 @@ def attention(
     value: Float[Array, "b m heads head_dim"],
     *,
     segments: Segments | None = None,
+    num_keys: int | None = None,
     implementation: Attention | None = None,
 ) -> Float[Array, "b n heads head_dim"]:
     """softmax(query key^T / sqrt(head_dim)) value, every query seeing every key; the softmax is float32.
 
+    With `num_keys` it sees the first so many; those behind them are padding.
     With `segments` a query sees the keys of its own segment only: several sequences packed into one. Each of them is
     then computed on its own, so that nothing is spent on what a mask would hide.
     Without `implementation` the device's default runs (`choices`), and XLA where that cannot; the log says which.
     Raises ValueError when the one asked for cannot run.
     """
     implementation = _choose(query, implementation)
-    attend: Callable[..., Array] = _xla
-    if implementation == "cudnn":
-        attend = partial(jax.nn.dot_product_attention, implementation="cudnn")
-    elif implementation == "pallas":
-        attend = _pallas
+    attend: Callable[..., Array] = {"xla": _xla, "cudnn": _cudnn, "pallas": _pallas}[implementation]
+    if num_keys is not None and num_keys < key.shape[1]:
+        attend = partial(attend, num_keys=num_keys)
     if segments is None:
         return attend(query, key, value)
     return _by_segment(attend, query, key, value, segments)
@@ -57,9 +57,21 @@ def check(implementation: Attention | None, head_dim: int, dtype: Any) -> None:
         _choose(jax.ShapeDtypeStruct((1, 1, 1, head_dim), dtype), implementation)
 
 
-def _pallas(query: Array, key: Array, value: Array) -> Array:
+def _lengths(query: Array, num_keys: int | None) -> Array | None:
+    return None if num_keys is None else jnp.full(query.shape[0], num_keys, jnp.int32)
+
+
+def _cudnn(query: Array, key: Array, value: Array, num_keys: int | None = None) -> Array:
+    lengths = _lengths(query, num_keys)
+    return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation="cudnn")
+
+
+def _pallas(query: Array, key: Array, value: Array, num_keys: int | None = None) -> Array:
     """Under a mesh (`jax.set_mesh`) each device runs the kernel on its samples and heads, if they divide."""
-    attend = partial(pallas.attention, implementation="pallas")
+
+    def attend(query: Array, key: Array, value: Array) -> Array:
+        return pallas.attention(query, key, value, _lengths(query, num_keys), implementation="pallas")
+
     mesh = jax.sharding.get_abstract_mesh()
     if mesh is None or mesh.empty or mesh.size == 1:
         return attend(query, key, value)
@@ -99,7 +111,8 @@ def _say(line: str) -> None:
     log.info(line)
 
 
-def _xla(query: Array, key: Array, value: Array) -> Array:
+def _xla(query: Array, key: Array, value: Array, num_keys: int | None = None) -> Array:
+    key, value = key[:, :num_keys], value[:, :num_keys]
     # The choice falls while lowering, so a program compiled on a host for another platform gets that platform's.
     cache, memory = (partial(blockwise, block=block) for block in (CACHE, MEMORY))
     return jax.lax.platform_dependent(query, key, value, cpu=cache, default=memory)

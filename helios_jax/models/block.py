@@ -163,7 +163,14 @@ class Block(nnx.Module):
             key, value = self.attn1.key_value(normed, table, num_history, by)
             query = self.attn1.query(normed[:, start:], (table[0][:, start:], table[1][:, start:]), by)
             segments = packing.segments(history=keep_history)
-            attended = attention(query, key, value, segments=segments, implementation=implementations.attention)
+            attended = attention(
+                query,
+                key,
+                value,
+                segments=segments,
+                num_keys=packing.num_tokens,
+                implementation=implementations.attention,
+            )
             attended = self.attn1.out(attended)
 
         x, num_history = x[:, start:], num_history - start

@@ -197,26 +197,27 @@ class Transformer(nnx.Module):
             run = jax.checkpoint(
                 run, static_argnums=3, policy=policy(remat), prevent_cse=isinstance(self.blocks, nnx.List)
             )
+        noisy = slice(packing.num_history, packing.num_tokens)
         states: Any = []  # noisy tokens after each block, where any are to be kept
         if isinstance(self.blocks, nnx.List):
             for i, (block, kv) in enumerate(zip(self.blocks, text, strict=True)):
                 last = i == len(self.blocks) - 1
                 with jax.named_scope(f"block_{i}"):
                     x = run(block, kv, x, not last)
-                states.append(x if last else x[:, packing.num_history :])
+                states.append(x[:, : sum(packing.noisy)] if last else x[:, noisy])
         else:
 
             def layer(x: Array, xs: Any) -> tuple[Array, Any]:
                 block, kv = xs
                 x = run(block, kv, x, True)
-                return x, x[:, packing.num_history :] if kept else None
+                return x, x[:, noisy] if kept else None
 
             x, states = jax.lax.scan(layer, x, (self.blocks, text))
             x = x[:, packing.num_history :]
 
         x = self.proj_out(self.norm_out(x, time, packing))
         pt, ph, pw = config.patch_size
-        parts = jnp.split(x, np.cumsum(packing.noisy)[:-1], 1)
+        parts = jnp.split(x[:, : sum(packing.noisy)], np.cumsum(packing.noisy)[:-1], 1)
         out = tuple(
             rearrange(part, "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
             for part, (t, h, w) in zip(parts, grids)
@@ -250,10 +251,11 @@ class Transformer(nnx.Module):
         packing = Packing(
             history=sum(math.prod(x.shape[1:4]) for x, _ in past),
             noisy=tuple(math.prod(x.shape[1:4]) for x, _ in noisy),
-        )
+        ).padded()
         parts = past * len(latents) + noisy
         tokens = jnp.concatenate([rearrange(x, "b t h w d -> b (t h w) d") for x, _ in parts], 1)
         cos, sin = (jnp.concatenate(tables, 1) for tables in _shared_batch([table for _, table in parts]))
+        tokens, cos, sin = (jnp.pad(x, ((0, 0), (0, packing.padding), (0, 0))) for x in (tokens, cos, sin))
         return tokens, (cos, sin), packing
 
 

@@ -27,9 +27,12 @@ def half(tree: Any) -> Any:
     return jax.tree.map(lambda x: shape(*x.shape, dtype=jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype), tree)
 
 
-def block(implementations: Implementations = DEVICE, dtype: Any = jnp.bfloat16) -> tuple[Any, tuple[Any, ...]]:
-    """One of the 40 blocks, over the history and a chunk at full size."""
-    tokens, angles = HISTORY + NOISY, CONFIG.attention_head_dim // 2
+def block(
+    implementations: Implementations = DEVICE, dtype: Any = jnp.bfloat16, noisy: int = NOISY
+) -> tuple[Any, tuple[Any, ...]]:
+    """One of the 40 blocks, over the history and a chunk, at full size unless it has fewer `noisy` tokens."""
+    padding = -(HISTORY + noisy) % 8
+    tokens, angles = HISTORY + noisy + padding, CONFIG.attention_head_dim // 2
     heads = (CONFIG.num_attention_heads, CONFIG.attention_head_dim)
     arguments = (
         half(nnx.eval_shape(lambda: Block(CONFIG, rngs=nnx.Rngs(0)))),
@@ -39,7 +42,7 @@ def block(implementations: Implementations = DEVICE, dtype: Any = jnp.bfloat16) 
         (shape(1, TEXT, *heads),) * 2,
     )
     arguments = jax.tree.map(lambda x: shape(*x.shape, dtype=dtype if x.dtype == jnp.bfloat16 else x.dtype), arguments)
-    packing = Packing(HISTORY, (NOISY,))
+    packing = Packing(HISTORY, (noisy,), padding)
 
     def run(block, x, time, table, text):
         return block(x, time, table, text, packing, implementations=implementations)

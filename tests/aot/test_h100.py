@@ -34,6 +34,17 @@ def test_block_is_libraries_and_fusions(h100, report):
     assert report("block, 11040 tokens", h100, program).temporaries < 0.6 * GB
 
 
+@pytest.mark.parametrize("norms", ["xla", "pallas"])
+def test_a_block_of_few_tokens_is_padded_outside(h100, report, norms):
+    """2940 tokens: XLA would pad them before each product, and slice after it."""
+    function, arguments = programs.block(Implementations("cudnn", norms), noisy=540)
+    program = compilation.compiled(function, *compilation.on_device(arguments, h100), platform="gpu", donate=(1,))
+    assert not re.findall(r"= \w+\[(?:\d+,)*2940\b", program.as_text()), "something has the length without padding"
+    epilogues = Counter(re.findall(r'"epilogue":"(\w+)"', program.as_text()))
+    assert epilogues == {"BIAS": 7, "BIAS_GELU": 1}
+    assert report(f"block, 2940 tokens, norms by {norms}", h100, program).temporaries < 0.2 * GB
+
+
 @pytest.fixture(scope="module")
 def decoder(h100):
     function, arguments = programs.decoder()
