@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # On PyPI torch brings CUDA; the reference runs on CPU and has no further needs, so it is installed apart.
 TORCH ?= torch==2.13.0
+# jax for the accelerator at hand, beside requirements.txt: cuda13, tpu, or nothing.
+ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda13)
+JAX := $(if $(ACCELERATOR),"jax[$(ACCELERATOR)]")
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS ?=
 # A Python on which requirements.txt has the newest jax; on 3.11 it has the oldest.
@@ -52,6 +55,9 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.test  ## time the sampler on what there is, beside diffusers, and write docs/benchmarks/
 	$(BIN)/python -m helios_jax.bench.throughput $(ARGS)
+
+gpu-report: $(VENV)/.test  ## every figure of the GPU at hand in nine minutes, into docs/benchmarks/
+	$(BIN)/python -m helios_jax.bench.gpu_report $(ARGS)
 
 check-kernels: $(VENV)/.run  ## the kernels' values and gradients beside their references', on the GPU or TPU at hand
 	$(BIN)/python -m pallas_kernels.check $(ARGS)
@@ -126,16 +132,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: requirements.txt | $(BIN)/python
-	$(PIP) install -r requirements.txt
+	$(PIP) install -r requirements.txt $(JAX)
 	@touch $@
 
 $(VENV)/.test: requirements-test.txt | $(BIN)/python
 	$(PIP) install $(TORCH)
-	$(PIP) install -r requirements-test.txt
+	$(PIP) install -r requirements-test.txt $(JAX)
 	@touch $@ $(VENV)/.run
 
 $(VENV)/.test-light: requirements-test.txt | $(BIN)/python
-	$(PIP) install -r requirements-test.txt
+	$(PIP) install -r requirements-test.txt $(JAX)
 	@touch $@ $(VENV)/.run
 
 $(AOT)/.aot: AOT_PYTHON = $(PYTHON)
