@@ -27,6 +27,7 @@ from helios_jax.models.block import Block
 from helios_jax.models.choices import Attention, Implementations, Norms
 from helios_jax.models.nn import Shapes
 from helios_jax.models.packing import Packing
+from helios_jax.models.transformer import Transformer
 from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.sampling.frames import decode
 from pallas_kernels.tunable import add_line
@@ -63,7 +64,7 @@ def blocks(size: Size, say: Say) -> None:
     Blocks run one after the other, so that a block's time is that of a pass divided by their number.
     """
     config, dtype = size.transformer, _dtype()
-    block = fill(Block(config, rngs=Shapes()), dtype, 3)
+    block = fill(Transformer.abstract(dataclasses.replace(config, num_layers=1)), dtype, 0).blocks[0]
     pt, ph, pw = config.patch_size
     h, w = size.height // 8 // ph, size.width // 8 // pw
 
