@@ -32,6 +32,7 @@ from helios_jax.pretrained import (
 from helios_jax.sharding import make_mesh, shardings
 from helios_jax.training.config import MeshConfig
 from tests import tiny
+from tests.closeness import assert_close, error
 
 Q, FFN, PATCH = "blocks.0.attn1.to_q", "blocks.1.ffn.net.2", "patch_mid"
 
@@ -130,7 +131,7 @@ def test_a_bias_alone_is_added(stacked):
     base = model(stacked)
     merged = lora.merge(lora.attach(base, {"a": lora.from_arrays({f"diffusion_model.{Q}.diff_b": bias})}, {"a": 2}))
     before, after = to_arrays(base), to_arrays(merged)
-    np.testing.assert_allclose(after[f"{Q}.bias"], before[f"{Q}.bias"] + 2 * bias, atol=1e-6)
+    assert_close(after[f"{Q}.bias"], before[f"{Q}.bias"] + 2 * bias)
     assert all((after[key] == value).all() for key, value in before.items() if key != f"{Q}.bias")
 
 
@@ -190,9 +191,9 @@ def test_scales_change_without_compiling_and_add_up():
     for scales in ((1, 1), (0.5, -2), (0, 0)):
         scaled = lora.set_scale(lora.set_scale(both, "a", scales[0]), "b", scales[1])
         expected = np.asarray(run(base)) + scales[0] * a + scales[1] * b
-        np.testing.assert_allclose(run(scaled), expected, atol=1e-4)
+        assert_close(run(scaled), expected)
     assert len(compiled) == start + 1
-    np.testing.assert_allclose(run(both), np.asarray(run(base)) + a + b, atol=1e-4)  # its own scales stayed
+    assert_close(run(both), np.asarray(run(base)) + a + b)  # its own scales stayed
 
 
 def test_unknown_and_taken_names_are_told():
@@ -221,7 +222,7 @@ def test_unmerging_gives_the_weights_back_to_rounding(stacked, dtype):
     again = lora.unmerge(merged, files, {"a": 0.3})
     assert lora.names(merged) == lora.names(again) == []
     before, during, after = to_arrays(base), to_arrays(merged), to_arrays(again)
-    unit = {jnp.float32: 2.0**-23, jnp.bfloat16: 2.0**-8}[dtype]
+    unit = float(jnp.finfo(dtype).eps)  # half of it each for what is merged and for what is left
     for key, value in before.items():
         assert after[key].dtype == value.dtype
         old, middle, new = (np.asarray(x[key], np.float64) for x in (before, during, after))
@@ -236,7 +237,7 @@ def test_one_adapter_is_merged_and_the_others_stay():
     merged = lora.merge(both, "a")
     assert lora.names(merged) == ["b"]
     expected = weight_of(both.blocks[0].attn1.to_q) + (ARRAYS[B] @ ARRAYS[A]).T
-    np.testing.assert_allclose(weight_of(merged.blocks[0].attn1.to_q), expected, atol=1e-5)
+    assert_close(weight_of(merged.blocks[0].attn1.to_q), expected)
     donated = lora.merge(both, donate=True)
     with pytest.raises(RuntimeError, match="deleted"):
         np.asarray(both.blocks[0].attn1.to_q.weight[...])
@@ -330,7 +331,7 @@ def test_eight_devices_hold_adapters_as_they_hold_weights(tmp_path):
     assert result["b"] == [None, None, "tensor"]
     assert result["new a"] == result["a"]
     assert result["weight"] == result["merged"] == [None, "fsdp", "tensor"]
-    assert result["error"] < 1e-6
+    assert result["error"] < 5e-6
 
 
 def on_eight() -> dict:
@@ -352,7 +353,7 @@ def on_eight() -> dict:
         "new a": spec(new.blocks.attn1.to_q.adapters[0], "a"),
         "weight": spec(split.blocks.attn1.to_q, "weight"),
         "merged": spec(merged.blocks.attn1.to_q, "weight"),
-        "error": max(float(np.abs(weights[k] - expected[k]).max()) for k in expected),
+        "error": max(error(weights[k], expected[k]) for k in expected),
     }
 
 
@@ -369,8 +370,7 @@ def test_the_command_merges_files_into_a_transformer(tmp_path, capsys):
     files = {"a": tmp_path / "a.safetensors", "b": tmp_path / "b.safetensors"}
     expected = to_arrays(lora.merge(lora.attach(model(), files, {"b": 0.5})))
     written = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
-    for key, value in expected.items():
-        np.testing.assert_allclose(written[key], value, atol=1e-6)
+    assert_close({key: written[key] for key in expected}, expected)
     capsys.readouterr()
     assert main([*command, "--lora", f"{tmp_path}/b.safetensors=much"]) == 2
     assert main([*command, "--lora", f"{tmp_path}/c.safetensors"]) == 2

@@ -22,6 +22,7 @@ from helios_jax.sampling import pipeline
 from helios_jax.sampling import run as runs
 from helios_jax.sampling.stream import Stream, read_state
 from tests import tiny
+from tests.closeness import assert_close
 
 ROOT = Path(sample.__file__).parent
 # sample.py where Ctrl-C works: a job in the background of a shell inherits an ignored SIGINT, and so do its children.
@@ -149,7 +150,7 @@ def test_frames_and_latents(config, tmp_path, folder):
             num_latent_frames_per_chunk=3,
             output_type="latent",
         ).frames[0]
-        np.testing.assert_allclose(file["latents"], expected, atol=2e-5)
+        assert_close(file["latents"], expected)
     assert run(config, "--num-frames", 12, "--out", tmp_path / "frames") == 0
     frames = sorted((tmp_path / "frames").iterdir())
     assert [f.name for f in frames] == [f"{i:06d}.png" for i in range(12)]

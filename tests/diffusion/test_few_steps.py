@@ -12,6 +12,7 @@ from helios_jax.diffusion.memory import History, MemoryConfig
 from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling.plan import Variant, make_levels
+from tests.closeness import assert_close
 
 SHAPE = (2, 3, 8, 16, 4)
 STEPS = (2, 1, 3)
@@ -65,7 +66,7 @@ def test_without_a_gradient_it_is_the_same_chunk():
     one, other = (
         few_steps.generate(velocity, draws, table, exits, FIRST, with_gradient=wanted) for wanted in (True, False)
     )
-    np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+    assert_close(one, other)
 
 
 def slope(exits, first=False):
@@ -76,20 +77,21 @@ def slope(exits, first=False):
         def velocity(x, t, wanted):
             return x + (bias if wanted else jax.lax.stop_gradient(bias))
 
-        return few_steps.generate(velocity, noise(), levels(), [jnp.full((2,), n) for n in exits], first).mean()
+        made = few_steps.generate(velocity, noise(), levels(), [jnp.full((2,), n) for n in exits], first)
+        return made[:, 0, 0, 0, 0].mean()  # every number moves alike; a sum of thousands would round
 
     return float(jax.grad(chunk)(0.0))
 
 
 def test_the_gradient_goes_through_the_step_a_level_ends_at():
     sigma = [np.asarray(level.sigma[0]) for level in levels()]
-    assert slope((1, 0, 2)) == pytest.approx(-sigma[2][2], rel=1e-4)
+    assert slope((1, 0, 2)) == pytest.approx(-sigma[2][2], rel=1e-5)
     # A level that ends at its first step hands the gradient on to what it was entered from.
     alpha = float(levels()[2].entry.alpha)
     below = slope((1, 0, 0)) + sigma[2][0]  # of float32 sums, as both are
     entered = float(levels()[1].entry.alpha)
     expected = (1 - sigma[2][0]) * alpha * (-sigma[1][0] + (1 - sigma[1][0]) * entered * -sigma[0][1])
-    assert below == pytest.approx(expected, abs=5e-5)
+    assert below == pytest.approx(expected, abs=1e-6)
 
 
 def test_exits_are_drawn_from_all_steps_alike_and_twice_as_many_in_a_first_chunk():

@@ -8,6 +8,7 @@ import pytest
 from helios_jax.diffusion.guidance import guide
 from helios_jax.diffusion.pyramid import block_noise, downsample, upsample
 from helios_jax.diffusion.schedule import SchedulerConfig, stages, upsampling_weights
+from tests.closeness import assert_close
 
 
 def test_block_noise_has_the_covariance_and_is_finite():
@@ -23,7 +24,7 @@ def test_block_noise_has_the_covariance_and_is_finite():
 def test_downsampling_keeps_the_variance_of_noise_and_undoes_upsampling():
     noise = jax.random.normal(jax.random.key(1), (2, 3, 64, 64, 4))
     assert float(jnp.std(2 * downsample(noise))) == pytest.approx(1, abs=0.02)
-    np.testing.assert_allclose(downsample(upsample(noise)), noise, atol=1e-6)
+    assert_close(downsample(upsample(noise)), noise)
 
 
 def test_a_level_begins_on_the_path_of_its_noise_level():
@@ -43,7 +44,7 @@ def test_a_level_begins_on_the_path_of_its_noise_level():
 def test_guidance():
     positive, negative = jax.random.normal(jax.random.key(4), (2, 3, 2, 2, 2, 1))
     plain = guide(positive, negative, jnp.asarray(3.0), project=False)
-    np.testing.assert_allclose(plain, 3 * positive - 2 * negative, rtol=1e-5, atol=1e-5)
+    assert_close(plain, 3 * positive - 2 * negative)
     # Projected, guidance does not see how long the negative velocity is.
     once, twice = (guide(positive, k * negative, jnp.asarray(3.0), project=True) for k in (1, 2))
-    np.testing.assert_allclose(once, twice, rtol=1e-4, atol=1e-4)
+    assert_close(once, twice)

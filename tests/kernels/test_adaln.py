@@ -10,6 +10,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels import adaln_gpu, adaln_tpu
 from pallas_kernels.adaln import adaln, by, reference
+from tests.closeness import assert_close
 
 SIZES = {"block": 16}
 KERNELS = {"tpu": (adaln_tpu, True, SIZES), "gpu": (adaln_gpu, InterpretGPUParams(), SIZES)}
@@ -26,9 +27,7 @@ def draw(b: int, runs: tuple[int, ...], d: int, dtype, *, samples: int):
 
 def agree(ours, theirs, dtype, *, of: str):
     assert ours.dtype == theirs.dtype
-    tolerance = 3e-5 if dtype == jnp.float32 else 0.03
-    arrays = (np.asarray(x, np.float32) for x in (ours, theirs))
-    np.testing.assert_allclose(*arrays, atol=tolerance, rtol=tolerance, err_msg=of)
+    assert_close({of: ours}, {of: theirs}, dtype=dtype)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -59,8 +58,7 @@ def test_32k_tokens():
     expected, expected_vjp = jax.vjp(lambda *args: reference(*args, runs, EPS), *inputs)
     got, got_vjp = jax.vjp(lambda *args: by(forward, backward, *args, runs, EPS), *inputs)
     agree(got, expected, jnp.float32, of="values")
-    for ours, theirs in zip(got_vjp(cotangent), expected_vjp(cotangent)):  # sums of 32k numbers
-        np.testing.assert_allclose(ours, theirs, atol=2e-3)
+    assert_close(got_vjp(cotangent), expected_vjp(cotangent))
 
 
 def test_blocks_of_a_gpu_lie_in_one_run():

@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels import attention_tpu
 from pallas_kernels.attention import attention, reference
 from pallas_kernels.tiles import lookup, table
+from tests.closeness import assert_close
 
 TILES = {
     "attention": {"block_q": 128, "block_k": 256, "block_k_compute": 128},
@@ -35,9 +36,7 @@ def test_values_and_gradients_are_the_references(n, m, head_dim, dtype, lengths)
     expected, expected_vjp = jax.vjp(lambda q, k, v: reference(q, k, v, lengths), *inputs)
     got, got_vjp = jax.vjp(lambda q, k, v: attention_tpu.attention(q, k, v, lengths, TILES, interpret=True), *inputs)
     assert got.dtype == dtype
-    tolerance = 3e-5 if dtype == jnp.float32 else 0.03
-    for ours, theirs in zip((got, *got_vjp(cotangent)), (expected, *expected_vjp(cotangent))):
-        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (ours, theirs)), atol=tolerance, rtol=tolerance)
+    assert_close((got, *got_vjp(cotangent)), (expected, *expected_vjp(cotangent)), dtype=dtype, terms=1)
 
 
 def test_blocks_pad_little():

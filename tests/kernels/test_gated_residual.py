@@ -10,6 +10,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels import adaln_gpu, adaln_tpu, gated_residual_gpu, gated_residual_tpu
 from pallas_kernels.gated_residual import by, gated_residual, reference
+from tests.closeness import assert_close
 
 EPS = 1e-6
 SIZES = {"block": 32}
@@ -45,18 +46,15 @@ def test_values_and_gradients_are_the_references(kernel, b, first, runs, d, dtyp
     inputs, cotangents = draw(b, first, runs, d, dtype)
     expected, expected_vjp = jax.vjp(lambda *args: reference(*args, runs, EPS), *inputs)
     got, got_vjp = jax.vjp(lambda *args: by(*KERNELS[kernel], *args, runs, EPS), *inputs)
-    tolerance = 3e-5 if dtype == jnp.float32 else 0.03
     for ours, theirs in zip((*got, *got_vjp(cotangents)), (*expected, *expected_vjp(cotangents)), strict=True):
         assert ours.dtype == theirs.dtype
-        assert ours.shape == theirs.shape
-        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (ours, theirs)), atol=tolerance, rtol=tolerance)
+        assert_close(ours, theirs, dtype=dtype)
 
 
 def test_32k_tokens():
     inputs, _ = draw(1, 8192, (24576,), 128, jnp.float32)
     forward = partial(gated_residual_tpu.forward, sizes={"block": 4096}, interpret=True)
-    for ours, theirs in zip(by(forward, None, *inputs, (24576,), EPS), reference(*inputs, (24576,), EPS)):
-        np.testing.assert_allclose(ours, theirs, atol=3e-5)
+    assert_close(by(forward, None, *inputs, (24576,), EPS), reference(*inputs, (24576,), EPS))
 
 
 def test_what_cannot_be_says_why():

@@ -18,6 +18,7 @@ from helios_jax.models.packing import Packing
 from helios_jax.sharding import AXES
 from pallas_kernels.attention import reference as attention
 from pallas_kernels.device import compiling_for
+from tests.closeness import assert_close
 
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5")
 HOPPER = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
@@ -64,7 +65,7 @@ def test_a_block_by_kernels_is_that_by_xla(monkeypatch, packing, keep_history, f
     expected = run()
     with compiling_for(TPU), pltpu.force_tpu_interpret_mode():
         got = run()
-    np.testing.assert_allclose(got, expected, atol=2e-4, rtol=2e-4)
+    assert_close(got, expected)
 
 
 def test_the_choice_is_logged(caplog):
@@ -138,4 +139,4 @@ def test_a_product_that_writes_heads_has_bias_and_adapters():
     x = jnp.asarray(rng.standard_normal((2, 3, 6)), jnp.float32)
     for adapters in (None, nnx.List([Linear(6, 8, rngs=nnx.Rngs(1))])):
         linear.adapters = nnx.data(adapters)
-        np.testing.assert_allclose(linear.head_major(x, 2), linear(x).reshape(2, 3, 2, 4), atol=1e-5)
+        assert_close(linear.head_major(x, 2), linear(x).reshape(2, 3, 2, 4))

@@ -16,6 +16,7 @@ from helios_jax.models.packing import Packing
 from helios_jax.models.remat import Remat
 from helios_jax.models.transformer import Transformer, TransformerConfig
 from tests import tiny
+from tests.closeness import assert_close
 
 
 def test_a_segment_sees_itself_alone():
@@ -27,7 +28,7 @@ def test_a_segment_sees_itself_alone():
     logits = jnp.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(8) + hidden
     expected = jnp.einsum("bhnm,bmhd->bnhd", jax.nn.softmax(logits, -1), v)
     got = attention(q, k, v, segments=(asks, answers))
-    np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert_close(got, expected)
 
 
 def test_rows_go_to_their_tokens():
@@ -78,7 +79,7 @@ def test_packed_levels_are_those_of_calls_on_their_own(stacked, options):
         return model(latents, timestep, model.text_kv(text), parts, indices)
 
     for i, out in enumerate(packed(model, latents)):
-        np.testing.assert_allclose(out, alone(model, latents[i], timesteps[:, i]), atol=2e-6)
+        assert_close(out, alone(model, latents[i], timesteps[:, i]))
 
 
 def test_every_remat_policy_gives_the_same_gradients():
@@ -95,5 +96,4 @@ def test_every_remat_policy_gives_the_same_gradients():
 
     plain = gradients(model, None)
     for name in get_args(Remat):
-        for a, b in zip(jax.tree.leaves(gradients(model, name)), jax.tree.leaves(plain), strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-6, err_msg=name)
+        assert_close({name: gradients(model, name)}, {name: plain})

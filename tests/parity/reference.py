@@ -5,6 +5,8 @@ from collections import defaultdict
 import numpy as np
 import torch
 
+from tests import closeness
+
 torch.set_num_threads(1)  # for arrays this small, more threads mostly wait for each other
 # What `check` has seen, for the report: (error, bar) by what was compared.
 MEASURED: defaultdict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -40,8 +42,9 @@ def arrays(module: torch.nn.Module) -> dict[str, np.ndarray]:
 
 def error(ours, reference) -> float:
     """norm(ours - reference) / norm(reference)."""
-    reference = reference.detach().float().numpy() if isinstance(reference, torch.Tensor) else np.asarray(reference)
-    return float(np.linalg.norm(np.asarray(ours, np.float32) - reference) / np.linalg.norm(reference))
+    if isinstance(reference, torch.Tensor):
+        reference = reference.detach().float().numpy()
+    return closeness.error(ours, reference)
 
 
 def check(what: str, ours, reference, bar: float, where: object = "") -> None:

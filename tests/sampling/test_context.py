@@ -23,6 +23,7 @@ from helios_jax.sampling.context import (
 )
 from helios_jax.sampling.noise import SeededNoise
 from tests import tiny
+from tests.closeness import assert_close
 
 SIZE = (16, 24)
 MEMORY = MemoryConfig(long=3, mid=1, recent=1, frames_per_chunk=2)  # chunks of 5 frames, 3 of them reach the window
@@ -74,7 +75,7 @@ def test_every_kind_of_image_gives_the_same_pixels(tmp_path):
     for same in (array, tmp_path / "a.png", str(tmp_path / "a.png"), image.convert("RGBA")):
         np.testing.assert_array_equal(preprocess_image(same, *SIZE), expected)
     own = preprocess_image(array, *array.shape[:2])[0]
-    np.testing.assert_allclose(own, array / 127.5 - 1, atol=1e-6)
+    assert_close(own, array / 127.5 - 1)
     np.testing.assert_array_equal(preprocess_image(array / np.float32(255), *array.shape[:2])[0], own)
 
 
@@ -222,10 +223,10 @@ def test_an_image_is_the_anchor_and_its_stillness_the_newest_frame(vae):
     np.testing.assert_array_equal(history.latents[:, :-1], 0)
     still = latents_of(vae, np.repeat(pixels, 5, 1))
     for sample in range(2):
-        np.testing.assert_allclose(history.latents[sample, -1], still[0, -1], atol=1e-6)
-        np.testing.assert_allclose(history.anchor[sample], still[0, :1], atol=1e-6)
+        assert_close(history.latents[sample, -1], still[0, -1])
+        assert_close(history.anchor[sample], still[0, :1])
     alone, _ = jax.jit(AutoencoderKLWan.encode)(vae, jnp.asarray(pixels))
-    np.testing.assert_allclose(history.anchor[0], alone[0], atol=1e-5)
+    assert_close(history.anchor[0], alone[0])
     assert bool(history.anchored)
     assert int(history.chunk) == 0
 
@@ -234,11 +235,11 @@ def test_a_video_is_the_newest_frames_and_its_first_frame_the_anchor(vae):
     clip = clip_of(FRAMES)
     history = from_video(vae, clip, MEMORY, CLEAN, Zeros())
     chunks = [latents_of(vae, clip.tail[:, i : i + 5]) for i in (0, 5, 10)]
-    np.testing.assert_allclose(history.latents, np.concatenate(chunks, 1)[:, -5:], atol=1e-6)
-    np.testing.assert_allclose(history.anchor, latents_of(vae, np.repeat(clip.first, 5, 1))[:, :1], atol=1e-6)
+    assert_close(history.latents, np.concatenate(chunks, 1)[:, -5:])
+    assert_close(history.anchor, latents_of(vae, np.repeat(clip.first, 5, 1))[:, :1])
     short = from_video(vae, clip_of(FRAMES[-7:]), MEMORY, CLEAN, Zeros())
     np.testing.assert_array_equal(short.latents[:, :3], 0)
-    np.testing.assert_allclose(short.latents[:, 3:], chunks[2], atol=1e-6)
+    assert_close(short.latents[:, 3:], chunks[2])
 
 
 def test_each_draw_is_asked_for_once_and_only_what_is_seen_is_encoded(vae, monkeypatch):
@@ -270,7 +271,7 @@ def test_noise_follows_the_sigmas_and_the_seed(vae):
     pixels = prepare_images(FRAMES[0], 1, *SIZE)
     config = ContextConfig(image_noise_sigma_min=1.0, image_noise_sigma_max=1.0, video_noise_sigma_min=0.0)
     history = from_image(vae, pixels, MEMORY, config, SeededNoise(3))
-    np.testing.assert_allclose(history.anchor, SeededNoise(3).normal("image_noise", (1, 1, 2, 3, 4)), atol=1e-6)
+    assert_close(history.anchor, SeededNoise(3).normal("image_noise", (1, 1, 2, 3, 4)))
     again, other = (from_image(vae, pixels, MEMORY, config, SeededNoise(seed)) for seed in (3, 4))
     np.testing.assert_array_equal(again.latents, history.latents)
     assert np.abs(other.latents - history.latents).max() > 1e-3

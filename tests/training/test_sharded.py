@@ -21,6 +21,7 @@ from helios_jax.training import loop
 from helios_jax.training.checkpoint import Checkpoints
 from helios_jax.training.config import TrainConfig
 from helios_jax.training.state import abstract_like, init_sharded
+from tests.closeness import assert_close
 from tests.training import recipe
 
 STAGES = ("stage1_init", "stage2_init", "stage3_ode", "stage3_gan")
@@ -35,7 +36,7 @@ def prepared(stage: str, root: Path, mesh: tuple[str, ...]):
     flags = ["data.batch_size=8", f"optim.accumulate={1 if stage == 'stage3_gan' else 2}", *mesh]
     if stage == "stage3_gan":
         # Group norms of two values would be their signs, and a penalty the difference of what is nearly equal: neither
-        # has a gradient to 1e-5 in float32, on one device or on eight.
+        # has a gradient to 2e-4 in float32, on one device or on eight.
         flags += ["distill.gan.discriminator.dim=128", "distill.gan.r1={weight: 0.1, sigma: 1.0}"]
     argv = recipe.arguments(stage, root, root / "none", *flags)
     config = configs.load(argv[0], argv[1:], TrainConfig)
@@ -97,8 +98,12 @@ def test_eight_devices_step_as_one_does(stage, tmp_path):
     subprocess.run([sys.executable, __file__, str(tmp_path), stage], env=environment, check=True)
     one, eight = (dict(np.load(tmp_path / f"{stage}-{name}.npz")) for name in ("one", "eight"))
     for name, x in one.items():
-        tolerance = 0 if name.startswith("begin/") else 1e-5
-        np.testing.assert_allclose(eight[name], x, rtol=tolerance, atol=tolerance, err_msg=name)
+        if name.startswith("begin/"):
+            np.testing.assert_array_equal(eight[name], x, err_msg=name)
+        elif name.startswith("metric/"):
+            assert_close({name: eight[name]}, {name: x}, ulps=200)
+        elif name.startswith("change/"):  # has the roundings of the parameter, which is far larger, or of penalties
+            assert_close({name: eight[name]}, {name: x}, ulps=1500)
     parts = ("generator", "score", "discriminator") if stage == "stage3_gan" else ("",)
     for part in parts:
         assert max(np.abs(x).max() for name, x in one.items() if name.startswith(f"change/{part}")) > 1e-4, part
