@@ -39,10 +39,10 @@ aot: | newer  ## compile the 14B model, its training steps and the kernels for T
 	$(MAKE) -j2 --output-sync=target aot-oldest aot-newest
 aot-newest: $(AOT)-newest/.aot
 	$(AOT)-newest/bin/python -m pytest -q -s tests/aot $(ARGS)
-	JAX_PLATFORMS=cpu $(AOT)-newest/bin/python -m helios_jax.bench.aot_training $(STEPS)
+	JAX_PLATFORMS=cpu $(AOT)-newest/bin/python -m helios_jax.benchmarks.aot_training $(STEPS)
 aot-oldest: $(AOT)/.aot  ## what a release of jax may break: kernels, the block, the decoder, one training step
 	$(AOT)/bin/python -m pytest -q -s tests/aot/test_h100.py tests/aot/test_norms.py -k "not sampler_fits and not v6e" $(ARGS)
-	JAX_PLATFORMS=cpu $(AOT)/bin/python -m helios_jax.bench.aot_training configs/stage1_init.yaml
+	JAX_PLATFORMS=cpu $(AOT)/bin/python -m helios_jax.benchmarks.aot_training configs/stage1_init.yaml
 
 lint: $(VENV)/.test  ## ruff and pyright
 	$(BIN)/ruff check .
@@ -54,10 +54,10 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.test  ## time the sampler on what there is, beside diffusers, and write docs/benchmarks/
-	$(BIN)/python -m helios_jax.bench.throughput $(ARGS)
+	$(BIN)/python -m helios_jax.benchmarks.throughput $(ARGS)
 
 gpu-report: $(VENV)/.test  ## every figure of the GPU at hand in nine minutes, into docs/benchmarks/
-	$(BIN)/python -m helios_jax.bench.gpu_report $(ARGS)
+	$(BIN)/python -m helios_jax.benchmarks.gpu_report $(ARGS)
 
 check-kernels: $(VENV)/.run  ## the kernels' values and gradients beside their references', on the GPU or TPU at hand
 	$(BIN)/python -m pallas_kernels.check $(ARGS)
@@ -75,18 +75,18 @@ TOY := helios_jax/assets/toy
 
 toy: toy-data toy-vae toy-latents toy-stage1 toy-score
 toy-data: $(VENV)/.run
-	test -d $(DATA) || $(BIN)/python -m helios_jax.data.toy_build --out $(DATA) --videos 1800 --chunks 4
+	test -d $(DATA) || $(BIN)/python -m helios_jax.toy.build --out $(DATA) --videos 1800 --chunks 4
 toy-vae: $(VENV)/.run
 	$(BIN)/python train.py configs/toy/vae.yaml $(ARGS)
 	$(BIN)/python train.py configs/toy/vae_long.yaml $(ARGS)
 	cp -r runs/toy-vae-long/vae $(TOY)/
 toy-latents: $(VENV)/.run
-	test -d $(LATENTS) || $(BIN)/python -m helios_jax.data.precompute --videos $(DATA) --vae $(TOY)/vae --text $(TOY) --out $(LATENTS)
+	test -d $(LATENTS) || $(BIN)/python -m helios_jax.precompute --videos $(DATA) --vae $(TOY)/vae --text $(TOY) --out $(LATENTS)
 toy-stage1: $(VENV)/.run  ## on two CPU devices: small steps use two cores better that way
 	XLA_FLAGS=--xla_force_host_platform_device_count=2 $(BIN)/python train.py configs/toy/stage1.yaml $(ARGS)
 	cp -r runs/toy-stage1/pipeline/transformer $(TOY)/
 toy-score: $(VENV)/.run  ## score the model on captions that training never saw
-	$(BIN)/python -m helios_jax.bench.toy_report --model $(TOY) --out docs/toy.md $(ARGS)
+	$(BIN)/python -m helios_jax.toy.report --model $(TOY) --out docs/toy.md $(ARGS)
 
 # --- the toy's three stages, each from the one before, as at 14B; `make chain` goes on where it was stopped ---
 CHAIN := runs/toy-chain
@@ -98,14 +98,14 @@ train = $(TWO) $(BIN)/python train.py configs/toy/$(1).yaml $(ARGS) && test -f $
 
 chain: $(CHAIN)/report.md  ## stage 1 init, post, 2 init, post, 3 ODE, 3 DMD + GAN, export, and a report of them
 $(CHAIN)/report.md: $(call done,stage3_distill) | $(VENV)/.test-light
-	$(BIN)/python -m helios_jax.bench.toy_chain --chain $(CHAIN) --out $@
+	$(BIN)/python -m helios_jax.toy.chain_report --chain $(CHAIN) --out $@
 $(call done,stage3_distill): $(call done,stage3_ode)
 	$(call train,stage3_distill)
 $(call done,stage3_ode): $(CHAIN)/ode.done
 	$(call train,stage3_ode)
 $(CHAIN)/ode.done: $(call done,stage2_post)
-	$(BIN)/python -m helios_jax.data.toy_build --captions --videos 256 --out $(CHAIN)/captions.txt
-	$(BIN)/python -m helios_jax.data.precompute ode --prompts $(CHAIN)/captions.txt --model $(CHAIN)/stage2_post/pipeline \
+	$(BIN)/python -m helios_jax.toy.build --captions --videos 256 --out $(CHAIN)/captions.txt
+	$(BIN)/python -m helios_jax.precompute ode --prompts $(CHAIN)/captions.txt --model $(CHAIN)/stage2_post/pipeline \
 		--out $(CHAIN)/ode --size 64x64 --num-frames 132 --steps 20 20 20 --guidance-scale 3 --negative-prompt "" \
 		--time-shift-type exponential --batch 32 --shard-size 64
 	touch $@
@@ -118,7 +118,7 @@ $(call done,stage1_post): $(call done,stage1_init)
 $(call done,stage1_init): $(CHAIN)/wan/transformer/config.json | toy-data toy-latents
 	$(call train,stage1_init)
 $(CHAIN)/wan/transformer/config.json: | $(VENV)/.run
-	$(BIN)/python -m helios_jax.training.toy_wan --model $(TOY) --out $(CHAIN)/wan
+	$(BIN)/python -m helios_jax.toy.wan --model $(TOY) --out $(CHAIN)/wan
 
 lock: $(VENV)/.test  ## requirements*.txt from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-header -q -o requirements.txt

@@ -107,7 +107,7 @@ def main(argv: list[str]) -> int:
         try:
             config = parse(argv)
             # After the arguments: jax takes seconds to import.
-            from helios_jax.compile import enable_cache
+            from helios_jax.runtime.compilation import enable_cache
             from helios_jax.sampling.run import run
 
             enable_cache()

@@ -25,9 +25,9 @@ from typing import Any
 import jax
 
 from helios_jax import config as configs
-from helios_jax.compile import precise
 from helios_jax.config import ConfigError
 from helios_jax.pretrained import CheckpointError
+from helios_jax.runtime.compilation import precise
 from helios_jax.sharding import check_batch, join_hosts, make_mesh
 from helios_jax.training import loop
 from helios_jax.training.checkpoint import Checkpoints, RestoreError

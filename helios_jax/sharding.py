@@ -4,9 +4,11 @@ Parameters name their dimensions (`axes` of an `nnx.Param`); `RULES` says which 
 dimension that its mesh axis does not divide stays whole, so the same code runs on one device, eight and a pod.
 """
 
+import dataclasses
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,8 +16,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-if TYPE_CHECKING:
-    from helios_jax.training.config import MeshConfig
+from helios_jax.config import require
 
 Tree = TypeVar("Tree")
 
@@ -26,6 +27,25 @@ AXES = ("data", "fsdp", "tensor", "context")
 RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
 
 BATCH = ("data", "fsdp")  # samples are split over both
+
+
+@dataclass
+class MeshConfig:
+    """Devices along each mesh axis; the one axis that is null takes the devices the others leave."""
+
+    data: int | None = None
+    fsdp: int | None = 1
+    tensor: int | None = 1
+    context: int | None = 1
+    processes: int = 1  # one per host; more than one: each host runs the same command, see `join_hosts`
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        require(sizes.pop("processes") > 0, f"processes must be at least 1, got {self.processes}")
+        for name, size in sizes.items():
+            require(size is None or size > 0, f"{name} must be at least 1, or null for the rest, got {size}")
+        rest = [name for name, size in sizes.items() if size is None]
+        require(len(rest) < 2, f"{(rest or [''])[-1]} cannot be null too: only one axis can take the rest, here {rest}")
 
 
 def join_hosts(processes: int) -> None:
@@ -44,7 +64,7 @@ def join_hosts(processes: int) -> None:
         raise ValueError(f"mesh.processes: cannot join {processes} processes: {reason}") from None
 
 
-def make_mesh(config: "MeshConfig", devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The (data, fsdp, tensor, context) mesh over `devices` (default: all); a null size takes the devices left over.
 
     Raises ValueError when the sizes do not multiply to the number of devices, or fit no grid of a TPU pod's links.

@@ -20,12 +20,13 @@ from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401 (the hook looks it up by name)
 
-install_import_hook(["helios_jax.models", "helios_jax.diffusion", "helios_jax.sampling"], "tests.typecheck.check")
+CHECKED = ["helios_jax.models", "helios_jax.diffusion", "helios_jax.sampling", "helios_jax.runtime"]
+install_import_hook(CHECKED, "tests.typecheck.check")
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-FAST = {"data", "diffusion", "kernels", "models", "sampling", "training"}  # folders, and files
+FAST = {"data", "diffusion", "kernels", "models", "precompute", "runtime", "sampling", "training"}  # folders, and files
 FAST |= {"parity/test_context.py", "parity/test_lora.py", "parity/test_pipeline.py"}
 
 
@@ -39,8 +40,8 @@ def pytest_collection_modifyitems(items):
 def compilation(request):
     """Also that of a test's other processes."""
     name = "jax_disable_most_optimizations"
-    folder = request.path.parent.name
-    fast = bool(FAST & {folder, f"{folder}/{request.path.name}"}) and os.environ.get(name.upper()) != "0"
+    path = request.path.relative_to(request.config.rootpath / "tests")
+    fast = bool(FAST & {path.parts[0], path.as_posix()}) and os.environ.get(name.upper()) != "0"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(name.upper(), str(int(fast)))
         before = jax.config.read(name)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 STAGES = ("stage1_init", "stage1_post", "stage2_init", "stage2_post", "stage3_ode", "stage3_post", "stage3_gan")
 RECIPE = [f"configs/{folder}{stage}.yaml" for folder in ("", "released/") for stage in STAGES]
-# What no run makes: the embedded model in the layout that helios_jax.training.toy_wan gives it.
+# What no run makes: the embedded model in the layout that helios_jax.toy.wan gives it.
 MADE = {"runs/toy-chain/wan"}
 NOT_RUNS = ("configs/stages.yaml", "configs/toy/base.yaml")  # what others build on
 

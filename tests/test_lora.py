@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from helios_jax import lora
 from helios_jax.lora import LoRAConfig, LoRAWeight
 from helios_jax.lora.__main__ import main
-from helios_jax.models.nn import Linear
+from helios_jax.models.layers import Linear
 from helios_jax.models.transformer import Transformer
 from helios_jax.pretrained import (
     CheckpointError,
@@ -29,8 +29,7 @@ from helios_jax.pretrained import (
     save_model,
     to_arrays,
 )
-from helios_jax.sharding import make_mesh, shardings
-from helios_jax.training.config import MeshConfig
+from helios_jax.sharding import MeshConfig, make_mesh, shardings
 from tests import tiny
 from tests.closeness import assert_close, error
 

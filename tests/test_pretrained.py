@@ -19,9 +19,9 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from helios_jax.models.nn import Shapes
-from helios_jax.models.text import UMT5Config, UMT5Encoder
+from helios_jax.models.layers import Shapes
 from helios_jax.models.transformer import Transformer
+from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
 from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.pretrained import (
     CheckpointError,
@@ -34,8 +34,8 @@ from helios_jax.pretrained import (
     save_model,
     to_arrays,
 )
-from helios_jax.sharding import make_mesh, shardings
-from helios_jax.training.config import MeshConfig, TrainConfig
+from helios_jax.sharding import MeshConfig, make_mesh, shardings
+from helios_jax.training.config import TrainConfig
 from helios_jax.training.optim import make_optimizer
 from helios_jax.training.state import init_sharded
 from tests import tiny
@@ -260,7 +260,7 @@ def as_a_host(folder: Path, out: Path, number: int, port: int) -> None:
 
 def test_the_host_never_holds_the_model():
     """3.4 GB of the 14B's tensors through the code of `load_model`, in a process whose peak is its own."""
-    command = [sys.executable, "-m", "helios_jax.bench.loading", "--layers", "4"]
+    command = [sys.executable, "-m", "helios_jax.benchmarks.loading", "--layers", "4"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     total, largest, peak = (
@@ -275,8 +275,8 @@ SAVING = """
 import sys
 import jax.numpy as jnp
 from flax import nnx
-from helios_jax.bench.loading import memory
-from helios_jax.models.nn import Linear
+from helios_jax.benchmarks.loading import memory
+from helios_jax.models.layers import Linear
 from helios_jax.pretrained import save_model
 from tests import tiny
 

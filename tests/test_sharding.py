@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from helios_jax.sharding import check_batch, make_mesh, shardings, spec
+from helios_jax.sharding import MeshConfig, check_batch, make_mesh, shardings, spec
 from helios_jax.training import checkpoint, loop, optim, state
-from helios_jax.training.config import MeshConfig, TrainConfig
+from helios_jax.training.config import TrainConfig
 from tests.closeness import assert_close
 from tests.training import dummy
 

@@ -8,10 +8,10 @@ from flax import nnx
 
 import helios_jax
 from helios_jax.diffusion.schedule import SchedulerConfig
-from helios_jax.models.nn import Shapes
-from helios_jax.models.text import UMT5Config, UMT5Encoder
+from helios_jax.models.layers import Shapes
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer, TransformerConfig
+from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
 from helios_jax.pretrained import file_entries, from_arrays
 from helios_jax.sampling.pipeline import HeliosPipeline

@@ -217,7 +217,7 @@ def chunk_transform(
 
 
 def ode_transform(example: Example, rng: np.random.Generator) -> Example:
-    """Picks a step at each level of an ODE pair (`helios_jax.data.ode`).
+    """Picks a step at each level of an ODE pair (`helios_jax.precompute.trajectories`).
 
     It makes lists over the levels, coarsest first: `noisy`, what the step begins with, and `target`, the level's result
     (both [t, h_i, w_i, c]), `timestep` and `sigma`. Other entries (history, anchor, chunk, text) pass through.

@@ -185,7 +185,7 @@ def open_source(folder: str | os.PathLike, split: str, *, make: str | None = Non
         state = "is not a complete dataset" if folder.exists() else "does not exist"
         raise FileNotFoundError(
             f"{folder} {state}: it must hold dataset_info.json, features.json and array_record files; make it with "
-            f"`{make or f'python -m helios_jax.data.toy_build --out {folder}'}`"
+            f"`{make or f'python -m helios_jax.toy.build --out {folder}'}`"
         )
     builder: Any = tfds.builder_from_directory(str(folder))
     if split not in builder.info.splits:

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from helios_jax.models.nn import Layout
+from helios_jax.models.layers import Layout
 from helios_jax.pretrained import file_entries
 from helios_jax.pretrained.load import place
 

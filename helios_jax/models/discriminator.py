@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from helios_jax.models.nn import Conv, Linear, ones, param, zeros
+from helios_jax.models.layers import Conv, Linear, ones, param, zeros
 
 GROUPS = 32  # of the group norms
 

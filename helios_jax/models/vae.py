@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from flax import nnx
 from jaxtyping import Array, Float
 
-from helios_jax.models.nn import Conv, ones, param
+from helios_jax.models.layers import Conv, ones, param
 
 WHOLE = (None, None)  # axes of every weight: 127M parameters are kept whole on each device
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from helios_jax.models.nn import Layout
+from helios_jax.models.layers import Layout
 from helios_jax.pretrained.folder import CheckpointError
 
 Path = tuple[Any, ...]

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from helios_jax.models.nn import Layout
+from helios_jax.models.layers import Layout
 from helios_jax.pretrained import files
 from helios_jax.pretrained.folder import write_config
 from helios_jax.pretrained.layout import dtype_of, file_entries, to_file

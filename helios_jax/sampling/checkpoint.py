@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 
 from helios_jax import pretrained, sharding
 from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig
-from helios_jax.models.nn import Shapes
-from helios_jax.models.text import UMT5Config, UMT5Encoder
+from helios_jax.models.layers import Shapes
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer, TransformerConfig
+from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
 from helios_jax.pretrained import CheckpointError
-from helios_jax.sampling import offload
+from helios_jax.runtime import offload
 from helios_jax.sampling.plan import Variant
 
 PIPELINES = ("HeliosPipeline", "HeliosPyramidPipeline")

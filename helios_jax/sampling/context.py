@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from helios_jax.data.image import read_image, resize, to_rgb
-from helios_jax.data.video import iterate_video
 from helios_jax.diffusion.memory import History, MemoryConfig, empty
+from helios_jax.media.image import read_image, resize, to_rgb
+from helios_jax.media.video import iterate_video
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
+from helios_jax.runtime.program import program
 from helios_jax.sampling.config import ContextConfig
 from helios_jax.sampling.noise import Noise, draw
-from helios_jax.sampling.program import program
 
 ImageInput = Image.Image | np.ndarray | str | os.PathLike
 Posterior = Sequence[Array]  # mean and standard deviation [n, t, h, w, c]
@@ -47,7 +47,7 @@ def preprocess_video(
     """Every frame of a video by the rules of `preprocess_image`.
 
     `video` is a file, a sequence of PIL images or of arrays [h, w, 3], or one array [t, h, w, 3]. `fps` is the rate
-    that a file is read at (`helios_jax.data.video.read_video`), by default its own.
+    that a file is read at (`helios_jax.media.video.read_video`), by default its own.
     """
     return _preprocess(_frames(video, fps, "video"), height, width, "video")
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from helios_jax.models.vae import AutoencoderKLWan, denormalize
-from helios_jax.sampling.program import program
+from helios_jax.runtime.program import program
 
 
 @program(static_argnames="dtype")

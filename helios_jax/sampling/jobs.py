@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from helios_jax.config import ConfigError, nearest, to_dict
-from helios_jax.data.output import Format, file_format, read_sidecar, sidecar
+from helios_jax.media.writers import Format, file_format, read_sidecar, sidecar
 from helios_jax.sampling.config import SampleConfig, Switch
 
 COLUMNS = ("id", "prompt_index", "prompt", "refined_prompt", "negative_prompt", "seed", "num_frames", "duration")

@@ -17,11 +17,11 @@ from helios_jax import pretrained
 from helios_jax.diffusion import memory as memories
 from helios_jax.diffusion.memory import History
 from helios_jax.diffusion.schedule import SchedulerConfig
-from helios_jax.models.block import check_implementations
-from helios_jax.models.choices import Attention, Implementations, Norms
-from helios_jax.models.text import UMT5Encoder
+from helios_jax.models.ops.choices import Attention, Implementations, Norms
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer
+from helios_jax.models.transformer.block import check_implementations
+from helios_jax.models.umt5 import UMT5Encoder
 from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.sampling import sampler
 from helios_jax.sampling.arguments import Prompt, check_output_type, make_negatives, make_seeds

@@ -15,7 +15,7 @@ import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from helios_jax import lora
-from helios_jax.data.output import ThreadedWriter, open_writer, write_sidecar
+from helios_jax.media.writers import ThreadedWriter, open_writer, write_sidecar
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.config import Options, SampleConfig

@@ -23,7 +23,7 @@ from helios_jax.diffusion.denoise import (
 )
 from helios_jax.diffusion.memory import History, MemoryConfig, push
 from helios_jax.models.transformer import Transformer
-from helios_jax.sampling.program import program
+from helios_jax.runtime.program import program
 
 Progress = Callable[[int, int], None]
 Chunk = TypeVar("Chunk")

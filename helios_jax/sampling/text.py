@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from helios_jax.models import text as umt5
-from helios_jax.models.text import UMT5Encoder
+from helios_jax.models import umt5
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer
-from helios_jax.sampling.offload import on_device
-from helios_jax.sampling.program import program
+from helios_jax.models.umt5 import UMT5Encoder
+from helios_jax.runtime.offload import on_device
+from helios_jax.runtime.program import program
 from helios_jax.sampling.prompts import Mixture, Prompts
 
 

@@ -11,9 +11,10 @@ from helios_jax.diffusion.corruption import CorruptionConfig, DropConfig
 from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.diffusion.targets import TimesConfig
-from helios_jax.models.remat import Remat
 from helios_jax.models.transformer import TransformerConfig
+from helios_jax.models.transformer.remat import Remat
 from helios_jax.models.vae import VAEConfig
+from helios_jax.sharding import MeshConfig
 from helios_jax.training.distill import DistillConfig
 from helios_jax.training.optim import OptimConfig
 from helios_jax.training.trainable import LoRAConfig
@@ -71,25 +72,6 @@ class ValidationConfig:
     def __post_init__(self):
         require(self.every > 0, f"every must be at least 1, got {self.every}")
         require(bool(self.prompts), "prompts must hold at least one; or leave validation out (null)")
-
-
-@dataclass
-class MeshConfig:
-    """Devices along each mesh axis; the one axis that is null takes the devices the others leave."""
-
-    data: int | None = None
-    fsdp: int | None = 1
-    tensor: int | None = 1
-    context: int | None = 1
-    processes: int = 1  # one per host; more than one: each host runs the same command, see `sharding.join_hosts`
-
-    def __post_init__(self):
-        sizes = dataclasses.asdict(self)
-        require(sizes.pop("processes") > 0, f"processes must be at least 1, got {self.processes}")
-        for name, size in sizes.items():
-            require(size is None or size > 0, f"{name} must be at least 1, or null for the rest, got {size}")
-        rest = [name for name, size in sizes.items() if size is None]
-        require(len(rest) < 2, f"{(rest or [''])[-1]} cannot be null too: only one axis can take the rest, here {rest}")
 
 
 @dataclass

@@ -10,11 +10,11 @@ import numpy as np
 
 from helios_jax import lora, pretrained
 from helios_jax.config import ConfigError
-from helios_jax.data.video import VideoWriter
 from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig
-from helios_jax.models.text import UMT5Config
+from helios_jax.media.video import VideoWriter
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer
+from helios_jax.models.umt5 import UMT5Config
 from helios_jax.models.vae import VAEConfig
 from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.checkpoint import PARTS, TRAINED_SIZE, Checkpoint, write_index

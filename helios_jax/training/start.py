@@ -9,8 +9,8 @@ from flax import nnx
 
 from helios_jax import lora, pretrained
 from helios_jax.config import ConfigError
-from helios_jax.models.embeddings import Patches, coarser
 from helios_jax.models.transformer import MEMORY_PATCHES, Transformer, TransformerConfig, init_memory_patches
+from helios_jax.models.transformer.embeddings import Patches, coarser
 from helios_jax.pretrained import CheckpointError
 from helios_jax.training.config import LoRAConfig, TrainConfig
 

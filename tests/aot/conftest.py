@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import pytest
 
-from helios_jax import compile as compilation
+from helios_jax.runtime import aot as compilation
 
 jax.config.update("jax_platforms", "cpu")
 ROWS = pytest.StashKey[list[str]]()

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from helios_jax.diffusion import memory
-from helios_jax.models.block import Block, TransformerConfig
-from helios_jax.models.choices import DEVICE, Implementations
-from helios_jax.models.packing import Packing
+from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.transformer import Transformer
+from helios_jax.models.transformer.block import Block, TransformerConfig
+from helios_jax.models.transformer.packing import Packing
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
 
 HISTORY, NOISY, TEXT = 2400, 8640, 512  # tokens

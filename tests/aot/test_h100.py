@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from helios_jax import compile as compilation
-from helios_jax.models.choices import Implementations
+from helios_jax.models.ops.choices import Implementations
+from helios_jax.runtime import aot as compilation
+from helios_jax.runtime.compilation import precise
 from pallas_kernels.attention import attention
 from tests.aot import programs
 
@@ -120,7 +121,7 @@ def test_block_by_kernels(h100, report):
 @pytest.mark.parametrize(("implementation", "most"), [("xla", 4 * GB), ("pallas", 2 * GB)])
 def test_block_in_float32(h100, report, implementation, most):
     function, arguments = programs.block(Implementations(implementation, implementation), jnp.float32)
-    with compilation.precise(jnp.float32):
+    with precise(jnp.float32):
         program = compilation.compiled(function, *compilation.on_device(arguments, h100), platform="gpu", donate=(1,))
     memory = report(f"float32 block, 11040 tokens, {implementation}", h100, program)
     assert memory.temporaries < most, "all of attention's logits are there at once"

@@ -6,9 +6,9 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from helios_jax import compile as compilation
-from helios_jax.models.block import Block, TransformerConfig
-from helios_jax.models.packing import Packing
+from helios_jax.models.transformer.block import Block, TransformerConfig
+from helios_jax.models.transformer.packing import Packing
+from helios_jax.runtime import aot as compilation
 from helios_jax.sharding import AXES, BATCH
 from pallas_kernels.adaln import adaln
 from pallas_kernels.gated_residual import gated_residual

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from helios_jax import compile as compilation
-from helios_jax.models.attention import attention
+from helios_jax.models.ops.attention import attention
+from helios_jax.runtime import aot as compilation
+from helios_jax.runtime.compilation import precise
 from tests.aot import programs
 
 GB = 10**9
@@ -34,10 +35,10 @@ def test_attention_has_gradients(tpu, report, name, n, m, head_dim):
 
 
 def test_attention_in_float32(tpu, report):
-    """Multiplied as such (`compile.precise`), by the block sizes that bfloat16 has."""
+    """Multiplied as such (`compilation.precise`), by the block sizes that bfloat16 has."""
     device = tpu("v5e:2x2")
     q = compilation.on_device(programs.shape(1, 11040, 2, 128, dtype=jnp.float32), device)
-    with compilation.precise(jnp.float32):
+    with precise(jnp.float32):
         program = compilation.compiled(attention, q, q, q, platform="tpu")
     assert compilation.custom_calls(program)["tpu_custom_call"] == 1
     report("float32 attention, 11040 queries", device, program)

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helios_jax.data import records, toy, toy_build
+from helios_jax.data import records
+from helios_jax.toy import build as toy_build
+from helios_jax.toy import world as toy
 
 FEATURES = {"x": records.tensor((None, 2), np.float16), "name": records.text()}
 

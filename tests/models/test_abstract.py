@@ -4,9 +4,9 @@ import jax
 import pytest
 from flax import nnx
 
-from helios_jax.models.nn import Shapes
-from helios_jax.models.text import UMT5Config, UMT5Encoder
+from helios_jax.models.layers import Shapes
 from helios_jax.models.transformer import Transformer
+from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
 from tests import tiny
 
 TEXT = UMT5Config(vocab_size=7, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2)

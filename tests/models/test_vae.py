@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from helios_jax.models import vae as module
-from helios_jax.models.nn import Shapes
+from helios_jax.models.layers import Shapes
 from helios_jax.models.vae import AutoencoderKLWan, CausalConv, ChannelNorm, VAEConfig, denormalize, normalize
 from helios_jax.pretrained import file_entries, from_arrays
 from tests.closeness import assert_close

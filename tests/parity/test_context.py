@@ -12,7 +12,7 @@ from diffusers.pipelines.helios import pipeline_helios, pipeline_helios_pyramid 
 from diffusers.video_processor import VideoProcessor  # noqa: E402
 
 from helios_jax.diffusion.memory import MemoryConfig, empty, push, window  # noqa: E402
-from helios_jax.models.nn import Shapes  # noqa: E402
+from helios_jax.models.layers import Shapes  # noqa: E402
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig  # noqa: E402
 from helios_jax.pretrained import from_arrays  # noqa: E402
 from helios_jax.sampling import context  # noqa: E402

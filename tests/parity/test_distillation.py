@@ -18,7 +18,7 @@ from helios_jax.diffusion.denoise import ChunkNoise  # noqa: E402
 from helios_jax.diffusion.pyramid import block_noise  # noqa: E402
 from helios_jax.diffusion.schedule import SchedulerConfig  # noqa: E402
 from helios_jax.models.discriminator import Head  # noqa: E402
-from helios_jax.models.nn import Shapes  # noqa: E402
+from helios_jax.models.layers import Shapes  # noqa: E402
 from helios_jax.pretrained import from_arrays  # noqa: E402
 from tests.parity.reference import arrays, channels_first, channels_last, check, randomise  # noqa: E402
 

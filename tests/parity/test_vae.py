@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan as Reference  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from helios_jax.models.nn import Shapes  # noqa: E402
+from helios_jax.models.layers import Shapes  # noqa: E402
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig  # noqa: E402
 from helios_jax.pretrained import count, file_entries, from_arrays, to_arrays  # noqa: E402
 from tests.parity.reference import arrays, channels_first, channels_last, check, error, randomise  # noqa: E402

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from helios_jax.data.video import VideoWriter, read_video
 from helios_jax.diffusion.memory import MemoryConfig
-from helios_jax.models.nn import Shapes
+from helios_jax.media.video import VideoWriter, read_video
+from helios_jax.models.layers import Shapes
 from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.sampling import context
 from helios_jax.sampling.context import (

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from helios_jax import HeliosPipeline
-from helios_jax.sharding import make_mesh
-from helios_jax.training.config import MeshConfig
+from helios_jax.sharding import MeshConfig, make_mesh
 from tests import tiny
 from tests.closeness import assert_close
 

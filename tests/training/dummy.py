@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from helios_jax.models.nn import Linear
+from helios_jax.models.layers import Linear
 from helios_jax.sharding import gather
 from helios_jax.training.config import TrainConfig
 

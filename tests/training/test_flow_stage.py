@@ -11,12 +11,14 @@ from flax import nnx
 from helios_jax import config as configs
 from helios_jax import lora
 from helios_jax.config import ConfigError
-from helios_jax.data import precompute, shards, toy_build
+from helios_jax.data import shards
 from helios_jax.data.records import open_source, tensor, text
 from helios_jax.models.transformer import Transformer
+from helios_jax.precompute import cli as precompute
 from helios_jax.pretrained import file_entries
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sharding import make_mesh
+from helios_jax.toy import build as toy_build
 from helios_jax.training import start
 from helios_jax.training.config import LoRAConfig, OptimConfig, PyramidConfig, TrainConfig, ValidationConfig
 from helios_jax.training.loop import make_step, split_ids

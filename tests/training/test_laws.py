@@ -13,8 +13,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 import train
 from helios_jax import config as configs
-from helios_jax.models.remat import Remat
 from helios_jax.models.transformer import Transformer
+from helios_jax.models.transformer.remat import Remat
 from helios_jax.sharding import make_mesh
 from helios_jax.training import loop, optim
 from helios_jax.training.config import TrainConfig

@@ -12,8 +12,8 @@ from PIL import Image
 import train
 from helios_jax import pretrained
 from helios_jax.config import ConfigError, load
-from helios_jax.data import toy_build
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
+from helios_jax.toy import build as toy_build
 from helios_jax.training.config import TrainConfig
 from helios_jax.training.stages import vae
 

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Key
 
 from helios_jax import lora
 from helios_jax.config import ConfigError
-from helios_jax.data.encode import EMPTY_TEXT, NEGATIVE_TEXT
 from helios_jax.data.records import open_source
 from helios_jax.diffusion import distillation as losses
 from helios_jax.diffusion import few_steps
@@ -29,6 +28,7 @@ from helios_jax.diffusion.memory import History, push, window
 from helios_jax.diffusion.schedule import dynamic_shift
 from helios_jax.models.discriminator import Head
 from helios_jax.models.transformer import Transformer
+from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_TEXT
 from helios_jax.pretrained import CheckpointError
 from helios_jax.training import optim, pipeline
 from helios_jax.training.config import TrainConfig

@@ -2,7 +2,7 @@
 
 Stage 1 teaches a text-to-video model to go on from a history; stage 2 (`flow.pyramid`) teaches it to do so in levels of
 growing size. A batch holds `target` [b, t, h, w, c], `history` [b, frames, h, w, c], `anchor` [b, 1, h, w, c]
-(normalized latents), `text` [b, m, d] and `chunk` [b], as `helios_jax.data.precompute` and `chunk_transform` make them,
+(normalized latents), `text` [b, m, d] and `chunk` [b], as `helios_jax.precompute` and `chunk_transform` make them,
 and for the person who looks for a bad clip its `id`.
 """
 
@@ -16,13 +16,13 @@ from jaxtyping import Array, Float, Key
 
 from helios_jax.config import ConfigError
 from helios_jax.data.loader import chunk_transform, loader
-from helios_jax.data.precompute import EMPTY_TEXT
 from helios_jax.data.records import open_source
 from helios_jax.diffusion.corruption import corrupt_history, drop_history
 from helios_jax.diffusion.memory import History, window
 from helios_jax.diffusion.schedule import stages
 from helios_jax.diffusion.targets import FlowSample, draw_quantile, flow_loss, pyramid_samples, straight_sample
 from helios_jax.models.transformer import Transformer
+from helios_jax.precompute.encode import EMPTY_TEXT
 from helios_jax.training.config import FlowConfig, TrainConfig
 from helios_jax.training.pipeline import export, open_components, validate
 from helios_jax.training.start import init_transformer as init
@@ -51,7 +51,7 @@ def chunks(config: TrainConfig, num_chunks: int = 1, constant: str | None = None
     open_components(config)
     folder = Path(config.data.folder)
     try:
-        make = "python -m helios_jax.data.precompute --help"
+        make = "python -m helios_jax.precompute --help"
         source = open_source(config.data.folder, "train", make=make)
         empty = np.load(folder / EMPTY_TEXT)
         more = {} if constant is None else {"negative": np.load(folder / constant).astype(np.float32)}

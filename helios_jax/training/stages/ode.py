@@ -2,7 +2,7 @@
 
 A batch holds lists over the levels, coarsest first: `noisy` and `target` [b, t, h_i, w_i, c], `timestep` and `sigma`
 [b], which are what one of the student's steps begins with and what the teacher made of it; and `history`, `anchor`,
-`chunk` and `text` of the chunk. `python -m helios_jax.data.precompute ode` makes them from a Mid checkpoint. The loss
+`chunk` and `text` of the chunk. `python -m helios_jax.precompute ode` makes them from a Mid checkpoint. The loss
 is upstream's _ode_regression_loss; a sample is one chunk where upstream takes three of a video.
 """
 
@@ -36,7 +36,7 @@ def batches(config: TrainConfig) -> Any:
     """
     open_components(config)
     try:
-        source = open_source(config.data.folder, "train", make="python -m helios_jax.data.precompute ode --help")
+        source = open_source(config.data.folder, "train", make="python -m helios_jax.precompute ode --help")
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(f"data.folder: {error}") from None
     _check(source[0], config)
@@ -66,7 +66,7 @@ def _check(example: dict[str, Any], config: TrainConfig) -> None:
         made = "holds no ODE pairs" if not levels else f"has pairs of {levels} levels"
         raise ConfigError(
             f"data.folder: {folder} {made}, distill.steps {list(config.distill.steps)} asks for "
-            f"{len(config.distill.steps)}; make it with python -m helios_jax.data.precompute ode"
+            f"{len(config.distill.steps)}; make it with python -m helios_jax.precompute ode"
         )
     frames, history, channels = (*example[f"latents_{levels - 1}"].shape[1:2], *example["history"].shape[::3])
     if (frames, history) != (memory.frames_per_chunk, memory.frames):

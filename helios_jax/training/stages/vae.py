@@ -21,7 +21,7 @@ from helios_jax import pretrained
 from helios_jax.config import ConfigError
 from helios_jax.data.loader import Example, Transform, clip_transform, loader
 from helios_jax.data.records import open_source
-from helios_jax.models.nn import Conv
+from helios_jax.models.layers import Conv
 from helios_jax.models.vae import (
     AttentionBlock,
     AutoencoderKLWan,

@@ -1,0 +1,259 @@
+"""Phases of the GPU report that measure the model: each is a process, and adds its rows to a file as they are known.
+
+    python -m helios_jax.benchmarks.gpu_phases blocks --size 14b --rows rows.jsonl
+
+Weights are random, of the sizes of `throughput_model`. `gpu_report` runs them one after the other.
+"""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from helios_jax.benchmarks import throughput, throughput_flops
+from helios_jax.benchmarks.throughput_model import SIZES, Size, fill, make
+from helios_jax.benchmarks.throughput_reference import Reference
+from helios_jax.benchmarks.throughput_report import facts, peak_gib
+from helios_jax.models.layers import Shapes
+from helios_jax.models.ops.choices import Attention, Implementations, Norms
+from helios_jax.models.transformer import Transformer
+from helios_jax.models.transformer.block import Block
+from helios_jax.models.transformer.packing import Packing
+from helios_jax.models.vae import AutoencoderKLWan
+from helios_jax.runtime.aot import memory
+from helios_jax.runtime.compilation import compiler_options, enable_cache
+from helios_jax.sampling.frames import decode
+from pallas_kernels.tunable import add_line
+
+Say = Callable[..., None]
+CHUNKS = 8
+REFERENCE_CHUNKS = 3
+CALLS = 20  # blocks that are queued at a time
+TEXT = 512  # tokens
+
+
+def machine(size: Size, say: Say) -> None:
+    """Device and versions; the measured rates of products and of copies."""
+    say(what="device", **facts(), platform=jax.default_backend(), memory_gib=_memory_gib())
+    cpu = jax.default_backend() == "cpu"
+    for dtype in (jnp.bfloat16, jnp.float32):
+        with jax.default_matmul_precision("highest" if dtype == jnp.float32 else None):
+            edge = 1024 if cpu else 8192 if dtype == jnp.bfloat16 else 4096
+            rate = throughput_flops.matmul_rate(edge, dtype, throughput.best)
+        say(what=f"product of {edge} x {edge} matrices, {jnp.dtype(dtype).name}", tflop_per_s=rate / 1e12)
+    x = jnp.zeros(2**24 if cpu else 2**30, jnp.uint8)
+    copy = jax.jit(lambda x: x + jnp.uint8(1))
+    say(what=f"copy of {x.size >> 20} MiB", gb_per_s=2 * x.size / throughput.best(lambda: copy(x)) / 1e9)
+
+
+def _memory_gib() -> float | None:
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else limit / 2**30
+
+
+def blocks(size: Size, say: Say) -> None:
+    """A block of the transformer at each level of the pyramid, by each pair of attention and norms.
+
+    Blocks run one after the other, so that a block's time is that of a pass divided by their number.
+    """
+    config, dtype = size.transformer, _dtype()
+    block = fill(Transformer.abstract(dataclasses.replace(config, num_layers=1)), dtype, 0).blocks[0]
+    pt, ph, pw = config.patch_size
+    h, w = size.height // 8 // ph, size.width // 8 // pw
+
+    def coarse(pool: int) -> int:
+        return -(-h // pool) * -(-w // pool)
+
+    history = 2 * h * w + coarse(2) * -(-2 // 2) + coarse(4) * (16 // 4)
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    draw = partial(_normal, dtype=dtype)
+    text = (draw(1, TEXT, heads, head_dim), draw(1, TEXT, heads, head_dim))
+    for down in (0, 1, 2):
+        noisy = 9 // pt * (h >> down) * (w >> down)
+        packing = Packing(history, (noisy,)).padded()
+        tokens = packing.num_tokens + packing.padding
+        angles = _normal(1, tokens, head_dim // 2, dtype=jnp.float32)
+        time_rows = _normal(1, 2, 6, config.dim, dtype=jnp.float32)
+        rest = time_rows, (jnp.cos(angles), jnp.sin(angles)), text
+        # A last block returns no history, so the difference of two models is a block that does.
+        one, two = (
+            throughput_flops.transformer_pass(dataclasses.replace(config, num_layers=n), noisy, history, TEXT)
+            for n in (1, 2)
+        )
+        expected = None
+        for attention, norms in _pairs():
+            row = {"attention": attention, "norms": norms, "noisy": noisy, "tokens": tokens}
+            try:
+                x = draw(1, tokens, config.dim)
+                seconds, out, temporaries = _time_block(block, x, rest, packing, attention, norms)
+            except Exception as error:  # one that cannot run says so, and the others are run
+                say(**row, why=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+                continue
+            expected = out if expected is None else expected
+            apart = np.linalg.norm(out - expected) / np.linalg.norm(expected)
+            say(
+                **row,
+                seconds=seconds,
+                pass_s=config.num_layers * seconds,
+                tflop_per_s=(two - one) / seconds / 1e12,
+                from_first_pair=float(apart),
+                temporaries_gib=temporaries,
+            )
+
+
+def _pairs() -> Iterator[tuple[Attention, Norms]]:
+    names: dict[str, tuple[Attention, ...]] = {"cpu": ("xla",), "gpu": ("cudnn", "pallas"), "tpu": ("xla", "pallas")}
+    kinds: tuple[Norms, ...] = ("xla",) if jax.default_backend() == "cpu" else ("xla", "pallas")
+    for attention in names[jax.default_backend()]:
+        for norms in kinds:
+            yield attention, norms
+
+
+def _time_block(
+    block: Block, x: jax.Array, rest: tuple[Any, ...], packing: Packing, attention: Attention, norms: Norms
+) -> tuple[float, np.ndarray, float]:
+    """Seconds of a block among others, its output, and GiB of temporaries of its program."""
+
+    def run(block: Block, x: jax.Array, time: Any, table: Any, text: Any) -> jax.Array:
+        return block(x, time, table, text, packing, implementations=Implementations(attention, norms))
+
+    jitted = jax.jit(run, donate_argnums=1, compiler_options=compiler_options() or None)
+    step = jitted.lower(block, x, *rest).compile()
+    out = np.asarray(step(block, jnp.copy(x), *rest), np.float32)
+    taken = []
+    for _ in range(3):
+        y = jnp.copy(x).block_until_ready()
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            y = step(block, y, *rest)
+        y.block_until_ready()
+        taken.append((time.perf_counter() - begin) / CALLS)
+    return min(taken), out, memory(step).temporaries / 2**30
+
+
+def vae(size: Size, say: Say) -> None:
+    """Decoding of a chunk in bfloat16 and float32, and how far the frames are apart."""
+    half = fill(AutoencoderKLWan(size.vae, rngs=Shapes()), jnp.bfloat16, 1)
+    latents = _normal(1, 9, size.height // 8, size.width // 8, size.vae.z_dim, dtype=jnp.float32)
+    frames = {}
+    for dtype in (jnp.bfloat16, jnp.float32):
+        model = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), half)
+        name, begin = jnp.dtype(dtype).name, time.perf_counter()
+        frames[name] = np.asarray(decode(model, latents, dtype="float32"))
+        first = time.perf_counter() - begin
+        seconds = throughput.best(lambda model=model: decode(model, latents, dtype="float32"))
+        row = {"what": f"decode {frames[name].shape[1]} frames, {name}", "seconds": seconds, "first_call_s": first}
+        if len(frames) == 2:
+            error = np.mean(np.square(frames["bfloat16"] - frames["float32"], dtype=np.float64))
+            row["psnr_of_bfloat16_db"] = float(-10 * np.log10(max(error, 1e-20)))
+        say(**row, peak_gib=peak_gib())
+
+
+def end_to_end(size: Size, say: Say, attention: Attention | None, norms: Norms | None) -> None:
+    """Whole videos of `CHUNKS` chunks: seconds a chunk and frames a second; the passes that they are made of."""
+    pipe = make(size, _dtype(), stacked=jax.default_backend() == "tpu")
+    pipe.transformer.implementations = Implementations(attention, norms)
+    ours = throughput.Ours(pipe, size, CHUNKS)
+    for steps in throughput.STEPS:
+        name = "+".join(map(str, steps))
+        first = ours.arrivals(steps, 1)[-1]
+        say(what=f"first call, {name}", seconds=first, peak_gib=peak_gib())
+        times = ours.arrivals(steps, CHUNKS)
+        say(what=f"{CHUNKS} chunks, {name}", **_pace(times, ours.frames), peak_gib=peak_gib())
+    for key, call in ours.parts().items():
+        throughput.seconds(call())
+        say(what=key, seconds=min(throughput.seconds(call()) for _ in range(3)))
+
+
+def _pace(times: list[float], frames: int) -> dict[str, Any]:
+    """Of the times at which chunks arrived. The first chunk alone has the text encoder before it."""
+    a_chunk = (times[-1] - times[0]) / (len(times) - 1)
+    return {
+        "seconds": times[-1],
+        "seconds_to_first_chunk": times[0],
+        "seconds_a_chunk": a_chunk,
+        "frames_per_s": frames / a_chunk,
+        "frames_per_s_in_all": frames * len(times) / times[-1],
+    }
+
+
+def reference(size: Size, say: Say, *, compiled: bool = False) -> None:
+    """diffusers' pipeline with the same weights; `compiled` by torch.compile."""
+    pipe = make(size, _dtype(), stacked=False)
+    theirs = Reference(pipe, size)
+    say(what="versions", **theirs.versions)
+    if compiled:
+        theirs.compile()
+    for steps in throughput.STEPS:
+        name = "+".join(map(str, steps))
+        say(what=f"first call, {name}", seconds=theirs.run(steps, 1))
+        one, all_chunks = theirs.run(steps, 1), theirs.run(steps, REFERENCE_CHUNKS)
+        a_chunk = (all_chunks - one) / (REFERENCE_CHUNKS - 1)
+        say(
+            what=f"{REFERENCE_CHUNKS} chunks, {name}",
+            seconds=all_chunks,
+            seconds_a_chunk=a_chunk,
+            frames_per_s=33 / a_chunk,
+            frames_per_s_in_all=33 * REFERENCE_CHUNKS / all_chunks,
+            torch_peak_gib=None if (peak := theirs.peak_bytes()) is None else peak / 2**30,
+        )
+        if not compiled and steps == throughput.STEPS[0]:
+            for key, seconds in theirs.parts(steps).items():
+                say(what=key, seconds=seconds)
+    if not compiled:
+        for key, value in throughput.Ours(pipe, size, 1).agreement(theirs).items():
+            say(what=f"norm(ours - diffusers) / norm(diffusers), {key}", error=value)
+
+
+def _dtype() -> Any:
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+def _normal(*sizes: int, dtype: Any) -> jax.Array:
+    return jax.random.normal(jax.random.key(len(sizes)), sizes, dtype)
+
+
+PHASES = ("machine", "blocks", "vae", "end_to_end", "reference", "reference_compiled")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m helios_jax.benchmarks.gpu_phases", description="Measure one phase."
+    )
+    parser.add_argument("phase", choices=PHASES)
+    parser.add_argument("--size", choices=SIZES, required=True)
+    parser.add_argument("--rows", type=Path, required=True, help="rows are added to this file, as JSON lines")
+    parser.add_argument("--attention", choices=("xla", "cudnn", "pallas"), help="of end_to_end")
+    parser.add_argument("--norms", choices=("xla", "pallas"), help="of end_to_end")
+    args = parser.parse_args(argv)
+    enable_cache()
+    begin, size = time.monotonic(), SIZES[args.size]
+
+    def say(**row: Any) -> None:
+        add_line(args.rows, {"phase": args.phase, **row, "at_s": round(time.monotonic() - begin, 2)})
+        shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items())
+        print(f"{args.phase}: {', '.join(shown)}", flush=True)
+
+    if args.phase == "end_to_end":
+        end_to_end(size, say, args.attention, args.norms)
+    elif args.phase.startswith("reference"):
+        try:
+            reference(size, say, compiled=args.phase == "reference_compiled")
+        except ModuleNotFoundError as error:
+            say(what="no comparison", why=str(error))
+    else:
+        {"machine": machine, "blocks": blocks, "vae": vae}[args.phase](size, say)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""Floating point operations of the sampler's parts, counted from their shapes: two for each multiply and add."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+from helios_jax.models.transformer import TransformerConfig
+from helios_jax.models.umt5 import UMT5Config
+
+
+def transformer_pass(config: TransformerConfig, noisy: int, history: int, text: int) -> int:
+    """One pass over so many tokens, the text's keys and values being there already."""
+    d, tokens = config.dim, noisy + history
+
+    def block(kept: int) -> int:
+        """A block that returns `kept` tokens."""
+        project = 4 * tokens * d * d + 4 * kept * d * d  # key and value of all; query and output
+        attend = 4 * kept * tokens * d
+        cross = 4 * noisy * d * d + 4 * noisy * text * d
+        return project + attend + cross + 4 * kept * d * config.ffn_dim
+
+    patch = math.prod(config.patch_size)
+    ends = 2 * tokens * patch * config.in_channels * d + 2 * noisy * d * patch * config.out_channels
+    return (config.num_layers - 1) * block(tokens) + block(noisy) + ends
+
+
+def text_encoder(config: UMT5Config, tokens: int) -> int:
+    """One prompt of so many positions."""
+    inner = config.num_heads * config.d_kv
+    layer = (
+        8 * tokens * config.d_model * inner + 4 * tokens * tokens * inner + 6 * tokens * config.d_model * config.d_ff
+    )
+    return config.num_layers * layer
+
+
+def text_kv(config: TransformerConfig, text: int) -> int:
+    """The keys and values of one prompt in every block, and the projection of its embedding."""
+    return 4 * text * config.dim**2 * config.num_layers + 2 * text * config.dim * (config.text_dim + config.dim)
+
+
+def traced(function: Callable[..., Any], *arguments: Any) -> int:
+    """The products and convolutions that `function` has for `arguments`, arrays or shapes."""
+    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _count(jaxpr: Jaxpr) -> int:
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
+        elif equation.primitive.name == "conv_general_dilated":
+            weight = equation.invars[1].aval.shape
+            outputs = weight[equation.params["dimension_numbers"].rhs_spec[0]]
+            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(weight) // outputs
+        elif equation.primitive.name == "cond":  # one way or another of computing the same
+            total += max(_count(branch.jaxpr) for branch in equation.params["branches"])
+        else:
+            inner = sum(map(_count, _bodies(equation.params)))
+            total += inner * equation.params.get("length", 1) if equation.primitive.name == "scan" else inner
+    return total
+
+
+def _bodies(params: dict[str, Any]) -> list[Jaxpr]:
+    found = [x for value in params.values() for x in (value if isinstance(value, tuple | list) else (value,))]
+    return [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in found if isinstance(x, ClosedJaxpr | Jaxpr)]
+
+
+def matmul_rate(size: int, dtype: Any, seconds: Callable[[Callable[[], Any]], float]) -> float:
+    """Operations a second of square products of `size`, timed by `seconds`: the floor that parts are held against."""
+    a, b = (jnp.asarray(np.random.default_rng(i).standard_normal((size, size), np.float32), dtype) for i in (0, 1))
+    multiply = jax.jit(jnp.matmul)
+    return 2 * size**3 / seconds(lambda: multiply(a, b))

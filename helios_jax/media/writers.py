@@ -1,0 +1,174 @@
+"""What a sampled video is written as: an mp4, a folder of PNG frames, or the latents; and a JSON file beside it."""
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from helios_jax.media.video import VideoWriter, check_writable
+
+Format = Literal["mp4", "png", "npz"]
+
+
+class Writer(Protocol):
+    """Takes a video chunk by chunk; what was written before a process dies stays."""
+
+    path: Path
+    frames: int  # written so far
+    takes: str  # "np": uint8 frames [t, h, w, 3]; "latent": latents [t, h, w, c]
+
+    def write(self, chunk: Any, /) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class FrameWriter:
+    """Writes a folder of PNG files, 000000.png and on. Raises ValueError when frames lie there already."""
+
+    takes = "np"
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.frames = 0
+        if self.path.is_file():
+            raise ValueError(f"{path}: is a file; name a folder for the frames")
+        if self.path.is_dir() and any(self.path.glob("*.png")):
+            raise ValueError(f"{path}: holds PNG files already; name a new folder, or empty this one")
+        check_writable(self.path / "000000.png")
+
+    def write(self, chunk: UInt8[np.ndarray, "t h w 3"]) -> None:
+        for frame in chunk:
+            Image.fromarray(frame).save(self.path / f"{self.frames:06d}.png")
+            self.frames += 1
+
+    def close(self) -> None:
+        """Nothing is left to be done."""
+
+
+class LatentWriter:
+    """Writes an .npz with `latents` [t, h, w, c] of whole chunks, normalized, and `chunk`, the latents of each.
+
+    Rewritten after every chunk, so that the file is always whole.
+    """
+
+    takes = "latent"
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        self.frames = 0
+        self._chunks: list[np.ndarray] = []
+        check_writable(self.path)
+
+    def write(self, chunk: Float[np.ndarray, "t h w c"]) -> None:
+        self._chunks.append(chunk)
+        self.frames += len(chunk)
+        part = self.path.with_name(f".{self.path.name}")
+        with part.open("wb") as file:
+            np.savez(file, latents=np.concatenate(self._chunks), chunk=len(self._chunks[0]))
+        part.replace(self.path)
+
+    def close(self) -> None:
+        """Nothing is left to be done."""
+
+
+class ThreadedWriter:
+    """Writes in a thread of its own, in order: `writer` may be slow without holding up what makes the chunks.
+
+    At most `PENDING` chunks wait or are being written; `write` waits for room. After an error nothing more is written,
+    and the next `write` or `close` raises it.
+    """
+
+    PENDING = 2
+
+    def __init__(self, writer: Writer):
+        self._writer = writer
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: deque[Future[None]] = deque()
+        self._failed = False
+        self.path, self.takes = writer.path, writer.takes
+
+    @property
+    def frames(self) -> int:
+        """Written so far."""
+        return self._writer.frames
+
+    def write(self, chunk: Any, then: Callable[[], None] | None = None) -> None:
+        """Takes a chunk; `then` is called in the thread once the chunk is in the file."""
+        while self._pending and (self._pending[0].done() or len(self._pending) >= self.PENDING):
+            self._wait()
+        self._pending.append(self._thread.submit(self._write, chunk, then))
+
+    def close(self) -> None:
+        """Waits until everything is written and closes the writer. Later calls do nothing."""
+        try:
+            while self._pending:
+                self._wait()
+        finally:
+            self._thread.shutdown()
+            self._writer.close()
+
+    def _wait(self) -> None:
+        """Waits for the oldest chunk, which stays for `close` where this is interrupted."""
+        wait([self._pending[0]])
+        self._pending.popleft().result()
+
+    def _write(self, chunk: Any, then: Callable[[], None] | None) -> None:
+        if self._failed:
+            return
+        try:
+            self._writer.write(chunk)
+            if then is not None:
+                then()
+        except BaseException:
+            self._failed = True
+            raise
+
+
+def file_format(path: str | os.PathLike, chosen: Format | None) -> Format:
+    """The format that `path` ends like, which must be `chosen` if that is given. Raises ValueError."""
+    suffix = Path(path).suffix.lower()
+    by_suffix: dict[str, Format] = {".mp4": "mp4", ".npz": "npz", "": "png"}
+    if suffix not in by_suffix:
+        raise ValueError(f"{path}: unknown suffix {suffix!r}; name .mp4, .npz (latents), or a folder (PNG frames)")
+    if chosen is not None and by_suffix[suffix] != chosen:
+        raise ValueError(
+            f"{path}: ends like {by_suffix[suffix]}, but format is {chosen}: leave format out, or name it so"
+        )
+    return by_suffix[suffix]
+
+
+def open_writer(path: str | os.PathLike, fps: float, height: int, width: int) -> Writer:
+    """The writer that `path` asks for. Raises ValueError, before anything is written, where it cannot work."""
+    kind = file_format(path, None)
+    if kind == "png":
+        return FrameWriter(path)
+    return LatentWriter(path) if kind == "npz" else VideoWriter(path, fps, height, width)
+
+
+def sidecar(path: str | os.PathLike) -> Path:
+    """Where the JSON of a video lies: x.json beside x.mp4, x.npz or the folder x."""
+    path = Path(path)
+    return path.with_suffix(".json") if path.suffix in (".mp4", ".npz") else path.with_name(f"{path.name}.json")
+
+
+def write_sidecar(path: str | os.PathLike, facts: dict[str, Any]) -> None:
+    """Writes `facts` about the video at `path`; the file is whole or absent."""
+    target = sidecar(path)
+    part = target.with_name(f".{target.name}")
+    part.write_text(json.dumps(facts, indent=2) + "\n")
+    part.replace(target)
+
+
+def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
+    """The facts of the video at `path`; None when there are none that can be read."""
+    try:
+        return json.loads(sidecar(path).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None

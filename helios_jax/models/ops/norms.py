@@ -1,0 +1,132 @@
+"""Norms with what surrounds them, by the kernels of `pallas_kernels` where these pay, and by XLA elsewhere."""
+
+import logging
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, Literal
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from helios_jax.models.ops import choices
+from helios_jax.models.ops.choices import Norms
+from helios_jax.sharding import BATCH
+from pallas_kernels import adaln as adaln_kernel
+from pallas_kernels import device
+from pallas_kernels import gated_residual as gated_residual_kernel
+from pallas_kernels import norm_rope as norm_rope_kernel
+from pallas_kernels.norm_rope import Rotary
+from pallas_kernels.rows import Runs
+
+log = logging.getLogger(__name__)
+
+# "xla" for all, or what each kernel's own op says pays on this device.
+Choice = Literal["xla"] | None
+
+
+def choose(x: Float[Array, "b n d"] | jax.ShapeDtypeStruct, heads: int, asked: Norms | None) -> Choice:
+    """The implementation of a block's norms.
+
+    Left to the device (`choices`), it is XLA where the kernels cannot run, and under a mesh that splits features or
+    tokens: the norm of queries and keys is across all heads. The log says which, and why. Raises ValueError when
+    "pallas" is asked for and cannot run.
+    """
+    if asked == "xla":
+        return "xla"
+    reason = norm_rope_kernel.unsupported(x, heads) or _split(x.shape[0])
+    if asked == "pallas" and reason:
+        raise ValueError(f"norms: {reason}; leave norms out, or ask for 'xla'")
+    if asked is None and choices.default("norms") == "xla":
+        _say(f"norms by xla ({device.kind()})")
+        return "xla"
+    if reason:
+        _say(f"norms by xla ({device.kind()}): {reason}")
+        return "xla"
+    gated = "pallas" if device.platform() == "gpu" else "xla"
+    _say(
+        f"norms ({device.kind()}): queries and keys by pallas; adaLN by xla, its gradient by pallas;"
+        f" gated residual by {gated}"
+    )
+    return None
+
+
+def check(asked: Norms | None, heads: int, width: int, dtype: Any) -> None:
+    """Raises ValueError when the implementation asked for cannot run such tokens here: known before weights are."""
+    if asked is not None:
+        choose(jax.ShapeDtypeStruct((1, 1, width), dtype), heads, asked)
+
+
+def adaln(x: Array, shift: Array, scale: Array, runs: Runs, eps: float, by: Choice) -> Float[Array, "b n d"]:
+    """`pallas_kernels.adaln.adaln`."""
+    op = partial(adaln_kernel.adaln, runs=runs, eps=eps, implementation=by)
+    return _on_samples(op, by, x, shift, scale)
+
+
+def norm_rope(
+    x: Float[Array, "b n d"],
+    weight: Float[Array, " d"],
+    heads: int,
+    eps: float,
+    table: Rotary | None,
+    history_scale: Float[Array, " #heads"] | None,
+    num_history: int,
+    by: Choice,
+) -> Float[Array, "b n heads head_dim"]:
+    """`pallas_kernels.norm_rope.norm_rope`."""
+
+    def op(x, table, weight, scale):
+        return norm_rope_kernel.norm_rope(x, weight, heads, eps, table, scale, num_history, implementation=by)
+
+    return _on_samples(op, by, x, table, weight, history_scale)
+
+
+def gated_residual(
+    x: Array, y: Array, gate: Array, shift: Array, gain: Array, runs: Runs, eps: float, by: Choice
+) -> tuple[Float[Array, "b m d"], Float[Array, "b m d"]]:
+    """`pallas_kernels.gated_residual.gated_residual`."""
+    op = partial(gated_residual_kernel.gated_residual, runs=runs, eps=eps, implementation=by)
+    return _on_samples(op, by, x, y, gate, shift, gain)
+
+
+def fuses_residual(by: Choice) -> bool:
+    """Whether `gated_residual` is a kernel; where it is not, XLA adds in the product before."""
+    return by is None and device.platform() == "gpu"
+
+
+def head_major(by: Choice) -> bool:
+    """Whether attention reads heads one after the other."""
+    return by is None and device.platform() == "tpu"
+
+
+def _mesh() -> Any:
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh is None or mesh.empty or mesh.size == 1 else mesh
+
+
+def _split(samples: int) -> str | None:
+    """What the mesh splits that a kernel needs whole."""
+    mesh = _mesh()
+    if mesh is None:
+        return None
+    for axis, what in (("tensor", "heads"), ("context", "tokens")):
+        if mesh.shape[axis] > 1:
+            return f"{what} are split over the mesh's {axis}, and the kernels need them whole"
+    devices = math.prod(mesh.shape[axis] for axis in BATCH)
+    return f"{samples} samples cannot be split over {devices} devices" if samples % devices else None
+
+
+def _on_samples(op: Callable[..., Any], by: Choice, x: Array, *rest: Any) -> Any:
+    """`op` on each device's samples: under a mesh nothing else splits what a kernel reads."""
+    mesh = _mesh()
+    if mesh is None or by == "xla":
+        return op(x, *rest)
+    samples = PartitionSpec(BATCH)
+    specs = jax.tree.map(lambda of: samples if of.ndim == 3 and of.shape[0] == x.shape[0] else PartitionSpec(), rest)
+    return jax.shard_map(op, mesh=mesh, in_specs=(samples, *specs), out_specs=samples, check_vma=False)(x, *rest)
+
+
+@cache
+def _say(line: str) -> None:
+    log.info(line)

@@ -1,0 +1,23 @@
+"""The Helios transformer and the inputs it takes."""
+
+from helios_jax.models.transformer.block import Block, TransformerConfig, check_implementations
+from helios_jax.models.transformer.model import (
+    MEMORY_PATCHES,
+    FrameIndices,
+    HistoryLatents,
+    TextCache,
+    Transformer,
+    init_memory_patches,
+)
+
+__all__ = [
+    "MEMORY_PATCHES",
+    "Block",
+    "FrameIndices",
+    "HistoryLatents",
+    "TextCache",
+    "Transformer",
+    "TransformerConfig",
+    "check_implementations",
+    "init_memory_patches",
+]

@@ -1,0 +1,281 @@
+"""The Helios transformer: one denoising pass over compressed history and noisy latents (paper section 3)."""
+
+import math
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from flax import nnx, struct
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from helios_jax.models.layers import Linear, Shapes, layer_norm, normal, param, zeros
+from helios_jax.models.ops.choices import DEVICE, Implementations
+from helios_jax.models.transformer.block import Block, TextKV, TransformerConfig
+from helios_jax.models.transformer.embeddings import ConditionEmbedder, Patches, coarser
+from helios_jax.models.transformer.packing import Packing
+from helios_jax.models.transformer.remat import BLOCK_INPUT, Remat, policy
+from helios_jax.models.transformer.rope import Rotary, pad_replicate, rotary
+
+
+# The fields of the next two are not annotated with shapes: jax puts things that are no arrays into pytrees, too.
+@struct.dataclass
+class HistoryLatents:
+    """Clean latents that condition the noisy ones, [b, t, h, w, c] at full resolution; mid and long may be absent."""
+
+    short: Any
+    mid: Any = None
+    long: Any = None
+
+
+@struct.dataclass
+class FrameIndices:
+    """Temporal positions of every part's frames, int [b, t], or [1, t] when all samples share them."""
+
+    noisy: Any
+    short: Any = None
+    mid: Any = None
+    long: Any = None
+
+
+# Those of all blocks: one array each when the blocks are stacked, else a tuple over blocks.
+TextCache = (
+    tuple[Float[Array, "layers b m heads head_dim"], Float[Array, "layers b m heads head_dim"]] | tuple[TextKV, ...]
+)
+
+
+class OutputNorm(nnx.Module):
+    def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
+        self.eps = config.eps
+        self.scale_shift_table = param(rngs, normal(config.dim**-0.5), (1, 2, config.dim), (None, None, "embed"))
+
+    def __call__(self, x: Float[Array, "b n d"], time: Float[Array, "b rows d"], packing: Packing) -> Array:
+        """Of the noisy tokens alone."""
+        table = self.scale_shift_table[...].astype(jnp.float32)
+        shift, scale = (packing.rows(time.astype(jnp.float32) + table[:, i], history=False) for i in (0, 1))
+        return (layer_norm(x, self.eps) * (1 + scale) + shift).astype(x.dtype)
+
+
+class Transformer(nnx.Module):
+    """Predicts the velocity of noisy latents, given history, text and time (diffusers' HeliosTransformer3DModel).
+
+    `stacked=True` keeps the blocks as one block whose parameters have a leading layer dimension, run by `lax.scan`:
+    short compilation, for training and TPUs. Otherwise blocks are a list and are unrolled: no copies of stacked
+    weights, for inference on GPUs. The files and the numbers are the same.
+    """
+
+    FILE_NAMES = (("ffn.up", "ffn.net.0.proj"), ("ffn.down", "ffn.net.2"), ("to_out", "to_out.0"))
+    FLOAT32 = ("time_embedder", "scale_shift_table", "norm2", "history_key_scale")
+    TIED: ClassVar = {"scale_shift_table": "norm_out.scale_shift_table"}  # Wan's name, and ours
+
+    def __init__(self, config: TransformerConfig, *, stacked: bool = False, rngs: nnx.Rngs):
+        self.config = config
+        self.implementations = DEVICE  # of calls that name none
+        patch, dim = config.patch_size, config.dim
+
+        def patches(scale: int) -> Patches:
+            return Patches(config.in_channels, dim, tuple(scale * p for p in patch), rngs=rngs)
+
+        self.patch_embedding = patches(1)
+        if config.has_multi_term_memory_patch:
+            self.patch_short, self.patch_mid, self.patch_long = patches(1), patches(2), patches(4)
+        self.condition_embedder = ConditionEmbedder(config.freq_dim, config.text_dim, config.dim, rngs=rngs)
+        if stacked:
+            keys = jax.random.split(rngs.params(), config.num_layers)
+            self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(keys)
+        else:
+            self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm_out = OutputNorm(config, rngs=rngs)
+        values = config.out_channels * patch[0] * patch[1] * patch[2]
+        self.proj_out = Linear(dim, values, axes=("embed", None), init=zeros, rngs=rngs)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What the weights are in and the forward pass computes in."""
+        return self.patch_embedding.weight.dtype
+
+    @classmethod
+    def abstract(cls, config: TransformerConfig, *, stacked: bool = False) -> "Transformer":
+        """The model with shapes in place of arrays."""
+        model = cls(config, rngs=Shapes())
+        if stacked:
+            block, layers = Block(config, rngs=Shapes()), config.num_layers
+            model.blocks = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), block)
+        return model
+
+    def text_kv(self, embeddings: Float[Array, "b m text_dim"]) -> TextCache:
+        """Every block's keys and values of the text: they depend on the prompt alone, so one call serves all steps."""
+        text = self.condition_embedder.text(embeddings)
+        if isinstance(self.blocks, nnx.List):
+            return tuple(block.attn2.key_value(text) for block in self.blocks)
+        return jax.lax.map(lambda block: block.attn2.key_value(text), self.blocks)
+
+    def __call__(
+        self,
+        latents: Float[Array, "b t h w c"],
+        timestep: Float[Array, " b"],
+        text: TextCache,
+        history: HistoryLatents | None = None,
+        indices: FrameIndices | None = None,
+        *,
+        remat: Remat | None = None,
+        implementations: Implementations | None = None,
+    ) -> Float[Array, "b t h w c_out"]:
+        """Velocity (noise minus data) of `latents` at `timestep` (0 to 1000).
+
+        `text` comes from `text_kv`. Computes in the dtype of `latents`. Without `indices` frames count from zero, which
+        fits a call without history only. With `remat` the backward pass computes again what that policy does not keep.
+        """
+        (out,) = self.packed(
+            (latents,), timestep[:, None], text, history, indices, remat=remat, implementations=implementations
+        )
+        return out
+
+    def packed(
+        self,
+        latents: tuple[Float[Array, "b t _h _w c"], ...],
+        timesteps: Float[Array, "b levels"],
+        text: TextCache,
+        history: HistoryLatents | None = None,
+        indices: FrameIndices | None = None,
+        *,
+        remat: Remat | None = None,
+        implementations: Implementations | None = None,
+    ) -> tuple[Float[Array, "b t _h _w c_out"], ...]:
+        """`__call__` of several latents of the same chunks, such as the levels of the pyramid, as one sequence (NaViT).
+
+        Each has its own timestep and sees its own copy of the history and nothing of the others, so the velocities are
+        those of calls on their own.
+        """
+        return self._run(latents, timesteps, text, history, indices, (), remat, implementations)[0]
+
+    def features(
+        self,
+        latents: Float[Array, "b t h w c"],
+        timestep: Float[Array, " b"],
+        text: TextCache,
+        history: HistoryLatents | None = None,
+        indices: FrameIndices | None = None,
+        *,
+        blocks: tuple[int, ...],
+        remat: Remat | None = None,
+        implementations: Implementations | None = None,
+    ) -> tuple[Float[Array, "b t h w c_out"], tuple[Float[Array, "b _t _h _w d"], ...]]:
+        """The velocity, and what each of `blocks` (numbers from 0) makes of the noisy tokens, on their grid."""
+        (out,), kept = self._run((latents,), timestep[:, None], text, history, indices, blocks, remat, implementations)
+        t, h, w = (size // p for size, p in zip(latents.shape[1:4], self.config.patch_size))
+        return out, tuple(rearrange(x, "b (t h w) d -> b t h w d", t=t, h=h, w=w) for x in kept)
+
+    def _run(
+        self,
+        latents: tuple[Array, ...],
+        timesteps: Array,
+        text: TextCache,
+        history: HistoryLatents | None,
+        indices: FrameIndices | None,
+        kept: tuple[int, ...],
+        remat: Remat | None,
+        implementations: Implementations | None,
+    ) -> tuple[tuple[Array, ...], list[Array]]:
+        config, implementations = self.config, implementations or self.implementations
+        grids = [tuple(size // p for size, p in zip(x.shape[1:4], config.patch_size)) for x in latents]
+        if indices is None:
+            indices = FrameIndices(noisy=jnp.arange(grids[0][0])[None])
+        x, table, packing = self._tokens(latents, history, indices)
+
+        past = jnp.zeros_like(timesteps[:, :1]) if config.zero_history_timestep else timesteps
+        time, modulation = self.condition_embedder.time(jnp.concatenate([past, timesteps], 1), x.dtype)
+
+        def run(block: Block, kv: Any, x: Array, keep_history: bool) -> Array:
+            x = checkpoint_name(x, BLOCK_INPUT)
+            return block(x, modulation, table, kv, packing, keep_history=keep_history, implementations=implementations)
+
+        if remat is not None:
+            # In a scan nothing could take the place of what is computed again.
+            run = jax.checkpoint(
+                run, static_argnums=3, policy=policy(remat), prevent_cse=isinstance(self.blocks, nnx.List)
+            )
+        noisy = slice(packing.num_history, packing.num_tokens)
+        states: Any = []  # noisy tokens after each block, where any are to be kept
+        if isinstance(self.blocks, nnx.List):
+            for i, (block, kv) in enumerate(zip(self.blocks, text, strict=True)):
+                last = i == len(self.blocks) - 1
+                with jax.named_scope(f"block_{i}"):
+                    x = run(block, kv, x, not last)
+                states.append(x[:, : sum(packing.noisy)] if last else x[:, noisy])
+        else:
+
+            def layer(x: Array, xs: Any) -> tuple[Array, Any]:
+                block, kv = xs
+                x = run(block, kv, x, True)
+                return x, x[:, noisy] if kept else None
+
+            x, states = jax.lax.scan(layer, x, (self.blocks, text))
+            x = x[:, packing.num_history :]
+
+        x = self.proj_out(self.norm_out(x, time, packing))
+        pt, ph, pw = config.patch_size
+        parts = jnp.split(x[:, : sum(packing.noisy)], np.cumsum(packing.noisy)[:-1], 1)
+        out = tuple(
+            rearrange(part, "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
+            for part, (t, h, w) in zip(parts, grids)
+        )
+        return out, [states[i] for i in kept]
+
+    def _tokens(
+        self, latents: tuple[Array, ...], history: HistoryLatents | None, indices: FrameIndices
+    ) -> tuple[Float[Array, "b n d"], Rotary, Packing]:
+        """Tokens in the order long, mid, short, noisy (the history once for each of the latents), with their rotary
+        tables."""
+        dims, theta = self.config.rope_dim, self.config.rope_theta
+        patch = self.config.patch_size
+
+        def grid(frames, x, pool=1):
+            return rotary(jnp.asarray(frames), *x.shape[2:4], dims=dims, theta=theta, pool=pool)
+
+        past = []
+        if history is not None:
+            short = self.patch_short(history.short)
+            past.append((short, grid(indices.short, short)))
+            for scale, conv, frames, at in (
+                (2, "patch_mid", history.mid, indices.mid),
+                (4, "patch_long", history.long, indices.long),
+            ):
+                if frames is not None:
+                    padded = pad_replicate(frames, tuple(scale * p for p in patch))
+                    past.append((getattr(self, conv)(padded), grid(at, short, pool=scale)))
+        past.reverse()
+        noisy = [(x, grid(indices.noisy, x)) for x in map(self.patch_embedding, latents)]
+        packing = Packing(
+            history=sum(math.prod(x.shape[1:4]) for x, _ in past),
+            noisy=tuple(math.prod(x.shape[1:4]) for x, _ in noisy),
+        ).padded()
+        parts = past * len(latents) + noisy
+        tokens = jnp.concatenate([rearrange(x, "b t h w d -> b (t h w) d") for x, _ in parts], 1)
+        cos, sin = (jnp.concatenate(tables, 1) for tables in _shared_batch([table for _, table in parts]))
+        tokens, cos, sin = (jnp.pad(x, ((0, 0), (0, packing.padding), (0, 0))) for x in (tokens, cos, sin))
+        return tokens, (cos, sin), packing
+
+
+def _shared_batch(tables: list) -> tuple[list, list]:
+    """cos tables and sin tables, those with batch 1 repeated when another part has positions per sample."""
+    b = max(cos.shape[0] for cos, _ in tables)
+
+    def spread(x):
+        return x if x.shape[0] == b else repeat(x, "1 n p -> b n p", b=b)
+
+    return [spread(cos) for cos, _ in tables], [spread(sin) for _, sin in tables]
+
+
+# How much coarser than the patch embedding each part of the history is.
+MEMORY_PATCHES = {"patch_short": 1, "patch_mid": 2, "patch_long": 4}
+
+
+def init_memory_patches(model: Transformer) -> Transformer:
+    """Short, mid and long patches start as the patch embedding: upstream's initialisation from Wan's weights."""
+    for name, scale in MEMORY_PATCHES.items():
+        patches = getattr(model, name)
+        patches.weight[...], patches.bias[...] = coarser(model.patch_embedding, scale)
+    return model

@@ -1,0 +1,236 @@
+"""Makes what training reads: latents and text embeddings of videos, ODE pairs of a teacher, embeddings of prompts.
+
+    python -m helios_jax.precompute clips --json data/clips.json --model BestWishYsh/Helios-Base --out data/latents
+    python -m helios_jax.precompute ode --prompts prompts.txt --model BestWishYsh/Helios-Mid --out data/ode
+    python -m helios_jax.precompute text --prompts prompts.txt --model BestWishYsh/Helios-Base --out data/text
+    python -m helios_jax.precompute videos --videos data/toy --vae helios_jax/assets/toy/vae \\
+        --text helios_jax/assets/toy --out data/toy-latents
+
+`videos`, a dataset of `helios_jax.toy.build`, is what is meant when no task is named. A command that was killed
+goes on where it stopped when it is given again; until it is done its work lies in OUT.partial. docs/training.md says
+what is written.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from helios_jax import pretrained
+from helios_jax.precompute import tasks
+from helios_jax.precompute.clips import SIZES, Selection, Size
+from helios_jax.precompute.encode import NEGATIVE_PROMPT, NEGATIVE_TEXT, TextEmbedder, VideoEncoder
+from helios_jax.precompute.tasks import Share
+from helios_jax.precompute.trajectories import Settings, Teacher
+from helios_jax.pretrained import CheckpointError
+from helios_jax.sampling.checkpoint import Checkpoint
+from helios_jax.sharding import join_hosts
+
+
+class Encoders:
+    """The frozen networks, loaded: pixels to normalized latents, captions to embeddings."""
+
+    def __init__(self, vae: Path, text: Path, max_length: int | None):
+        self.video, self.text = VideoEncoder(vae).load(), TextEmbedder(text, max_length).load()
+
+    def latents(self, video: np.ndarray, frames: int) -> np.ndarray:
+        """uint8 [chunks * frames, h, w, 3] -> float16 [chunks, t, h', w', c]."""
+        return next(self.video([("", video.reshape(-1, frames, *video.shape[1:]))]))
+
+
+def build(videos: Path, vae: Path, text: Path, out: Path, max_length: int | None = None) -> None:
+    """Writes the dataset `out` from one of pixels; raises ValueError or FileNotFoundError for what cannot be."""
+    tasks.encode_videos(videos, VideoEncoder(vae), TextEmbedder(text, max_length), out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line and runs it; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        argv = ["videos", *argv]
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args, _share(args))
+    except (CheckpointError, FileNotFoundError, FileExistsError, ValueError) as error:
+        print(f"precompute: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"precompute: interrupted; the same command goes on with {args.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _clips(args: argparse.Namespace, share: Share) -> None:
+    vae, text = _folders(args, "vae", "text")
+    selection = Selection(
+        sizes=SIZES if args.size == ["all"] else tuple(_size(size) for size in args.size),
+        fps=args.fps,
+        chunk_frames=args.chunk_frames,
+        min_frames=args.min_frames,
+        max_frames=args.max_frames,
+        caption_key=args.caption_key,
+    )
+    tasks.encode_clips(
+        args.json,
+        VideoEncoder(vae, batch=args.batch, sample=args.posterior == "sample", seed=args.seed),
+        TextEmbedder(text, args.max_length),
+        args.out,
+        root=args.root,
+        selection=selection,
+        share=share,
+        negative_prompt=args.negative_prompt,
+        readers=args.readers,
+    )
+
+
+def _videos(args: argparse.Namespace, share: Share) -> None:
+    vae, text = _folders(args, "vae", "text")
+    video, text = VideoEncoder(vae, batch=args.batch), TextEmbedder(text, args.max_length)
+    tasks.encode_videos(args.videos, video, text, args.out, share=share, negative_prompt=args.negative_prompt)
+
+
+def _prompts(args: argparse.Namespace, share: Share) -> None:
+    text = TextEmbedder(_folders(args, "text")[0], args.max_length)
+    tasks.encode_prompts(args.prompts, text, args.out, share=share, negative_prompt=args.negative_prompt)
+
+
+def _ode(args: argparse.Namespace, share: Share) -> None:
+    height, width = _size(args.size)
+    settings = Settings(
+        height=height,
+        width=width,
+        num_frames=args.num_frames,
+        steps=tuple(args.steps),
+        student_steps=tuple(args.student_steps),
+        amplify_first_chunk=args.amplify_first_chunk,
+        time_shift_type=None if args.time_shift_type == "none" else args.time_shift_type,
+        guidance_scale=args.guidance_scale,
+        negative_prompt=args.negative_prompt,
+        cfg_zero_star=args.cfg_zero_star,
+        num_latent_frames_per_chunk=args.num_latent_frames_per_chunk,
+        seed=args.seed,
+    )
+    checkpoint = Checkpoint.open(args.model, transformer=args.transformer)
+    teacher = Teacher(checkpoint, settings, batch=args.batch, tensor=args.tensor)
+    tasks.sample_ode_pairs(args.prompts, teacher, args.out, share=share)
+
+
+def _folders(args: argparse.Namespace, *parts: str) -> list[Path]:
+    """The folders --vae and --text name, or those of --model."""
+    given = [getattr(args, part) for part in parts]
+    if args.model is None:
+        if None in given:
+            raise ValueError(f"name {' and '.join(f'--{part}' for part in parts)}, or a --model that has them")
+        return given
+    need = {"vae": ("vae",), "text": ("text_encoder", "tokenizer")}
+    folder = pretrained.resolve(args.model, [name for part in parts for name in need[part]])
+    defaults = {"vae": folder / "vae", "text": folder}
+    return [own or defaults[part] for part, own in zip(parts, given)]
+
+
+def _share(args: argparse.Namespace) -> Share:
+    if args.processes > 1:
+        join_hosts(args.processes)
+        return Share(args.shard_size, jax.process_index(), jax.process_count())
+    host, _, hosts = args.shard.partition("/")
+    if not (host.isdecimal() and hosts.isdecimal() and int(host) < int(hosts)):
+        raise ValueError(f"--shard is {args.shard!r}: it must read I/N with I from 0 to N - 1, as in 0/4")
+    return Share(args.shard_size, int(host), int(hosts))
+
+
+def _size(text: str) -> Size:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise ValueError(f"--size is {text!r}: it must read HEIGHTxWIDTH, as in 384x640")
+    return int(height), int(width)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Names defaults, where there are any and they are short."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        short = action.default is not None and len(str(action.default)) < 40
+        return super()._get_help_string(action) if short else action.help
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m helios_jax.precompute",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    found = parser.add_subparsers(dest="task", required=True)
+
+    def task(name: str, run, text: str, *, shard_size: int = 64, batch: str | None = None) -> argparse.ArgumentParser:
+        sub = found.add_parser(name, help=text, description=text, formatter_class=_Help)
+        sub.set_defaults(run=run)
+        sub.add_argument("--out", type=Path, required=True, help="folder to make; it must not hold anything")
+        sub.add_argument("--negative-prompt", default=NEGATIVE_PROMPT, help=f"embedded into {NEGATIVE_TEXT}")
+        if batch is not None:
+            sub.add_argument("--batch", type=int, default=1, help=batch)
+        sub.add_argument("--shard-size", type=int, default=shard_size, help="items of a file; a kill loses their work")
+        hosts = sub.add_mutually_exclusive_group()
+        hosts.add_argument("--shard", default="0/1", metavar="I/N", help="make the I-th of N shares of the work")
+        hosts.add_argument("--processes", type=int, default=1, help="hosts that run this command, one share each")
+        return sub
+
+    def networks(sub: argparse.ArgumentParser, vae: bool = True) -> None:
+        sub.add_argument("--model", help="diffusers folder or hub name with all networks")
+        if vae:
+            sub.add_argument("--vae", type=Path, help="folder with the VAE's config.json and weights")
+        sub.add_argument("--text", type=Path, help="folder with text_encoder/ and tokenizer/")
+        sub.add_argument("--max-length", type=int, help="tokens of a caption (default: what the tokenizer allows)")
+
+    sub = task("clips", _clips, "latents and embeddings of clips that JSON lists", batch="chunks at a time on a device")
+    sub.add_argument("--json", type=Path, required=True, nargs="+", help="upstream's lists: cut, crop, fps, cap, path")
+    sub.add_argument("--root", type=Path, help="folder that paths are relative to (default: each list's own)")
+    networks(sub)
+    sub.add_argument("--size", nargs="+", default=["384x640"], help="HEIGHTxWIDTH to sort clips into; all: upstream's")
+    sub.add_argument("--fps", type=float, help="frames a second to take (default: all of the file's)")
+    sub.add_argument("--chunk-frames", type=int, default=33, help="frames that are encoded together")
+    sub.add_argument("--min-frames", type=int, default=121, help="shorter clips are skipped")
+    sub.add_argument("--max-frames", type=int, help="of longer clips the first frames are taken")
+    sub.add_argument("--caption-key", default="cap", help="field with the caption, or captions: the first is taken")
+    sub.add_argument("--posterior", choices=("sample", "mean"), default="sample", help="what of the VAE's to store")
+    sub.add_argument("--seed", type=int, default=0, help="of the posterior's samples")
+    sub.add_argument("--readers", type=int, default=2, help="clips that are decoded at a time")
+
+    sub = task("videos", _videos, "latents and embeddings of a dataset of pixels", batch="chunks at a time on a device")
+    sub.add_argument("--videos", type=Path, required=True, help="a dataset of pixels and captions")
+    networks(sub)
+
+    sub = task("text", _prompts, "embeddings of prompts alone")
+    sub.add_argument("--prompts", type=Path, required=True, nargs="+", help=".txt, a prompt a line, or .csv")
+    networks(sub, vae=False)
+
+    sub = task("ode", _ode, "ODE pairs of a teacher", shard_size=8, batch="prompts at a time for each model")
+    default = Settings()
+    sub.add_argument("--prompts", type=Path, required=True, nargs="+", help=".txt, a prompt a line, or .csv")
+    sub.add_argument("--model", required=True, help="diffusers folder or hub name of the teacher, such as Helios-Mid")
+    sub.add_argument("--transformer", default="transformer", help="its subfolder with the transformer")
+    sub.add_argument("--size", default=f"{default.height}x{default.width}", help="HEIGHTxWIDTH of the videos")
+    sub.add_argument("--num-frames", type=int, default=default.num_frames, help="of each video")
+    sub.add_argument("--num-latent-frames-per-chunk", type=int, default=default.num_latent_frames_per_chunk)
+    sub.add_argument("--steps", type=int, nargs="+", default=default.steps, help="the teacher's, coarsest level first")
+    sub.add_argument(
+        "--student-steps", type=int, nargs="+", default=default.student_steps, help="of each level, where pairs are"
+    )
+    sub.add_argument(
+        "--amplify-first-chunk",
+        action=argparse.BooleanOptionalAction,
+        default=default.amplify_first_chunk,
+        help="twice the student's steps in the first chunk",
+    )
+    sub.add_argument(
+        "--time-shift-type",
+        choices=("linear", "exponential", "none"),
+        default=default.time_shift_type,
+        help="dynamic shift that teacher and student share",
+    )
+    sub.add_argument("--guidance-scale", type=float, default=default.guidance_scale)
+    sub.add_argument("--cfg-zero-star", action="store_true", help="guide as CFG-Zero* does")
+    sub.add_argument("--seed", type=int, default=default.seed, help="of the first prompt; the others count on")
+    sub.add_argument("--tensor", type=int, default=1, help="devices that hold one model together")
+    return parser

@@ -1,0 +1,165 @@
+"""Pixels to latents and captions to embeddings, on all devices of this host."""
+
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+from jaxtyping import Float16, UInt8
+
+from helios_jax import pretrained, sharding
+from helios_jax.models import umt5
+from helios_jax.models.layers import Shapes
+from helios_jax.models.tokenizer import Tokenizer
+from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
+from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
+from helios_jax.runtime.compilation import precise
+
+# Embeddings of the empty text and of the negative prompt, beside the records: what guidance compares with.
+EMPTY_TEXT, NEGATIVE_TEXT = "empty_text.npy", "negative_text.npy"
+# What the released models were trained and distilled against (upstream's data_config.negative_prompt).
+NEGATIVE_PROMPT = (
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
+    "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
+    "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three "
+    "legs, many people in the background, walking backwards"
+)
+CAPTIONS = 8  # encoded at a time
+
+
+def local_mesh(tensor: int = 1) -> Mesh:
+    """This host's devices: `tensor` hold one model together, as many models as there is room for share the work.
+
+    Raises ValueError when the devices cannot be grouped so.
+    """
+    devices = jax.local_devices()
+    if tensor < 1 or len(devices) % tensor:
+        raise ValueError(f"{tensor} devices to a model: this host has {len(devices)}; give a divisor of it")
+    shape = (len(devices) // tensor, 1, tensor, 1)
+    return jax.make_mesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+
+
+class TextEmbedder:
+    """The frozen text encoder; `text` is a diffusers folder with text_encoder/ and tokenizer/.
+
+    Reading the configs comes first and `load` later, so that what is wrong is known before weights are read.
+    """
+
+    def __init__(self, text: Path, max_length: int | None):
+        self.folder = text
+        self.config = pretrained.read_config(text / "text_encoder", UMT5Config)
+        self.tokenizer = Tokenizer.from_pretrained(text / "tokenizer")
+        self.max_length = max_length or min(512, self.tokenizer.max_length)
+        self.shape = (self.max_length, self.config.d_model)
+        if self.max_length < 1:
+            raise ValueError(f"--max-length is {max_length}: it must be at least 1")
+
+    def load(self) -> "TextEmbedder":
+        """With its weights: float32 on CPU and bfloat16 elsewhere, as the pipeline has them."""
+        self._mesh = local_mesh()
+        abstract = UMT5Encoder(self.config, rngs=Shapes())
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        placed = sharding.shardings(abstract, self._mesh)
+        self._model = pretrained.load_model(abstract, self.folder / "text_encoder", dtype=dtype, shardings=placed)
+        return self
+
+    def __call__(self, captions: Iterable[str]) -> Iterator[Float16[np.ndarray, "m d"]]:
+        """The embedding of each caption, zero past its end."""
+        size = _multiple(CAPTIONS, self._mesh)
+        for group in _groups(captions, size):
+            ids, mask = self.tokenizer(group + [""] * (size - len(group)), self.max_length)
+            rows = _embed(self._model, *sharding.put_batch((ids, mask), self._mesh))
+            yield from np.asarray(rows)[: len(group)]
+
+
+class VideoEncoder:
+    """The frozen VAE, from its diffusers folder. `batch` chunks are encoded at a time on each device.
+
+    Latents are normalized. They are the posterior's mean, or, for `sample`, drawn from it with noise that follows from
+    `seed` and the video's id (upstream draws them).
+    """
+
+    def __init__(self, vae: Path, *, batch: int = 1, sample: bool = False, seed: int = 0):
+        if batch < 1:
+            raise ValueError(f"--batch is {batch}: it must be at least 1")
+        self.folder, self.batch, self.sample, self.seed = vae, batch, sample, seed
+        self.config = pretrained.read_config(vae, VAEConfig)
+
+    def load(self) -> "VideoEncoder":
+        """With its weights, in float32."""
+        self._mesh = local_mesh()
+        abstract = AutoencoderKLWan(self.config, rngs=Shapes())
+        placed = sharding.shardings(abstract, self._mesh)
+        self._model = pretrained.load_model(abstract, self.folder, dtype=jnp.float32, shardings=placed)
+        return self
+
+    def frames(self, chunk_frames: int) -> int:
+        """Latent frames of a chunk. Raises ValueError for a number of frames that the VAE does not take."""
+        step = self.config.scale_factor_temporal
+        if chunk_frames < 1 or chunk_frames % step != 1 % step:
+            raise ValueError(f"a chunk of {chunk_frames} frames: the VAE takes 1 + {step}k, such as {8 * step + 1}")
+        return (chunk_frames - 1) // step + 1
+
+    def __call__(
+        self, videos: Iterable[tuple[str, UInt8[np.ndarray, "k f h w 3"]]]
+    ) -> Iterator[Float16[np.ndarray, "k t h w c"]]:
+        """The latents of each (id, video), every chunk encoded on its own; chunks of several videos share a batch."""
+        size = _multiple(self.batch, self._mesh)
+        waiting: deque[int] = deque()  # chunks of the videos that are not complete
+        done: deque[np.ndarray] = deque()
+
+        def chunks() -> Iterator[tuple[str, int, np.ndarray]]:
+            for name, video in videos:
+                waiting.append(len(video))
+                for number, chunk in enumerate(video):
+                    yield name, number, chunk
+
+        for group in _groups(chunks(), size):
+            full = [*group, *[group[-1]] * (size - len(group))]
+            pixels = np.stack([chunk for _, _, chunk in full])
+            noise = np.stack([self._noise(*each) for each in full]) if self.sample else None
+            with precise(jnp.float32):
+                rows = _encode(self._model, *sharding.put_batch((pixels, noise), self._mesh))
+            done.extend(np.asarray(rows)[: len(group)])
+            while waiting and len(done) >= waiting[0]:
+                yield np.stack([done.popleft() for _ in range(waiting.popleft())])
+
+    def _noise(self, name: str, number: int, chunk: np.ndarray) -> np.ndarray:
+        frames, height, width, _ = chunk.shape
+        space = self.config.scale_factor_spatial
+        shape = (self.frames(frames), height // space, width // space, self.config.z_dim)
+        return np.random.default_rng([self.seed, zlib.crc32(name.encode()), number]).standard_normal(shape, np.float32)
+
+
+# Programs of the module, not of an object: two encoders of one process compile them once.
+@jax.jit
+def _embed(model: UMT5Encoder, ids: Any, mask: Any) -> Any:
+    return umt5.encode(model, ids, mask).astype(jnp.float16)
+
+
+@jax.jit
+def _encode(model: AutoencoderKLWan, pixels: Any, noise: Any) -> Any:
+    mean, logvar = model.encode(pixels.astype(jnp.float32) / 127.5 - 1.0)
+    latents = mean if noise is None else mean + jnp.exp(0.5 * logvar) * noise
+    return normalize(latents, model.config).astype(jnp.float16)
+
+
+def _multiple(size: int, mesh: Mesh) -> int:
+    """`size` rows for each model on the mesh."""
+    return size * mesh.shape["data"]
+
+
+def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    group: list[Any] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

@@ -1,0 +1,262 @@
+"""What `helios_jax.precompute` does: each function plans a dataset, makes what is missing of it, and completes it.
+
+All raise ValueError (CheckpointError), FileNotFoundError or FileExistsError, in one line, before weights are read, for
+what cannot be.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from helios_jax.data import records, shards
+from helios_jax.data.shards import Build, Rejected
+from helios_jax.precompute.clips import Clip, Selection, read_clip, read_lists
+from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_PROMPT, NEGATIVE_TEXT, TextEmbedder, VideoEncoder
+from helios_jax.precompute.prompt_files import Prompt, read_prompts
+from helios_jax.precompute.trajectories import Teacher
+from helios_jax.sampling.fingerprint import weights_hash
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+PATCH = 2  # latents that the transformer takes at a time, along a side
+
+
+@dataclass(frozen=True)
+class Share:
+    """How work is cut, and this host's part of it: `size` items are a shard, every `hosts`-th shard is made here."""
+
+    size: int = 64
+    host: int = 0
+    hosts: int = 1
+
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f"--shard-size is {self.size}: it must be at least 1")
+
+
+def encode_clips(
+    lists: Sequence[Path],
+    video: VideoEncoder,
+    text: TextEmbedder,
+    out: Path,
+    *,
+    root: Path | None = None,
+    selection: Selection = Selection(),  # noqa: B008 (frozen)
+    share: Share = Share(),
+    negative_prompt: str = NEGATIVE_PROMPT,
+    readers: int = 2,
+) -> None:
+    """The clips of upstream's JSON `lists` as latents and text embeddings; `readers` clips are decoded at a time."""
+    frames = video.frames(selection.chunk_frames)
+    space = video.config.scale_factor_spatial
+    for height, width in selection.sizes:
+        if min(height, width) < 1 or height % (PATCH * space) or width % (PATCH * space):
+            raise ValueError(f"--size {height}x{width}: height and width must be multiples of {PATCH * space}")
+    if readers < 1:
+        raise ValueError(f"--readers is {readers}: it must be at least 1")
+    found, rejected = read_lists(lists, root, selection)
+    buckets: dict[str, list[Clip]] = {}
+    for clip in found:
+        buckets.setdefault(clip.bucket, []).append(clip)
+    # One size is stated in the features, several are in the records' own shapes.
+    size = (None, None) if len(buckets) != 1 else tuple(side // space for side in found[0].size)
+    build = Build(
+        out,
+        _features((None, frames, *size, video.config.z_dim), text),
+        shards.plan("train", buckets, share.size),
+        {**_encoding(video, text, negative_prompt), "selection": asdict(selection)},
+        rejected=rejected,
+        host=share.host,
+        hosts=share.hosts,
+    )
+    _load(build, text, negative_prompt, video)
+    pixels = ahead(_read, chain.from_iterable(shard.items for shard in build.pending), readers)
+
+    def make(items: Sequence[Clip]) -> Iterator[list[records.Example] | Rejected]:
+        named = [(clip.id, clip.caption) for clip in items]
+        return encode(video, text, named, islice(pixels, len(items)))
+
+    shards.run(build, make, "clips")
+
+
+def encode_videos(
+    videos: Path,
+    video: VideoEncoder,
+    text: TextEmbedder,
+    out: Path,
+    *,
+    share: Share = Share(),
+    negative_prompt: str = NEGATIVE_PROMPT,
+) -> None:
+    """A dataset of pixels, its splits train and test, as latents and text embeddings; 9 latent frames a chunk."""
+    sources = {split: records.open_source(videos, split) for split in ("train", "test")}
+    chunk = 8 * video.config.scale_factor_temporal + 1
+    space = video.config.scale_factor_spatial
+    t, h, w, _ = sources["train"][0]["video"].shape
+    if t % chunk:
+        raise ValueError(f"{videos}: videos have {t} frames, which is no multiple of a chunk's {chunk}")
+    plan = [
+        shard
+        for split, source in sources.items()
+        for shard in shards.plan(split, {"": [(split, i) for i in range(len(source))]}, share.size)
+    ]
+    build = Build(
+        out,
+        _features((t // chunk, video.frames(chunk), h // space, w // space, video.config.z_dim), text),
+        plan,
+        {**_encoding(video, text, negative_prompt), "videos": str(videos)},
+        host=share.host,
+        hosts=share.hosts,
+    )
+    _load(build, text, negative_prompt, video)
+
+    def make(items: Sequence[tuple[str, int]]) -> Iterator[list[records.Example] | Rejected]:
+        examples = [sources[split][i] for split, i in items]
+        named = [(example["id"], example["caption"]) for example in examples]
+        pixels = (example["video"].reshape(-1, chunk, h, w, 3) for example in examples)
+        return encode(video, text, named, pixels)
+
+    shards.run(build, make, "videos")
+
+
+def encode_prompts(
+    files: Sequence[Path],
+    text: TextEmbedder,
+    out: Path,
+    *,
+    share: Share = Share(),
+    negative_prompt: str = NEGATIVE_PROMPT,
+) -> None:
+    """The prompts of `files` as text embeddings."""
+    build = Build(
+        out,
+        {"text": records.tensor(text.shape, np.float16), "caption": records.text(), "id": records.text()},
+        shards.plan("train", {"": read_prompts(files)}, share.size),
+        _embedding(text, negative_prompt),
+        host=share.host,
+        hosts=share.hosts,
+    )
+    _load(build, text, negative_prompt)
+
+    def make(items: Sequence[Prompt]) -> Iterator[list[records.Example]]:
+        for prompt, embedding in zip(items, text(prompt.caption for prompt in items)):
+            yield [{"text": embedding, "caption": prompt.caption, "id": prompt.id}]
+
+    shards.run(build, make, "prompts")
+
+
+def sample_ode_pairs(
+    files: Sequence[Path],
+    teacher: Teacher,
+    out: Path,
+    *,
+    share: Share = Share(size=8),
+) -> None:
+    """ODE pairs of the videos that a teacher makes of the prompts in `files`."""
+    build = Build(
+        out,
+        teacher.features(),
+        shards.plan("train", {"": read_prompts(files)}, share.size),
+        {"teacher": teacher.identity(), "settings": asdict(teacher.settings)},
+        host=share.host,
+        hosts=share.hosts,
+    )
+    extra = {EMPTY_TEXT: "", NEGATIVE_TEXT: teacher.settings.negative_prompt}
+    absent = {name: prompt for name, prompt in extra.items() if not build.has(name)}
+    if build.pending or absent:
+        teacher.load()
+    for name, prompt in absent.items():
+        build.save(name, teacher.text([prompt])[0])
+    shards.run(build, teacher, "prompts")
+
+
+def encode(
+    video: VideoEncoder,
+    text: TextEmbedder,
+    named: Sequence[tuple[str, str]],
+    pixels: Iterable[np.ndarray | Rejected],
+) -> Iterator[list[records.Example] | Rejected]:
+    """The example of each (id, caption) and its chunks of pixels, or why there is none, in their order."""
+    embeddings = text(caption for _, caption in named)
+    waiting: deque[Any] = deque()  # (id, caption) or Rejected
+
+    def good() -> Iterator[tuple[str, np.ndarray]]:
+        for (name, caption), chunks in zip(named, pixels):
+            if isinstance(chunks, Rejected):
+                waiting.append(chunks)
+            else:
+                waiting.append((name, caption))
+                yield name, chunks
+
+    def refused() -> Iterator[Rejected]:
+        while waiting and isinstance(waiting[0], Rejected):
+            next(embeddings)
+            yield waiting.popleft()
+
+    for latents in video(good()):
+        yield from refused()
+        name, caption = waiting.popleft()
+        example = {"latents": latents, "text": next(embeddings), "caption": caption, "id": name}
+        yield [example] if np.isfinite(latents).all() else Rejected(name, "its latents are not finite")
+    yield from refused()
+
+
+def ahead(function: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Iterator[Made]:
+    """`function` of each item, in their order, the next `threads` of them under way."""
+    pool = ThreadPoolExecutor(threads)
+    try:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read(clip: Clip) -> np.ndarray | Rejected:
+    try:
+        return read_clip(clip)
+    except (FileNotFoundError, ValueError) as error:
+        return Rejected(clip.id, str(error))
+
+
+def _features(latents: tuple[int | None, ...], text: TextEmbedder) -> dict[str, Any]:
+    return {
+        "latents": records.tensor(latents, np.float16),
+        "text": records.tensor(text.shape, np.float16),
+        "caption": records.text(),
+        "id": records.text(),
+    }
+
+
+def _embedding(text: TextEmbedder, negative_prompt: str) -> dict[str, Any]:
+    """What embeddings follow from beside the captions."""
+    weights = weights_hash([text.folder / "text_encoder"])
+    return {"text_encoder": weights, "max_length": text.max_length, "negative_prompt": negative_prompt}
+
+
+def _encoding(video: VideoEncoder, text: TextEmbedder, negative_prompt: str) -> dict[str, Any]:
+    """What examples follow from beside the videos."""
+    posterior = f"sample, seed {video.seed}" if video.sample else "mean"
+    return {"vae": weights_hash([video.folder]), "posterior": posterior, **_embedding(text, negative_prompt)}
+
+
+def _load(build: Build, text: TextEmbedder, negative_prompt: str, video: VideoEncoder | None = None) -> None:
+    """Reads the weights if there is anything left to do with them, and writes the embeddings beside the records."""
+    extra = {EMPTY_TEXT: "", NEGATIVE_TEXT: negative_prompt}
+    absent = {name: prompt for name, prompt in extra.items() if not build.has(name)}
+    if build.pending or absent:
+        text.load()
+    if build.pending and video is not None:
+        video.load()
+    for name, embedding in zip(absent, text(absent.values()) if absent else ()):
+        build.save(name, embedding)

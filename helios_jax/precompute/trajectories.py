@@ -1,0 +1,290 @@
+"""ODE pairs: where a teacher's sampling trajectory passes the few steps of the student, and where it ends.
+
+The teacher (Mid) samples videos from prompts, chunk by chunk with its own past as history, over a pyramid with many
+steps a level. Its steps include the times at which the student (Distilled) will be asked, at each level; what is stored
+of a chunk are the latents at those times, the level's result, and the history that the chunk was made from.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from helios_jax import sharding
+from helios_jax.data import records
+from helios_jax.diffusion import solvers
+from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, Level, denoise_step, enter, first_sample, rows
+from helios_jax.diffusion.memory import History, MemoryConfig, push
+from helios_jax.diffusion.schedule import SchedulerConfig, dynamic_shift, shift_sigmas, stages, upsampling_weights
+from helios_jax.diffusion.solvers import make_steps
+from helios_jax.models.transformer import Transformer
+from helios_jax.precompute.encode import NEGATIVE_PROMPT, local_mesh
+from helios_jax.precompute.prompt_files import Prompt
+from helios_jax.runtime.program import program
+from helios_jax.sampling.checkpoint import Checkpoint
+from helios_jax.sampling.config import Options
+from helios_jax.sampling.fingerprint import weights_hash
+from helios_jax.sampling.pipeline import HeliosPipeline
+from helios_jax.sampling.plan import Plan
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the teacher samples, in the names of upstream's get_ode-pairs.py and its values.
+
+    Attributes:
+        height, width, num_frames: of the videos, in pixels.
+        steps: the teacher's steps at each level, coarsest first.
+        student_steps: the student's; twice as many in the first chunk with `amplify_first_chunk`.
+        time_shift_type: of the dynamic shift that teacher and student share; None: no shift.
+        guidance_scale, negative_prompt: classifier-free guidance.
+        cfg_zero_star: guidance as CFG-Zero* has it, with its standing first steps.
+        seed: of the first prompt's noise, the next ones count on (upstream gives every prompt the same noise).
+    """
+
+    height: int = 384
+    width: int = 640
+    num_frames: int = 165
+    steps: tuple[int, ...] = (20, 20, 20)
+    student_steps: tuple[int, ...] = (2, 2, 2)
+    amplify_first_chunk: bool = True
+    time_shift_type: Literal["exponential", "linear"] | None = "linear"
+    guidance_scale: float = 5.0
+    negative_prompt: str = NEGATIVE_PROMPT
+    cfg_zero_star: bool = False
+    num_latent_frames_per_chunk: int = 9
+    seed: int = 42
+
+    def __post_init__(self):
+        for name in ("steps", "student_steps"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: every level needs at least 1")
+        if len(self.steps) != len(self.student_steps):
+            raise ValueError(
+                f"--student-steps {self.student_steps} are {len(self.student_steps)} levels, the teacher's --steps "
+                f"{self.steps} are {len(self.steps)}: give as many"
+            )
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The levels of a chunk, and of each the student's steps: their places, timesteps (not rounded) and sigmas."""
+
+    levels: tuple[Level, ...]
+    places: tuple[tuple[int, ...], ...]
+    timesteps: tuple[np.ndarray, ...]
+    sigmas: tuple[np.ndarray, ...]
+
+
+def make_trajectory(
+    scheduler: SchedulerConfig, steps: Sequence[int], student_steps: Sequence[int], tokens: int, stand: int = 0
+) -> Trajectory:
+    """The teacher's tables for `tokens` at full size, each level's with the student's times among them.
+
+    Before the shift both are grids over the level's sigmas. A level's shift is that of its own size, as in upstream's
+    training (the sampler of diffusers takes the size that the level is entered from). The first `stand` steps stand
+    still.
+    """
+    made = []
+    for i, stage in enumerate(stages(scheduler)):
+        last = 0.999 / scheduler.num_train_timesteps
+        student = np.linspace(0.999, last, student_steps[i] + 1)[:-1]
+        teacher = np.linspace(0.999, last, steps[i])
+        own = teacher[np.abs(teacher[:, None] - student).min(1) > 1e-7]
+        table = np.sort(np.append(own, student))[::-1]
+        places = tuple(int(np.flatnonzero(table == sigma)[0]) for sigma in student)
+        high, low = stage.timesteps
+        if scheduler.use_dynamic_shifting:
+            mu = dynamic_shift(tokens // 4 ** (len(steps) - 1 - i))
+            table = shift_sigmas(table, mu, scheduler.time_shift_type)
+            timesteps = low + table * (high - low)
+        else:
+            timesteps = low + (table - last) / (0.999 - last) * (high - low)
+        made.append((table, timesteps, places))
+    levels = []
+    for i, (stage, (table, timesteps, _)) in enumerate(zip(stages(scheduler), made)):
+        tables = make_steps(scheduler, np.trunc(timesteps), np.append(table, 0.0))
+        if i == 0:
+            moves = None if stand == 0 else (jnp.arange(len(table)) >= stand).astype(jnp.float32)
+            levels.append(Level(tables, moves))
+        else:
+            alpha, beta = (jnp.asarray(x, jnp.float32) for x in upsampling_weights(stage.entry, scheduler.gamma))
+            levels.append(Level(tables, None, alpha, beta, scheduler.gamma))
+    return Trajectory(
+        tuple(levels),
+        tuple(places for _, _, places in made),
+        tuple(timesteps[list(places)].astype(np.float32) for _, timesteps, places in made),
+        tuple(table[list(places)].astype(np.float32) for table, _, places in made),
+    )
+
+
+@program(static_argnames=("places", "memory"))
+def denoise_trajectory(
+    model: Transformer,
+    history: History,
+    noise: ChunkNoise,
+    conditioning: Conditioning,
+    levels: Sequence[Level],
+    places: tuple[tuple[int, ...], ...],
+    memory: MemoryConfig,
+) -> tuple[History, list[Float[Array, "steps b t h w c"]]]:
+    """`denoise_chunk` that keeps what each level's steps at `places` began with, then the level's result."""
+
+    def body(state, row):
+        return denoise_step(model, state, row, history, conditioning, memory), state.sample
+
+    sample, kept = first_sample(noise, levels), []
+    for i, level in enumerate(levels):
+        if i > 0:
+            sample = enter(level, sample, noise.blocks[i - 1])
+        state, seen = jax.lax.scan(body, solvers.start(sample, level.steps), rows(level))
+        sample = state.sample
+        kept.append(jnp.concatenate([seen[jnp.array(places[i])], sample[None]]))
+    return push(history, sample, memory), kept
+
+
+class Teacher:
+    """A pyramid checkpoint that samples as `Settings` say, `batch` prompts at a time for each model on this host.
+
+    Raises CheckpointError or ValueError, before weights are read, for what cannot be.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, settings: Settings, *, batch: int = 1, tensor: int = 1):
+        kind = checkpoint.variant
+        if not kind.pyramid or kind.is_distilled:
+            raise ValueError(f"{checkpoint.folder} is {kind.name}: the teacher of ODE pairs is a Mid checkpoint")
+        if batch < 1:
+            raise ValueError(f"--batch is {batch}: it must be at least 1")
+        self.settings, self.checkpoint = settings, checkpoint
+        self._mesh = local_mesh(tensor)
+        self.batch = batch * self._mesh.shape["data"]
+        shift = settings.time_shift_type
+        self._scheduler = dataclasses.replace(
+            checkpoint.scheduler,
+            shift=checkpoint.scheduler.shift if shift is None else 1.0,
+            use_dynamic_shifting=shift is not None,
+            time_shift_type=shift or checkpoint.scheduler.time_shift_type,
+        )
+        self._pipeline = HeliosPipeline(
+            Transformer.abstract(checkpoint.transformer),
+            checkpoint.abstract_vae(),
+            checkpoint.abstract_text_encoder(),
+            checkpoint.tokenizer,
+            self._scheduler,
+            dataclasses.replace(checkpoint.variant, is_cfg_zero_star=settings.cfg_zero_star),
+        )
+        self._options = Options(
+            height=settings.height,
+            width=settings.width,
+            num_frames=settings.num_frames,
+            pyramid_num_inference_steps_list=list(settings.steps),
+            guidance_scale=settings.guidance_scale,
+            num_latent_frames_per_chunk=settings.num_latent_frames_per_chunk,
+        )
+        self.plan: Plan = self._pipeline.plan(self._options)
+        self.trajectories = [self._trajectory(1 + settings.amplify_first_chunk), self._trajectory(1)]
+
+    def _trajectory(self, factor: int) -> Trajectory:
+        config, options = self.checkpoint.transformer, self._options
+        tokens = math.prod(self.plan.latent_shape[:3]) // math.prod(config.patch_size)
+        zero = self.settings.cfg_zero_star and self.plan.guidance_scale is not None
+        counts = [factor * count for count in self.settings.student_steps]
+        stand = options.zero_steps + 1 if zero else 0
+        return make_trajectory(self._scheduler, self.settings.steps, counts, tokens, stand)
+
+    def load(self) -> "Teacher":
+        """With its weights: float32 on CPU and bfloat16 elsewhere."""
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        stacked = jax.default_backend() == "tpu"
+        self._pipeline = dataclasses.replace(
+            self._pipeline,
+            transformer=self.checkpoint.load_transformer(dtype, stacked=stacked, mesh=self._mesh),
+            text_encoder=self.checkpoint.load_text_encoder(dtype, mesh=self._mesh),
+        )
+        return self
+
+    def identity(self) -> str:
+        """Which weights it has."""
+        folder = self.checkpoint.folder
+        return weights_hash([folder / self.checkpoint.subfolder, folder / "text_encoder"])
+
+    def text(self, prompts: Sequence[str]) -> np.ndarray:
+        """float16 [b, m, d]."""
+        return np.asarray(self._pipeline.encode_prompt(list(prompts)).astype(jnp.float16))
+
+    def features(self) -> dict[str, Any]:
+        """What a record holds; levels are counted from the coarsest."""
+        t, h, w, c = self.plan.latent_shape
+        count = len(self.settings.steps)
+        features = {
+            "history": records.tensor((self.plan.memory.frames, h, w, c), np.float16),
+            "anchor": records.tensor((1, h, w, c), np.float16),
+            "chunk": records.tensor((), np.int32),
+            "text": records.tensor((self._length, self.checkpoint.text_encoder.d_model), np.float16),
+            "caption": records.text(),
+            "id": records.text(),
+        }
+        for i in range(count):
+            down = count - 1 - i
+            features[f"latents_{i}"] = records.tensor((None, t, h >> down, w >> down, c), np.float16)
+            features[f"timesteps_{i}"] = records.tensor((None,), np.float32)
+            features[f"sigmas_{i}"] = records.tensor((None,), np.float32)
+        return features
+
+    @property
+    def _length(self) -> int:
+        return min(512, self.checkpoint.tokenizer.max_length)
+
+    def __call__(self, prompts: Sequence[Prompt]) -> Iterator[list[records.Example]]:
+        """The chunks of each prompt's video."""
+        for i in range(0, len(prompts), self.batch):
+            yield from self._sample(prompts[i : i + self.batch])
+
+    def _sample(self, group: Sequence[Prompt]) -> list[list[records.Example]]:
+        full = [*group, *[group[-1]] * (self.batch - len(group))]
+        call = self._pipeline.prepare(
+            [prompt.caption for prompt in full],
+            self.settings.negative_prompt,
+            self._options,
+            seed=[self.settings.seed + prompt.number for prompt in full],
+        )
+        conditioning = call.conditioning(call.texts.kv(call.prompts.mixture(0)))
+        texts = self.text([prompt.caption for prompt in full])
+        history = self._split(call.history)
+        made: list[list[records.Example]] = [[] for _ in group]
+        for chunk in range(self.plan.num_chunks or 0):
+            way = self.trajectories[min(chunk, 1)]
+            noise = self._split(call.chunk_noise())
+            before = history
+            history, kept = denoise_trajectory(
+                self._pipeline.transformer,
+                history,
+                noise,
+                conditioning,
+                way.levels,
+                places=way.places,
+                memory=self.plan.memory,
+            )
+            shared: Mapping[str, Any] = {
+                "chunk": np.int32(chunk),
+                **{f"timesteps_{i}": x for i, x in enumerate(way.timesteps)},
+                **{f"sigmas_{i}": x for i, x in enumerate(way.sigmas)},
+            }
+            latents = [np.asarray(level, np.float16) for level in kept]
+            past, anchor = np.asarray(before.latents, np.float16), np.asarray(before.anchor, np.float16)
+            for b, prompt in enumerate(group):
+                example = {f"latents_{i}": level[:, b] for i, level in enumerate(latents)}
+                example |= {"history": past[b], "anchor": anchor[b], "text": texts[b]}
+                made[b].append({**example, **shared, "caption": prompt.caption, "id": f"{prompt.id}_{chunk}"})
+        return made
+
+    def _split(self, tree: Any) -> Any:
+        """Arrays of a batch over the models on this host."""
+        place = sharding.batch_sharding(self._mesh)
+        return jax.tree.map(lambda x: jax.device_put(x, place) if jnp.ndim(x) else x, tree)

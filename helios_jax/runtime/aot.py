@@ -1,0 +1,113 @@
+"""Programs compiled ahead of time for devices that are not here.
+
+`tpu_topology` and `gpu_topology` give devices to compile for: put them into a `Mesh` or a sharding, give the function
+`jax.ShapeDtypeStruct`s with such shardings, and `compiled` does the rest. Nothing can be run this way, but what the
+compiler says of memory and what it makes of the program are those of the real thing.
+"""
+
+import importlib.util
+import os
+import re
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from helios_jax.runtime.compilation import compiler_options
+from pallas_kernels.device import compiling_for
+
+
+def tpu_topology(name: str) -> topologies.TopologyDescription:
+    """The chips of a TPU slice such as "v5e:2x2", "v5p:4x4x4" or "v6e:2x4" (`.devices`). Needs libtpu, but no TPU."""
+    _needs("libtpu", "TPUs")
+    # libtpu would ask a metadata server what machine this is, and lock itself for one process.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    return topologies.get_topology_desc(platform="tpu", topology_name=name)
+
+
+def gpu_topology(target: Path, devices: int = 1) -> topologies.TopologyDescription:
+    """So many GPUs (`.devices`) of the kind that `target`, a file of XLA's GpuTargetConfig in text, tells of.
+
+    Needs jax's CUDA plugin, and cuDNN for its attention and convolutions, but no GPU.
+    """
+    _needs("jax_plugins.xla_cuda13", "NVIDIA GPUs")
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name="", topology=f"1x{devices}x1", target_config=target.read_text()
+    )
+
+
+def _needs(module: str, device: str) -> None:
+    parent = module.partition(".")[0]
+    if importlib.util.find_spec(parent) is None or importlib.util.find_spec(module) is None:
+        raise ModuleNotFoundError(
+            f"compiling for {device} needs {module}: use the environment of `make aot`, or pip install helios_jax[aot]"
+        )
+
+
+def on_device(tree: Any, device: Any) -> Any:
+    """Shapes and dtypes of `tree`'s arrays, as arguments that lie on `device`."""
+    sharding = SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def compiled(function: Callable[..., Any], *arguments: Any, platform: str, donate: tuple[int, ...] = ()) -> Any:
+    """`function` compiled for the devices that the shardings of `arguments` name, with the options of `platform`.
+
+    `arguments` are pytrees of `jax.ShapeDtypeStruct` with shardings; those numbered in `donate` may be overwritten.
+    Returns a `jax.stages.Compiled`. Raises what the compiler raises, such as RESOURCE_EXHAUSTED.
+    """
+    sharding = jax.tree.leaves(arguments)[0].sharding
+    # A new function: what jax keeps of an earlier trace may hold another device's kernels.
+    jitted = jax.jit(lambda *args: function(*args), donate_argnums=donate, compiler_options=compiler_options(platform))
+    mesh = getattr(sharding, "mesh", None)
+    with nullcontext() if mesh is None else jax.set_mesh(mesh), compiling_for(next(iter(sharding.device_set))):
+        return jitted.lower(*arguments).compile()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a compiled program on each device; `host` bytes are of temporaries in the host's memory."""
+
+    arguments: int
+    outputs: int
+    aliased: int  # outputs that take the place of arguments
+    temporaries: int
+    host: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is needed at once, if all arguments live through the program."""
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+def memory(program: Any) -> Memory:
+    """What the compiler planned for `program`, a `jax.stages.Compiled`."""
+    stats = program.memory_analysis()
+    return Memory(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        host=stats.host_temp_size_in_bytes,
+    )
+
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def collectives(program: Any) -> Counter[str]:
+    """How often each collective stands in `program`; the body of a loop counts once."""
+    found = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", program.as_text())
+    return Counter(found)
+
+
+def custom_calls(program: Any) -> Counter[str]:
+    """How often each library or kernel is called in `program`, by its target, such as "__cudnn$fmhaSoftmax"."""
+    return Counter(re.findall(r'custom_call_target="([^"]+)"', program.as_text()))

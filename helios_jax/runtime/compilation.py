@@ -1,0 +1,33 @@
+"""Compilation: a cache that lasts between runs, compiler options, and the precision of products."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# cuDNN convolves channels-last without transposes, and cublasLt adds bias and GELU to a product itself, which Triton's
+# products would leave to another kernel.
+GPU_OPTIONS = {"xla_gpu_force_conv_nhwc": True, "xla_gpu_enable_triton_gemm": False}
+
+
+def enable_cache() -> None:
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, or in helios_jax/ of the user's cache folder."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(base / "helios_jax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def compiler_options(platform: str | None = None) -> dict[str, Any]:
+    """Options for `jax.jit(..., compiler_options=)` on `platform`: "gpu", "tpu" or "cpu"; None is where jax runs."""
+    platform = platform or jax.default_backend()
+    return dict(GPU_OPTIONS) if platform in ("gpu", "cuda") else {}
+
+
+def precise(dtype: Any) -> AbstractContextManager[Any]:
+    """Programs traced under it multiply in `dtype`: left alone, GPUs and TPUs round float32 to 10 or 8 bits first."""
+    exact = jnp.dtype(dtype) == jnp.float32
+    return jax.default_matmul_precision("highest") if exact else nullcontext()

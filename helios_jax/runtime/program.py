@@ -1,0 +1,71 @@
+"""Programs of the sampler: jitted functions of a model, compiled with the options of the device they run on."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache, update_wrapper, wraps
+from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from helios_jax.runtime.compilation import compiler_options, precise
+
+Model = TypeVar("Model")
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+class Program(Generic[Model, P, Result]):
+    """`function` under `jax.jit` with `options` and those of the device, which is asked for at the first call only.
+
+    A model that is split over a mesh brings it along, as kernels ask which there is (`jax.set_mesh`). Where it has no
+    array of less than float32, products are not either (`compilation.precise`).
+    """
+
+    def __init__(self, function: Callable[Concatenate[Model, P], Result], options: dict[str, Any]):
+        update_wrapper(self, function)
+
+        # One for each structure: jit would compare that of a large model with the ones it knows at every call.
+        @cache
+        def jitted(structure: Any) -> Any:
+            @wraps(function)  # `options` name arguments
+            def flat(leaves: Any, *args: P.args, **kwargs: P.kwargs) -> Result:
+                return function(jax.tree.unflatten(structure, leaves), *args, **kwargs)
+
+            return jax.jit(flat, compiler_options=compiler_options() or None, **options)
+
+        self._jitted = jitted
+
+    def __call__(self, model: Model, *args: P.args, **kwargs: P.kwargs) -> Result:
+        return self.bind(model)(*args, **kwargs)
+
+    def bind(self, model: Model) -> Callable[P, Result]:
+        """The program of `model` as it is now, for many calls: a large tree is flattened once, which takes a while."""
+        leaves, structure = jax.tree.flatten(model)
+        jitted, mesh, dtype = self._jitted(structure), _mesh(leaves), _dtype(leaves)
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> Result:
+            with nullcontext() if mesh is None else jax.set_mesh(mesh), precise(dtype):
+                return jitted(leaves, *args, **kwargs)
+
+        return call
+
+
+def program(
+    **options: Any,
+) -> Callable[[Callable[Concatenate[Model, P], Result]], Program[Model, P, Result]]:
+    """A decorator that makes a `Program`; `options` are those of `jax.jit`."""
+    return lambda function: Program(function, options)
+
+
+def _dtype(leaves: Sequence[Any]) -> Any:
+    """That of the first array of less than float32, which is what there is otherwise."""
+    dtypes = (leaf.dtype for leaf in leaves if isinstance(leaf, jax.Array))
+    return next((x for x in dtypes if jnp.issubdtype(x, jnp.floating) and x.itemsize < 4), jnp.float32)
+
+
+def _mesh(leaves: Sequence[Any]) -> Mesh | None:
+    """That of the first array that lies on one."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in leaves)
+    return next((s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)), None)

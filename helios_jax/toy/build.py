@@ -1,0 +1,81 @@
+"""Writes the toy world's pixel dataset: `python -m helios_jax.toy.build --out data/toy --videos 3000`.
+
+Features: `video` uint8 [t, h, w, 3] with t = 33 frames a chunk, `caption`, `id`. The split "test" holds captions that
+"train" never has. The same arguments write the same examples in the same order.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from helios_jax.data import records
+from helios_jax.toy import world as toy
+
+
+def examples(split: toy.Split, num: int, frames: int, seed: int, size: int) -> Iterator[records.Example]:
+    """`num` examples of a split; those of two dataset seeds share no scene seed."""
+    for i in range(num):
+        scene = toy.sample_scene(seed * 10**9 + i, split, size, size)
+        yield {"video": toy.render(scene, frames), "caption": toy.caption(scene), "id": f"{split}-{seed}-{i:06d}"}
+
+
+def build(out: Path, *, videos: int, test_videos: int, chunks: int, seed: int, size: int = toy.NOMINAL_SIZE) -> Path:
+    """Writes `videos` training and `test_videos` test videos of `chunks` x 33 frames into `out`, and returns it."""
+    frames = chunks * toy.CHUNK_FRAMES
+    return records.write(
+        out,
+        {"video": records.tensor((frames, size, size, 3), np.uint8), "caption": records.text(), "id": records.text()},
+        {
+            "train": examples("train", videos, frames, seed, size),
+            "test": examples("test", test_videos, frames, seed, size),
+        },
+    )
+
+
+def write_captions(out: Path, *, videos: int, seed: int) -> None:
+    """Writes the captions of the first `videos` training videos into `out`, a prompt a line, some of them alike."""
+    captions = [toy.caption(toy.sample_scene(seed * 10**9 + i, "train")) for i in range(videos)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(f"{caption}\n" for caption in captions))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the command line and builds. Prints one line with what was written."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder to make; it must not hold anything")
+    parser.add_argument(
+        "--captions", action="store_true", help="write the captions of the training videos alone: --out is a text file"
+    )
+    parser.add_argument("--videos", type=int, default=3000, help="training videos")
+    parser.add_argument("--test-videos", type=int, default=200, help="videos with held-out captions")
+    parser.add_argument("--chunks", type=int, default=4, help=f"chunks of {toy.CHUNK_FRAMES} frames a video")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, default=toy.NOMINAL_SIZE, help="height and width in pixels")
+    args = parser.parse_args(argv)
+    for name in ("videos", "test_videos", "chunks", "size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}: it must be at least 1")
+    if args.seed < 0:
+        parser.error(f"--seed is {args.seed}: it must be 0 or more")
+    if args.captions:
+        write_captions(args.out, videos=args.videos, seed=args.seed)
+        print(f"{args.out}: {args.videos} training captions")
+        return
+    try:
+        build(
+            args.out,
+            videos=args.videos,
+            test_videos=args.test_videos,
+            chunks=args.chunks,
+            seed=args.seed,
+            size=args.size,
+        )
+    except FileExistsError as error:
+        parser.exit(2, f"{error}\n")
+    print(f"{args.out}: {args.videos} training and {args.test_videos} test videos of {args.chunks} chunks")
+
+
+if __name__ == "__main__":
+    main()

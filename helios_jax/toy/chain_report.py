@@ -1,0 +1,132 @@
+"""What each stage of `make chain` made: loss curves, samples and scores.
+
+    python -m helios_jax.toy.chain_report --chain runs/toy-chain --out docs/chain.md
+
+Beside the Markdown file: a picture of the curves, from the runs' metrics.jsonl, and one of the first held-out captions'
+videos after every stage.
+"""
+
+import argparse
+import json
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from PIL import Image, ImageDraw
+
+from helios_jax.runtime.compilation import enable_cache
+from helios_jax.sampling.pipeline import HeliosPipeline
+from helios_jax.toy import world as toy
+from helios_jax.toy.metrics import aggregate
+from helios_jax.toy.report import generate, held_out, machine
+
+BASE: dict[str, Any] = {"num_inference_steps": 50, "guidance_scale": 3.0}
+MID: dict[str, Any] = {"pyramid_num_inference_steps_list": [20, 20, 20], "guidance_scale": 3.0}
+STUDENT: dict[str, Any] = {"pyramid_num_inference_steps_list": [2, 2, 2], "is_amplify_first_chunk": True}
+# Each stage, how its model samples, and how often that calls the transformer for a chunk that is not the first.
+STAGES = {
+    "stage1_init": (BASE, 100),
+    "stage1_post": (BASE, 100),
+    "stage2_init": (MID, 120),
+    "stage2_post": (MID, 120),
+    "stage3_ode": (STUDENT, 6),
+    "stage3_distill": (STUDENT, 6),
+}
+SCORES = ("shape", "colour", "background", "direction", "speed", "colour_error", "contrast", "chunk_jump")
+# What is drawn of a run; the players' losses of the last stage say more than their sum.
+PLAYERS = ("dmd_distance", "critic_loss", "gan_generator", "gan_critic", "gan_penalty")
+
+
+def curves(chain: Path, path: Path) -> None:
+    """One panel a stage: its loss over steps, and of the last stage each player's."""
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    for axis, name in zip(axes.flat, STAGES):
+        rows = [json.loads(line) for line in (chain / name / "metrics.jsonl").read_text().splitlines()]
+        drawn = [key for key in PLAYERS if any(key in row for row in rows)] or ["loss"]
+        for key in drawn:
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            axis.plot(*zip(*points), label=key)
+        axis.set(title=name, yscale="log", xlabel="step")
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def strips(videos: dict[str, list[np.ndarray]], captions: list[str], path: Path, columns: int = 12) -> None:
+    """For each caption a row a stage, frames evenly over the video's length."""
+    rows = []
+    for number, caption in enumerate(captions):
+        rows.append(_label(caption, 140 + 66 * columns))
+        for stage, made in videos.items():
+            video = made[number]
+            shown = np.linspace(0, len(video) - 1, columns).round().astype(int)
+            strip = np.concatenate([np.pad(video[i], ((0, 2), (0, 2), (0, 0)), constant_values=255) for i in shown], 1)
+            rows.append(np.concatenate([_label(stage, 140, strip.shape[0]), strip], 1))
+    Image.fromarray(np.concatenate(rows)).save(path, optimize=True)
+
+
+def _label(text: str, width: int, height: int = 18) -> np.ndarray:
+    image = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(image).text((4, height // 2 - 6), text, fill="black")
+    return np.asarray(image)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the command line, samples every stage's model, scores, writes."""
+    parser = argparse.ArgumentParser(prog="python -m helios_jax.toy.chain_report", description="Report `make chain`.")
+    parser.add_argument("--chain", type=Path, default=Path("runs/toy-chain"), help="the folder with every stage's run")
+    parser.add_argument("--out", type=Path, required=True, help="Markdown file; the pictures go beside it")
+    parser.add_argument("--videos", type=int, default=24, help="held-out captions, one video each")
+    parser.add_argument("--chunks", type=int, default=4)
+    parser.add_argument("--shown", type=int, default=3, help="captions in the picture")
+    args = parser.parse_args(argv)
+    if missing := [name for name in STAGES if not (args.chain / name / "pipeline" / "model_index.json").exists()]:
+        parser.error(f"--chain: {args.chain} has no {', '.join(missing)}; make chain makes them")
+    enable_cache()
+    scenes = held_out(args.videos)
+    captions = [toy.caption(scene) for scene in scenes]
+    attributes = [toy.parse_caption(caption) for caption in captions]
+    frames = args.chunks * toy.CHUNK_FRAMES
+    videos: dict[str, list[np.ndarray]] = {}
+    lines = [
+        f"| after | transformer calls a chunk | seconds | {' | '.join(SCORES)} |",
+        "| --- |" + " --- |" * (len(SCORES) + 2),
+    ]
+    for name, (options, calls) in STAGES.items():
+        pipe = HeliosPipeline.from_pretrained(args.chain / name / "pipeline")
+        begin = time.monotonic()
+        videos[name] = generate(pipe, captions, frames, args.videos, options)
+        seconds = time.monotonic() - begin
+        got = aggregate(videos[name], attributes)
+        values = " | ".join(f"{got[key]:.2f}" for key in SCORES)
+        lines.append(f"| {name} | {calls} | {seconds:.0f} | {values} |")
+        print(lines[-1], flush=True)
+    loss, samples = (args.out.with_name(f"{args.out.stem}_{kind}.png") for kind in ("curves", "samples"))
+    curves(args.chain, loss)
+    strips({name: made[: args.shown] for name, made in videos.items()}, captions[: args.shown], samples)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax"))
+    text = [
+        "# The toy's three stages, each from the one before",
+        "",
+        f"`make chain`, and this page by `python -m helios_jax.toy.chain_report --out {args.out}`: {args.videos}",
+        f"captions kept out of training, {frames} frames each, on {machine()}; Python",
+        f"{platform.python_version()}, {versions}. `seconds` are those of all videos, with compilation. The scores are",
+        "explained in `helios_jax/toy/metrics.py`: the first five and `contrast` are best at 1, errors and jumps at 0.",
+        "",
+        *lines,
+        "",
+        f"![losses]({loss.name})",
+        "",
+        f"![frames after every stage]({samples.name})",
+        "",
+    ]
+    args.out.write_text("\n".join(text))
+    print(f"wrote {args.out}, {loss} and {samples}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""The toy world's tokenizer: `python -m helios_jax.toy.make_tokenizer` writes helios_jax/assets/toy/tokenizer.
+
+It has the structure of UMT5's (Unigram over Metaspace words, <pad> 0, </s> 1, <unk> 2, an end token), so the same code
+reads both. The vocabulary is stated instead of trained: each word of the captions is one token with its log frequency,
+letters and a little punctuation spell any other word. A trainer keeps only what several words share, which splits most
+of these, and its result differs from run to run.
+"""
+
+import argparse
+import json
+import math
+import string
+from collections import Counter
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from helios_jax.toy import world as toy
+
+FOLDER = Path(__file__).parent.parent / "assets" / "toy" / "tokenizer"
+SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+MAX_LENGTH = 16
+# Far below any word's score: a word is never spelt when it is known.
+LETTER_SCORE = -20.0
+
+
+def build() -> Tokenizer:
+    """The tokenizer, the same each time: 64 tokens, `</s>` at the end of every text."""
+    counts = Counter(
+        word for split in ("train", "test") for a in toy.combinations(split) for word in toy.caption(a).split()
+    )
+    total = counts.total()
+    words = [(f"▁{word}", math.log(counts[word] / total)) for word in sorted(counts)]
+    pieces = ["▁", *string.ascii_lowercase, *".,!?'-:"]
+    vocab = [(token, 0.0) for token in SPECIAL.values()] + words + [(piece, LETTER_SCORE) for piece in pieces]
+    tokenizer = Tokenizer(models.Unigram(vocab, unk_id=2, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always", split=True)]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always", split=True)
+    tokenizer.add_special_tokens(list(SPECIAL.values()))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return tokenizer
+
+
+def save(folder: Path) -> None:
+    """Writes the files that `transformers` and `tokenizers` load, as T5TokenizerFast."""
+    folder.mkdir(parents=True, exist_ok=True)
+    build().save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "T5TokenizerFast",
+        **SPECIAL,
+        "extra_ids": 0,  # transformers adds 100 sentinel tokens otherwise
+        "additional_special_tokens": [],
+        "model_max_length": MAX_LENGTH,
+        "clean_up_tokenization_spaces": False,
+    }
+    for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", SPECIAL)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parses the command line and writes the files."""
+    parser = argparse.ArgumentParser(description="Writes the toy world's tokenizer.")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write into")
+    args = parser.parse_args(argv)
+    save(args.out)
+    print(f"{args.out}: {build().get_vocab_size()} tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Samples videos for captions that training never saw, scores them, and writes the table and a picture.
+
+    python -m helios_jax.toy.report --model helios_jax/assets/toy --out docs/toy.md
+
+Beside the model stand the world's own renderings (the metrics' ceiling) and the same after the VAE (the model's).
+"""
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image, ImageDraw
+
+from helios_jax.models.vae import normalize
+from helios_jax.runtime.compilation import enable_cache
+from helios_jax.sampling.pipeline import HeliosPipeline, decode
+from helios_jax.toy import world as toy
+from helios_jax.toy.metrics import aggregate
+
+SHOWN = (
+    "shape",
+    "colour",
+    "background",
+    "direction",
+    "speed",
+    "shape_correlation",
+    "colour_error",
+    "background_error",
+    "contrast",
+    "speed_error",
+    "jump",
+    "chunk_jump",
+    "colour_shift",
+)
+DRIFTING = ("shape", "colour", "background", "colour_error", "contrast")
+
+
+def held_out(videos: int) -> list[toy.Scene]:
+    """Scenes of different held-out captions."""
+    scenes, seen, seed = [], set(), 0
+    while len(scenes) < videos:
+        scene = toy.sample_scene(seed, "test")
+        seed += 1
+        if toy.caption(scene) not in seen:
+            seen.add(toy.caption(scene))
+            scenes.append(scene)
+    return scenes
+
+
+def generate(
+    pipe: HeliosPipeline, captions: list[str], frames: int, batch: int, options: Mapping[str, Any]
+) -> list[np.ndarray]:
+    """uint8 videos [t, h, w, 3], one for each caption, the n-th with seed n; `options` are the pipeline's."""
+    videos: list[np.ndarray] = []
+    size = {"height": toy.NOMINAL_SIZE, "width": toy.NOMINAL_SIZE}
+    for first in range(0, len(captions), batch):
+        prompts = captions[first : first + batch]
+        seeds = list(range(first, first + len(prompts)))
+        frames_of = pipe(prompts, **size, num_frames=frames, seed=seeds, **options).frames
+        videos.extend(np.round(frames_of * 255).astype(np.uint8))
+    return videos
+
+
+def reconstruct(pipe: HeliosPipeline, video: np.ndarray) -> np.ndarray:
+    """A video after the VAE, chunk by chunk."""
+    chunks = video.reshape(-1, toy.CHUNK_FRAMES, *video.shape[1:]).astype(np.float32) / 127.5 - 1
+    latents = jax.jit(lambda vae, x: normalize(vae.encode(x)[0], vae.config))(pipe.vae, chunks)
+    return np.asarray(decode(pipe.vae, latents, dtype="uint8")).reshape(video.shape)
+
+
+def picture(videos: list[np.ndarray], captions: list[str], path: Path, columns: int = 12, scale: int = 2) -> None:
+    """One row a video, frames evenly over its length, the caption above."""
+    rows = []
+    for video, caption in zip(videos, captions):
+        index = np.linspace(0, len(video) - 1, columns).round().astype(int)
+        strip = np.concatenate([np.pad(video[i], ((0, 0), (0, 2), (0, 0)), constant_values=255) for i in index], 1)
+        strip = strip.repeat(scale, 0).repeat(scale, 1)
+        label = Image.new("RGB", (strip.shape[1], 18), "white")
+        ImageDraw.Draw(label).text((4, 3), caption, fill="black")
+        rows += [np.asarray(label), strip]
+    Image.fromarray(np.concatenate(rows)).save(path, optimize=True)
+
+
+def table(columns: dict[str, dict[str, float]]) -> list[str]:
+    """Rows of metrics, one column for each way the videos came about."""
+    lines = [f"| metric | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+    names = list(SHOWN)
+    names += [f"{name}_{part}" for name in DRIFTING for part in ("start", "end")]
+    for name in names:
+        values = " | ".join(f"{column[name]:.3f}" for column in columns.values())
+        lines.append(f"| {name} | {values} |")
+    return lines
+
+
+def machine() -> str:
+    """What it ran on, in words."""
+    device = jax.devices()[0]
+    return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parses the command line, samples, scores, writes; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m helios_jax.toy.report", description="Score a toy model.")
+    parser.add_argument("--model", default="helios_jax/assets/toy")
+    parser.add_argument("--out", type=Path, required=True, help="Markdown file; the picture goes beside it")
+    parser.add_argument("--videos", type=int, default=48, help="held-out captions, one video each")
+    parser.add_argument("--chunks", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    args = parser.parse_args(argv)
+    enable_cache()
+    pipe = HeliosPipeline.from_pretrained(args.model)
+    scenes = held_out(args.videos)
+    captions = [toy.caption(scene) for scene in scenes]
+    frames = args.chunks * toy.CHUNK_FRAMES
+    begin = time.monotonic()
+    videos = generate(
+        pipe, captions, frames, args.batch, {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
+    )
+    seconds = time.monotonic() - begin
+    real = [toy.render(scene, frames) for scene in scenes]
+    attributes = [toy.parse_caption(caption) for caption in captions]
+    columns = {
+        "rendered": aggregate(real, attributes),
+        "rendered, after the VAE": aggregate([reconstruct(pipe, video) for video in real], attributes),
+        "generated": aggregate(videos, attributes),
+    }
+    image = args.out.with_suffix(".png")
+    picture(videos[:8], captions[:8], image)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax"))
+    words = " ".join(["python -m helios_jax.toy.report", *(sys.argv[1:] if argv is None else argv)])
+    lines = [
+        "# The toy model on captions kept out of training",
+        "",
+        f"`{words}`: {args.videos} captions, {frames} frames each ({args.chunks} chunks), {args.steps} UniPC steps,",
+        f"guidance {args.guidance:g}, {seconds:.0f} s in all on {machine()}; Python"
+        f" {platform.python_version()}, {versions}.",
+        "What each metric means stands in `helios_jax/toy/metrics.py`. The first group is best at 1, errors, jumps and",
+        "shifts are best at 0; `_start` and `_end` are the first and the last sixth of the frames.",
+        "",
+        *table(columns),
+        "",
+        f"![frames of generated videos]({image.name})",
+        "",
+    ]
+    args.out.write_text("\n".join(lines))
+    print("\n".join(table(columns)))
+    print(f"wrote {args.out} and {image}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

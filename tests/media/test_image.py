@@ -1,0 +1,92 @@
+"""Image files: upright RGB as diffusers loads them, and a damaged file is refused in one line."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+from helios_jax.media.image import read_image, resize, to_rgb
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (24, 40, 3), np.uint8)
+
+
+def save(path, pixels=PIXELS, **options):
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def test_a_png_comes_back(tmp_path):
+    np.testing.assert_array_equal(read_image(save(tmp_path / "a.png")), PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "seen"),
+    [(1, PIXELS), (2, PIXELS[:, ::-1]), (3, PIXELS[::-1, ::-1]), (6, np.rot90(PIXELS, -1)), (8, np.rot90(PIXELS))],
+)
+def test_it_is_upright(tmp_path, orientation, seen):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", exif=exif)), seen)
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    alpha = np.concatenate([PIXELS, np.zeros((24, 40, 1), np.uint8)], 2)
+    np.testing.assert_array_equal(read_image(save(tmp_path / "alpha.png", alpha)), PIXELS)  # dropped, not composited
+    grey = PIXELS[..., 0]
+    np.testing.assert_array_equal(read_image(save(tmp_path / "grey.png", grey)), np.repeat(grey[..., None], 3, 2))
+    deep = grey.astype(np.uint16) * 257
+    np.testing.assert_array_equal(read_image(save(tmp_path / "deep.png", deep)), np.repeat(grey[..., None], 3, 2))
+    Image.fromarray(PIXELS).quantize(256).save(tmp_path / "palette.gif")
+    assert read_image(tmp_path / "palette.gif").shape == PIXELS.shape
+    with pytest.raises(ValueError, match="photo: its pixels are 32-bit numbers without a known range"):
+        to_rgb(Image.fromarray(grey.astype(np.float32)), "photo")
+
+
+def test_what_is_no_image_is_refused_in_one_line(tmp_path):
+    (tmp_path / "text.png").write_text("no image " * 99)
+    (tmp_path / "empty.jpg").touch()
+    for name in ("text.png", "empty.jpg"):
+        with pytest.raises(ValueError, match=rf"{name}: is no image that can be read; name a PNG or JPEG file"):
+            read_image(tmp_path / name)
+    for path in (tmp_path / "nothing.png", tmp_path):
+        with pytest.raises(FileNotFoundError, match="no such file; name an image file"):
+            read_image(path)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "tiff", "bmp", "avif"])
+def test_damage_is_refused_in_one_line_if_it_is_noticed(tmp_path, kind):
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(PIXELS).save(buffer, kind, **({"exif": exif} if kind in ("png", "jpeg", "webp") else {}))
+    data, lines = buffer.getvalue(), []
+    path = tmp_path / f"a.{kind}"
+    broken = [data[: len(data) // 2], data[:40]]
+    for start in RNG.integers(0, len(data) - 8, 60):
+        broken.append(data[:start] + RNG.bytes(8) + data[start + 8 :])
+    for some in broken:
+        path.write_bytes(some)
+        try:
+            assert read_image(path).dtype == np.uint8
+        except ValueError as error:
+            lines.append(str(error))
+    assert lines
+    assert all(line.startswith(f"{path}: ") and "\n" not in line for line in lines)
+
+
+def test_floats_and_bytes_are_resized_alike():
+    y, x = np.mgrid[:24, :40] / 40
+    smooth = np.stack([x, y, (x + y) / 2], -1)
+    for height, width in ((16, 16), (48, 64), (24, 40)):
+        floats = resize(smooth.astype(np.float32), height, width)
+        bytes_ = resize((255 * smooth).round().astype(np.uint8), height, width)
+        assert floats.shape == bytes_.shape == (height, width, 3)
+        assert floats.dtype == bytes_.dtype == np.float32
+        np.testing.assert_allclose(floats, bytes_, atol=1.5 / 255)
+    checks = (np.indices((24, 40)).sum(0) // 6 % 2)[..., None].repeat(3, 2).astype(np.float32)
+    large = resize(checks, 50, 90)
+    assert large.min() == 0  # Lanczos overshoots at edges; colours do not
+    assert large.max() == 1

@@ -1,0 +1,291 @@
+"""Video files: what is written plays while it grows, and a damaged file is refused instead of half read."""
+
+import os
+import signal
+import struct
+import subprocess
+import sys
+import wave
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helios_jax.media.video import VideoWriter, iterate_video, read_video
+from helios_jax.toy import world as toy
+
+FRAMES = toy.render(toy.sample_scene(1, "train"), 33)
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
+
+
+def write(path, frames=FRAMES, fps=24):
+    with VideoWriter(path, fps, *frames.shape[1:3]) as video:
+        video.write(frames)
+    return path
+
+
+@given(
+    num=st.integers(1, 12),
+    height=st.integers(1, 20).map(lambda n: 2 * n),
+    width=st.integers(1, 20).map(lambda n: 2 * n),
+    fps=st.sampled_from([8, 24, 30, 29.97, 12.5]),
+)
+@settings(max_examples=25, deadline=None)
+def test_every_even_size_comes_back_with_all_its_frames(tmp_path_factory, num, height, width, fps):
+    levels = np.linspace(40, 210, num).astype(np.uint8)
+    frames = np.broadcast_to(levels[:, None, None, None], (num, height, width, 3))
+    got, rate = read_video(write(tmp_path_factory.mktemp("video") / "a.mp4", frames, fps))
+    assert got.shape == frames.shape
+    assert got.dtype == np.uint8
+    assert rate == pytest.approx(fps, rel=1e-3)
+    assert np.abs(got.astype(int) - frames).max() < 12
+
+
+def test_pictures_survive_in_order_over_several_writes(tmp_path):
+    with VideoWriter(tmp_path / "new" / "folder" / "a.mp4", 24, 64, 64) as video:
+        video.write(FRAMES[:20])
+        video.write(FRAMES[20:20])
+        video.write(FRAMES[20:])
+        assert video.frames == 33
+    got, _ = read_video(video.path)
+    assert psnr(got, FRAMES) > 30  # colour is stored at half the size
+    assert all(psnr(a, b) > 28 for a, b in zip(got, FRAMES))
+
+
+def test_a_file_that_is_still_written_plays(tmp_path):
+    video = VideoWriter(tmp_path / "a.mp4", 24, 64, 64)
+    for i in range(3):
+        video.write(FRAMES[10 * i : 10 * i + 10])
+        # The newest frame waits for the next one, which tells how long it is shown.
+        assert len(read_video(tmp_path / "a.mp4")[0]) == 10 * i + 9
+    video.close()
+    video.close()
+    assert len(read_video(tmp_path / "a.mp4")[0]) == 30
+
+
+def test_a_killed_process_leaves_a_file_that_plays(tmp_path):
+    code = f"""
+import numpy as np, time
+from helios_jax.media.video import VideoWriter
+video = VideoWriter({str(tmp_path / "a.mp4")!r}, 24, 64, 64)
+video.write(np.zeros((20, 64, 64, 3), np.uint8))
+print("written", flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"written\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert len(read_video(tmp_path / "a.mp4")[0]) == 19
+
+
+def test_an_error_while_writing_still_completes_the_file(tmp_path):
+    def interrupted():
+        with VideoWriter(tmp_path / "a.mp4", 24, 64, 64) as video:
+            video.write(FRAMES)
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        interrupted()
+    assert len(read_video(tmp_path / "a.mp4")[0]) == 33
+
+
+@pytest.mark.parametrize(
+    ("name", "fps", "size", "message"),
+    [
+        ("a.gif", 24, (64, 64), r"a\.gif: unknown suffix '\.gif'; .* \.mp4"),
+        ("a", 24, (64, 64), "unknown suffix ''"),
+        ("a.mp4", 24, (63, 64), "frames of 63x64; H.264 needs even height and width, such as 64x64"),
+        ("a.mp4", 24, (0, 7), "such as 2x8"),
+        ("a.mp4", 0, (64, 64), "0 frames a second; the rate must be positive"),
+        ("a.mp4", float("nan"), (64, 64), "nan frames a second"),
+        ("file/a.mp4", 24, (64, 64), "its folder cannot be made"),
+        ("folder.mp4", 24, (64, 64), "is a folder; name a file in it"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path, name, fps, size, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=message) as error:
+        VideoWriter(tmp_path / name, fps, *size)
+    assert "\n" not in str(error.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ValueError, match="writing there is not permitted; name another folder"):
+        VideoWriter(tmp_path / "a.mp4", 24, 64, 64)
+
+
+@pytest.mark.parametrize("frames", [FRAMES.astype(np.float32), FRAMES[0], FRAMES[:, :32], FRAMES[..., :1]])
+def test_frames_of_another_kind_are_refused(tmp_path, frames):
+    with (
+        VideoWriter(tmp_path / "a.mp4", 24, 64, 64) as video,
+        pytest.raises(ValueError, match=r"they must be uint8 \[t, 64, 64, 3\]"),
+    ):
+        video.write(frames)
+
+
+def test_what_holds_no_video_is_refused_in_one_line(tmp_path):
+    with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
+        sound.setparams((1, 2, 8000, 0, "NONE", ""))
+        sound.writeframes(bytes(16000))
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("no video " * 99)
+    for name, message in {
+        "sound.wav": "holds no video, only audio; name a file with a video stream",
+        "empty.mp4": "does not decode as video",
+        "text.mp4": "does not decode as video",
+    }.items():
+        with pytest.raises(ValueError, match=message) as error:
+            read_video(tmp_path / name)
+        assert "\n" not in str(error.value)
+        assert name in str(error.value)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.mp4: no such file"):
+        read_video(tmp_path / "nothing.mp4")
+    with VideoWriter(tmp_path / "none.mp4", 24, 64, 64):
+        pass
+    assert not (tmp_path / "none.mp4").exists()
+
+
+def sound(path: Path, codec: str, *, cover: bool):
+    """A file of sound only; `cover`: with the picture of a record's sleeve, which containers keep as a video stream."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=44100)
+        if cover:
+            picture = file.add_stream("mjpeg")
+            picture.width, picture.height, picture.pix_fmt = 64, 64, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+            image = av.VideoFrame.from_ndarray(FRAMES[0], format="rgb24").reformat(format="yuvj420p")
+            file.mux(picture.encode(image))
+            file.mux(picture.encode(None))
+        for i in range(20):
+            frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            frame.sample_rate, frame.pts = 44100, 1024 * i
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(("name", "codec", "cover"), [("a.mp4", "aac", False), ("a.mp3", "mp3", True)])
+def test_sound_is_no_video(tmp_path, name, codec, cover):
+    sound(tmp_path / name, codec, cover=cover)
+    with pytest.raises(ValueError, match="holds no video, only audio; name a file with a video stream") as error:
+        read_video(tmp_path / name)
+    assert str(error.value).startswith(str(tmp_path / name))
+
+
+def ramp(path: Path, times: list[float], step: int = 8) -> Path:
+    """A video whose frame i has the level step * i and is shown from times[i] on, in seconds."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=1000, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv444p"
+        for i, time in enumerate(times):
+            level = np.full((16, 16, 3), step * i, np.uint8)
+            frame = av.VideoFrame.from_ndarray(level, format="rgb24").reformat(format="yuv444p")
+            frame.pts = round(1000 * time)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return path
+
+
+def shown(path: Path, fps: float | None) -> list[int]:
+    """The numbers of the frames of `ramp` that are read."""
+    frames, rate = read_video(path, fps)
+    assert fps is None or rate == fps
+    return [round(frame.mean() / 8) for frame in frames]
+
+
+def test_a_rate_picks_the_nearest_frames(tmp_path):
+    path = ramp(tmp_path / "a.mp4", [i / 30 for i in range(30)])
+    assert shown(path, None) == shown(path, 30) == list(range(30))
+    assert shown(path, 15) == list(range(0, 30, 2))
+    assert shown(path, 60) == [i for i in range(30) for _ in range(2)]
+    assert shown(path, 24) == [round(i * 30 / 24 - 1e-3) for i in range(24)]
+    assert shown(path, 0.01) == [0]
+    # Frames at uneven times, as phones and screen recorders write them: what counts is when a frame is shown.
+    uneven = ramp(tmp_path / "b.mp4", [1.0, 1.1, 1.2, 1.9, 2.0])
+    assert shown(uneven, 10)[:10] == [0, 1, 2, 2, 2, 2, 3, 3, 3, 3]
+    for fps in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="the rate must be positive, such as 24"):
+            read_video(path, fps)
+
+
+def test_frames_come_one_by_one_too(tmp_path):
+    path = ramp(tmp_path / "a.mp4", [i / 30 for i in range(12)])
+    for fps in (None, 24):
+        np.testing.assert_array_equal(np.stack(list(iterate_video(path, fps))), read_video(path, fps)[0])
+    frames = iterate_video(path)
+    next(frames)
+    frames.close()  # nothing is left open
+    (tmp_path / "b.mp4").write_bytes(path.read_bytes()[:-1500])
+    with pytest.raises(ValueError, match=r"b\.mp4"):
+        list(iterate_video(tmp_path / "b.mp4", 24))
+
+
+def test_a_phone_held_upright_gives_upright_frames(tmp_path):
+    frames = np.zeros((4, 32, 64, 3), np.uint8)
+    frames[:, :8] = 250
+    data = bytearray(write(tmp_path / "a.mp4", frames).read_bytes())
+    # The matrix of the track (ISO 14496-12, 8.3.2): (x, y) -> (32 - y, x), a quarter turn clockwise.
+    matrix = data.index(b"tkhd") + 44
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
+    (tmp_path / "b.mp4").write_bytes(data)
+    got, _ = read_video(tmp_path / "b.mp4")
+    assert got.shape == (4, 64, 32, 3)
+    assert got[:, :, 26:].min() > 200  # what was on top is on the right
+    assert got[:, :, :22].max() < 50
+
+
+def fragments(data):
+    """Where each frame's part of the file begins."""
+    return [i - 4 for i in range(len(data)) if data[i : i + 4] == b"moof"]
+
+
+def test_lost_frames_are_noticed(tmp_path):
+    data = write(tmp_path / "a.mp4").read_bytes()
+    starts = fragments(data)
+    assert len(starts) == 33
+    for k in (1, 10, 20):
+        (tmp_path / "b.mp4").write_bytes(data[: starts[k]] + data[starts[k + 1] :])
+        with pytest.raises(ValueError, match=r"b\.mp4"):
+            read_video(tmp_path / "b.mp4")
+
+
+@pytest.mark.parametrize("where", [0.3, 0.6, 0.9])
+def test_a_file_cut_anywhere_is_refused_or_gives_its_first_frames(tmp_path, where):
+    frames, _ = read_video(write(tmp_path / "a.mp4"))
+    data = (tmp_path / "a.mp4").read_bytes()
+    for end in range(int(where * len(data)), int(where * len(data)) + 8):
+        (tmp_path / "b.mp4").write_bytes(data[:end])
+        try:
+            got, _ = read_video(tmp_path / "b.mp4")
+        except ValueError:
+            continue
+        np.testing.assert_array_equal(got, frames[: len(got)])
+
+
+def test_most_damage_is_refused_in_one_line(tmp_path):
+    # Not all: H.264 has no checksum, and some changed bits are another valid picture.
+    data = write(tmp_path / "a.mp4").read_bytes()
+    lines = []
+    for start in np.random.default_rng(0).integers(1500, len(data) - 8, 40):
+        broken = bytearray(data)
+        broken[start : start + 8] = bytes(b ^ 0x5A for b in data[start : start + 8])
+        (tmp_path / "b.mp4").write_bytes(broken)
+        try:
+            read_video(tmp_path / "b.mp4")
+        except ValueError as error:
+            lines.append(str(error))
+    assert len(lines) > 20
+    assert not any("\n" in line for line in lines)

@@ -1,0 +1,117 @@
+"""Chunks written in a thread: nothing waits for a slow writer, nothing is lost, errors come through."""
+
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from helios_jax.media import writers as output
+from helios_jax.media.writers import ThreadedWriter
+
+
+class Gate:
+    """A writer that waits until it is let through, and fails where told to."""
+
+    path, takes = Path("x"), "np"
+
+    def __init__(self, error: Exception | None = None, at: int = 0):
+        self.open = threading.Event()
+        self.written, self.frames, self.closed = [], 0, 0
+        self.error, self.at = error, at
+
+    def write(self, chunk):
+        assert self.open.wait(10)
+        if self.error is not None and chunk == self.at:
+            raise self.error
+        self.written.append(chunk)
+        self.frames += 1
+
+    def close(self):
+        self.closed += 1
+
+
+def test_a_slow_writer_holds_nothing_up_until_two_chunks_wait():
+    gate = Gate()
+    writer = ThreadedWriter(gate)
+    writer.write(0)
+    writer.write(1)
+    third = threading.Thread(target=writer.write, args=(2,))
+    third.start()
+    third.join(0.2)
+    assert third.is_alive()
+    assert (gate.written, writer.frames) == ([], 0)
+    gate.open.set()
+    third.join(10)
+    assert not third.is_alive()
+    writer.close()
+    assert gate.written == [0, 1, 2]
+
+
+def test_what_follows_a_chunk_follows_it_in_the_file():
+    gate, seen = Gate(), []
+    writer = ThreadedWriter(gate)
+    for chunk in range(2):
+        writer.write(chunk, lambda chunk=chunk: seen.append((chunk, writer.frames)))
+    assert seen == []
+    gate.open.set()
+    writer.close()
+    assert seen == [(0, 1), (1, 2)]
+
+
+def test_closing_waits_for_all_of_it():
+    gate = Gate()
+    writer = ThreadedWriter(gate)
+    writer.write(0)
+    writer.write(1)
+    threading.Timer(0.2, gate.open.set).start()
+    writer.close()
+    assert (gate.written, gate.closed) == ([0, 1], 1)
+
+
+@pytest.mark.parametrize("error", [ValueError("frames of another size"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("call", [lambda writer: writer.write(2), lambda writer: writer.close()])
+def test_an_error_is_raised_once_and_ends_the_writing(error, call):
+    gate, after = Gate(error, at=0), []
+    writer = ThreadedWriter(gate)
+    for chunk in range(2):
+        writer.write(chunk, lambda: after.append(1))
+    gate.open.set()
+    with pytest.raises(type(error)) as raised:
+        call(writer)
+    assert raised.value is error
+    writer.close()
+    assert (gate.written, after) == ([], [])
+    assert gate.closed >= 1
+
+
+def test_what_follows_a_chunk_may_fail_too():
+    def full():
+        raise OSError(28, "No space left on device")
+
+    gate = Gate()
+    gate.open.set()
+    writer = ThreadedWriter(gate)
+    writer.write(0, full)
+    with pytest.raises(OSError, match="No space"):
+        writer.close()
+    assert (gate.written, gate.closed) == ([0], 1)
+
+
+@pytest.mark.parametrize("error", [None, OSError(28, "No space left on device")])
+def test_an_interrupt_loses_no_chunk_that_was_taken_and_no_error(monkeypatch, error):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    gate = Gate(error)
+    writer = ThreadedWriter(gate)
+    writer.write(0)
+    writer.write(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            writer.write(2)
+    gate.open.set()
+    with nullcontext() if error is None else pytest.raises(OSError, match="No space"):
+        writer.close()
+    assert (gate.written, gate.closed) == ([0, 1] if error is None else [], 1)
