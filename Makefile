@@ -60,10 +60,10 @@ gpu-report: $(VENV)/.test  ## every figure of the GPU at hand in nine minutes, i
 	$(BIN)/python -m helios_jax.benchmarks.gpu_report $(ARGS)
 
 check-kernels: $(VENV)/.run  ## the kernels' values and gradients beside their references', on the GPU or TPU at hand
-	$(BIN)/python -m pallas_kernels.check $(ARGS)
+	$(BIN)/python -m pallas_kernels.tools.check $(ARGS)
 
 tune: $(VENV)/.run  ## time a kernel's block sizes on the GPU or TPU at hand: make tune ARGS="attention --write"
-	$(BIN)/python -m pallas_kernels.tune $(ARGS)
+	$(BIN)/python -m pallas_kernels.tools.tune $(ARGS)
 
 parity: $(VENV)/.test  ## measure our error against the references and write docs/parity.md
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m tests.parity.report docs/parity.md

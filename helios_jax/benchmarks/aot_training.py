@@ -34,7 +34,7 @@ from helios_jax.training import loop
 from helios_jax.training.config import TrainConfig
 from helios_jax.training.optim import make_optimizer
 from helios_jax.training.state import abstract
-from pallas_kernels import device
+from pallas_kernels.core import device
 
 # Without stage3_gan.yaml, which takes one core six minutes; the others take it one to three.
 CONFIGS = tuple(f"configs/{name}.yaml" for name in ("stage1_init", "stage2_init", "stage3_ode", "stage3_post"))

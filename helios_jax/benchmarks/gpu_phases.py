@@ -31,7 +31,7 @@ from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.runtime.aot import memory
 from helios_jax.runtime.compilation import compiler_options, enable_cache
 from helios_jax.sampling.frames import decode
-from pallas_kernels.tunable import add_line
+from pallas_kernels.tools.tunable import add_line
 
 Say = Callable[..., None]
 CHUNKS = 8

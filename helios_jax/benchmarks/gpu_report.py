@@ -28,8 +28,8 @@ from typing import Any
 from helios_jax.benchmarks.gpu_page import conclusions, page
 from helios_jax.benchmarks.throughput_model import SIZES
 from helios_jax.models.ops import choices
-from pallas_kernels import tiles
-from pallas_kernels.tunable import add_line
+from pallas_kernels.core import tiles
+from pallas_kernels.tools.tunable import add_line
 
 CHECKED = ("attention", "norm_rope", "adaln", "gated_residual")
 TUNED = ("attention", "norm_rope", "adaln", "gated_residual")
@@ -54,10 +54,11 @@ def phases(size: str, rows: Path) -> list[Phase]:
         return Phase(name, "helios_jax.benchmarks.gpu_phases", (name, "--size", size, "--rows", str(rows)), limit)
 
     checks = [
-        Phase(f"check {op}", "pallas_kernels.check", (op, "--json", str(rows), "--limit", "45"), 75) for op in CHECKED
+        Phase(f"check {op}", "pallas_kernels.tools.check", (op, "--json", str(rows), "--limit", "45"), 75)
+        for op in CHECKED
     ]
     tunes = [
-        Phase(f"tune {op}", "pallas_kernels.tune", (op, "--short", "--json", str(rows), "--limit", "30"), 60)
+        Phase(f"tune {op}", "pallas_kernels.tools.tune", (op, "--short", "--json", str(rows), "--limit", "30"), 60)
         for op in TUNED
     ]
     return [

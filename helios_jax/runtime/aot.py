@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from helios_jax.runtime.compilation import compiler_options
-from pallas_kernels.device import compiling_for
+from pallas_kernels.core.device import compiling_for
 
 
 def tpu_topology(name: str) -> topologies.TopologyDescription:

@@ -9,7 +9,7 @@ import pytest
 from helios_jax.benchmarks import gpu_page, gpu_phases, gpu_report
 from helios_jax.benchmarks.gpu_report import Phase
 from helios_jax.models.ops import choices
-from pallas_kernels import tiles
+from pallas_kernels.core import tiles
 
 H100 = "NVIDIA H100 80GB HBM3"
 DEVICE = {

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas_kernels import adaln_gpu, adaln_tpu
 from pallas_kernels.adaln import adaln, by, reference
+from pallas_kernels.adaln import gpu as adaln_gpu
+from pallas_kernels.adaln import tpu as adaln_tpu
 from tests.closeness import assert_close
 
 SIZES = {"block": 16}

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import attention_tpu
 from pallas_kernels.attention import attention, reference
-from pallas_kernels.tiles import lookup, table
+from pallas_kernels.attention import tpu as attention_tpu
+from pallas_kernels.core.tiles import lookup, table
 from tests.closeness import assert_close
 
 TILES = {

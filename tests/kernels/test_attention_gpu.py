@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import attention_gpu
+from pallas_kernels.attention import gpu as attention_gpu
 from pallas_kernels.attention import reference
-from pallas_kernels.tiles import lookup
+from pallas_kernels.core.tiles import lookup
 from tests.closeness import assert_close
 
 try:

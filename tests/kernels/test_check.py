@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import adaln_tpu, check
-from pallas_kernels.device import compiling_for
+from pallas_kernels.adaln import tpu as adaln_tpu
+from pallas_kernels.core.device import compiling_for
+from pallas_kernels.tools import check
 
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5")
 

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas_kernels import adaln_gpu, adaln_tpu, gated_residual_gpu, gated_residual_tpu
+from pallas_kernels.adaln import gpu as adaln_gpu
+from pallas_kernels.adaln import tpu as adaln_tpu
 from pallas_kernels.gated_residual import by, gated_residual, reference
+from pallas_kernels.gated_residual import gpu as gated_residual_gpu
+from pallas_kernels.gated_residual import tpu as gated_residual_tpu
 from tests.closeness import assert_close
 
 EPS = 1e-6

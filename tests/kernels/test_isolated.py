@@ -5,11 +5,11 @@ from contextlib import closing
 
 import pytest
 
-from pallas_kernels import isolated
+from pallas_kernels.tools import isolated
 
 JOBS = """
 import os, time
-from pallas_kernels import isolated
+from pallas_kernels.tools import isolated
 
 def job(number):
     print("what a job prints is no answer")

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from pallas_kernels import norm_rope_gpu, norm_rope_tpu
-from pallas_kernels.device import compiling_for
+from pallas_kernels.core.device import compiling_for
 from pallas_kernels.norm_rope import by, norm_rope, reference
+from pallas_kernels.norm_rope import gpu as norm_rope_gpu
+from pallas_kernels.norm_rope import tpu as norm_rope_tpu
 from tests.closeness import assert_close
 
 EPS = 1e-6

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import parts
+from pallas_kernels.attention import parts
 
 
 def draw(*shape: int, seed: int = 0):

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tiles, tunable, tune
-from pallas_kernels.device import compiling_for
-from pallas_kernels.tunable import Op
+from pallas_kernels.core import tiles
+from pallas_kernels.core.device import compiling_for
+from pallas_kernels.tools import tunable, tune
+from pallas_kernels.tools.tunable import Op
 
 GPU = SimpleNamespace(platform="cuda", device_kind="NVIDIA Abacus")
 

@@ -17,7 +17,7 @@ from helios_jax.models.ops.blockwise import CACHE, MEMORY, blockwise
 from helios_jax.models.ops.choices import Attention
 from helios_jax.sharding import BATCH, RULES
 from pallas_kernels import attention as pallas
-from pallas_kernels import device
+from pallas_kernels.core import device
 
 # The segment of each query and of each key, known when the program is compiled.
 Segments = tuple[np.ndarray, np.ndarray]

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from pallas_kernels import device
+from pallas_kernels.core import device
 
 PATH = Path(__file__).with_name("choices.json")
 Attention = Literal["xla", "cudnn", "pallas"]

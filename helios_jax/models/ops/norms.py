@@ -14,11 +14,11 @@ from helios_jax.models.ops import choices
 from helios_jax.models.ops.choices import Norms
 from helios_jax.sharding import BATCH
 from pallas_kernels import adaln as adaln_kernel
-from pallas_kernels import device
 from pallas_kernels import gated_residual as gated_residual_kernel
 from pallas_kernels import norm_rope as norm_rope_kernel
+from pallas_kernels.core import device
+from pallas_kernels.core.rows import Runs
 from pallas_kernels.norm_rope import Rotary
-from pallas_kernels.rows import Runs
 
 log = logging.getLogger(__name__)
 

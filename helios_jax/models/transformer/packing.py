@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from helios_jax.models.ops.attention import Segments
-from pallas_kernels import device
-from pallas_kernels.rows import Runs, spread
+from pallas_kernels.core import device
+from pallas_kernels.core.rows import Runs, spread
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 from helios_jax.models.ops import attention as module
 from helios_jax.models.ops.attention import attention
 from helios_jax.models.ops.choices import Attention
-from pallas_kernels.device import compiling_for
+from pallas_kernels.core.device import compiling_for
 
 HEADS = jnp.zeros((1, 2, 1, 64), jnp.bfloat16)
 WIDE = jnp.zeros((1, 2, 1, 256), jnp.bfloat16)

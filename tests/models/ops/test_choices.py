@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from helios_jax.models.ops import choices
-from pallas_kernels.device import compiling_for
+from pallas_kernels.core.device import compiling_for
 
 
 @pytest.fixture(autouse=True)

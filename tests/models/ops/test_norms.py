@@ -17,7 +17,7 @@ from helios_jax.models.transformer.block import Block, TransformerConfig
 from helios_jax.models.transformer.packing import Packing
 from helios_jax.sharding import AXES
 from pallas_kernels.attention import reference as attention
-from pallas_kernels.device import compiling_for
+from pallas_kernels.core.device import compiling_for
 from tests.closeness import assert_close
 
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5")

@@ -13,7 +13,7 @@ from helios_jax.models.ops.choices import Implementations
 from helios_jax.models.transformer import Transformer
 from helios_jax.models.transformer.packing import Packing
 from pallas_kernels.attention import reference
-from pallas_kernels.device import compiling_for
+from pallas_kernels.core.device import compiling_for
 from tests import tiny
 from tests.models.transformer.test_packing import inputs
 

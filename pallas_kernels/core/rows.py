@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels import device
+from pallas_kernels.core import device
 
 Implementation = Literal["xla", "pallas"]
 # Numbers of tokens: the first run takes the first row of a table, the second run the next.

@@ -1,4 +1,4 @@
-"""Block sizes, by op, kind of device and length: data in tiles.json, which `python -m pallas_kernels.tune` fills."""
+"""Block sizes, by op, kind of device and length: data in tiles.json, which `make tune` fills."""
 
 import json
 from functools import cache

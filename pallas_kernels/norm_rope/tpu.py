@@ -9,9 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.adaln_tpu import numbers, select
-from pallas_kernels.rows import LANES, Runs, fitting
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.core.rows import LANES, Runs, fitting
+from pallas_kernels.core.rows_tpu import numbers, select
+from pallas_kernels.core.tiles import Tiles
 
 
 def forward(

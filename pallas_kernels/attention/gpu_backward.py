@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array
 
-from pallas_kernels import hopper, parts
-from pallas_kernels.hopper import GROUPS, Dialect, Ring
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.attention import hopper, parts
+from pallas_kernels.attention.hopper import GROUPS, Dialect, Ring
+from pallas_kernels.core.tiles import Tiles
 
 
 def query_gradient(

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import attention_gpu, attention_tpu, device, tiles
+from pallas_kernels.attention import gpu as attention_gpu
+from pallas_kernels.attention import tpu as attention_tpu
+from pallas_kernels.core import device, tiles
 
 Implementation = Literal["xla", "pallas"]
 

@@ -9,7 +9,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import FullMask, MultiHeadMask
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.core.tiles import Tiles
 
 OPS = ("attention", "attention_dkv")  # the backward kernel computes the queries' gradient too
 LANES = 128

@@ -1,7 +1,10 @@
 """What the tuner has to know of an op; how long a call of it takes on the device at hand, and how right it is."""
 
+import importlib
+import importlib.util
 import json
 import math
+import pkgutil
 import statistics
 import time
 from collections.abc import Callable
@@ -14,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.tiles import Tiles
+import pallas_kernels
+from pallas_kernels.core.tiles import Tiles
 
 Shape = dict[str, int]  # sizes of an op's axes
 IN_A_PROGRAM, REPEATS, SPEND = 8, 7, 0.1
@@ -104,3 +108,12 @@ def word(error: Exception) -> str:
     if "RESOURCE_EXHAUSTED" in message or "out of memory" in message:
         return "memory"
     return f"{type(error).__name__}: {message.splitlines()[0][:70] if message else ''}"
+
+
+def modules(name: str) -> list[Any]:
+    """The module `name` of each op that has one: ops are the packages beside `core` and `tools`."""
+    found = []
+    for op in sorted(info.name for info in pkgutil.iter_modules(pallas_kernels.__path__) if info.ispkg):
+        if importlib.util.find_spec(f"pallas_kernels.{op}.{name}") is not None:
+            found.append(importlib.import_module(f"pallas_kernels.{op}.{name}"))
+    return found

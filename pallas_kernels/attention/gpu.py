@@ -17,10 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import hopper, parts
-from pallas_kernels.attention_gpu_backward import key_value_gradients, query_gradient
-from pallas_kernels.hopper import GROUPS, Dialect, Ring
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.attention import hopper, parts
+from pallas_kernels.attention.gpu_backward import key_value_gradients, query_gradient
+from pallas_kernels.attention.hopper import GROUPS, Dialect, Ring
+from pallas_kernels.core.tiles import Tiles
 
 OPS = ("attention", "attention_dq", "attention_dkv")
 

@@ -9,10 +9,10 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import mosaic
-from pallas_kernels.adaln_gpu import block, launch, row, spans
-from pallas_kernels.rows import Runs
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.core import mosaic
+from pallas_kernels.core.rows import Runs
+from pallas_kernels.core.rows_gpu import block, launch, row, spans
+from pallas_kernels.core.tiles import Tiles
 
 WARPS, LANES = 4, 32
 

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import adaln_gpu, adaln_tpu, device, rows, tiles
-from pallas_kernels.rows import Implementation, Runs
+from pallas_kernels.adaln import gpu as adaln_gpu
+from pallas_kernels.adaln import tpu as adaln_tpu
+from pallas_kernels.core import device, rows, tiles
+from pallas_kernels.core.rows import Implementation, Runs
 
 
 def reference(

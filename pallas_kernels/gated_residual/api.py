@@ -13,8 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import adaln, adaln_gpu, adaln_tpu, device, gated_residual_gpu, gated_residual_tpu, rows, tiles
-from pallas_kernels.rows import Implementation, Runs
+from pallas_kernels import adaln
+from pallas_kernels.adaln import gpu as adaln_gpu
+from pallas_kernels.adaln import tpu as adaln_tpu
+from pallas_kernels.core import device, rows, tiles
+from pallas_kernels.core.rows import Implementation, Runs
+from pallas_kernels.gated_residual import gpu as gated_residual_gpu
+from pallas_kernels.gated_residual import tpu as gated_residual_tpu
 
 # The sum, and what its norm makes of it.
 Sums = tuple[Float[Array, "b m d"], Float[Array, "b m d"]]

@@ -8,9 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import attention, attention_gpu, attention_tpu, device, tiles
-from pallas_kernels.tiles import Tiles
-from pallas_kernels.tunable import Op, Shape
+from pallas_kernels import attention
+from pallas_kernels.attention import gpu as attention_gpu
+from pallas_kernels.attention import tpu as attention_tpu
+from pallas_kernels.core import device, tiles
+from pallas_kernels.core.tiles import Tiles
+from pallas_kernels.tools.tunable import Op, Shape
 
 # The 14B model's self-attention at full size: 2400 tokens of history, 8640 noisy ones.
 AXES = {"b": 1, "n": 11040, "heads": 40, "head_dim": 128}

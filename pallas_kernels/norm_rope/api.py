@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels import device, norm_rope_gpu, norm_rope_tpu, rows, tiles
-from pallas_kernels.rows import Implementation
+from pallas_kernels.core import device, rows, tiles
+from pallas_kernels.core.rows import Implementation
+from pallas_kernels.norm_rope import gpu as norm_rope_gpu
+from pallas_kernels.norm_rope import tpu as norm_rope_tpu
 
 # cos and sin of the angle of each pair of features; the first dimension is 1 when all samples share positions.
 Rotary = tuple[Float[Array, "#b n pairs"], Float[Array, "#b n pairs"]]

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from pallas_kernels.adaln_gpu import block, launch, normed, row, spans
-from pallas_kernels.rows import Runs
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.core.rows import Runs
+from pallas_kernels.core.rows_gpu import block, launch, normed, row, spans
+from pallas_kernels.core.tiles import Tiles
 
 
 def forward(

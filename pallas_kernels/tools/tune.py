@@ -1,8 +1,8 @@
 """Times an op's kernel with every block size that may do, on the device at hand, beside other ways to compute the same.
 
-    python -m pallas_kernels.tune attention                       # the 14B model's shape
-    python -m pallas_kernels.tune attention --shape n=8640 b=2    # another
-    python -m pallas_kernels.tune attention --write               # and the fastest go into tiles.json
+    python -m pallas_kernels.tools.tune attention                       # the 14B model's shape
+    python -m pallas_kernels.tools.tune attention --shape n=8640 b=2    # another
+    python -m pallas_kernels.tools.tune attention --write               # and the fastest go into tiles.json
 
 Sizes with which the kernel does not compile, hangs, or differs from the first row that ran, are left out and the table
 says why.
@@ -19,11 +19,12 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import device, isolated, tiles, tune_attention, tune_norms
-from pallas_kernels.tiles import Tiles
-from pallas_kernels.tunable import Op, Shape, add_line, distance, seconds, word
+from pallas_kernels.core import device, tiles
+from pallas_kernels.core.tiles import Tiles
+from pallas_kernels.tools import isolated
+from pallas_kernels.tools.tunable import Op, Shape, add_line, distance, modules, seconds, word
 
-OPS: dict[str, Op] = {**tune_attention.OPS, **tune_norms.OPS}
+OPS: dict[str, Op] = {name: op for module in modules("tuning") for name, op in module.OPS.items()}
 
 
 LIMIT = 60  # seconds
@@ -91,7 +92,9 @@ def fastest(results: Iterable[Result]) -> Result | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.tune", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.tools.tune", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("op", help=", ".join(OPS))
     parser.add_argument("--shape", nargs="+", default=[], metavar="AXIS=SIZE", help="other sizes than the 14B model's")
     parser.add_argument("--write", action="store_true", help="put the fastest sizes into tiles.json")
@@ -120,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
         return isolated.serve(_greeting(), lambda number: vars(here(device.platform()).measure(number)))
     if options.limit:
         given = [options.op, *["--short"] * options.short, "--shape", *(f"{a}={size}" for a, size in shape.items())]
-        jobs = isolated.Apart([sys.executable, "-m", "pallas_kernels.tune", *given, "--worker"])
+        jobs = isolated.Apart([sys.executable, "-m", "pallas_kernels.tools.tune", *given, "--worker"])
     else:
         jobs = isolated.Here(_greeting(), lambda number: vars(tried.measure(number)))
     platform, kind = jobs.greeting["platform"], jobs.greeting["device"]

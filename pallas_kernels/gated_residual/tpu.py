@@ -8,9 +8,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.adaln_tpu import normed, numbers, select, table_spec
-from pallas_kernels.rows import Runs, fitting
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.core.rows import Runs, fitting
+from pallas_kernels.core.rows_tpu import normed, numbers, select, table_spec
+from pallas_kernels.core.tiles import Tiles
 
 TILE = 16  # tokens of 16-bit numbers that lie together
 

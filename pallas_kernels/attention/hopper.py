@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array
 
-from pallas_kernels import parts
+from pallas_kernels.attention import parts
 
 GROUPS = 2  # warpgroups that compute
 ROWS = 8  # TMA copies tiled arrays whose length is a multiple of this

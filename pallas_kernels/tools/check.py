@@ -1,7 +1,7 @@
 """Compares the kernels on the GPU or TPU at hand with their references: values and gradients, as compiled.
 
-    python -m pallas_kernels.check              # all ops, some minutes
-    python -m pallas_kernels.check attention    # or some
+    python -m pallas_kernels.tools.check              # all ops, some minutes
+    python -m pallas_kernels.tools.check attention    # or some
 
 One token, lengths that no block divides, 32760 tokens; bfloat16 and float32. The references run by XLA in float32.
 Each kernel runs three times with the same inputs: results that move are a race. Prints a line for each case, and goes
@@ -13,94 +13,26 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import adaln, attention, device, gated_residual, isolated, norm_rope
-from pallas_kernels.tunable import add_line, distance, word
+from pallas_kernels.core import device
+from pallas_kernels.tools import isolated
+from pallas_kernels.tools.case import DTYPES, Case
+from pallas_kernels.tools.tunable import add_line, distance, modules, word
 
-EPS = 1e-6
-DTYPES = {"bfloat16": 0.01, "float32": 1e-5}  # how far a result may be, as a part of its root mean square
 STILL = 0.1  # part of that by which results may move from run to run: XLA's own sums over rows are not ordered
 RUNS = 3
 LIMIT = 90  # seconds
 
 
-@dataclass(frozen=True)
-class Case:
-    """`ours` and the `reference` of the same float inputs, of which `tokens` have the dtype and the others float32."""
-
-    op: str
-    what: str
-    dtype: str
-    ours: Callable[..., Any]
-    reference: Callable[..., Any]
-    tokens: tuple[tuple[int, ...], ...]
-    others: tuple[tuple[int, ...], ...] = ()
-
-
 def cases() -> Iterator[Case]:
-    for dtype in DTYPES:
-        for b, n, m, heads, head_dim, lengths in (
-            (1, 1, 9, 4, 64, None),
-            (2, 333, 517, 4, 128, (400, 517)),
-            (1, 11040, 11040, 4, 128, None),
-            (1, 32760, 1000, 4, 64, None),
-        ):
-            yield Case(
-                "attention",
-                f"{b} x {n} queries, {m} keys, head_dim {head_dim}",
-                dtype,
-                *_both(attention.attention, attention.reference, None if lengths is None else jnp.array(lengths)),
-                tuple((b, length, heads, head_dim) for length in (n, m, m)),
-            )
-        for b, n, heads, head_dim, history in ((1, 1, 4, 64, 0), (2, 333, 40, 128, 100), (1, 32760, 8, 64, 9000)):
-            yield Case(
-                "norm_rope",
-                f"{b} x {n} tokens, {heads} heads of {head_dim}",
-                dtype,
-                *_both(_turned(norm_rope.norm_rope), _turned(norm_rope.reference), heads, history),
-                ((b, n, heads * head_dim),),
-                ((heads * head_dim,), (heads,), (b, n, head_dim // 2)),
-            )
-        for b, runs, d in ((1, (1,), 256), (2, (100, 233), 5120), (1, (9000, 23760), 1024)):
-            yield Case(
-                "adaln",
-                f"{b} x {sum(runs)} tokens of {d}",
-                dtype,
-                *_both(adaln.adaln, adaln.reference, runs, EPS),
-                ((b, sum(runs), d),),
-                ((b, len(runs), d),) * 2,
-            )
-        for b, first, runs, d in ((1, 0, (1,), 256), (2, 96, (100, 233), 5120), (1, 8192, (24568,), 1024)):
-            yield Case(
-                "gated_residual",
-                f"{b} x {sum(runs)} tokens of {d}",
-                dtype,
-                *_both(gated_residual.gated_residual, gated_residual.reference, runs, EPS),
-                ((b, first + sum(runs), d),) * 2,
-                ((b, len(runs), d),) * 3,
-            )
-
-
-def _both(
-    op: Callable[..., Any], reference: Callable[..., Any], *rest: Any
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The op by Pallas and its reference, of the arrays that `rest` comes after."""
-    return lambda *x: op(*x, *rest, implementation="pallas"), lambda *x: reference(*x, *rest)
-
-
-def _turned(op: Callable[..., Any]) -> Callable[..., Any]:
-    """`op` with its arrays first, the angles among them."""
-
-    def run(x, weight, scale, angles, heads, history, **options):
-        return op(x, weight, heads, EPS, (jnp.cos(angles), jnp.sin(angles)), scale, history, **options)
-
-    return run
+    """The cases of every op that has a module `cases`, in the order of their names."""
+    for module in modules("cases"):
+        yield from module.cases()
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -147,7 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     every = list(cases())
     ops = list(dict.fromkeys(case.op for case in every))
-    parser = argparse.ArgumentParser(prog="python -m pallas_kernels.check", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m pallas_kernels.tools.check", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("ops", nargs="*", metavar="op", help=", ".join(ops))
     parser.add_argument(
         "--limit", type=float, default=LIMIT, metavar="SECONDS",
@@ -169,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.worker:
         isolated.serve(greeting(), job)
         return 0
-    command = [sys.executable, "-m", "pallas_kernels.check", "--worker"]
+    command = [sys.executable, "-m", "pallas_kernels.tools.check", "--worker"]
     with closing(isolated.Apart(command) if options.limit else isolated.Here(greeting(), job)) as jobs:
         if jobs.greeting["platform"] == "cpu":
             print("check: there is nothing to check on a CPU: kernels run on GPUs and TPUs", file=sys.stderr)

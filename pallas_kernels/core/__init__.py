@@ -1,0 +1,1 @@
+"""Code and data that the kernels of all ops share."""
