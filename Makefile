@@ -44,9 +44,10 @@ aot-oldest: $(AOT)/.aot  ## what a release of jax may break: kernels, the block,
 	$(AOT)/bin/python -m pytest -q -s tests/aot/test_h100.py tests/aot/test_norms.py -k "not sampler_fits and not v6e" $(ARGS)
 	JAX_PLATFORMS=cpu $(AOT)/bin/python -m helios_jax.benchmarks.aot_training configs/stage1_init.yaml
 
-lint: $(VENV)/.test  ## ruff and pyright
+lint: $(VENV)/.test  ## ruff, the contracts of imports, pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/pyright
 
 format: $(VENV)/.test

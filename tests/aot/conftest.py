@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import pytest
 
-from helios_jax.runtime import aot as compilation
+from helios_jax.runtime import aot
 
 jax.config.update("jax_platforms", "cpu")
 ROWS = pytest.StashKey[list[str]]()
@@ -15,21 +15,21 @@ ROWS = pytest.StashKey[list[str]]()
 
 @pytest.fixture(scope="session")
 def h100() -> Any:
-    return compilation.gpu_topology(Path(__file__).with_name("h100_target.txt")).devices[0]
+    return aot.gpu_topology(Path(__file__).with_name("h100_target.txt")).devices[0]
 
 
 @pytest.fixture(scope="session")
 def tpu() -> Callable[[str], Any]:
     """A chip of a slice, such as "v5p:2x2x1"."""
-    return lambda name: compilation.tpu_topology(name).devices[0]
+    return lambda name: aot.tpu_topology(name).devices[0]
 
 
 @pytest.fixture
-def report(request) -> Callable[[str, Any, Any], compilation.Memory]:
+def report(request) -> Callable[[str, Any, Any], aot.Memory]:
     """Notes a program and its device for the table, and returns its memory."""
 
-    def note(name: str, device: Any, program: Any) -> compilation.Memory:
-        memory = compilation.memory(program)
+    def note(name: str, device: Any, program: Any) -> aot.Memory:
+        memory = aot.memory(program)
         numbers = (memory.temporaries, memory.arguments, memory.peak)
         row = f"{name:42} {device.device_kind:24}" + "".join(f"{number / 1e9:12.3f}" for number in numbers)
         request.config.stash.setdefault(ROWS, []).append(row)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from helios_jax.models.ops.choices import Implementations
-from helios_jax.runtime import aot as compilation
+from helios_jax.runtime import aot
 from helios_jax.runtime.compilation import precise
 from pallas_kernels.attention import attention
 from tests.aot import programs
@@ -25,9 +25,9 @@ def bytes_of(tree) -> int:
 
 def test_block_is_libraries_and_fusions(h100, report):
     function, arguments = programs.block()
-    arguments = compilation.on_device(arguments, h100)
-    program = compilation.compiled(function, *arguments, platform="gpu", donate=(1,))
-    text, calls = program.as_text(), compilation.custom_calls(program)
+    arguments = aot.on_device(arguments, h100)
+    program = aot.compiled(function, *arguments, platform="gpu", donate=(1,))
+    text, calls = program.as_text(), aot.custom_calls(program)
     assert calls == {"__cudnn$fmhaSoftmax": 2, "__cublas$lt$matmul": 8}
     epilogues = Counter(re.findall(r'"epilogue":"(\w+)"', text))
     assert epilogues == {"BIAS": 7, "BIAS_GELU": 1}, "a bias or the GELU is a kernel of its own"
@@ -39,7 +39,7 @@ def test_block_is_libraries_and_fusions(h100, report):
 def test_a_block_of_few_tokens_is_padded_outside(h100, report, norms):
     """2940 tokens: XLA would pad them before each product, and slice after it."""
     function, arguments = programs.block(Implementations("cudnn", norms), noisy=540)
-    program = compilation.compiled(function, *compilation.on_device(arguments, h100), platform="gpu", donate=(1,))
+    program = aot.compiled(function, *aot.on_device(arguments, h100), platform="gpu", donate=(1,))
     assert not re.findall(r"= \w+\[(?:\d+,)*2940\b", program.as_text()), "something has the length without padding"
     epilogues = Counter(re.findall(r'"epilogue":"(\w+)"', program.as_text()))
     assert epilogues == {"BIAS": 7, "BIAS_GELU": 1}
@@ -49,12 +49,12 @@ def test_a_block_of_few_tokens_is_padded_outside(h100, report, norms):
 @pytest.fixture(scope="module")
 def decoder(h100):
     function, arguments = programs.decoder()
-    return compilation.compiled(function, *compilation.on_device(arguments, h100), platform="gpu")
+    return aot.compiled(function, *aot.on_device(arguments, h100), platform="gpu")
 
 
 def test_convolutions_run_as_they_lie(decoder, h100, report):
     text = decoder.as_text()
-    assert compilation.custom_calls(decoder)["__cudnn$convBiasActivationForward"] == 39
+    assert aot.custom_calls(decoder)["__cudnn$convBiasActivationForward"] == 39
     # Weights are transposed, [in, out] to [out, in]; what flows through may be so around the one attention only.
     turned = re.findall(r"= bf16\[([\d,]+)\]\S* transpose\(", text)
     large = [sizes for sizes in turned if math.prod(map(int, sizes.split(","))) > 3 * 9 * 48 * 80 * 384]
@@ -64,39 +64,39 @@ def test_convolutions_run_as_they_lie(decoder, h100, report):
 
 def test_the_sampler_fits(decoder, h100, report):
     function, arguments = programs.transformer()
-    program = compilation.compiled(function, *compilation.on_device(arguments, h100), platform="gpu")
+    program = aot.compiled(function, *aot.on_device(arguments, h100), platform="gpu")
     memory = report("transformer, 40 blocks, 11040 tokens", h100, program)
-    assert compilation.custom_calls(program)["__cudnn$fmhaSoftmax"] == 80
+    assert aot.custom_calls(program)["__cudnn$fmhaSoftmax"] == 80
     assert memory.temporaries < 1.2 * GB, "stacked weights or attention's logits are copied"
     passes = memory.outputs + memory.temporaries
     weights = bytes_of(arguments) + bytes_of(programs.decoder()[1])
-    peak = weights + max(passes, compilation.memory(decoder).temporaries + compilation.memory(decoder).outputs)
+    peak = weights + max(passes, aot.memory(decoder).temporaries + aot.memory(decoder).outputs)
     print(f"sampler on an H100: weights, text and history {weights / GB:.1f} GB, peak {peak / GB:.1f} GB")
     assert peak < 0.6 * CAPACITY
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_pallas_attention(h100, report, head_dim):
-    q = compilation.on_device(programs.shape(1, 11040, 40, head_dim), h100)
-    values = compilation.compiled(partial(attention, implementation="pallas"), q, q, q, platform="gpu")
-    assert compilation.custom_calls(values) == {"mosaic_gpu_v2": 1}
+    q = aot.on_device(programs.shape(1, 11040, 40, head_dim), h100)
+    values = aot.compiled(partial(attention, implementation="pallas"), q, q, q, platform="gpu")
+    assert aot.custom_calls(values) == {"mosaic_gpu_v2": 1}
     assert report(f"Pallas attention, head_dim {head_dim}", h100, values).temporaries < 1e6, "an argument is copied"
-    gradients = compilation.compiled(attention_gradients, q, q, q, q, platform="gpu")
-    assert compilation.custom_calls(gradients) == {"mosaic_gpu_v2": 3}
+    gradients = aot.compiled(attention_gradients, q, q, q, q, platform="gpu")
+    assert aot.custom_calls(gradients) == {"mosaic_gpu_v2": 3}
     memory = report(f"Pallas attention, gradients, head_dim {head_dim}", h100, gradients)
     assert memory.temporaries < 1e7, "more than two numbers a row and head"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_pallas_attention_in_float32(h100, report, head_dim):
-    q = compilation.on_device(programs.shape(1, 11040, 40, head_dim, dtype=jnp.float32), h100)
+    q = aot.on_device(programs.shape(1, 11040, 40, head_dim, dtype=jnp.float32), h100)
     parts = 6 * math.prod(q.shape)  # bytes
-    values = compilation.compiled(partial(attention, implementation="pallas"), q, q, q, platform="gpu")
-    assert compilation.custom_calls(values) == {"mosaic_gpu_v2": 1}
+    values = aot.compiled(partial(attention, implementation="pallas"), q, q, q, platform="gpu")
+    assert aot.custom_calls(values) == {"mosaic_gpu_v2": 1}
     memory = report(f"float32 Pallas attention, head_dim {head_dim}", h100, values)
     assert memory.temporaries < 4 * parts + 1e7, "more than the parts of three arguments and the output"
-    gradients = compilation.compiled(attention_gradients, q, q, q, q, platform="gpu")
-    assert compilation.custom_calls(gradients) == {"mosaic_gpu_v2": 3}
+    gradients = aot.compiled(attention_gradients, q, q, q, q, platform="gpu")
+    assert aot.custom_calls(gradients) == {"mosaic_gpu_v2": 3}
     memory = report(f"float32 Pallas attention, gradients, head_dim {head_dim}", h100, gradients)
     assert memory.temporaries < 8 * parts
 
@@ -105,16 +105,16 @@ def test_pallas_attention_in_float32(h100, report, head_dim):
 @pytest.mark.parametrize(("n", "m"), [(1, 1), (70, 123), (32760, 32760)])
 def test_pallas_attention_of_any_length(h100, n, m, dtype):
     """By default blocks; TMA is particular about strides and ends."""
-    q, k = (compilation.on_device(programs.shape(2, length, 4, 128, dtype=dtype), h100) for length in (n, m))
-    program = compilation.compiled(attention_gradients, q, k, k, q, platform="gpu")
-    assert compilation.custom_calls(program) == {"mosaic_gpu_v2": 3}
+    q, k = (aot.on_device(programs.shape(2, length, 4, 128, dtype=dtype), h100) for length in (n, m))
+    program = aot.compiled(attention_gradients, q, k, k, q, platform="gpu")
+    assert aot.custom_calls(program) == {"mosaic_gpu_v2": 3}
 
 
 def test_block_by_kernels(h100, report):
     function, arguments = programs.block(Implementations("pallas", "pallas"))
-    program = compilation.compiled(function, *compilation.on_device(arguments, h100), platform="gpu", donate=(1,))
+    program = aot.compiled(function, *aot.on_device(arguments, h100), platform="gpu", donate=(1,))
     # Attention's two; queries and keys of self-attention, and its residual with the norm after it.
-    assert compilation.custom_calls(program) == {"mosaic_gpu_v2": 2 + 3, "__cublas$lt$matmul": 8}
+    assert aot.custom_calls(program) == {"mosaic_gpu_v2": 2 + 3, "__cublas$lt$matmul": 8}
     assert report("block, 11040 tokens, by Pallas", h100, program).temporaries < 0.7 * GB
 
 
@@ -122,7 +122,7 @@ def test_block_by_kernels(h100, report):
 def test_block_in_float32(h100, report, implementation, most):
     function, arguments = programs.block(Implementations(implementation, implementation), jnp.float32)
     with precise(jnp.float32):
-        program = compilation.compiled(function, *compilation.on_device(arguments, h100), platform="gpu", donate=(1,))
+        program = aot.compiled(function, *aot.on_device(arguments, h100), platform="gpu", donate=(1,))
     memory = report(f"float32 block, 11040 tokens, {implementation}", h100, program)
     assert memory.temporaries < most, "all of attention's logits are there at once"
 
@@ -133,9 +133,9 @@ def test_block_trains_by_kernels(h100, report):
     def loss(block, x, *rest):
         return function(block, x, *rest).astype(jnp.float32).sum()
 
-    arguments = compilation.on_device((block, x, *rest), h100)
-    program = compilation.compiled(jax.grad(loss, (0, 1, 4)), *arguments, platform="gpu")
-    calls = compilation.custom_calls(program)
+    arguments = aot.on_device((block, x, *rest), h100)
+    program = aot.compiled(jax.grad(loss, (0, 1, 4)), *arguments, platform="gpu")
+    calls = aot.custom_calls(program)
     # Of self- and cross-attention each a forward and two backward kernels; of the norms three each way.
     assert calls["mosaic_gpu_v2"] == 6 + 6
     assert "__cudnn$fmhaSoftmax" not in calls

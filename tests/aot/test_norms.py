@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from helios_jax.models.transformer.block import Block, TransformerConfig
 from helios_jax.models.transformer.packing import Packing
-from helios_jax.runtime import aot as compilation
+from helios_jax.runtime import aot
 from helios_jax.sharding import AXES, BATCH
 from pallas_kernels.adaln import adaln
 from pallas_kernels.gated_residual import gated_residual
@@ -51,8 +51,8 @@ def test_adaln(target, report, dtype):
         ("adaLN", values, (tokens(dtype), table(2), table(2))),
         ("adaLN, gradients", gradients, (tokens(dtype), table(2), table(2), tokens(dtype))),
     ):
-        program = compilation.compiled(function, *compilation.on_device(arguments, device), platform=platform)
-        assert compilation.custom_calls(program) == {KERNEL[platform]: 1}
+        program = aot.compiled(function, *aot.on_device(arguments, device), platform=platform)
+        assert aot.custom_calls(program) == {KERNEL[platform]: 1}
         assert report(f"{name}, {dtype.dtype}", device, program).temporaries < 0.01 * GB
 
 
@@ -67,9 +67,9 @@ def test_norm_rope(target, report, heads, head_dim, dtype):
         out = norm_rope(x, weight, heads, EPS, (cos, sin), scale, programs.HISTORY, implementation="pallas")
         return out.transpose(0, 2, 1, 3) if platform == "tpu" else out  # as it was written
 
-    arguments = compilation.on_device((x, weight, angles, angles, scale), device)
-    program = compilation.compiled(function, *arguments, platform=platform)
-    assert compilation.custom_calls(program)[KERNEL[platform]] == 1
+    arguments = aot.on_device((x, weight, angles, angles, scale), device)
+    program = aot.compiled(function, *arguments, platform=platform)
+    assert aot.custom_calls(program)[KERNEL[platform]] == 1
     temporaries = report(f"norm and rotation, {heads} heads of {head_dim}", device, program).temporaries
     if head_dim == 128 or platform == "gpu":  # a result 64 wide leaves a TPU's program in another layout
         assert temporaries < 0.03 * GB, "more than the tables of angles, for each feature"
@@ -82,15 +82,15 @@ def test_gated_residual(target, report, dtype):
     def function(*args):
         return gated_residual(*args, (NOISY,), EPS, implementation="pallas")
 
-    arguments = compilation.on_device((tokens(dtype), tokens(dtype), *[table(1)] * 3), device)
-    program = compilation.compiled(function, *arguments, platform=platform)
-    assert compilation.custom_calls(program) == {KERNEL[platform]: 1}
+    arguments = aot.on_device((tokens(dtype), tokens(dtype), *[table(1)] * 3), device)
+    program = aot.compiled(function, *arguments, platform=platform)
+    assert aot.custom_calls(program) == {KERNEL[platform]: 1}
     assert report(f"gated residual, {dtype.dtype}", device, program).temporaries < 0.01 * GB
 
 
 def test_under_a_mesh_each_device_has_its_samples(report):
     """With gradients, as in training: the kernels of the norms and of attention, and tokens are not gathered."""
-    devices = compilation.tpu_topology("v5p:2x2x1").devices
+    devices = aot.tpu_topology("v5p:2x2x1").devices
     mesh = jax.make_mesh((1, 4, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
     config = TransformerConfig(num_attention_heads=2, ffn_dim=512)
     packing, angles, text = Packing(256, (512,)), (4, 768, 64), (4, 128, 2, 128)
@@ -113,8 +113,8 @@ def test_under_a_mesh_each_device_has_its_samples(report):
     def loss(block, x, time, table, text):
         return block(x, time, table, text, packing).astype(jnp.float32).sum()
 
-    program = compilation.compiled(jax.grad(loss, (0, 1, 2)), block, x, time, table, text, platform="tpu")
+    program = aot.compiled(jax.grad(loss, (0, 1, 2)), block, x, time, table, text, platform="tpu")
     # Attention: two forward and backward; norms: three forward, and adaLN's two backward.
-    assert compilation.custom_calls(program)["tpu_custom_call"] == 9
-    assert compilation.collectives(program)["all-gather"] == 0
+    assert aot.custom_calls(program)["tpu_custom_call"] == 9
+    assert aot.collectives(program)["all-gather"] == 0
     report("block of 2 heads on 4 chips, gradients", devices[0], program)

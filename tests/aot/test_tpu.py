@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from helios_jax.models.ops.attention import attention
-from helios_jax.runtime import aot as compilation
+from helios_jax.runtime import aot
 from helios_jax.runtime.compilation import precise
 from tests.aot import programs
 
@@ -21,13 +21,13 @@ CHIPS = ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"]
 def test_attention_has_gradients(tpu, report, name, n, m, head_dim):
     """Of two heads, as a device has in training over a mesh, and any length."""
     device = tpu(name)
-    q, k = compilation.on_device([programs.shape(1, length, 2, head_dim) for length in (n, m)], device)
+    q, k = aot.on_device([programs.shape(1, length, 2, head_dim) for length in (n, m)], device)
 
     def gradients(q, k, v, cotangent):
         return jax.vjp(attention, q, k, v)[1](cotangent)
 
-    program = compilation.compiled(gradients, q, k, k, q, platform="tpu")
-    assert compilation.custom_calls(program)["tpu_custom_call"] == 2
+    program = aot.compiled(gradients, q, k, k, q, platform="tpu")
+    assert aot.custom_calls(program)["tpu_custom_call"] == 2
     memory = report(f"attention's gradients, {n} queries", device, program)
     assert memory.temporaries < max(2 * n * m * 2 / 4, 1e7), (
         "more than a quarter of the logits, which are not to be kept"
@@ -35,21 +35,21 @@ def test_attention_has_gradients(tpu, report, name, n, m, head_dim):
 
 
 def test_attention_in_float32(tpu, report):
-    """Multiplied as such (`compilation.precise`), by the block sizes that bfloat16 has."""
+    """Multiplied as such (`aot.precise`), by the block sizes that bfloat16 has."""
     device = tpu("v5e:2x2")
-    q = compilation.on_device(programs.shape(1, 11040, 2, 128, dtype=jnp.float32), device)
+    q = aot.on_device(programs.shape(1, 11040, 2, 128, dtype=jnp.float32), device)
     with precise(jnp.float32):
-        program = compilation.compiled(attention, q, q, q, platform="tpu")
-    assert compilation.custom_calls(program)["tpu_custom_call"] == 1
+        program = aot.compiled(attention, q, q, q, platform="tpu")
+    assert aot.custom_calls(program)["tpu_custom_call"] == 1
     report("float32 attention, 11040 queries", device, program)
 
 
 def test_attention_of_all_heads(tpu, report):
     """As in sampling; the other chips have it in their block."""
     device = tpu("v5e:2x2")
-    q = compilation.on_device(programs.shape(1, 11040, 40, 128), device)
-    program = compilation.compiled(attention, q, q, q, platform="tpu")
-    assert compilation.custom_calls(program)["tpu_custom_call"] == 1
+    q = aot.on_device(programs.shape(1, 11040, 40, 128), device)
+    program = aot.compiled(attention, q, q, q, platform="tpu")
+    assert aot.custom_calls(program)["tpu_custom_call"] == 1
     assert report("attention, 40 heads, 11040 queries", device, program).temporaries < 40 * 11040**2 * 2 / 4
 
 
@@ -57,7 +57,7 @@ def test_attention_of_all_heads(tpu, report):
 def test_block(tpu, report, name):
     device = tpu(name)
     function, arguments = programs.block()
-    arguments = compilation.on_device(arguments, device)
-    program = compilation.compiled(function, *arguments, platform="tpu", donate=(1,))
-    assert compilation.custom_calls(program)["tpu_custom_call"] == 5
+    arguments = aot.on_device(arguments, device)
+    program = aot.compiled(function, *arguments, platform="tpu", donate=(1,))
+    assert aot.custom_calls(program)["tpu_custom_call"] == 5
     assert report("block, 11040 tokens", device, program).temporaries < 1.2 * GB

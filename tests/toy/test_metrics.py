@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helios_jax.toy import metrics as bench
+from helios_jax.toy import metrics
 from helios_jax.toy import world as toy
 
 FRAMES = 99
@@ -42,7 +42,7 @@ def test_renderings_are_perfect_against_scene_and_caption(seed, split, frames):
     scene = toy.sample_scene(seed, split)
     video = toy.render(scene, frames)
     for target in (scene, toy.parse_caption(toy.caption(scene))):
-        got = bench.score(video, target)
+        got = metrics.score(video, target)
         check(got)
         assert got["shape_correlation"] > 0.95
         assert ("position_error" in got) == isinstance(target, toy.Scene)
@@ -50,7 +50,7 @@ def test_renderings_are_perfect_against_scene_and_caption(seed, split, frames):
 
 
 def test_the_average_of_renderings_is_perfect_from_start_to_end():
-    got = bench.aggregate(VIDEOS, SCENES)
+    got = metrics.aggregate(VIDEOS, SCENES)
     check(got)
     assert got["videos"] == len(SCENES)
     for name, value in PERFECT.items():
@@ -58,14 +58,14 @@ def test_the_average_of_renderings_is_perfect_from_start_to_end():
             if f"{name}_{part}" in got:
                 assert got[f"{name}_{part}"] == pytest.approx(value, abs=0.02)
     with pytest.raises(ValueError, match="no video"):
-        bench.aggregate([], [])
+        metrics.aggregate([], [])
     with pytest.raises(ValueError, match="zip"):
-        bench.aggregate(VIDEOS, SCENES[:1])
+        metrics.aggregate(VIDEOS, SCENES[:1])
 
 
 def test_noise_has_nothing_right():
     rng = np.random.default_rng(0)
-    got = bench.aggregate([rng.integers(0, 256, v.shape).astype(np.uint8) for v in VIDEOS], SCENES)
+    got = metrics.aggregate([rng.integers(0, 256, v.shape).astype(np.uint8) for v in VIDEOS], SCENES)
     assert got["shape"] == got["background"] == got["colour"] == got["speed"] == 0
     assert got["direction"] < 0.4
     assert got["shape_correlation"] < 0.2
@@ -76,7 +76,7 @@ def test_noise_has_nothing_right():
 
 def test_an_empty_frame_has_only_its_background():
     empty = [np.broadcast_to(np.uint8(toy.BACKGROUNDS[scene.background]), v.shape) for scene, v in zip(SCENES, VIDEOS)]
-    got = bench.aggregate(empty, SCENES)
+    got = metrics.aggregate(empty, SCENES)
     assert got["background"] == 1
     assert got["shape"] == got["colour"] == got["speed"] == got["direction"] == 0
     assert max(got["contrast"], got["shape_correlation"]) < 1e-3
@@ -89,7 +89,7 @@ def test_another_shape_costs_the_shape_only():
         half = toy.extent(shape) / 2
         start = tuple(np.clip(scene.start, half, 64 - half))
         videos.append(toy.render(replace(scene, shape=shape, start=start), FRAMES))
-    check(bench.aggregate(videos, SCENES), shape=0, shape_correlation=0.8, position_error=0)
+    check(metrics.aggregate(videos, SCENES), shape=0, shape_correlation=0.8, position_error=0)
 
 
 def test_another_colour_costs_the_colour_only():
@@ -97,24 +97,24 @@ def test_another_colour_costs_the_colour_only():
     for scene in SCENES:
         colour = another("colour", scene)
         videos.append(toy.render(replace(scene, colour=colour, hue=np.mean(toy.COLOURS[colour])), FRAMES))
-    check(bench.aggregate(videos, SCENES), colour=0, colour_error=0.1, contrast=2)
+    check(metrics.aggregate(videos, SCENES), colour=0, colour_error=0.1, contrast=2)
 
 
 def test_another_background_costs_the_background_only():
     videos = [toy.render(replace(scene, background=another("background", scene)), FRAMES) for scene in SCENES]
-    check(bench.aggregate(videos, SCENES), background=0, background_error=0.15, contrast=2)
+    check(metrics.aggregate(videos, SCENES), background=0, background_error=0.15, contrast=2)
 
 
 def test_a_frozen_video_costs_the_motion_only():
     videos = [np.repeat(video[:1], FRAMES, 0) for video in VIDEOS]
-    check(bench.aggregate(videos, SCENES), direction=0, speed=0, speed_error=0.7, position_error=5)
+    check(metrics.aggregate(videos, SCENES), direction=0, speed=0, speed_error=0.7, position_error=5)
 
 
 def test_a_reversed_video_moves_the_other_way():
     pairs = [(s, v) for s, v in zip(SCENES, VIDEOS) if s.speed == "slowly" and s.direction != "diagonally"]
     assert len(pairs) >= 3
     # Slow shapes do not bounce in their first chunk, so that its reverse is the opposite movement.
-    got = bench.aggregate([video[32::-1] for _, video in pairs], [scene for scene, _ in pairs])
+    got = metrics.aggregate([video[32::-1] for _, video in pairs], [scene for scene, _ in pairs])
     check(got, direction=0, position_error=3)
 
 
@@ -122,7 +122,7 @@ def test_a_reversed_video_moves_the_other_way():
 def test_another_speed_costs_the_speed_only(factor, direction):
     videos = [toy.render(scene, 2 * FRAMES)[::2] if factor == 2 else np.repeat(v, 2, 0) for scene, v in
               zip(SCENES, VIDEOS)]  # fmt: skip
-    got = bench.aggregate(videos, SCENES)
+    got = metrics.aggregate(videos, SCENES)
     extra = {"jump": 0.5, "chunk_jump": 0.5} if factor == 2 else {}
     check(got, speed=0.2, speed_error=0.3, position_error=5, **extra)
     assert got["direction"] == direction
@@ -130,7 +130,7 @@ def test_another_speed_costs_the_speed_only(factor, direction):
 
 def test_chunks_in_disorder_jump_between_chunks():
     videos = [np.concatenate([video[66:], video[33:66], video[:33]]) for video in VIDEOS]
-    got = bench.aggregate(videos, SCENES)
+    got = metrics.aggregate(videos, SCENES)
     assert got["chunk_jump"] > 5
     assert got["chunk_jump"] > 10 * got["jump"]
     assert got["shape"] == got["speed"] == 1
@@ -143,7 +143,7 @@ def test_drift_is_the_difference_of_end_and_start():
         return np.clip(frames, 0, 255).astype(np.uint8)
 
     for gain in (0.3, 2.0):
-        got = bench.aggregate([drift(v, s, gain) for s, v in zip(SCENES, VIDEOS)], SCENES)
+        got = metrics.aggregate([drift(v, s, gain) for s, v in zip(SCENES, VIDEOS)], SCENES)
         assert got["colour_error_end"] > 3 * got["colour_error_start"]
         assert got["colour_shift"] > 0.05
         assert got["shape_start"] == got["shape_end"] == 1
@@ -154,7 +154,7 @@ def test_a_turning_hue_loses_its_name():
     hues = []
     for scene in SCENES:
         frames = [toy.render(replace(scene, hue=scene.hue + 2 * i), i + 1)[i] for i in range(24)]
-        hues.append(bench.score(np.stack(frames), toy.parse_caption(toy.caption(scene))))
+        hues.append(metrics.score(np.stack(frames), toy.parse_caption(toy.caption(scene))))
     assert np.mean([row["colour"] for row in hues]) < 0.9
     assert np.mean([row["colour_shift"] for row in hues]) > 0.1
 
@@ -166,7 +166,7 @@ def test_mild_damage_as_of_an_autoencoder_is_forgiven():
         smooth = sum(np.roll(video.astype(float), (i, j), (1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1)) / 9
         stepped = np.concatenate([video[:1], np.repeat(video[1::4], 4, 0)])[:FRAMES]  # one picture every four frames
         for broken in (noisy, smooth.astype(np.uint8), stepped):
-            got = bench.score(broken, scene)
+            got = metrics.score(broken, scene)
             for name in ("shape", "colour", "background", "speed", "direction"):
                 assert got[name] == 1, name
             assert got["contrast"] > 0.8
@@ -176,10 +176,10 @@ def test_mild_damage_as_of_an_autoencoder_is_forgiven():
 def test_other_sizes_are_measured_in_the_same_pixels(size):
     for seed in range(4):
         scene = toy.sample_scene(seed, "train", *size)
-        check(bench.score(toy.render(scene, 66), scene))
+        check(metrics.score(toy.render(scene, 66), scene))
 
 
 @pytest.mark.parametrize("video", [VIDEOS[0][:1], VIDEOS[0][..., :1], VIDEOS[0].astype(float), VIDEOS[0][0]])
 def test_what_is_no_video_is_refused(video):
     with pytest.raises(ValueError, match=r"a video is uint8 \[t >= 2, h, w, 3\], got"):
-        bench.score(video, SCENES[0])
+        metrics.score(video, SCENES[0])
