@@ -35,7 +35,7 @@ def test_attention_has_gradients(tpu, report, name, n, m, head_dim):
 
 
 def test_attention_in_float32(tpu, report):
-    """Multiplied as such (`aot.precise`), by the block sizes that bfloat16 has."""
+    """Multiplied as such (`compilation.precise`), by the block sizes that bfloat16 has."""
     device = tpu("v5e:2x2")
     q = aot.on_device(programs.shape(1, 11040, 2, 128, dtype=jnp.float32), device)
     with precise(jnp.float32):
