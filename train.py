@@ -113,7 +113,7 @@ def count(params: Any) -> int:
 
 
 def changes(before: dict, now: dict, prefix: str = "") -> str:
-    """What the config of a resumed run has changed, as text."""
+    """Describes the changes in the config of a resumed run."""
     text = ""
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)

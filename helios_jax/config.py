@@ -141,7 +141,7 @@ def _merge(merged: Any, key: str, value: Any, source: str, schema: type) -> Any:
 
 
 def _rule(schema: type, key: str, value: Any) -> str:
-    """What the field at a dotted key must be, from its annotation."""
+    """Describes the values that the field at a dotted key takes, from its annotation."""
     annotation: Any = schema
     for part in key.split("."):
         owner = next(

@@ -87,7 +87,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """How an array of `shape` whose last dimensions are `axes` is split; leading ones (stacked layers) stay whole."""
+    """The split of an array of `shape` whose last dimensions are `axes`; leading ones (stacked layers) stay whole."""
     names = (None,) * (len(shape) - len(axes)) + tuple(axes)
     split: list[str | None] = []
     for name, size in zip(names, shape):

@@ -9,7 +9,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Conclusions:
-    """What the rows say about a device.
+    """Conclusions from the rows about a device.
 
     implementations: the fastest pair of right ones ("attention", "norms"), by the seconds of a block at all levels
     sizes: for each tuned op the length it was timed with, and its kernel's fastest block sizes
@@ -28,7 +28,7 @@ KERNELS = {"attention": ("attention",), "norms": ("norm_rope", "adaln", "gated_r
 
 
 def conclusions(rows: list[Row]) -> Conclusions:
-    """What `rows` say so far."""
+    """Draws conclusions from the `rows` so far."""
     machine = next((row for row in rows if row.get("what") == "device"), {})
     checks = [row for row in rows if row["phase"] == "check"]
     # The model computes in bfloat16: a kernel that is wrong in float32 alone can be its choice.
@@ -131,7 +131,7 @@ def _cell(value: Any) -> str:
 
 
 def _last_lines(rows: list[Row]) -> list[str]:
-    """What the figures say to change."""
+    """Lists the changes that the figures call for."""
     found = conclusions(rows)
     lines = ["## What to change", ""]
     if found.implementations:

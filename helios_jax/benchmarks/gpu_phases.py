@@ -174,7 +174,7 @@ def end_to_end(size: Size, say: Say, attention: Attention | None, norms: Norms |
 
 
 def _pace(times: list[float], frames: int) -> dict[str, Any]:
-    """Of the times at which chunks arrived. The first chunk alone has the text encoder before it."""
+    """Speeds from the times at which chunks arrived. Only the first chunk waits for the text encoder."""
     a_chunk = (times[-1] - times[0]) / (len(times) - 1)
     return {
         "seconds": times[-1],

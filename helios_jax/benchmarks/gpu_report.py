@@ -117,7 +117,7 @@ def run(phase: Phase, limit: float, log: Path) -> dict[str, Any]:
 
 
 def _copy(source: Any, log: Any, last: list[str]) -> None:
-    """What a phase prints, to the terminal and the log; `last` keeps its last line."""
+    """Copies a phase's output to the terminal and the log; `last` keeps its last line."""
     for line in source:
         print(f"   {line}", end="", flush=True)
         log.write(line)

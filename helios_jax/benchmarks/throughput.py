@@ -138,7 +138,7 @@ def _error(ours: Any, theirs: np.ndarray) -> float:
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Of one call, its result waited for."""
+    """Seconds of one call, until its result is ready."""
     begin = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - begin

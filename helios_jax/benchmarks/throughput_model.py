@@ -1,4 +1,4 @@
-"""What the throughput benchmark runs: pipelines of a given size with random weights."""
+"""Pipelines of a given size with random weights, for the throughput benchmark."""
 
 import math
 import zlib

@@ -187,7 +187,7 @@ class Reference:
         return out.float().movedim(1, -1).cpu().numpy()
 
     def peak_bytes(self) -> int | None:
-        """What torch itself has had on the GPU at most, weights that are ours not among it; None on a CPU."""
+        """Peak bytes that torch allocated on the GPU, without the weights that it shares with us; None on a CPU."""
         return self._torch.cuda.max_memory_allocated() if self.device == "cuda" else None
 
 

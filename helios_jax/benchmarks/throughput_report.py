@@ -43,7 +43,7 @@ class Comparison:
         return statistics.median(theirs / ours for ours, theirs in pairs) if self.reference_runs else None
 
     def facts(self, rate: float) -> dict[str, Any]:
-        """What the JSON holds; `rate` is the device's, in operations a second."""
+        """The row of the JSON; `rate` is the device's, in operations a second."""
         floor = None if self.tflop is None else self.tflop * 1e12 / rate
         return dataclasses.asdict(self) | {
             "ours_s": self.ours_s,

@@ -87,7 +87,7 @@ def loader(
 
 
 def _seed(seed: int, bucket: int) -> int:
-    """Of each bucket another one, so that they do not make the same random choices."""
+    """A seed for each bucket, so that buckets do not make the same random choices."""
     return seed if bucket == 0 else int(np.random.SeedSequence([seed, bucket]).generate_state(1)[0])
 
 

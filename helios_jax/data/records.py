@@ -79,7 +79,7 @@ def serialize(features: Any, example: Example) -> bytes:
 
 
 def shard_template(folder: Path, name: str, split: str | None = None) -> tfds.core.ShardedFileTemplate:
-    """How the array_record files in `folder` of the dataset `name` are called."""
+    """The pattern of the names of a dataset's array_record files in `folder`."""
     name = "".join(c if c.isalnum() else "_" for c in name.lower()).strip("_") or "dataset"
     return tfds.core.ShardedFileTemplate(
         epath.Path(folder), dataset_name=name, split=split, filetype_suffix="array_record"
@@ -196,5 +196,5 @@ def open_source(folder: str | os.PathLike, split: str, *, make: str | None = Non
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where a dataset grows that takes long to make (`helios_jax.data.shards`), beside where it will be."""
+    """The folder in which a dataset that takes long to make grows (`helios_jax.data.shards`), beside its own."""
     return folder.with_name(f"{folder.name}.partial")

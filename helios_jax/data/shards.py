@@ -118,7 +118,7 @@ class Build:
             )
 
     def has(self, name: str) -> bool:
-        """Whether `save` was called for the file `name`."""
+        """True if `save` was called for the file `name`."""
         return (self.folder / name).is_file()
 
     def save(self, name: str, array: np.ndarray) -> None:
@@ -221,7 +221,7 @@ class Build:
         return Path(template.sharded_filepath(shard_index=shard.index, num_shards=total))
 
     def _manifest(self, shard: Shard) -> dict[str, Any] | None:
-        """What a shard's manifest says, None while its file is not there as it says."""
+        """Reads a shard's manifest; None while the shard's file is not there as the manifest says."""
         try:
             manifest = json.loads((self.folder / MANIFESTS / f"{shard.name}.json").read_text())
             return manifest if self._path(shard).stat().st_size == manifest["file"] else None

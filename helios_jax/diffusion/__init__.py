@@ -1,1 +1,1 @@
-"""What a video is made by: pure functions over named pytrees, around the networks."""
+"""Diffusion as pure functions over named pytrees, around the networks."""

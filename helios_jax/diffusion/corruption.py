@@ -1,4 +1,4 @@
-"""What is done to the history in training so that the model lives with its own mistakes (paper section 3.3).
+"""Damage to the history in training, so that the model learns to live with its own mistakes (paper section 3.3).
 
 Random decisions are made per sample, from a key of its own; upstream makes most of them once for a batch. A frame that
 was dropped, or that lies before the video's beginning, is zero and stays zero through every corruption.
@@ -23,7 +23,7 @@ def _check_probabilities(config: object, *names: str) -> None:
 
 @dataclass(unsafe_hash=True)
 class DropConfig:
-    """How often history is dropped, so that one model learns text, image and video to video.
+    """Rates at which history is dropped, so that one model learns text, image and video to video.
 
     `t2v`: all of it. Else `i2v`: all but the last frame, as an image's history is (the anchor stays). Else `v2v`: the
     oldest frames, down to a random number of whole chunks. (Upstream's random_drop_*_ratio.)

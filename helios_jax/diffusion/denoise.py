@@ -54,7 +54,7 @@ class ChunkNoise:
 
 
 def first_sample(noise: ChunkNoise, levels: Sequence[Level]) -> Float[Array, "b t h w c"]:
-    """What the first level begins with: the noise at its size, its variance kept."""
+    """The first level's starting sample: the noise at that level's size, with its variance kept."""
     sample = noise.latents
     for _ in levels[1:]:
         sample = 2 * downsample(sample)
@@ -62,7 +62,7 @@ def first_sample(noise: ChunkNoise, levels: Sequence[Level]) -> Float[Array, "b 
 
 
 def enter(level: Level, sample: Float[Array, "b t h w c"], white: Float[Array, "b t h2 w2 c"]):
-    """What a later level begins with, from the result of the one before."""
+    """A later level's starting sample, from the result of the level before."""
     assert level.gamma is not None
     return level.alpha * upsample(sample) + level.beta * block_noise(white, level.gamma)
 

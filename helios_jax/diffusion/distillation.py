@@ -1,4 +1,4 @@
-"""What stage 3 asks of the student, the critic and the discriminator (paper section 3.5).
+"""Losses of stage 3 for the student, the critic and the discriminator (paper section 3.5).
 
 Distribution matching (arXiv 2311.18828): a made chunk is noised again; where the frozen teacher (real score) and the
 critic that follows the student (fake score) disagree about what it was made of, the student is moved. Everything random
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 @dataclass(unsafe_hash=True)
 class RenoiseConfig:
-    """How far a made chunk is noised again before it is scored (upstream's sample_dynamic_timestep).
+    """Distribution of the noise that is added to a made chunk before it is scored (upstream's sample_dynamic_timestep).
 
     "uniform", or "beta" with `alpha` and `beta`, which by step `until` have become 1 along a cosine: more noise at
     first, all times alike then. The times are shifted by the number of tokens and kept within [`smallest`, `largest`].
@@ -120,7 +120,7 @@ def gan_loss(logits: Float[Array, "b heads"], real: bool) -> Float[Array, " b"]:
 def penalty(
     logits: Float[Array, "b heads"], moved: Float[Array, "b heads"], config: PenaltyConfig
 ) -> Float[Array, " b"]:
-    """How much `moved` logits, of latents with a little noise, differ from `logits`."""
+    """Squared difference of `moved` logits, of latents with a little noise, from `logits`."""
     scale = config.sigma if config.per_sigma else 1.0
     return config.weight * jnp.square((moved - logits) / scale).mean(1)
 

@@ -28,7 +28,7 @@ Velocity = Callable[[Array, Array, bool], Array]
 
 @dataclass(unsafe_hash=True)
 class RolloutConfig:
-    """How many chunks the student makes in a row before the one that is scored (self-forcing), that one counted.
+    """Numbers of chunks that the student makes in a row, the scored one included (self-forcing).
 
     From `smallest` to `largest`, all as likely. With a cold start, the first `cold_start` steps take the smallest and,
     from step `warm_start` of them on, one more (upstream's dmd_num_latent_sections_*, cold_start_step,
@@ -109,7 +109,7 @@ def student_levels(
 
 
 def is_first_chunk(history: History) -> Bool[Array, " b"]:
-    """Which samples have no past at all."""
+    """True for samples that have no past at all."""
     return ~(history.latents.any((1, 2, 3, 4)) | history.anchor.any((1, 2, 3, 4)))
 
 

@@ -79,7 +79,7 @@ def push(history: History, latents: Float[Array, "b t h w c"], config: MemoryCon
 
 
 def window(config: MemoryConfig, history: History) -> tuple[HistoryLatents, FrameIndices]:
-    """What the transformer sees of `history`, and the frame indices of it and of the chunk to come.
+    """The transformer's view of `history`, and the frame indices of it and of the chunk to come.
 
     Relative positions are anchor 0, then long, mid, recent and noisy frames in a row (diffusers' HeliosPipeline).
     """

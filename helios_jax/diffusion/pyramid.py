@@ -1,4 +1,4 @@
-"""What moves latents between the levels of the pyramid (paper section 3.4)."""
+"""Moves latents between the levels of the pyramid (paper section 3.4)."""
 
 import jax
 import jax.numpy as jnp

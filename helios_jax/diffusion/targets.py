@@ -1,4 +1,4 @@
-"""What flow matching asks of the model: noisy latents, the velocity to be predicted, times, weights, the loss.
+"""Flow matching: noisy latents, the velocity to be predicted, times, weights, the loss.
 
 Everything random comes in as an argument, so that recorded draws give the reference's numbers (`train_helios.py`:
 prepare_stage1_noise_input, prepare_stage2_clean_input, _flow_loss).
@@ -23,7 +23,7 @@ MAX_SHIFT = 7.0  # of an exponential dynamic shift in training
 
 @dataclass(unsafe_hash=True)
 class TimesConfig:
-    """How often a time is drawn, and how much its error counts (the weighting schemes of the SD3 paper).
+    """Distribution of times, and the weight of each time's error (the weighting schemes of the SD3 paper).
 
     "logit_normal" and "mode" draw some times more often; "cosmap" and "sigma_sqrt" draw all alike and weight the
     error; "none" does neither. `shift` moves times towards noise by as much as the number of tokens says: "linear" by
@@ -54,7 +54,7 @@ class FlowSample:
 
 
 def draw_quantile(keys: Key[Array, " b"], config: TimesConfig) -> Float[Array, " b"]:
-    """Where on the schedule each sample lies, from 0 at noise to 1 at data."""
+    """Draws each sample's place on the schedule, from 0 at noise to 1 at data."""
     if config.weighting == "logit_normal":
         normal = jax.vmap(jax.random.normal)(keys)
         return jax.nn.sigmoid(config.logit_mean + config.logit_std * normal)
@@ -65,7 +65,7 @@ def draw_quantile(keys: Key[Array, " b"], config: TimesConfig) -> Float[Array, "
 
 
 def loss_weight(sigma: Float[Array, " b"], config: TimesConfig) -> Float[Array, " b"]:
-    """How much the error at `sigma` counts."""
+    """Weight of the error at `sigma`."""
     if config.weighting == "sigma_sqrt":
         return sigma**-2.0
     if config.weighting == "cosmap":

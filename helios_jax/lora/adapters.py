@@ -28,7 +28,7 @@ class LoRAWeight(nnx.Variable):
 
 
 class FrozenLoRAWeight(LoRAWeight):
-    """The same of an adapter that stays as it is while others are trained (`freeze`)."""
+    """A weight of an adapter that stays as it is while others are trained (`freeze`)."""
 
 
 class LoRAScale(nnx.Variable):

@@ -50,7 +50,7 @@ WAN = [
 
 @dataclass
 class Change:
-    """What a file does to one module: `scaling` * up @ down to its weight, and to its bias what follows.
+    """Change that a file makes to one module: `scaling` * up @ down to its weight, and to its bias what follows.
 
     As in files, down is [rank, in, *kernel] and up [out, rank, *ones]. `diff` is a change of the whole weight.
     """
@@ -100,7 +100,7 @@ def read(name: str | Path, *, weight_name: str | None = None, revision: str | No
 
 
 def file_and_scale(text: str) -> tuple[str, float]:
-    """What a person types: a file or a repository, and =SCALE behind it unless it is 1."""
+    """Splits what a person types: a file or a repository, and =SCALE behind it unless it is 1."""
     name, _, scale = text.partition("=")
     try:
         return name, float(scale or "1")

@@ -84,7 +84,7 @@ def _merged(weight: jax.Array, bias: Any, adapters: tuple[LoRA, ...], stacked: b
 
 
 def _change(adapter: LoRA, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """What an adapter changes in a weight of `shape`, in float32."""
+    """An adapter's change to a weight of `shape`, in float32."""
     a, b = (x[...].astype(jnp.float32) for x in (adapter.a, adapter.b))
     product = jnp.matmul(a.reshape(-1, a.shape[-1]), b, precision=jax.lax.Precision.HIGHEST)
     return adapter.scaling[...] * adapter.weight[...] * product.reshape(shape)

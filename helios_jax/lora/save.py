@@ -72,7 +72,7 @@ def save(model: nnx.Module, path: Path | str, name: str | None = None, *, dtype:
 
 
 def _concerned(adapter: LoRA) -> np.ndarray:
-    """Which layers of a stacked layer an adapter is for: the others are zeros."""
+    """Numbers of the stacked layers that an adapter changes: the others are zeros."""
     layers = adapter.scaling.ndim
     parts = [x[...] for x in (adapter.a, adapter.b, adapter.bias) if x is not None]
     used = [np.asarray(jnp.any(part != 0, axis=tuple(range(layers, part.ndim)))) for part in parts]
@@ -104,7 +104,7 @@ def _value(adapter: LoRA, part: str, target: Target, dtype: np.dtype) -> np.ndar
 
 
 def _peft_config(found: dict[str, tuple[Target, LoRA]]) -> dict[str, Any]:
-    """What PEFT needs to know, under the keys that diffusers gives it."""
+    """The settings that PEFT needs, under the keys that diffusers gives it."""
     ranks = {module: adapter.a.shape[-1] for module, (_, adapter) in found.items()}
     alphas = {m: _scaling(adapter, target.layer) * ranks[m] for m, (target, adapter) in found.items()}
     rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))

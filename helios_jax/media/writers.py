@@ -1,4 +1,4 @@
-"""What a sampled video is written as: an mp4, a folder of PNG frames, or the latents; and a JSON file beside it."""
+"""Writers of sampled videos: an mp4, a folder of PNG frames, or the latents; and a JSON file beside it."""
 
 import json
 import os
@@ -153,7 +153,7 @@ def open_writer(path: str | os.PathLike, fps: float, height: int, width: int) ->
 
 
 def sidecar(path: str | os.PathLike) -> Path:
-    """Where the JSON of a video lies: x.json beside x.mp4, x.npz or the folder x."""
+    """Path of a video's JSON: x.json beside x.mp4, x.npz or the folder x."""
     path = Path(path)
     return path.with_suffix(".json") if path.suffix in (".mp4", ".npz") else path.with_name(f"{path.name}.json")
 

@@ -80,7 +80,7 @@ class Head(nnx.Module):
 
     @classmethod
     def smallest(cls, axis: int) -> int:
-        """How long an input must be along time, height or width (0 to 2) for something to be left."""
+        """Shortest input along time, height or width (0 to 2) that leaves an output."""
         size = 1
         for kernel, stride, padding in reversed(cls.SHAPES):
             size = max(1, (size - 1) * stride[axis] + kernel[axis] - 2 * padding[axis])

@@ -78,7 +78,7 @@ class Linear(nnx.Module):
         return with_adapters(y, x, self.adapters)
 
     def head_major(self, x: Float[Array, "b n in"], heads: int) -> Float[Array, "b n heads head_dim"]:
-        """The same, split into `heads`, from a product that writes them one after the other: TPUs turn it otherwise."""
+        """The layer's output split into `heads`, written head by head: TPUs would transpose it otherwise."""
         weight = self.weight[...].astype(x.dtype).reshape(x.shape[-1], heads, -1)
         y = jnp.einsum("bnd,dhk->bhnk", x, weight).transpose(0, 2, 1, 3)
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape(heads, -1)

@@ -79,7 +79,7 @@ class VAEConfig:
 
 
 def normalize(latents: Float[Array, "b t h w c"], config: VAEConfig) -> Float[Array, "b t h w c"]:
-    """What the transformer sees: per channel zero mean and unit variance over Wan's training set."""
+    """Latents as the transformer takes them: zero mean and unit variance per channel over Wan's training set."""
     mean, std = jnp.asarray(config.latents_mean), jnp.asarray(config.latents_std)
     return ((latents.astype(jnp.float32) - mean) / std).astype(latents.dtype)
 

@@ -35,7 +35,7 @@ RATE_TOLERANCE = 0.01
 
 @dataclass(frozen=True)
 class Selection:
-    """What is made of a list's clips.
+    """Rules by which clips are taken from a list.
 
     Attributes:
         sizes: (height, width) that a clip may get; one whose shape is nearer to another of `SIZES` is refused.

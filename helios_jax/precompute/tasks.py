@@ -1,4 +1,4 @@
-"""What `helios_jax.precompute` does: each function plans a dataset, makes what is missing of it, and completes it.
+"""Tasks of `helios_jax.precompute`: each plans a dataset, makes what is missing of it, and completes it.
 
 All raise ValueError (CheckpointError), FileNotFoundError or FileExistsError, in one line, before weights are read, for
 what cannot be.
@@ -29,7 +29,7 @@ PATCH = 2  # latents that the transformer takes at a time, along a side
 
 @dataclass(frozen=True)
 class Share:
-    """How work is cut, and this host's part of it: `size` items are a shard, every `hosts`-th shard is made here."""
+    """This host's share of the work: `size` items are a shard, and every `hosts`-th shard is made here."""
 
     size: int = 64
     host: int = 0
@@ -239,13 +239,13 @@ def _features(latents: tuple[int | None, ...], text: TextEmbedder) -> dict[str, 
 
 
 def _embedding(text: TextEmbedder, negative_prompt: str) -> dict[str, Any]:
-    """What embeddings follow from beside the captions."""
+    """Inputs other than captions that decide the embeddings."""
     weights = weights_hash([text.folder / "text_encoder"])
     return {"text_encoder": weights, "max_length": text.max_length, "negative_prompt": negative_prompt}
 
 
 def _encoding(video: VideoEncoder, text: TextEmbedder, negative_prompt: str) -> dict[str, Any]:
-    """What examples follow from beside the videos."""
+    """Inputs other than videos that decide the examples."""
     posterior = f"sample, seed {video.seed}" if video.sample else "mean"
     return {"vae": weights_hash([video.folder]), "posterior": posterior, **_embedding(text, negative_prompt)}
 

@@ -36,7 +36,7 @@ from helios_jax.sampling.plan import Plan
 
 @dataclass(frozen=True)
 class Settings:
-    """How the teacher samples, in the names of upstream's get_ode-pairs.py and its values.
+    """Sampling settings of the teacher, with the names and values of upstream's get_ode-pairs.py.
 
     Attributes:
         height, width, num_frames: of the videos, in pixels.
@@ -210,7 +210,7 @@ class Teacher:
         return self
 
     def identity(self) -> str:
-        """Which weights it has."""
+        """Identifies the teacher's weights."""
         folder = self.checkpoint.folder
         return weights_hash([folder / self.checkpoint.subfolder, folder / "text_encoder"])
 
@@ -219,7 +219,7 @@ class Teacher:
         return np.asarray(self._pipeline.encode_prompt(list(prompts)).astype(jnp.float16))
 
     def features(self) -> dict[str, Any]:
-        """What a record holds; levels are counted from the coarsest."""
+        """The features of a record; levels are counted from the coarsest."""
         t, h, w, c = self.plan.latent_shape
         count = len(self.settings.steps)
         features = {

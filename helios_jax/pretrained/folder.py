@@ -41,7 +41,7 @@ def resolve(name: str | Path, parts: Sequence[str] | None = None, revision: str 
 
 
 def _patterns(part: str) -> list[str]:
-    """What a component's folder may hold, without other variants (fp16) and formats of its weights."""
+    """Patterns of the files of a component's folder, without other variants (fp16) and formats of its weights."""
     names = ["config.json"] if part == "." else ["*.json", "*.model"]
     names += [f"{stem}{end}" for stem in WEIGHTS for end in (".safetensors", "-*-of-*.safetensors")]
     names += [f"{stem}.safetensors.index.json" for stem in WEIGHTS]
@@ -57,7 +57,7 @@ def check_hub_name(name: str | Path) -> None:
 
 
 def from_hub(name: str | Path, ask: Any) -> Any:
-    """What `ask()` gets from the hub, or a `CheckpointError` that says why not."""
+    """Returns what `ask()` gets from the hub; raises `CheckpointError` with the reason when it fails."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:

@@ -1,4 +1,4 @@
-"""Which tensor of a file fills which parameter, and how the same values lie in both.
+"""The map from tensors of files to parameters, and how the same values are laid out in both.
 
 A parameter's path, joined with dots, is its key in the file; a class whose attributes are named otherwise says so in
 `FILE_NAMES`, pairs of (our path segments, the file's). `FLOAT32` holds the path segments that stay float32 in every
@@ -23,7 +23,7 @@ Path = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one tensor of a file goes: a parameter's `path`, the `layer` of a stacked one, its `shape` in the file."""
+    """Destination of one tensor of a file: a parameter's `path`, the `layer` if stacked, its `shape` in the file."""
 
     path: Path
     layer: int | None

@@ -127,7 +127,7 @@ def stream(
 
 
 def _position(tensor: Stored) -> tuple[str, int]:
-    """Where a tensor lies: reading in that order is what disks and networks do best."""
+    """A tensor's place in its file: disks and networks read fastest in that order."""
     return (str(tensor.path), tensor.offset) if isinstance(tensor, Tensor) else ("", 0)
 
 

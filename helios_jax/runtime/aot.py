@@ -88,7 +88,7 @@ class Memory:
 
 
 def memory(program: Any) -> Memory:
-    """What the compiler planned for `program`, a `jax.stages.Compiled`."""
+    """The compiler's memory plan for `program`, a `jax.stages.Compiled`."""
     stats = program.memory_analysis()
     return Memory(
         arguments=stats.argument_size_in_bytes,
@@ -103,11 +103,11 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 
 
 def collectives(program: Any) -> Counter[str]:
-    """How often each collective stands in `program`; the body of a loop counts once."""
+    """Counts each kind of collective in `program`; the body of a loop counts once."""
     found = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", program.as_text())
     return Counter(found)
 
 
 def custom_calls(program: Any) -> Counter[str]:
-    """How often each library or kernel is called in `program`, by its target, such as "__cudnn$fmhaSoftmax"."""
+    """Counts the calls of libraries and kernels in `program`, by target, such as "__cudnn$fmhaSoftmax"."""
     return Counter(re.findall(r'custom_call_target="([^"]+)"', program.as_text()))

@@ -16,7 +16,7 @@ def default_shardings(model: Tree, device: Any = None) -> Tree:
 
 
 def in_host_memory(shardings: Tree) -> Tree:
-    """The same shardings, in the memory of their devices' hosts."""
+    """Shardings in the memory of the devices' hosts."""
     return jax.tree.map(lambda sharding: sharding.with_memory_kind(HOST), shardings)
 
 

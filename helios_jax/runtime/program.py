@@ -60,12 +60,12 @@ def program(
 
 
 def _dtype(leaves: Sequence[Any]) -> Any:
-    """That of the first array of less than float32, which is what there is otherwise."""
+    """Dtype of the first array below float32, else float32."""
     dtypes = (leaf.dtype for leaf in leaves if isinstance(leaf, jax.Array))
     return next((x for x in dtypes if jnp.issubdtype(x, jnp.floating) and x.itemsize < 4), jnp.float32)
 
 
 def _mesh(leaves: Sequence[Any]) -> Mesh | None:
-    """That of the first array that lies on one."""
+    """Mesh of the first array that lies on one, else None."""
     shardings = (getattr(leaf, "sharding", None) for leaf in leaves)
     return next((s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)), None)

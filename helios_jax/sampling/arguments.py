@@ -1,4 +1,4 @@
-"""What people give to a call, checked and in one form."""
+"""Checks the arguments of a call and brings them into one form."""
 
 from collections.abc import Sequence
 

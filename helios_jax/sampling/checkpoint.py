@@ -35,7 +35,7 @@ def _read_scheduler(folder: Path) -> SchedulerConfig:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds: which kind it is, the configs of its parts, and the tokenizer."""
+    """A checkpoint's folder: its kind, the configs of its parts, and the tokenizer."""
 
     folder: Path
     subfolder: str  # the transformer's

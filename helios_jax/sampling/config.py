@@ -1,4 +1,4 @@
-"""What a sampling run is: the options of a call, and the schema of configs that sample.py reads."""
+"""Options of a sampling call, and the schema of the configs that sample.py reads."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -38,7 +38,7 @@ class Switch:
 
 @dataclass
 class ContextConfig:
-    """How much noise the frames of an input image or video get, in the names of diffusers' Helios pipelines.
+    """Noise that the frames of an input image or video get, in the names of diffusers' Helios pipelines.
 
     A frame becomes sigma * noise + (1 - sigma) * latent, sigma uniform between two bounds. As in diffusers the image
     sigmas are those of the anchor, be it the image or a video's first frame; all else takes the video sigmas, an

@@ -1,4 +1,4 @@
-"""What a video begins with: an image or a video as the history of the first chunk (image to video, video to video).
+"""An image or a video as the history of the first chunk (image to video, video to video).
 
 The host part (`prepare_images`, `prepare_videos`) reads, checks and resizes, and needs no weights; the device part
 (`from_image`, `from_video`) encodes and adds noise, with the draws of diffusers' Helios pipelines in their order.
@@ -64,7 +64,7 @@ def prepare_images(
 
 @dataclass(frozen=True)
 class Clip:
-    """What of n videos reaches the memory, in [-1, 1]: the first frame [n, 1, h, w, 3] and the last chunks
+    """The parts of n videos that reach the memory, in [-1, 1]: the first frame [n, 1, h, w, 3] and the last chunks
     [n, t, h, w, 3]; and how many whole chunks the videos have."""
 
     first: np.ndarray

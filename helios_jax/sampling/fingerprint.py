@@ -1,4 +1,4 @@
-"""Which weights made a video: a hash that is cheap even for 28 GB."""
+"""A hash of the weights that made a video, cheap even for 28 GB."""
 
 import hashlib
 from collections.abc import Iterable

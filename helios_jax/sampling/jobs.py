@@ -27,11 +27,11 @@ class Job:
     out: Path
 
     def settings(self) -> dict[str, Any]:
-        """What decides the video, as it stands in its sidecar."""
+        """The settings that decide the video, as its sidecar has them."""
         return {key: value for key, value in to_dict(self.config).items() if key not in ELSEWHERE}
 
     def done(self) -> bool:
-        """Whether its sidecar says that the video is there and whole; ConfigError when made with other settings."""
+        """True if the sidecar says that the video is whole; raises ConfigError when it was made with other settings."""
         facts = read_sidecar(self.out)
         if facts is None or not facts.get("complete") or not self.out.exists():
             return False

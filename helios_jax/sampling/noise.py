@@ -1,4 +1,4 @@
-"""Where random numbers come from: seeds, or an object that hands them out."""
+"""Sources of random numbers: seeds, or an object that hands them out."""
 
 import zlib
 from collections import Counter
@@ -36,7 +36,7 @@ class SeededNoise:
         self._asked: Counter[str] = Counter(asked)
 
     def asked(self) -> dict[str, int]:
-        """How often each site was asked: `SeededNoise(*seeds, asked=...)` goes on from there."""
+        """Number of draws at each site: `SeededNoise(*seeds, asked=...)` goes on from there."""
         return dict(self._asked)
 
     def _draw(self, kind, site: str, shape: tuple[int, ...]) -> jax.Array:

@@ -125,7 +125,7 @@ class HeliosPipeline:
         return encode_prompts(self.text_encoder, self.tokenizer, prompts, max_sequence_length)
 
     def plan(self, options: Options) -> Plan:
-        """What `options` mean for this checkpoint; raises ValueError for what cannot be."""
+        """Makes the plan of `options` for this checkpoint; raises ValueError for what cannot be."""
         return make_plan(self.transformer.config, self.vae.config, self.scheduler, self.variant, options)
 
     def __call__(
@@ -245,7 +245,7 @@ class HeliosPipeline:
         options: Options | None = None,
         **arguments: Any,
     ) -> Stream:
-        """The same video chunk by chunk: an iterator of uint8 frames [b, t, h, w, 3] (or of latents).
+        """Makes a video chunk by chunk: an iterator of uint8 frames [b, t, h, w, 3] (or of latents).
 
         A chunk comes as soon as it is decoded, while the next one is computed; memory does not grow. The text can be
         changed on the way (`Stream.set_prompt`), and `save_state` writes what `resume` goes on from. The other
@@ -383,7 +383,7 @@ class HeliosPipeline:
     def _history(
         self, image: Any, video: Any, options: Options, plan: Plan, noise: Noise, batch: int, copies: int
     ) -> History:
-        """What the videos begin with: nothing, images, or the ends of videos; one for all or one per prompt."""
+        """The first history: nothing, images, or the ends of videos; one for all or one per prompt."""
         size = options.height, options.width
 
         def every(x: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What a call means for a checkpoint: chunks, shapes, levels, steps. Needs configs only: errors come before weights."""
+"""The plan of a call: chunks, shapes, levels, steps. It needs configs only, so errors come before weights."""
 
 import math
 import warnings
@@ -24,7 +24,7 @@ from helios_jax.sampling.config import Options
 
 @dataclass(frozen=True)
 class Variant:
-    """Which of the released kinds a checkpoint is, as its model_index.json says: Base (no pyramid), Mid, Distilled.
+    """The released kind of a checkpoint, from its model_index.json: Base (no pyramid), Mid, Distilled.
 
     `trained_size` is the height and width in pixels that its weights know: 384 x 640 unless the file says otherwise.
     """
@@ -67,7 +67,7 @@ class Plan:
 def make_plan(
     transformer: TransformerConfig, vae: VAEConfig, scheduler: SchedulerConfig, variant: Variant, options: Options
 ) -> Plan:
-    """What `options` mean for a checkpoint. Raises ValueError that names the one that cannot be.
+    """Makes the plan of `options` for a checkpoint. Raises ValueError that names the option that cannot be.
 
     Warns of a size that the weights were not trained at.
     """

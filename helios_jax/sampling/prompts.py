@@ -1,4 +1,4 @@
-"""Which text speaks in which chunk: prompts that take over at a chunk, faded in by interpolated embeddings."""
+"""The schedule of prompts: each takes over at a chunk and is faded in by interpolated embeddings."""
 
 import itertools
 from collections.abc import Sequence

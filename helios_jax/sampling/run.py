@@ -177,7 +177,7 @@ def _options(config: SampleConfig) -> Options:
 
 
 def _figures(begin: float, times: Sequence[float], frames: int) -> dict[str, str]:
-    """What was measured. The first chunk includes compiling; the seconds a chunk are those of the later ones."""
+    """Figures of a run. The first chunk includes compiling; the seconds a chunk are those of the later ones."""
     figures = {}
     if times:
         figures["time to first chunk"] = f"{times[0] - begin:.2f} s"
@@ -196,7 +196,7 @@ def _figures(begin: float, times: Sequence[float], frames: int) -> dict[str, str
 def _facts(
     job: Job, checkpoint: Checkpoint, figures: dict[str, str], frames: int, first: int, chunks: int, complete: bool
 ) -> dict[str, Any]:
-    """What stands in a video's sidecar."""
+    """The contents of a video's sidecar."""
     return {
         "settings": job.settings(),
         "resumed_from": job.config.resume,

@@ -138,7 +138,7 @@ class Stream:
         self.snapshot().save(path)
 
     def snapshot(self) -> "Snapshot":
-        """What `save_state` writes, to be written later. Raises ValueError as it does."""
+        """Takes the state that `save_state` writes, to be written later. Raises ValueError as that does."""
         asked = self._asked.get(self.chunk)
         noise = self.call.noise
         if asked is None and self._begun == self.chunk:
@@ -186,7 +186,7 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class State:
-    """What `Stream.save_state` wrote."""
+    """The state that `Stream.save_state` wrote."""
 
     identity: dict[str, Any]
     options: Options
@@ -226,7 +226,7 @@ _HISTORY = [field.name for field in dataclasses.fields(History)]
 
 
 def _to_host(arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The same arrays, on their way to the host as soon as they are computed."""
+    """Starts the copy of arrays to the host, as soon as they are computed."""
     for array in arrays:
         array.copy_to_host_async()
     return arrays

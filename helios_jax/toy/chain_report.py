@@ -1,4 +1,4 @@
-"""What each stage of `make chain` made: loss curves, samples and scores.
+"""Report of `make chain`: loss curves, samples and scores of each stage.
 
     python -m helios_jax.toy.chain_report --chain runs/toy-chain --out docs/chain.md
 

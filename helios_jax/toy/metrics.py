@@ -45,7 +45,7 @@ DRIFT_FRACTION = 6
 
 @dataclass(frozen=True)
 class Track:
-    """What is seen in each frame, whatever the caption says."""
+    """Measurements of each frame, independent of the caption."""
 
     correlation: Float[np.ndarray, "t shapes"]  # best match with each template, in the order of toy.SHAPES
     position: Float[np.ndarray, "t 2"]  # (y, x) of the best shape, pixels of a 64x64 frame
@@ -227,7 +227,7 @@ def _wanted_colour(hue: float | None, target: toy.Attributes) -> Float[np.ndarra
 
 
 def _moves(track: Track, direction: str) -> bool:
-    """Whether the movement is within 22.5 degrees of a direction and at least a quarter of the slowest speed."""
+    """True if the movement is within 22.5 degrees of a direction and at least a quarter of the slowest speed."""
     velocity = np.median(_movement(track), axis=0)
     speed = float(np.linalg.norm(velocity))
     if speed < min(toy.SPEEDS.values()) / 4:

@@ -101,7 +101,7 @@ def table(columns: dict[str, dict[str, float]]) -> list[str]:
 
 
 def machine() -> str:
-    """What it ran on, in words."""
+    """Describes the machine."""
     device = jax.devices()[0]
     return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
 

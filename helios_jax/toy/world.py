@@ -190,7 +190,7 @@ def render(scene: Scene, num_frames: int) -> UInt8[np.ndarray, "t h w 3"]:
 def coverage(
     shape: str, centres: Float[np.ndarray, "t 2"], height: int = NOMINAL_SIZE, width: int = NOMINAL_SIZE
 ) -> Float[np.ndarray, "t h w"]:
-    """How much of each pixel, 0 to 1, a shape covers when it stands at `centres` (y, x)."""
+    """Fraction of each pixel, 0 to 1, that a shape at `centres` (y, x) covers."""
     scale = _scale(height, width)
 
     def rectangle(size: tuple[float, float]) -> np.ndarray:

@@ -105,7 +105,7 @@ class Checkpoints:
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-    """What is stored of a state."""
+    """The parts of a state that are stored."""
     return {
         "step": state.step,
         "model": state.params,

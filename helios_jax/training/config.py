@@ -1,4 +1,4 @@
-"""What a training run is: the schema of configs that train.py reads."""
+"""The schema of the configs that train.py reads."""
 
 import dataclasses
 import importlib.util
@@ -30,7 +30,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Where clips come from and how many make a step; `batch_size` is global, over all hosts and devices."""
+    """Source of clips, and how many make a step; `batch_size` is global, over all hosts and devices."""
 
     folder: str = "data/toy"
     batch_size: int = 8

@@ -1,4 +1,4 @@
-"""What stage 3 is: the part of a run's config that `ode` and `distill` read."""
+"""Configuration of stage 3: the part of a run's config that `ode` and `distill` read."""
 
 from dataclasses import dataclass, field
 from typing import Literal

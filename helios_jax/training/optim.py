@@ -75,7 +75,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def decayed(model: nnx.Module) -> Any:
-    """Which parameters weight decay shrinks: those with two named dimensions or more, not biases and norm scales.
+    """Mask of the parameters that weight decay shrinks: two named dimensions or more, so no biases and no norm scales.
 
     A parameter stacked over layers has one dimension more than names, so the names count.
     """

@@ -31,7 +31,7 @@ STRIP = 8  # frames of a validation video that are shown side by side
 
 
 def open_components(config: TrainConfig) -> Checkpoint | None:
-    """What `flow.components` has beside the transformer, with the scheduler that the trained one needs.
+    """Opens the components beside the transformer (`flow.components`), with the scheduler that the trained one needs.
 
     None when the config names no components. Raises ConfigError, in one line, for components that are not there, that
     do not fit the transformer or that cannot make the validation videos.

@@ -1,4 +1,4 @@
-"""Who takes part in stage 3's game, and where their weights come from."""
+"""Networks of stage 3: generator, scores, discriminator, and where their weights come from."""
 
 import dataclasses
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step: one pytree, made straight into its shardings."""
+"""State of a training run: one pytree, made straight into its shardings."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -101,7 +101,7 @@ def abstract(
     names: Sequence[str] = (ALL,),
     frozen_dtype: Any = jnp.float32,
 ) -> TrainState:
-    """What `init_sharded` makes, as shapes, dtypes and shardings: nothing is computed.
+    """The state that `init_sharded` makes, as shapes, dtypes and shardings: nothing is computed.
 
     Raises ConfigError when one of `names` names no parameter.
     """

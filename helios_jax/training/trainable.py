@@ -1,4 +1,4 @@
-"""Which parameters a run trains: one filter, from the names in its config."""
+"""The filter of trained parameters, from the names in a run's config."""
 
 import re
 from collections.abc import Callable, Sequence

@@ -36,7 +36,7 @@ def layer_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch 
 
 
 def unsupported(x: Array) -> str | None:
-    """Why the kernel cannot run here for such tokens, or None if it can."""
+    """The reason that the kernel cannot run here for such tokens, or None."""
     return rows.unsupported("adaLN", x, x.shape[-1])
 
 

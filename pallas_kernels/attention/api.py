@@ -29,7 +29,7 @@ def reference(
 
 
 def unsupported(query: Array | jax.ShapeDtypeStruct) -> str | None:
-    """Why the kernel cannot run here for such queries, or None if it can."""
+    """The reason that the kernel cannot run here for such queries, or None."""
     platform, head_dim = device.platform(), query.shape[-1]
     if platform not in ("tpu", "gpu"):
         return f"Pallas attention has kernels for TPUs and NVIDIA GPUs (Hopper), and this runs on {platform}"

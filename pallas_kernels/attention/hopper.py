@@ -1,4 +1,4 @@
-"""What attention's kernels for Hopper in Mosaic GPU share: rings of tiles in shared memory, products on tensor cores.
+"""Parts of attention's kernels for Hopper in Mosaic GPU: rings of tiles in shared memory, products on tensor cores.
 
 A block of the grid has `GROUPS` warpgroups that compute and one more that copies for them. `COMPILED` and `INTERPRETED`
 hold what a kernel says differently to the compiler and to the interpreter, which knows neither layouts of registers nor

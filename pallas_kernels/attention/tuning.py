@@ -1,4 +1,4 @@
-"""What the tuner has to know of attention: its values, and its gradients, whose kernels have sizes of their own."""
+"""Block sizes of attention for the tuner: of its values, and of the kernels of its gradients."""
 
 from collections.abc import Callable
 from functools import partial

@@ -1,4 +1,4 @@
-"""What the kernels of a row per token share: the rows of tables that tokens take, by runs, and what can run."""
+"""Parts of all kernels over rows: the row of a table that each token takes, by runs, and what can run."""
 
 from typing import Literal
 
@@ -39,7 +39,7 @@ def check(op: str, x: Float[Array, "b n d"], runs: Runs, *tables: Array) -> None
 
 
 def unsupported(op: str, x: Array | jax.ShapeDtypeStruct, width: int) -> str | None:
-    """Why a kernel over rows of `width` features cannot run here, or None if it can."""
+    """The reason that a kernel over rows of `width` features cannot run here, or None."""
     platform = device.platform()
     if platform not in ("tpu", "gpu"):
         return f"Pallas {op} has kernels for TPUs and NVIDIA GPUs (Hopper), and this runs on {platform}"
@@ -53,7 +53,7 @@ def unsupported(op: str, x: Array | jax.ShapeDtypeStruct, width: int) -> str | N
 
 
 def by_kernel(asked: Implementation | None, reason: str | None, *, default: bool) -> bool:
-    """Whether the kernel runs: if asked for, or if nothing is and it is the `default` and no `reason` is against it.
+    """True if the kernel runs: it is asked for, or nothing is and it is the `default` and no `reason` is against it.
 
     Raises ValueError when it is asked for and cannot run.
     """

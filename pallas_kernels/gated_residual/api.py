@@ -45,7 +45,7 @@ def reference(
 
 
 def unsupported(x: Float[Array, "b n d"], first: int) -> str | None:
-    """Why the kernel cannot run here for the tokens from `first` on, or None if it can."""
+    """The reason that the kernel cannot run here for the tokens from `first` on, or None."""
     if device.platform() == "tpu" and first % gated_residual_tpu.TILE:
         tile = gated_residual_tpu.TILE
         return f"Pallas gated_residual on a TPU is for a first token that is a multiple of {tile}, not {first}"

@@ -49,7 +49,7 @@ def reference(
 
 
 def unsupported(x: Array | jax.ShapeDtypeStruct, heads: int) -> str | None:
-    """Why the kernel cannot run here for such features, or None if it can."""
+    """The reason that the kernel cannot run here for such features, or None."""
     head_dim = x.shape[-1] // heads
     if reason := rows.unsupported("norm_rope", x, x.shape[-1]):
         return reason

@@ -1,4 +1,4 @@
-"""What the tuner has to know of an op; how long a call of it takes on the device at hand, and how right it is."""
+"""An op as the tuner sees it; the seconds of a call on the device at hand, and the error of its result."""
 
 import importlib
 import importlib.util
@@ -101,7 +101,7 @@ def add_line(path: Path, facts: dict[str, Any]) -> None:
 
 
 def word(error: Exception) -> str:
-    """Why a kernel did not run, in few words."""
+    """The reason that a kernel did not run, in few words."""
     message = str(error)
     if "shared memory" in message:
         return "shared memory"

@@ -23,7 +23,7 @@ def shape(*sizes: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
 
 
 def half(tree: Any) -> Any:
-    """The same shapes, what is float32 in bfloat16."""
+    """Shapes with bfloat16 in place of float32."""
     return jax.tree.map(lambda x: shape(*x.shape, dtype=jnp.bfloat16 if x.dtype == jnp.float32 else x.dtype), tree)
 
 

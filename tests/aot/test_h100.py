@@ -1,4 +1,4 @@
-"""What XLA makes of the model for an H100: which libraries it calls, what it copies, how much memory it takes."""
+"""The model compiled for an H100: libraries called, copies, memory."""
 
 import math
 import re

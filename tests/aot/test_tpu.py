@@ -1,4 +1,4 @@
-"""What XLA and Mosaic make of the model for TPUs."""
+"""The model compiled for TPUs by XLA and Mosaic."""
 
 import jax
 import jax.numpy as jnp

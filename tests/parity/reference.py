@@ -1,4 +1,4 @@
-"""What the parity tests share: random torch weights, channel order, the error."""
+"""Parts of the parity tests: random torch weights, channel order, the error."""
 
 from collections import defaultdict
 

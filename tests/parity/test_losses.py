@@ -1,4 +1,4 @@
-"""What the flow stages ask of the model, on given draws: tables and weights of diffusers, equations of the paper."""
+"""Losses of the flow stages on given draws: tables and weights of diffusers, equations of the paper."""
 
 import math
 

@@ -96,7 +96,7 @@ def _choose(query: Array | jax.ShapeDtypeStruct, asked: Attention | None) -> Att
 
 
 def _no_cudnn(query: Array | jax.ShapeDtypeStruct) -> str | None:
-    """Why cuDNN's attention cannot run here for such queries."""
+    """The reason that cuDNN's attention cannot run here for such queries, or None."""
     if device.platform() != "gpu":
         return f"cuDNN runs on NVIDIA GPUs, and this is {device.platform()}"
     if query.dtype.itemsize != 2:

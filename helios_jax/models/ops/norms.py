@@ -91,12 +91,12 @@ def gated_residual(
 
 
 def fuses_residual(by: Choice) -> bool:
-    """Whether `gated_residual` is a kernel; where it is not, XLA adds in the product before."""
+    """True if `gated_residual` is a kernel; where it is not, XLA adds in the product before."""
     return by is None and device.platform() == "gpu"
 
 
 def head_major(by: Choice) -> bool:
-    """Whether attention reads heads one after the other."""
+    """True if attention reads heads one after the other."""
     return by is None and device.platform() == "tpu"
 
 
@@ -106,7 +106,7 @@ def _mesh() -> Any:
 
 
 def _split(samples: int) -> str | None:
-    """What the mesh splits that a kernel needs whole."""
+    """The reason that the mesh's split rules the kernels out, or None."""
     mesh = _mesh()
     if mesh is None:
         return None

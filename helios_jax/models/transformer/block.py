@@ -1,4 +1,4 @@
-"""What the Helios transformer is made of, and one block of it."""
+"""The Helios transformer's configuration, and one block of it."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -1,4 +1,4 @@
-"""What turns latents, timesteps and text into the transformer's width."""
+"""Embeddings of latents, timesteps and text in the transformer's width."""
 
 import jax
 import jax.numpy as jnp

@@ -52,7 +52,7 @@ class OutputNorm(nnx.Module):
         self.scale_shift_table = param(rngs, normal(config.dim**-0.5), (1, 2, config.dim), (None, None, "embed"))
 
     def __call__(self, x: Float[Array, "b n d"], time: Float[Array, "b rows d"], packing: Packing) -> Array:
-        """Of the noisy tokens alone."""
+        """Norms the noisy tokens; the history has no output."""
         table = self.scale_shift_table[...].astype(jnp.float32)
         shift, scale = (packing.rows(time.astype(jnp.float32) + table[:, i], history=False) for i in (0, 1))
         return (layer_norm(x, self.eps) * (1 + scale) + shift).astype(x.dtype)
@@ -93,7 +93,7 @@ class Transformer(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """What the weights are in and the forward pass computes in."""
+        """Dtype of the weights and of the forward pass."""
         return self.patch_embedding.weight.dtype
 
     @classmethod

@@ -12,7 +12,7 @@ from pallas_kernels.core.rows import Runs, spread
 
 @dataclass(frozen=True)
 class Packing:
-    """How sequences lie in one: first the history tokens of each, `history` of them, then the `noisy` tokens of each.
+    """Layout of several sequences in one: first each one's `history` tokens, then each one's `noisy` tokens.
 
     One sequence is the usual case. All history comes first, so that what treats it apart need not know of packing.
     One sequence may have `padding` behind its noisy tokens: tokens that are computed like them, attended to by none.
@@ -43,7 +43,7 @@ class Packing:
         return self.num_history + sum(self.noisy)
 
     def runs(self, rows: Float[Array, "b rows d"], *, history: bool = True) -> tuple[Float[Array, "b runs d"], Runs]:
-        """Those of `rows` that tokens take, and how many tokens take each; without `history` of noisy tokens alone.
+        """The `rows` that tokens take, and how many tokens take each; without `history` only for noisy tokens.
 
         The last rows are those of each sequence's noisy tokens; before them come the history's, one for all copies of
         it or one for each.
@@ -59,7 +59,7 @@ class Packing:
         return spread(*self.runs(rows, history=history))
 
     def segments(self, *, history: bool) -> Segments | None:
-        """Which sequence each query and each key is of; without `history` the queries are the noisy tokens."""
+        """The sequence of each query and of each key; without `history` the queries are the noisy tokens."""
         if len(self.noisy) == 1:
             return None
         numbers = np.arange(len(self.noisy))

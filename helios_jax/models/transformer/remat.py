@@ -1,4 +1,4 @@
-"""What the backward pass finds kept of each block, by name; it computes the rest again."""
+"""Rematerialization policies: which activations of a block are kept for the backward pass, by name."""
 
 from typing import Any, Literal
 

@@ -126,8 +126,11 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 @struct.dataclass
 class Scene:
-    """What a chunk is made and scored after: `student`'s history has lost saturation as well as what `history`, the
-    scores', has. Text and negative text are embeddings [b, m, d]; `real` [b, t, h, w, c] are the data's own chunks."""
+    """History and text that a chunk is made and scored with.
+
+    The scores see `history`; the `student`'s has lost some saturation, too. Text and negative text are embeddings
+    [b, m, d]; `real` [b, t, h, w, c] are the data's own chunks.
+    """
 
     history: History
     student: History
@@ -267,7 +270,7 @@ def _real(scene: Scene, chunks: Array, config: TrainConfig) -> tuple[Array, Hist
 
 @struct.dataclass
 class Seen:
-    """What the scores know beside noisy latents."""
+    """Inputs of the scores beside noisy latents."""
 
     parts: Any
     indices: Any
@@ -332,7 +335,7 @@ def _generator_loss(
 def dmd_gradient(
     model: Players, made: Array, history: History, scene: Scene, sigma: Array, noise: Array, config: TrainConfig
 ) -> tuple[Float[Array, "b t h w c"], Float[Array, ""]]:
-    """Where the two scores say that `made` should not be, from what they see of it at `sigma`; and how far, on average,
+    """Direction from which the two scores push `made`, from what they see of it at `sigma`; and how far, on average,
     the teacher would move it."""
     distill = _distill(config)
     noisy = losses.add_noise(made, noise, sigma)
@@ -396,7 +399,7 @@ def _critic_loss(
 
 
 def _logits(model: Players, noisy: Array, sigma: Array, history: History, text: Array, config: TrainConfig) -> Array:
-    """What the discriminator says of noisy latents after `history`."""
+    """The discriminator's logits for noisy latents that follow `history`."""
     fake, discriminator = model.fake, model.discriminator
     assert discriminator is not None
     seen = _seen(fake, history, text, config)

@@ -136,7 +136,7 @@ def make_samples(
     keys: Key[Array, " b"],
     flow: FlowConfig,
 ) -> list[FlowSample]:
-    """What the model is to predict of each clip: one sample, or those of all levels of the pyramid."""
+    """Training samples of each clip: one, or those of all levels of the pyramid."""
     if flow.pyramid is None:
         return [straight_sample(target, noise, draw_quantile(keys, flow.times), flow.times)]
     quantiles, used = [], 0

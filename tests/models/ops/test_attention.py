@@ -1,4 +1,4 @@
-"""Which implementation of attention runs, and that one that cannot says why."""
+"""The choice of attention's implementation; one that cannot run says why."""
 
 import logging
 from types import SimpleNamespace
