@@ -14,7 +14,7 @@ import warnings
 from typing import Any
 
 from helios_jax import config as configs
-from helios_jax.sampling.config import SampleConfig
+from helios_jax.sampling.options import SampleConfig
 
 FLAGS = {
     "what to make": {
@@ -22,7 +22,7 @@ FLAGS = {
         "negative_prompt": "what to keep away from",
         "image": "a picture that the video begins with",
         "video": "a video to be continued, at least a chunk long",
-        "csv": "many videos: a CSV with a column prompt (see helios_jax/sampling/config.py)",
+        "csv": "many videos: a CSV with a column prompt (see helios_jax/sampling/options.py)",
         "num_frames": "frames of the video, exactly",
         "seed": "the same seed makes the same video",
         "num_videos_per_prompt": "with seeds seed, seed + 1, ...",
@@ -56,7 +56,7 @@ def parse(argv: list[str]) -> SampleConfig:
         prog="sample.py",
         description="Make a video from a prompt, an image or a video.",
         epilog="Any other field of the config is set by key=value, as in zero_steps=0; Options and SampleConfig in"
-        " helios_jax/sampling/config.py list them all.",
+        " helios_jax/sampling/options.py list them all.",
     )
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any other field of the config")

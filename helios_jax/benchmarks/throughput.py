@@ -32,7 +32,7 @@ from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.transformer.block import check_implementations
 from helios_jax.models.vae import denormalize
 from helios_jax.sampling import sampler
-from helios_jax.sampling.config import Options
+from helios_jax.sampling.options import Options
 from helios_jax.sampling.pipeline import HeliosPipeline, decode
 
 STEPS = ([1, 1, 1], [2, 2, 2])

@@ -28,8 +28,8 @@ from helios_jax.precompute.encode import NEGATIVE_PROMPT, local_mesh
 from helios_jax.precompute.prompt_files import Prompt
 from helios_jax.runtime.program import program
 from helios_jax.sampling.checkpoint import Checkpoint
-from helios_jax.sampling.config import Options
 from helios_jax.sampling.fingerprint import weights_hash
+from helios_jax.sampling.options import Options
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.sampling.plan import Plan
 

@@ -20,8 +20,8 @@ from helios_jax.media.image import read_image, resize, to_rgb
 from helios_jax.media.video import iterate_video
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
 from helios_jax.runtime.program import program
-from helios_jax.sampling.config import ContextConfig
 from helios_jax.sampling.noise import Noise, draw
+from helios_jax.sampling.options import ContextConfig
 
 ImageInput = Image.Image | np.ndarray | str | os.PathLike
 Posterior = Sequence[Array]  # mean and standard deviation [n, t, h, w, c]

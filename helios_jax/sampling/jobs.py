@@ -10,7 +10,7 @@ from typing import Any
 
 from helios_jax.config import ConfigError, nearest, to_dict
 from helios_jax.media.writers import Format, file_format, read_sidecar, sidecar
-from helios_jax.sampling.config import SampleConfig, Switch
+from helios_jax.sampling.options import SampleConfig, Switch
 
 COLUMNS = ("id", "prompt_index", "prompt", "refined_prompt", "negative_prompt", "seed", "num_frames", "duration")
 INPUTS = {"image": "image", "image_name": "image", "video": "video", "video_name": "video"}

@@ -26,10 +26,10 @@ from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.sampling import sampler
 from helios_jax.sampling.arguments import Prompt, check_output_type, make_negatives, make_seeds
 from helios_jax.sampling.checkpoint import Checkpoint, write_index
-from helios_jax.sampling.config import Options, Switch
 from helios_jax.sampling.context import from_image, from_video, prepare_images, prepare_videos
 from helios_jax.sampling.frames import decode
 from helios_jax.sampling.noise import Noise, SeededNoise
+from helios_jax.sampling.options import Options, Switch
 from helios_jax.sampling.plan import Plan, Variant, make_plan
 from helios_jax.sampling.prompts import make_schedule
 from helios_jax.sampling.stream import Call, Stream, read_state
@@ -177,7 +177,7 @@ class HeliosPipeline:
             seed: of each prompt's first video, the next ones count on; or one per video. A video does not depend on
                 the others of its batch.
             noise: where random numbers come from instead; it has `normal(site, shape)` and `uniform(site, shape)`.
-            height and all the others: see `helios_jax.sampling.config.Options`.
+            height and all the others: see `helios_jax.sampling.options.Options`.
 
         Raises:
             ValueError: an argument cannot be; the message names it, the rule and the remedy.

@@ -19,7 +19,7 @@ from helios_jax.diffusion.schedule import (
 from helios_jax.diffusion.solvers import make_steps
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
-from helios_jax.sampling.config import Options
+from helios_jax.sampling.options import Options
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from helios_jax.sampling.config import Options, Switch
+from helios_jax.sampling.options import Options, Switch
 
 # Prompts of a batch, one per video.
 Prompts = tuple[str, ...]

@@ -18,10 +18,10 @@ from helios_jax import lora
 from helios_jax.media.writers import ThreadedWriter, open_writer, write_sidecar
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling.checkpoint import Checkpoint
-from helios_jax.sampling.config import Options, SampleConfig
 from helios_jax.sampling.context import prepare_images, prepare_videos
 from helios_jax.sampling.fingerprint import weights_hash
 from helios_jax.sampling.jobs import Job, make_jobs
+from helios_jax.sampling.options import Options, SampleConfig
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.sampling.plan import Plan, make_plan
 from helios_jax.sampling.prompts import make_schedule

@@ -18,8 +18,8 @@ from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, Level
 from helios_jax.diffusion.memory import History
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling import sampler
-from helios_jax.sampling.config import Options
 from helios_jax.sampling.noise import Noise, SeededNoise, draw
+from helios_jax.sampling.options import Options
 from helios_jax.sampling.plan import Plan
 from helios_jax.sampling.prompts import Entry, Schedule
 from helios_jax.sampling.text import Texts

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from helios_jax.runtime.compilation import enable_cache
-from helios_jax.sampling.config import Options, Switch
+from helios_jax.sampling.options import Options, Switch
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.toy import world as toy
 from helios_jax.toy.report import machine, picture

@@ -18,7 +18,7 @@ from helios_jax.models.umt5 import UMT5Config
 from helios_jax.models.vae import VAEConfig
 from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.checkpoint import PARTS, TRAINED_SIZE, Checkpoint, write_index
-from helios_jax.sampling.config import Options
+from helios_jax.sampling.options import Options
 from helios_jax.sampling.pipeline import HeliosPipeline, decode
 from helios_jax.sampling.plan import Variant, make_plan
 from helios_jax.sharding import gather

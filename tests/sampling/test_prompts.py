@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helios_jax.sampling.config import Options, Switch
+from helios_jax.sampling.options import Options, Switch
 from helios_jax.sampling.prompts import Entry, Schedule, make_schedule
 
 A, B, C = (("a",), ("b",), ("c",))

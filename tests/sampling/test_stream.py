@@ -11,7 +11,7 @@ import pytest
 from helios_jax.diffusion.denoise import denoise_step
 from helios_jax.runtime.program import program
 from helios_jax.sampling import pipeline, sampler, text
-from helios_jax.sampling.config import Options, Switch
+from helios_jax.sampling.options import Options, Switch
 from tests import tiny
 
 SMALL = {"height": 32, "width": 48, "num_latent_frames_per_chunk": 3, "history_sizes": (4, 2, 1)}
