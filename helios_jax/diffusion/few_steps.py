@@ -9,18 +9,14 @@ levels below as far as nothing stopped it (upstream's inference_with_trajectory_
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from helios_jax.diffusion.denoise import ChunkNoise, Level, enter, first_sample
+from helios_jax.diffusion.denoise import ChunkNoise, enter, first_sample
+from helios_jax.diffusion.levels import StudentLevel
 from helios_jax.diffusion.memory import History
-from helios_jax.diffusion.schedule import SchedulerConfig, dynamic_shift, shift_sigmas, stages, upsampling_weights
-from helios_jax.diffusion.solvers import Steps
 
 # (level's sample [b, t, h, w, c], timestep [b], whether gradients are wanted) -> velocity
 Velocity = Callable[[Array, Array, bool], Array]
@@ -56,56 +52,6 @@ class RolloutConfig:
         if self.warm_start is not None:
             cold = cold + (step >= self.warm_start)
         return jnp.where(step < self.cold_start, cold, drawn)
-
-
-@struct.dataclass
-class StudentLevel:
-    """The steps of one level: in row 0 those of all chunks, in row 1 those of a video's first chunk.
-
-    timestep [2, steps] and sigma [2, steps + 1] (ending in 0) are filled up with zeros, `count` [2] says how many are
-    meant; `entry` is how the level is entered.
-    """
-
-    timestep: Any
-    sigma: Any
-    count: Any
-    entry: Level
-
-
-def student_levels(
-    scheduler: SchedulerConfig,
-    steps: Sequence[int],
-    tokens: int,
-    *,
-    amplify_first_chunk: bool = True,
-    shift: Literal["exponential", "linear"] | None = "linear",
-) -> tuple[StudentLevel, ...]:
-    """The tables of `steps` at each level, coarsest first, for a chunk of `tokens` noisy tokens at full size.
-
-    Twice as many in a video's first chunk with `amplify_first_chunk`. As in upstream's training the dynamic shift is
-    that of the level's own size, and timesteps are not rounded.
-    """
-    levels, most = [], 1 + amplify_first_chunk
-    for i, stage in enumerate(stages(scheduler)):
-        timestep, sigma = np.zeros((2, most * steps[i])), np.zeros((2, most * steps[i] + 1))
-        counts = steps[i], most * steps[i]
-        for row, count in enumerate(counts):
-            table = np.linspace(0.999, 0.999 / scheduler.num_train_timesteps, count + 1)[:-1]
-            high, low = stage.timesteps
-            if shift is None:
-                times = np.linspace(high, low, count + 1)[:-1]
-            else:
-                mu = dynamic_shift(tokens // 4 ** (len(steps) - 1 - i))
-                table = shift_sigmas(table, mu, shift)
-                times = low + table * (high - low)
-            timestep[row, :count], sigma[row, :count] = times, table
-        entry = Level(Steps(None, None, None))
-        if i > 0:
-            alpha, beta = (jnp.asarray(x, jnp.float32) for x in upsampling_weights(stage.entry, scheduler.gamma))
-            entry = entry.replace(alpha=alpha, beta=beta, gamma=scheduler.gamma)
-        arrays = (jnp.asarray(timestep, jnp.float32), jnp.asarray(sigma, jnp.float32), jnp.asarray(counts))
-        levels.append(StudentLevel(*arrays, entry))
-    return tuple(levels)
 
 
 def is_first_chunk(history: History) -> Bool[Array, " b"]:

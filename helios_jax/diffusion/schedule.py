@@ -122,24 +122,3 @@ def upsampling_weights(entry: float, gamma: float) -> tuple[float, float]:
     """(alpha, beta) of alpha * upsampled latents + beta * block noise on entering a level at sigma `entry`."""
     alpha = 1 / (np.sqrt(1 + 1 / gamma) * entry + (1 - entry))
     return float(alpha), float(alpha * entry / np.sqrt(gamma))
-
-
-def stage_table(
-    config: SchedulerConfig, stage: Stage, num_inference_steps: int, tokens: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(timesteps [steps], sigmas [steps + 1]) of one level of `tokens` noisy tokens, float64.
-
-    Sigmas run from 0.999 to 0 within the level. The DMD schedule leaves out the step before the end.
-    Timesteps are whole numbers: the pyramid pipeline hands the model integers.
-    """
-    few = config.scheduler_type == "dmd"
-    count = num_inference_steps + few
-    last = 0.999 / config.num_train_timesteps
-    table = np.append(np.linspace(0.999, last, count)[: count - few], 0.0)
-    high, low = stage.timesteps
-    if config.use_dynamic_shifting:
-        table = shift_sigmas(table, dynamic_shift(tokens), config.time_shift_type)
-        timesteps = low + table[:-1] * (high - low)
-    else:
-        timesteps = np.linspace(high, low, count)[: count - few]
-    return np.trunc(timesteps), table

@@ -20,9 +20,8 @@ from helios_jax import sharding
 from helios_jax.data import records
 from helios_jax.diffusion import solvers
 from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, Level, denoise_step, enter, first_sample, rows
+from helios_jax.diffusion.levels import Trajectory, make_trajectory
 from helios_jax.diffusion.memory import History, MemoryConfig, push
-from helios_jax.diffusion.schedule import SchedulerConfig, dynamic_shift, shift_sigmas, stages, upsampling_weights
-from helios_jax.diffusion.solvers import make_steps
 from helios_jax.models.transformer import Transformer
 from helios_jax.precompute.encode import NEGATIVE_PROMPT, local_mesh
 from helios_jax.precompute.prompt_files import Prompt
@@ -70,58 +69,6 @@ class Settings:
                 f"--student-steps {self.student_steps} are {len(self.student_steps)} levels, the teacher's --steps "
                 f"{self.steps} are {len(self.steps)}: give as many"
             )
-
-
-@dataclass(frozen=True)
-class Trajectory:
-    """The levels of a chunk, and of each the student's steps: their places, timesteps (not rounded) and sigmas."""
-
-    levels: tuple[Level, ...]
-    places: tuple[tuple[int, ...], ...]
-    timesteps: tuple[np.ndarray, ...]
-    sigmas: tuple[np.ndarray, ...]
-
-
-def make_trajectory(
-    scheduler: SchedulerConfig, steps: Sequence[int], student_steps: Sequence[int], tokens: int, stand: int = 0
-) -> Trajectory:
-    """The teacher's tables for `tokens` at full size, each level's with the student's times among them.
-
-    Before the shift both are grids over the level's sigmas. A level's shift is that of its own size, as in upstream's
-    training (the sampler of diffusers takes the size that the level is entered from). The first `stand` steps stand
-    still.
-    """
-    made = []
-    for i, stage in enumerate(stages(scheduler)):
-        last = 0.999 / scheduler.num_train_timesteps
-        student = np.linspace(0.999, last, student_steps[i] + 1)[:-1]
-        teacher = np.linspace(0.999, last, steps[i])
-        own = teacher[np.abs(teacher[:, None] - student).min(1) > 1e-7]
-        table = np.sort(np.append(own, student))[::-1]
-        places = tuple(int(np.flatnonzero(table == sigma)[0]) for sigma in student)
-        high, low = stage.timesteps
-        if scheduler.use_dynamic_shifting:
-            mu = dynamic_shift(tokens // 4 ** (len(steps) - 1 - i))
-            table = shift_sigmas(table, mu, scheduler.time_shift_type)
-            timesteps = low + table * (high - low)
-        else:
-            timesteps = low + (table - last) / (0.999 - last) * (high - low)
-        made.append((table, timesteps, places))
-    levels = []
-    for i, (stage, (table, timesteps, _)) in enumerate(zip(stages(scheduler), made)):
-        tables = make_steps(scheduler, np.trunc(timesteps), np.append(table, 0.0))
-        if i == 0:
-            moves = None if stand == 0 else (jnp.arange(len(table)) >= stand).astype(jnp.float32)
-            levels.append(Level(tables, moves))
-        else:
-            alpha, beta = (jnp.asarray(x, jnp.float32) for x in upsampling_weights(stage.entry, scheduler.gamma))
-            levels.append(Level(tables, None, alpha, beta, scheduler.gamma))
-    return Trajectory(
-        tuple(levels),
-        tuple(places for _, _, places in made),
-        tuple(timesteps[list(places)].astype(np.float32) for _, timesteps, places in made),
-        tuple(table[list(places)].astype(np.float32) for table, _, places in made),
-    )
 
 
 @program(static_argnames=("places", "memory"))

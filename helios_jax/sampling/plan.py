@@ -5,18 +5,10 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
-
 from helios_jax.diffusion.denoise import Level
+from helios_jax.diffusion.levels import make_levels
 from helios_jax.diffusion.memory import MemoryConfig
-from helios_jax.diffusion.schedule import (
-    SchedulerConfig,
-    sigmas,
-    stage_table,
-    stages,
-    upsampling_weights,
-)
-from helios_jax.diffusion.solvers import make_steps
+from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
 from helios_jax.sampling.options import Options
@@ -105,7 +97,7 @@ def make_plan(
     def levels(counts: Sequence[int]) -> tuple[Level, ...]:
         stand = options.zero_steps + 1 if variant.is_cfg_zero_star and guided and options.use_zero_init else 0
         tokens = math.prod(shape[:3]) // math.prod(transformer.patch_size)
-        return make_levels(scheduler, variant, counts, tokens, stand)
+        return make_levels(scheduler, counts, tokens, pyramid=variant.pyramid, stand=stand)
 
     every = levels(counts)
     return Plan(
@@ -119,28 +111,6 @@ def make_plan(
         guidance_scale=guidance_scale if guided else None,
         zero_star=variant.is_cfg_zero_star,
     )
-
-
-def make_levels(
-    scheduler: SchedulerConfig, variant: Variant, counts: Sequence[int], tokens: int, stand: int = 0
-) -> tuple[Level, ...]:
-    """The tables of all levels, coarsest first, for `tokens` at full size; the first `stand` steps stand still."""
-    if not variant.pyramid:
-        table = sigmas(scheduler, counts[0], tokens)
-        return (Level(make_steps(scheduler, table[:-1] * scheduler.num_train_timesteps, table)),)
-    out = []
-    for i, (stage, count) in enumerate(zip(stages(scheduler), counts)):
-        # A level's shift is that of the size it is entered from: the reference counts tokens before it upsamples.
-        entered = tokens // 4 ** (len(counts) - 1 - max(i - 1, 0))
-        table = stage_table(scheduler, stage, count, entered)
-        steps = make_steps(scheduler, *table)
-        if i == 0:
-            moves = None if stand == 0 else (jnp.arange(count) >= stand).astype(jnp.float32)
-            out.append(Level(steps, moves))
-        else:
-            alpha, beta = (jnp.asarray(x, jnp.float32) for x in upsampling_weights(stage.entry, scheduler.gamma))
-            out.append(Level(steps, None, alpha, beta, scheduler.gamma))
-    return tuple(out)
 
 
 def _step_counts(

@@ -8,10 +8,10 @@ import pytest
 from helios_jax.diffusion import few_steps
 from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, denoise_chunk
 from helios_jax.diffusion.few_steps import RolloutConfig
+from helios_jax.diffusion.levels import make_levels, student_levels
 from helios_jax.diffusion.memory import History, MemoryConfig
 from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig
 from helios_jax.models.transformer import Transformer
-from helios_jax.sampling.plan import Variant, make_levels
 from tests.closeness import assert_close
 
 SHAPE = (2, 3, 8, 16, 4)
@@ -39,7 +39,7 @@ class Network(Transformer):
 
 
 def levels(amplify=True):
-    return few_steps.student_levels(SchedulerConfig(), STEPS, 96, amplify_first_chunk=amplify, shift=None)
+    return student_levels(SchedulerConfig(), STEPS, 96, amplify_first_chunk=amplify, shift=None)
 
 
 @pytest.mark.parametrize("amplify", [False, True])
@@ -50,7 +50,7 @@ def test_to_the_end_it_makes_what_the_sampler_makes(amplify):
     ours = few_steps.generate(lambda x, t, _: Network()(x, t), draws, table, few_steps.last_exits(table, FIRST), FIRST)
     for i, first in enumerate(FIRST):
         counts = [n * (1 + bool(amplify and first)) for n in STEPS]
-        plan = make_levels(scheduler, Variant(pyramid=True, is_distilled=True), counts, 96)
+        plan = make_levels(scheduler, counts, 96, pyramid=True)
         chunk = denoise_chunk(Network(), history, draws, Conditioning(None), plan, MemoryConfig())
         # The sampler's timesteps are whole numbers, as diffusers'; in training they are not.
         np.testing.assert_allclose(ours[i], chunk[i], atol=1e-3)

@@ -15,6 +15,7 @@ from diffusers import HeliosScheduler  # noqa: E402
 
 from helios_jax.diffusion import distillation, few_steps  # noqa: E402
 from helios_jax.diffusion.denoise import ChunkNoise  # noqa: E402
+from helios_jax.diffusion.levels import student_levels  # noqa: E402
 from helios_jax.diffusion.pyramid import block_noise  # noqa: E402
 from helios_jax.diffusion.schedule import SchedulerConfig  # noqa: E402
 from helios_jax.models.discriminator import Head  # noqa: E402
@@ -45,7 +46,7 @@ def test_the_student_s_chunk(first, exits, shift):
     (main,) = draws(1)
     whites = [draws(1, (b, t, h // k, w // k, c))[0] for k in (2, 1)]
     exits = [2 * n + 1 if first else n for n in exits]
-    levels = few_steps.student_levels(SchedulerConfig(), steps, t * h * w // 4, shift=shift)
+    levels = student_levels(SchedulerConfig(), steps, t * h * w // 4, shift=shift)
     noise = ChunkNoise(jnp.asarray(main), tuple(map(jnp.asarray, whites)))
     ours = few_steps.generate(
         lambda x, time, _: velocity(x, time), noise, levels, [jnp.full((b,), n) for n in exits], jnp.full((b,), first)

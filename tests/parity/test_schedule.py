@@ -16,7 +16,8 @@ from hypothesis import Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from helios_jax.diffusion import solvers  # noqa: E402
-from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig, sigmas, stage_table, stages  # noqa: E402
+from helios_jax.diffusion.levels import level_table  # noqa: E402
+from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig, sigmas, stages  # noqa: E402
 from tests.parity.reference import check  # noqa: E402
 
 CASES = settings(max_examples=30, deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
@@ -99,6 +100,6 @@ def test_pyramid_tables(few, dynamic, kind):
             if twice and not few:
                 continue
             scheduler.set_timesteps(steps, i, mu=calculate_shift(tokens), is_amplify_first_chunk=twice)
-            timesteps, table = stage_table(config, stage, 2 * steps if twice else steps, tokens)
+            timesteps, table = level_table(config, stage, 2 * steps if twice else steps, tokens, few=few)
             np.testing.assert_array_equal(timesteps, np.trunc(scheduler.timesteps.numpy()))
             np.testing.assert_allclose(table, scheduler.sigmas.numpy(), rtol=0, atol=1e-12)

@@ -8,10 +8,11 @@ import pytest
 from helios_jax.data import records
 from helios_jax.data.loader import loader, ode_transform
 from helios_jax.diffusion.denoise import first_sample
+from helios_jax.diffusion.levels import make_trajectory
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.precompute import cli as precompute
 from helios_jax.precompute.prompt_files import Prompt
-from helios_jax.precompute.trajectories import Settings, Teacher, make_trajectory
+from helios_jax.precompute.trajectories import Settings, Teacher
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.plan import Variant
 from tests import tiny

@@ -24,6 +24,7 @@ from helios_jax.diffusion import distillation as losses
 from helios_jax.diffusion import few_steps
 from helios_jax.diffusion.corruption import corrupt_history, drop_history
 from helios_jax.diffusion.denoise import ChunkNoise
+from helios_jax.diffusion.levels import student_levels
 from helios_jax.diffusion.memory import History, push, window
 from helios_jax.diffusion.schedule import dynamic_shift
 from helios_jax.models.discriminator import Head
@@ -209,7 +210,7 @@ def _make(
     shape = scene.real.shape[1:]
     shape = (memory.frames_per_chunk, *shape[1:])
     patch = generator.config.patch_size
-    levels = few_steps.student_levels(
+    levels = student_levels(
         config.flow.pyramid.scheduler(),
         distill.steps,
         math.prod(n // p for n, p in zip(shape, patch)),

@@ -1,0 +1,179 @@
+"""The tables of a level's steps: for sampling, for a teacher's trajectories, and for the student's training.
+
+Sampling and training differ on purpose. The dynamic shift counts the tokens of the size that a level is "entered" from
+in sampling, as diffusers counts before it upsamples, and of its "own" size in training, as upstream does. Timesteps are
+whole numbers where the sampler or the teacher hands them to the model, and not rounded where the student learns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from helios_jax.diffusion.denoise import Level
+from helios_jax.diffusion.schedule import (
+    SchedulerConfig,
+    Stage,
+    dynamic_shift,
+    shift_sigmas,
+    sigmas,
+    stages,
+    upsampling_weights,
+)
+from helios_jax.diffusion.solvers import Steps, make_steps
+
+Counted = Literal["entered", "own"]
+Shift = Literal["exponential", "linear"] | None
+FIRST = 0.999  # sigma that a level's steps begin with, before the shift
+
+
+def make_levels(
+    scheduler: SchedulerConfig, counts: Sequence[int], tokens: int, *, pyramid: bool, stand: int = 0
+) -> tuple[Level, ...]:
+    """The sampler's levels, coarsest first, of `counts` steps, for `tokens` at full size.
+
+    The first `stand` steps stand still. Without a pyramid there is one level.
+    """
+    if not pyramid:
+        table = sigmas(scheduler, counts[0], tokens)
+        return (Level(make_steps(scheduler, table[:-1] * scheduler.num_train_timesteps, table)),)
+    few = scheduler.scheduler_type == "dmd"
+    tables = [
+        level_table(scheduler, stage, count, _tokens(tokens, i, len(counts), "entered"), few=few)
+        for i, (stage, count) in enumerate(zip(stages(scheduler), counts))
+    ]
+    return _assembled(scheduler, tables, stand)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The levels of a chunk, and of each the student's steps: their places, timesteps (not rounded) and sigmas."""
+
+    levels: tuple[Level, ...]
+    places: tuple[tuple[int, ...], ...]
+    timesteps: tuple[np.ndarray, ...]
+    sigmas: tuple[np.ndarray, ...]
+
+
+def make_trajectory(
+    scheduler: SchedulerConfig, steps: Sequence[int], student_steps: Sequence[int], tokens: int, stand: int = 0
+) -> Trajectory:
+    """The teacher's levels for `tokens` at full size, each with the student's steps among its own.
+
+    A level's shift counts its own size, as in upstream's training. The first `stand` steps stand still.
+    """
+    tables, made = [], []
+    for i, stage in enumerate(stages(scheduler)):
+        teacher, student = (
+            np.stack(_grid(scheduler, stage, counts[i], few)) for counts, few in ((steps, False), (student_steps, True))
+        )
+        own = teacher[:, np.abs(teacher[0][:, None] - student[0]).min(1) > 1e-7]
+        both = np.concatenate([own, student], 1)
+        table, timesteps = both[:, np.argsort(-both[0])]
+        places = [int(np.flatnonzero(table == sigma)[0]) for sigma in student[0]]
+        timesteps, table = _shifted(stage, table, timesteps, _tokens(tokens, i, len(steps), "own"), _shift(scheduler))
+        tables.append((np.trunc(timesteps), np.append(table, 0.0)))
+        made.append((tuple(places), timesteps[places].astype(np.float32), table[places].astype(np.float32)))
+    places, timesteps, table = zip(*made)
+    return Trajectory(_assembled(scheduler, tables, stand), places, timesteps, table)
+
+
+@struct.dataclass
+class StudentLevel:
+    """The steps of one level: in row 0 those of all chunks, in row 1 those of a video's first chunk.
+
+    timestep [2, steps] and sigma [2, steps + 1] (ending in 0) are filled up with zeros, `count` [2] says how many are
+    meant; `entry` is how the level is entered.
+    """
+
+    timestep: Any
+    sigma: Any
+    count: Any
+    entry: Level
+
+
+def student_levels(
+    scheduler: SchedulerConfig,
+    steps: Sequence[int],
+    tokens: int,
+    *,
+    amplify_first_chunk: bool = True,
+    shift: Shift = "linear",
+) -> tuple[StudentLevel, ...]:
+    """The student's levels of `steps`, coarsest first, for a chunk of `tokens` noisy tokens at full size.
+
+    Twice as many steps in a video's first chunk with `amplify_first_chunk`. As in upstream's training the dynamic shift
+    counts the level's own size, and timesteps are not rounded.
+    """
+    levels, most = [], 1 + amplify_first_chunk
+    for i, stage in enumerate(stages(scheduler)):
+        timestep, sigma = np.zeros((2, most * steps[i])), np.zeros((2, most * steps[i] + 1))
+        counts = steps[i], most * steps[i]
+        counted = _tokens(tokens, i, len(steps), "own")
+        for row, count in enumerate(counts):
+            times, table = _shifted(stage, *_grid(scheduler, stage, count, few=True), counted, shift)
+            timestep[row, :count], sigma[row, :count] = times, table
+        arrays = (jnp.asarray(timestep, jnp.float32), jnp.asarray(sigma, jnp.float32), jnp.asarray(counts))
+        levels.append(StudentLevel(*arrays, _entry(scheduler, stage, i, Steps(None, None, None))))
+    return tuple(levels)
+
+
+def level_table(
+    config: SchedulerConfig, stage: Stage, count: int, tokens: int, *, few: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whole timesteps [steps] and sigmas [steps + 1] of one level whose shift counts `tokens`, float64.
+
+    Sigmas run from 0.999 to 0 within the level; the `few` steps of the DMD schedule leave out the one before the end.
+    """
+    timesteps, table = _shifted(stage, *_grid(config, stage, count, few), tokens, _shift(config))
+    return np.trunc(timesteps), np.append(table, 0.0)
+
+
+def _grid(config: SchedulerConfig, stage: Stage, count: int, few: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Sigmas and timesteps of a level's steps before the shift, both evenly spaced."""
+    last, (high, low) = FIRST / config.num_train_timesteps, stage.timesteps
+    return np.linspace(FIRST, last, count + few)[:count], np.linspace(high, low, count + few)[:count]
+
+
+def _shifted(
+    stage: Stage, table: np.ndarray, timesteps: np.ndarray, tokens: int, shift: Shift
+) -> tuple[np.ndarray, np.ndarray]:
+    """Timesteps and sigmas after the dynamic shift; timesteps then follow from the sigmas."""
+    if shift is None:
+        return timesteps, table
+    high, low = stage.timesteps
+    table = shift_sigmas(table, dynamic_shift(tokens), shift)
+    return low + table * (high - low), table
+
+
+def _shift(config: SchedulerConfig) -> Shift:
+    return config.time_shift_type if config.use_dynamic_shifting else None
+
+
+def _tokens(tokens: int, level: int, levels: int, counted: Counted) -> int:
+    """Tokens that a level's dynamic shift counts, of `tokens` at full size."""
+    size = max(level - 1, 0) if counted == "entered" else level
+    return tokens // 4 ** (levels - 1 - size)
+
+
+def _assembled(
+    scheduler: SchedulerConfig, tables: Sequence[tuple[np.ndarray, np.ndarray]], stand: int
+) -> tuple[Level, ...]:
+    """Levels of (timesteps, sigmas), each with how it is entered; of the first, `stand` steps stand still."""
+    levels = [
+        _entry(scheduler, stage, i, make_steps(scheduler, *table))
+        for i, (stage, table) in enumerate(zip(stages(scheduler), tables))
+    ]
+    if stand:
+        levels[0] = levels[0].replace(moves=(jnp.arange(len(tables[0][0])) >= stand).astype(jnp.float32))
+    return tuple(levels)
+
+
+def _entry(scheduler: SchedulerConfig, stage: Stage, i: int, steps: Steps) -> Level:
+    if i == 0:
+        return Level(steps)
+    alpha, beta = (jnp.asarray(x, jnp.float32) for x in upsampling_weights(stage.entry, scheduler.gamma))
+    return Level(steps, None, alpha, beta, scheduler.gamma)
