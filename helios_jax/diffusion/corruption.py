@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
 from helios_jax.diffusion.memory import MemoryConfig
+from helios_jax.diffusion.noising import add_noise
 
 
 def _check_probabilities(config: object, *names: str) -> None:
@@ -149,7 +150,7 @@ def corrupt_history(
         sizes = (2, strengths, count + 1, 3 * count)
         u, strength, ratio, factor = jnp.split(jax.random.uniform(k_uniform, (sum(sizes),)), np.cumsum(sizes)[:-1])
         sigma = config.noise * (strength if config.per == "frame" else strength[section])
-        out = add_noise(frames, sigma, jax.random.normal(k_noise, frames.shape))
+        out = add_noise(frames, jax.random.normal(k_noise, frames.shape), sigma)
         if config.blur is not None:
             low, high = config.blur.smallest, config.blur.largest
             blurred = blur(frames, (low + (high - low) * ratio)[section])
@@ -173,14 +174,6 @@ def _saturation(u: Float[Array, "3 sections"], config: SaturationConfig) -> Floa
 
 def _is_zero(frames: Float[Array, "t h w c"]) -> Bool[Array, "t 1 1 1"]:
     return (frames == 0).all((1, 2, 3), keepdims=True)
-
-
-def add_noise(
-    frames: Float[Array, "t h w c"], sigma: Float[Array, " t"], noise: Float[Array, "t h w c"]
-) -> Float[Array, "t h w c"]:
-    """Each frame mixed with noise by its own sigma."""
-    sigma = sigma[:, None, None, None]
-    return sigma * noise + (1 - sigma) * frames
 
 
 def blur(frames: Float[Array, "t h w c"], ratio: Float[Array, " t"]) -> Float[Array, "t h w c"]:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from helios_jax.diffusion.noising import predict_data
+
 
 @dataclass(unsafe_hash=True)
 class RenoiseConfig:
@@ -70,21 +72,6 @@ def draw_sigma(
     return jnp.clip(t, config.smallest, config.largest)
 
 
-def add_noise(
-    latents: Float[Array, "b t h w c"], noise: Float[Array, "b t h w c"], sigma: Float[Array, " b"]
-) -> Float[Array, "b t h w c"]:
-    """(1 - sigma) latents + sigma noise."""
-    sigma = sigma[:, None, None, None, None]
-    return (1 - sigma) * latents + sigma * noise
-
-
-def predict_clean(
-    noisy: Float[Array, "b t h w c"], velocity: Float[Array, "b t h w c"], sigma: Float[Array, " b"]
-) -> Float[Array, "b t h w c"]:
-    """noisy - sigma velocity, in float32 (convert_flow_pred_to_x0)."""
-    return noisy.astype(jnp.float32) - sigma[:, None, None, None, None] * velocity.astype(jnp.float32)
-
-
 def ode_loss(
     noisy: Float[Array, "b t h w c"],
     velocity: Float[Array, "b t h w c"],
@@ -92,7 +79,7 @@ def ode_loss(
     sigma: Float[Array, " b"],
 ) -> Float[Array, " b"]:
     """Half the mean squared error of the predicted end of the teacher's path (_ode_regression_loss)."""
-    return 0.5 * jnp.square(predict_clean(noisy, velocity, sigma) - target).mean((1, 2, 3, 4))
+    return 0.5 * jnp.square(predict_data(noisy, velocity, sigma) - target).mean((1, 2, 3, 4))
 
 
 def dmd_gradient(

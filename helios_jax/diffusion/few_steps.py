@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from helios_jax.diffusion.denoise import ChunkNoise, enter, first_sample
 from helios_jax.diffusion.levels import StudentLevel
 from helios_jax.diffusion.memory import History
+from helios_jax.diffusion.noising import add_noise, predict_data
 
 # (level's sample [b, t, h, w, c], timestep [b], whether gradients are wanted) -> velocity
 Velocity = Callable[[Array, Array, bool], Array]
@@ -108,7 +109,7 @@ def generate(
         # Where the first step is the last, what is below gets a gradient through it.
         before = jnp.where(_at(stop == 0), sample, jax.lax.stop_gradient(before))
         (t,), (s,) = (jnp.take_along_axis(x, stop[:, None], 1).T for x in (timestep, sigma))
-        sample = before - _at(s) * velocity(before, t, True)
+        sample = predict_data(before, velocity(before, t, True), s)
     return sample
 
 
@@ -123,9 +124,9 @@ def _step(
     sample: Array,
 ) -> Array:
     """Step k of a level, for those samples that take more than k; at `stop` it ends with what the step predicts."""
-    x0 = sample - _at(sigma[:, k]) * velocity(sample, timestep[:, k], False)
-    after = _at(jnp.where(k < stop, sigma[:, k + 1], 0))
-    return jnp.where(_at(k < count), (1 - after) * x0 + after * origin, sample)
+    x0 = predict_data(sample, velocity(sample, timestep[:, k], False), sigma[:, k])
+    after = jnp.where(k < stop, sigma[:, k + 1], 0)
+    return jnp.where(_at(k < count), add_noise(x0, origin, after), sample)
 
 
 def _at(x: Array) -> Array:

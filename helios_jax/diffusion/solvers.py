@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from helios_jax.diffusion.noising import predict_data
 from helios_jax.diffusion.schedule import SchedulerConfig
 
 
@@ -137,7 +138,7 @@ def start(sample: Float[Array, "*shape"], steps: Steps) -> SolverState:
 def advance(state: SolverState, velocity: Float[Array, "*shape"], step: Steps) -> SolverState:
     """One step; `step` is one row of the tables. Computes in float32."""
     sample = state.sample
-    prediction = sample - step.sigma * velocity
+    prediction = predict_data(sample, velocity, step.sigma)
     if step.corrector is not None:
         seen = jnp.concatenate([prediction[None], state.predictions])
         sample = step.corrector[0] * sample + step.corrector[1] * state.last

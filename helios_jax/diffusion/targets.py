@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Key
 
+from helios_jax.diffusion.noising import add_noise, velocity
 from helios_jax.diffusion.pyramid import downsample, upsample
 from helios_jax.diffusion.schedule import Stage, dynamic_shift
 
@@ -81,7 +82,7 @@ def straight_sample(
 ) -> FlowSample:
     """On the straight path from noise to latents: stage 1."""
     sigma = _shift((STEPS - _step(quantile)) / STEPS, latents, config)
-    return FlowSample(_mix(sigma, noise, latents), noise - latents, sigma, sigma * STEPS)
+    return FlowSample(add_noise(latents, noise, sigma), velocity(latents, noise), sigma, sigma * STEPS)
 
 
 def pyramid_samples(
@@ -106,8 +107,8 @@ def pyramid_samples(
     for i, (level, drawn) in enumerate(zip(levels, quantiles, strict=True)):
         start = noises[i]
         if i > 0:
-            start = level.start * noises[i] + (1 - level.start) * upsample(clean[i - 1])
-        end = level.end * noises[i] + (1 - level.end) * clean[i]
+            start = add_noise(upsample(clean[i - 1]), noises[i], jnp.float32(level.start))
+        end = add_noise(clean[i], noises[i], jnp.float32(level.end))
         high, low = level.timesteps
         for quantile in drawn:
             step = _step(quantile)
@@ -116,7 +117,7 @@ def pyramid_samples(
             if config.shift is not None:
                 sigma = _shift(sigma, start, config)
                 timestep = low + (high - low) * sigma
-            samples.append(FlowSample(_mix(sigma, start, end), start - end, sigma, timestep))
+            samples.append(FlowSample(add_noise(end, start, sigma), velocity(end, start), sigma, timestep))
     return samples
 
 
@@ -128,11 +129,6 @@ def flow_loss(velocity: Float[Array, "b t h w c"], sample: FlowSample, config: T
 
 def _step(quantile: Float[Array, " b"]) -> Float[Array, " b"]:
     return jnp.clip(jnp.floor(quantile * STEPS), 0, STEPS - 1)
-
-
-def _mix(sigma: Float[Array, " b"], start: Array, end: Array) -> Float[Array, "b t h w c"]:
-    sigma = sigma[:, None, None, None, None]
-    return sigma * start + (1 - sigma) * end
 
 
 def _shift(sigma: Float[Array, " b"], latents: Array, config: TimesConfig) -> Float[Array, " b"]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from PIL import Image
 
 from helios_jax.diffusion.memory import History, MemoryConfig, empty
+from helios_jax.diffusion.noising import add_noise
 from helios_jax.media.image import read_image, resize, to_rgb
 from helios_jax.media.video import iterate_video
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
@@ -129,8 +130,8 @@ def from_image(
     anchor = _sample(vae, [x[:, :1] for x in posterior], _normal(noise, "image_posterior", one))
     recent = _sample(vae, posterior, _normal(noise, "fake_image_posterior", shape))[:, -1:]
     if config.add_noise_to_image_latents:
-        anchor = _mix(anchor, *_draw_noise(noise, "image", one, *config.image_sigmas))
-        recent = _mix(recent, *_draw_noise(noise, "fake_image", one, *config.video_sigmas))
+        anchor = add_noise(anchor, *_draw_noise(noise, "image", one, *config.image_sigmas))
+        recent = add_noise(recent, *_draw_noise(noise, "fake_image", one, *config.video_sigmas))
     return _history(memory, anchor, recent)
 
 
@@ -160,9 +161,9 @@ def from_video(
     draws = last(_normal(noise, "video_posterior", shape) for _ in range(clip.num_chunks))
     chunks = [_sample(vae, _posterior(vae, jnp.asarray(part)), z) for part, z in zip(parts, draws)]
     if config.add_noise_to_video_latents:
-        anchor = _mix(anchor, *_draw_noise(noise, "first_frame", one, *config.image_sigmas))
+        anchor = add_noise(anchor, *_draw_noise(noise, "first_frame", one, *config.image_sigmas))
         draws = last(_draw_noise(noise, "video", shape, *config.video_sigmas) for _ in range(clip.num_chunks))
-        chunks = [_mix(chunk, *drawn) for chunk, drawn in zip(chunks, draws)]
+        chunks = [add_noise(chunk, *drawn) for chunk, drawn in zip(chunks, draws)]
     return _history(memory, anchor, jnp.concatenate(chunks, 1))
 
 
@@ -188,14 +189,10 @@ def _normal(noise: Noise, site: str, shape: tuple[int, ...]) -> Array:
 
 
 def _draw_noise(noise: Noise, site: str, shape: tuple[int, ...], low: float, high: float) -> tuple[Array, Array]:
-    """Sigmas, one per frame and shared by the batch, then the noise of `shape`."""
+    """The noise of `shape`, and sigmas [1, t], one per frame and shared by the batch."""
     name, frames = f"{site}_sigma", (shape[1],)
     sigma = low + (high - low) * jnp.asarray(draw(noise.uniform(name, frames), frames, name))
-    return sigma[:, None, None, None], _normal(noise, f"{site}_noise", shape)
-
-
-def _mix(latents: Array, sigma: Array, z: Array) -> Array:
-    return sigma * z + (1 - sigma) * latents
+    return _normal(noise, f"{site}_noise", shape), sigma[None]
 
 
 def _history(memory: MemoryConfig, anchor: Array, latents: Array) -> History:

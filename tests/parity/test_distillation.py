@@ -16,6 +16,7 @@ from diffusers import HeliosScheduler  # noqa: E402
 from helios_jax.diffusion import distillation, few_steps  # noqa: E402
 from helios_jax.diffusion.denoise import ChunkNoise  # noqa: E402
 from helios_jax.diffusion.levels import student_levels  # noqa: E402
+from helios_jax.diffusion.noising import add_noise, predict_data  # noqa: E402
 from helios_jax.diffusion.pyramid import block_noise  # noqa: E402
 from helios_jax.diffusion.schedule import SchedulerConfig  # noqa: E402
 from helios_jax.models.discriminator import Head  # noqa: E402
@@ -105,11 +106,11 @@ def test_distribution_matching():
     loss.backward()
 
     s = jnp.asarray(sigma.flatten().numpy())
-    ours = distillation.add_noise(jnp.asarray(made.numpy()), jnp.asarray(noise.numpy()), s)
+    ours = add_noise(jnp.asarray(made.numpy()), jnp.asarray(noise.numpy()), s)
     check("stage 3, noised again", ours, noisy.float(), 1e-5)
 
     def ours_clean(v):
-        return distillation.predict_clean(ours, jnp.asarray(v.numpy()), s)
+        return predict_data(ours, jnp.asarray(v.numpy()), s)
 
     teacher = ours_clean(real) + 3.0 * (ours_clean(real) - ours_clean(negative))
     ours_gradient = distillation.dmd_gradient(jnp.asarray(made.numpy()), teacher, ours_clean(fake))

@@ -21,11 +21,12 @@ from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.data.records import open_source
 from helios_jax.diffusion import distillation as losses
-from helios_jax.diffusion import few_steps
+from helios_jax.diffusion import few_steps, noising
 from helios_jax.diffusion.corruption import corrupt_history, drop_history
 from helios_jax.diffusion.denoise import ChunkNoise
 from helios_jax.diffusion.levels import student_levels
 from helios_jax.diffusion.memory import History, push, window
+from helios_jax.diffusion.noising import add_noise, predict_data
 from helios_jax.diffusion.schedule import dynamic_shift
 from helios_jax.models.discriminator import Head
 from helios_jax.models.transformer import Transformer
@@ -324,7 +325,7 @@ def _generator_loss(
         return dmd, metrics
 
     def adversarial(made: Array) -> Array:
-        noisy = losses.add_noise(made, _normal(k_gan, made), sigma)
+        noisy = add_noise(made, _normal(k_gan, made), sigma)
         logits = _logits(model, _window(noisy, k_crop, config), sigma, history, scene.text, config)
         return losses.gan_loss(logits, real=True).mean()
 
@@ -339,12 +340,12 @@ def dmd_gradient(
     """Direction from which the two scores push `made`, from what they see of it at `sigma`; and how far, on average,
     the teacher would move it."""
     distill = _distill(config)
-    noisy = losses.add_noise(made, noise, sigma)
+    noisy = add_noise(made, noise, sigma)
     fake, real = model.fake, model.real
 
     def clean(score: Transformer, text: Array, copies: int) -> Array:
         past, x, s = (_repeated(a, copies) for a in (history, noisy, sigma))
-        return losses.predict_clean(x, _velocity(score, x, s, _seen(score, past, text, config), config), s)
+        return predict_data(x, _velocity(score, x, s, _seen(score, past, text, config), config), s)
 
     predicted = clean(fake, scene.text, 1)
     scale = distill.score.guidance_scale
@@ -365,16 +366,16 @@ def _critic_loss(
     k_sigma, k_noise, k_crop, k_crop_real, k_r1, k_r2 = (fold(keys, i) for i in range(1, 7))
     sigma = losses.draw_sigma(k_sigma, distill.critic.renoise, step, _shift(made, config))
     noise = _normal(k_noise, made)
-    noisy = losses.add_noise(made, noise, sigma)
+    noisy = add_noise(made, noise, sigma)
     velocity = _velocity(model.fake, noisy, sigma, _seen(model.fake, history, scene.text, config), config)
-    denoising = jnp.square(velocity - (noise - made)).mean()
+    denoising = jnp.square(velocity - noising.velocity(made, noise)).mean()
     metrics: Metrics = {"critic_loss": (denoising, jnp.ones(()))}
     if gan is None or model.discriminator is None:
         return denoising, metrics
 
     def adversarial(_: None) -> tuple[Array, Array]:
         own, past = _real(scene, chunks, config)
-        real = losses.add_noise(own, noise, sigma)
+        real = add_noise(own, noise, sigma)
         judged = [(_window(noisy, k_crop, config), history), (_window(real, k_crop_real, config), past)]
         # A penalty compares one window with and without the noise. (Upstream draws another window for each.)
         for term, key, (latents, after) in ((gan.r1, k_r1, judged[1]), (gan.r2, k_r2, judged[0])):
