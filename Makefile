@@ -15,19 +15,24 @@ NEWER ?= $(shell for p in python3.13 python3.12 $(HOME)/.pyenv/versions/3.1[2-9]
 	&& echo $$path && break; done)
 # Compilers for devices that are not here; in environments of their own, or jax would look for those devices.
 AOT := .venv-aot
-# Configs whose training steps `make aot` compiles; without STEPS=configs/... those of all stages, some minutes in all.
-STEPS ?=
+# Configs whose training steps `make aot` compiles; `make test-all` compiles those of all stages.
+STEPS ?= configs/stage1_init.yaml
+ALL_STEPS := $(patsubst %,configs/%.yaml,stage1_init stage2_init stage3_ode stage3_post)
 
-.PHONY: sample test test-light test-newest newer aot aot-oldest aot-newest gpu-report lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
+.PHONY: sample test test-all test-light test-newest newer aot aot-oldest aot-newest gpu-report lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
 
 sample: $(VENV)/.run  ## sample a video of four chunks with the embedded model
 	$(BIN)/python sample.py configs/toy/sample.yaml $(ARGS)
 
-test: $(VENV)/.test  ## every test, those against torch, diffusers and transformers included
+test: $(VENV)/.test  ## the tests, those against torch, diffusers and transformers included
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not heavy" $(ARGS)
+
+test-all: $(VENV)/.test newer  ## what takes too long for every day, too: heavy tests, all training steps compiled for a pod
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
+	$(MAKE) aot STEPS="$(ALL_STEPS)"
 
 test-light: $(VENV)/.test-light  ## the tests that need no torch, without the slowest
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not reference and not slow" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not reference and not slow and not heavy" $(ARGS)
 
 test-newest: | newer  ## the same on the newest jax
 	$(MAKE) test-light PYTHON=$(NEWER) VENV=.venv-newest

@@ -115,7 +115,7 @@ def test_of_equals_the_first_is_the_fastest():
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["fakes"], "there is no op 'fakes'; there are attention, "),
+        (["fakes"], "there is no op 'fakes'; there are adaln, "),
         (["fake", "--shape", "m=3"], "takes n=SIZE dim=SIZE, not 'm=3'"),
         (["fake", "--shape", "n=0"], "takes n=SIZE dim=SIZE, not 'n=0'"),
         (["fake", "--shape", "dim=3", "--write"], "tiles.json is for dim=4"),

@@ -52,3 +52,10 @@ def check(what: str, ours, reference, bar: float, where: object = "") -> None:
     value = error(ours, reference)
     MEASURED[what].append((value, bar))
     assert value <= bar, f"{what}: error {value:.2e} is above {bar:.0e} {where}"
+
+
+def check_loss(what: str, ours, reference, exact, bar: float = 3) -> None:
+    """Asserts that `ours` is at most `bar` times as far from the `exact` result as the `reference` is."""
+    value = error(ours, exact) / error(reference, exact)
+    MEASURED[f"{what}, distance from float32 over the reference's"].append((value, bar))
+    assert value <= bar, f"{what}: {value:.2f} times as far from float32 as the reference, above {bar}"

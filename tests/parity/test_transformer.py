@@ -23,7 +23,7 @@ from helios_jax.models.transformer import (  # noqa: E402
     init_memory_patches,
 )
 from helios_jax.pretrained import count, file_entries, from_arrays, to_arrays  # noqa: E402
-from tests.parity.reference import arrays, channels_first, channels_last, check, error, randomise  # noqa: E402
+from tests.parity.reference import arrays, channels_first, channels_last, check, check_loss, error, randomise  # noqa: E402
 
 CASES = settings(
     max_examples=12,
@@ -181,7 +181,8 @@ def test_gradients(case):
 
 @given(cases())
 @settings(CASES, max_examples=4)
-def test_bfloat16(case):
+def test_bfloat16_loses_no_more_than_the_references(case):
+    """Distances from float32 with the same weights: how much is lost depends on the architecture that was drawn."""
     config, sizes, seed = case
     config.num_layers = 2
     theirs, _ = build(config, seed)
@@ -189,14 +190,17 @@ def test_bfloat16(case):
     for name, p in theirs.named_parameters():
         if not any(part in islands for part in name.split(".")):
             p.data = p.data.bfloat16()
+    x = inputs(config, sizes, seed)
+    with torch.no_grad():
+        half = channels_last(run_theirs(theirs, x))
+        full, _ = build(config, seed)
+        full.load_state_dict({name: value.float() for name, value in theirs.state_dict().items()})
+        exact = channels_last(run_theirs(full, x))
     abstract = Transformer.abstract(config)
     ours = from_arrays(abstract, arrays(theirs), dtype=jnp.bfloat16)
     assert ours.blocks[0].attn1.to_q.weight.dtype == jnp.bfloat16
     assert ours.blocks[0].scale_shift_table.dtype == jnp.float32
-    x = inputs(config, sizes, seed)
-    with torch.no_grad():
-        expected = channels_last(run_theirs(theirs, x))
-    check("transformer, bfloat16", run_ours(ours, x, jnp.bfloat16), expected, 2e-2)
+    check_loss("transformer, bfloat16", run_ours(ours, x, jnp.bfloat16), half, exact)
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -15,6 +15,7 @@ from helios_jax.data import shards
 from helios_jax.data.records import open_source, tensor, text
 from helios_jax.models.transformer import Transformer
 from helios_jax.precompute import cli as precompute
+from helios_jax.precompute.encode import EMPTY_TEXT
 from helios_jax.pretrained import file_entries
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sharding import make_mesh
@@ -73,7 +74,7 @@ def test_latents_are_those_of_each_chunk_alone(folders):
     alone = encoders.latents(video[33:66], 33)
     np.testing.assert_allclose(source[0]["latents"][1], alone[0], atol=2e-3)
     assert source[0]["text"].shape == (16, 16)
-    assert not np.load(folders / "latents" / precompute.EMPTY_TEXT)[1:].any()
+    assert not np.load(folders / "latents" / EMPTY_TEXT)[1:].any()
 
 
 def test_precompute_never_overwrites_and_names_what_is_missing(folders, capsys):
@@ -100,7 +101,7 @@ def test_videos_of_several_sizes_are_in_one_run(config, tmp_path):
     features = {"latents": tensor((None, 9, None, None, 4), np.float16), "text": tensor((5, 16), np.float16)}
     plan = shards.plan("train", {"16x8": [(16, 8)] * 6, "8x12": [(8, 12)] * 6}, 6)
     shards.run(shards.Build(tmp_path / "data", {**features, "id": text()}, plan, {}), make, "clips")
-    np.save(tmp_path / "data" / precompute.EMPTY_TEXT, np.zeros((5, 16), np.float16))
+    np.save(tmp_path / "data" / EMPTY_TEXT, np.zeros((5, 16), np.float16))
     config.data.folder, config.flow.components = str(tmp_path / "data"), None
     found = flow.batches(config)
     seen = [next(found)["target"].shape for _ in range(8)]

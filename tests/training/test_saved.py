@@ -23,7 +23,7 @@ STAGES = (
     "stage2_init",
     "stage2_post",
     "stage3_ode",
-    pytest.param("stage3_gan", marks=pytest.mark.slow),
+    pytest.param("stage3_gan", marks=pytest.mark.heavy),
 )
 EVERY_STEP = ("checkpoint.every=1", "checkpoint.keep=2")
 # The convolutions that get adapters; every linear layer does.

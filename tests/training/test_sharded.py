@@ -88,7 +88,7 @@ def restored(stage: str, root: Path, mesh: tuple[str, ...], folder: Path) -> dic
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES[:-1], pytest.param(STAGES[-1], marks=pytest.mark.heavy)])
 def test_eight_devices_step_as_one_does(stage, tmp_path):
     recipe.build(tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(recipe.ROOT), "JAX_PLATFORMS": "cpu"}
