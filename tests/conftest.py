@@ -45,6 +45,13 @@ def compilation(request):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(name.upper(), str(int(fast)))
         before = jax.config.read(name)
-        jax.config.update(name, fast)
+        _switch(name, fast)
         yield
-        jax.config.update(name, before)
+        _switch(name, before)
+
+
+def _switch(name: str, value: bool) -> None:
+    """Sets the compiler's setting; jit would reuse what it compiled with the other."""
+    if jax.config.read(name) != value:
+        jax.config.update(name, value)
+        jax.clear_caches()
