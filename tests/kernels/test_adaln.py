@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels.adaln import adaln, by, reference
 from pallas_kernels.adaln import gpu as adaln_gpu
 from pallas_kernels.adaln import tpu as adaln_tpu
 from tests.closeness import assert_close
+from tests.kernels.interpreted import InterpretGPUParams
 
 SIZES = {"block": 16}
 KERNELS = {"tpu": (adaln_tpu, True, SIZES), "gpu": (adaln_gpu, InterpretGPUParams(), SIZES)}

@@ -9,11 +9,7 @@ from pallas_kernels.attention import gpu as attention_gpu
 from pallas_kernels.attention import reference
 from pallas_kernels.core.tiles import lookup
 from tests.closeness import assert_close
-
-try:
-    from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams
-except ImportError:  # private in jax 0.10
-    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from tests.kernels.interpreted import InterpretGPUParams
 
 # As TMA does, the interpreter takes what lies beyond an end for zeros.
 INTERPRET = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels.adaln import gpu as adaln_gpu
 from pallas_kernels.adaln import tpu as adaln_tpu
@@ -14,6 +13,7 @@ from pallas_kernels.gated_residual import by, gated_residual, reference
 from pallas_kernels.gated_residual import gpu as gated_residual_gpu
 from pallas_kernels.gated_residual import tpu as gated_residual_tpu
 from tests.closeness import assert_close
+from tests.kernels.interpreted import InterpretGPUParams
 
 EPS = 1e-6
 SIZES = {"block": 32}

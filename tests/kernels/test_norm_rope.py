@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from pallas_kernels.core.device import compiling_for
 from pallas_kernels.norm_rope import by, norm_rope, reference
 from pallas_kernels.norm_rope import gpu as norm_rope_gpu
 from pallas_kernels.norm_rope import tpu as norm_rope_tpu
 from tests.closeness import assert_close
+from tests.kernels.interpreted import InterpretGPUParams
 
 EPS = 1e-6
 KERNELS = {
