@@ -33,6 +33,10 @@ def conclusions(rows: list[Row]) -> Conclusions:
     checks = [row for row in rows if row["phase"] == "check"]
     # The model computes in bfloat16: a kernel that is wrong in float32 alone can be its choice.
     bad = {row["op"] for row in checks if row.get("verdict") != "ok" and row["dtype"] == "bfloat16"}
+    # A check that did not come to its end proves nothing.
+    ended = {row["what"].removeprefix("check "): row["why"] for row in rows if row["phase"] == "phases"}
+    bad |= {op for op, why in ended.items() if why and not why.startswith("exit code 1: ")}
+    bad |= {op for op, why in ended.items() if why and op not in {row["op"] for row in checks}}
     unsafe = {choice for choice, ops in KERNELS.items() if bad & set(ops)}
     pairs: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:

@@ -23,7 +23,7 @@ from helios_jax.benchmarks.throughput_model import SIZES, Size, fill, make
 from helios_jax.benchmarks.throughput_reference import Reference
 from helios_jax.benchmarks.throughput_report import facts, peak_gib
 from helios_jax.models.layers import Shapes
-from helios_jax.models.ops.choices import Attention, Implementations, Norms
+from helios_jax.models.ops.choices import DEVICE, Attention, Implementations, Norms
 from helios_jax.models.transformer import Transformer
 from helios_jax.models.transformer.block import Block
 from helios_jax.models.transformer.packing import Packing
@@ -157,10 +157,10 @@ def vae(size: Size, say: Say) -> None:
         say(**row, peak_gib=peak_gib())
 
 
-def end_to_end(size: Size, say: Say, attention: Attention | None, norms: Norms | None) -> None:
+def end_to_end(size: Size, say: Say, implementations: Implementations) -> None:
     """Whole videos of `CHUNKS` chunks: seconds a chunk and frames a second; the passes that they are made of."""
     pipe = make(size, _dtype(), stacked=jax.default_backend() == "tpu")
-    pipe.transformer.implementations = Implementations(attention, norms)
+    pipe.transformer.implementations = implementations
     ours = throughput.Ours(pipe, size, CHUNKS)
     for steps in throughput.STEPS:
         name = "+".join(map(str, steps))
@@ -185,9 +185,10 @@ def _pace(times: list[float], frames: int) -> dict[str, Any]:
     }
 
 
-def reference(size: Size, say: Say, *, compiled: bool = False) -> None:
-    """diffusers' pipeline with the same weights; `compiled` by torch.compile."""
+def reference(size: Size, say: Say, implementations: Implementations, *, compiled: bool = False) -> None:
+    """diffusers' pipeline with the same weights, and how far ours is from it; alone if `compiled` by torch.compile."""
     pipe = make(size, _dtype(), stacked=False)
+    pipe.transformer.implementations = implementations
     theirs = Reference(pipe, size)
     say(what="versions", **theirs.versions)
     if compiled:
@@ -222,6 +223,7 @@ def _normal(*sizes: int, dtype: Any) -> jax.Array:
 
 
 PHASES = ("machine", "blocks", "vae", "end_to_end", "reference", "reference_compiled")
+CHOSEN = ("end_to_end", "reference")  # whose attention and norms are those that were the fastest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -232,9 +234,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("phase", choices=PHASES)
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--rows", type=Path, required=True, help="rows are added to this file, as JSON lines")
-    parser.add_argument("--attention", choices=("xla", "cudnn", "pallas"), help="of end_to_end")
-    parser.add_argument("--norms", choices=("xla", "pallas"), help="of end_to_end")
+    parser.add_argument("--attention", choices=("xla", "cudnn", "pallas"), help="of end_to_end and reference")
+    parser.add_argument("--norms", choices=("xla", "pallas"), help="of end_to_end and reference")
     args = parser.parse_args(argv)
+    implementations = Implementations(args.attention, args.norms)
+    if implementations != DEVICE and args.phase not in CHOSEN:
+        parser.error(f"--attention and --norms are of {' and '.join(CHOSEN)}: leave them out of {args.phase}")
     enable_cache()
     begin, size = time.monotonic(), SIZES[args.size]
 
@@ -244,10 +249,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{args.phase}: {', '.join(shown)}", flush=True)
 
     if args.phase == "end_to_end":
-        end_to_end(size, say, args.attention, args.norms)
+        end_to_end(size, say, implementations)
     elif args.phase.startswith("reference"):
         try:
-            reference(size, say, compiled=args.phase == "reference_compiled")
+            reference(size, say, implementations, compiled=args.phase == "reference_compiled")
         except ModuleNotFoundError as error:
             say(what="no comparison", why=str(error))
     else:

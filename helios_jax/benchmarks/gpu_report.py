@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from helios_jax.benchmarks.gpu_page import conclusions, page
+from helios_jax.benchmarks.gpu_phases import CHOSEN
 from helios_jax.benchmarks.throughput_model import SIZES
 from helios_jax.models.ops import choices
 from pallas_kernels.core import tiles
+from pallas_kernels.tools import check, tune
 from pallas_kernels.tools.tunable import add_line
 
-CHECKED = ("attention", "norm_rope", "adaln", "gated_residual")
-TUNED = ("attention", "norm_rope", "adaln", "gated_residual")
 LEAST = 15.0  # seconds that a phase is begun with
 END_TO_END = 200.0  # seconds that the phases before it leave to it, or their share of `--minutes`
 
@@ -48,18 +48,19 @@ class Phase:
 
 
 def phases(size: str, rows: Path) -> list[Phase]:
-    """All phases but for what end_to_end runs by, which is known after the blocks."""
+    """All phases; what those in `CHOSEN` run by is known after the blocks only."""
 
     def measured(name: str, limit: float) -> Phase:
         return Phase(name, "helios_jax.benchmarks.gpu_phases", (name, "--size", size, "--rows", str(rows)), limit)
 
+    ops = list(dict.fromkeys(case.op for case in check.cases()))
     checks = [
-        Phase(f"check {op}", "pallas_kernels.tools.check", (op, "--json", str(rows), "--limit", "45"), 75)
-        for op in CHECKED
+        Phase(f"check {op}", "pallas_kernels.tools.check", (op, "--json", str(rows), "--limit", "45"), 75) for op in ops
     ]
     tunes = [
         Phase(f"tune {op}", "pallas_kernels.tools.tune", (op, "--short", "--json", str(rows), "--limit", "30"), 60)
-        for op in TUNED
+        for op in ops
+        if op in tune.OPS
     ]
     return [
         measured("machine", 40),
@@ -147,14 +148,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--apply {args.apply}: {error}; name the .json of a report")
     if args.minutes < 1:
         parser.error("--minutes must be at least 1")
-    args.out.mkdir(parents=True, exist_ok=True)
     rows, log = args.out / "gpu-report-rows.jsonl", args.out / "gpu-report.log"
-    for path in (rows, log):
-        path.unlink(missing_ok=True)
     every = phases(args.size, rows)
     names = sorted({phase.name.split()[0] for phase in every})
     if unknown := [name for name in args.only or () if name not in names]:
         parser.error(f"there is no phase {unknown[0]!r}; there are {', '.join(names)}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path in (rows, log):
+        path.unlink(missing_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the phase under way ends, too
     end = time.monotonic() + 60 * args.minutes
     kept = min(END_TO_END, 60 * args.minutes * END_TO_END / 540)
@@ -166,14 +167,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if left < LEAST:
             result = {"phase": "phases", "what": phase.name, "seconds": 0.0, "why": "no time was left"}
         else:
-            if phase.name == "end_to_end":
+            if phase.name in CHOSEN:
                 chosen = conclusions(read(rows)).implementations
                 more = [text for op, name in chosen.items() for text in (f"--{op}", name)]
                 phase = Phase(phase.name, phase.module, (*phase.arguments, *more), phase.limit)
             result = run(phase, min(phase.limit, left), log)
         add_line(rows, result)
         print(f"   {result['seconds']:.0f} s{', ' if result['why'] else ''}{result['why']}", flush=True)
-        _save(args.out, read(rows), args.size)
+        _save(args.out, read(rows), args.size, args.only or [])
         if args.write and phase.name.startswith("tune"):
             _write_defaults(read(rows))  # for the phases that follow
     found = read(rows)
@@ -183,9 +184,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if any(row["phase"] == "end_to_end" and "frames_per_s" in row for row in found) or args.only else 1
 
 
-def _save(folder: Path, rows: list[dict[str, Any]], size: str) -> None:
+def _save(folder: Path, rows: list[dict[str, Any]], size: str, only: list[str]) -> None:
+    """Writes the page and its JSON; those of some phases `only` take no whole report's place."""
     device = next((row["device"] for row in rows if row.get("what") == "device"), "unknown device")
-    name = f"gpu-report-{size}-{device.replace(' ', '-').lower()}"
+    name = "-".join(["gpu-report", size, device.replace(" ", "-").lower(), *only])
     (folder / f"{name}.md").write_text(page(rows, size))
     (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.attention import api
 from pallas_kernels.tools.case import DTYPES, Case, both
@@ -21,6 +21,6 @@ def cases() -> Iterator[Case]:
                 "attention",
                 f"{b} x {n} queries, {m} keys, head_dim {head_dim}",
                 dtype,
-                *both(api.attention, api.reference, None if lengths is None else jnp.array(lengths)),
+                *both(api.attention, api.reference, None if lengths is None else np.array(lengths)),
                 tuple((b, length, heads, head_dim) for length in (n, m, m)),
             )

@@ -30,7 +30,10 @@ LIMIT = 90  # seconds
 
 
 def cases() -> Iterator[Case]:
-    """The cases of every op that has a module `cases`, in the order of their names."""
+    """The cases of every op that has a module `cases`, in the order of their names.
+
+    Makes no array: the device is left to the process that runs them.
+    """
     for module in modules("cases"):
         yield from module.cases()
 
@@ -84,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("ops", nargs="*", metavar="op", help=", ".join(ops))
     parser.add_argument(
-        "--limit", type=float, default=LIMIT, metavar="SECONDS",
+        "--limit", type=isolated.limit, default=LIMIT, metavar="SECONDS",
         help="of a case, which runs in another process; 0 runs all in this one (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="add a line for each case to this file")

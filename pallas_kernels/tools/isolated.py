@@ -1,5 +1,6 @@
 """Jobs on a device that they may hang or spoil, in a worker process that is replaced when one does."""
 
+import argparse
 import contextlib
 import json
 import queue
@@ -96,6 +97,14 @@ class _Worker:
         self._process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold a process for ever
             self._process.wait(10)
+
+
+def limit(text: str) -> float:
+    """The value of `--limit`, seconds. Raises ArgumentTypeError below 0."""
+    seconds = float(text)
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0 seconds, got {text}")
+    return seconds
 
 
 def serve(greeting: Answer, job: Callable[[int], Answer]) -> None:

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import json
 import math
+import os
 import pkgutil
 import statistics
 import time
@@ -95,9 +96,13 @@ def distance(got: Any, expected: Any) -> float:
 
 
 def add_line(path: Path, facts: dict[str, Any]) -> None:
-    """Adds `facts` to a file of JSON lines."""
-    with path.open("a") as file:
-        file.write(json.dumps(facts) + "\n")
+    """Adds `facts` to a file of JSON lines, below a line that a killed process may have left unfinished."""
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(facts).encode() + b"\n")
 
 
 def word(error: Exception) -> str:

@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="put the fastest sizes into tiles.json")
     parser.add_argument("--short", action="store_true", help="beside the first alternative only")
     parser.add_argument(
-        "--limit", type=float, default=LIMIT, metavar="SECONDS",
+        "--limit", type=isolated.limit, default=LIMIT, metavar="SECONDS",
         help="of one row, which runs in another process; 0 runs all in this one (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="add a line for each row to this file")

@@ -1,6 +1,9 @@
 """The GPU report: what its rows say, phases that hang or fail, defaults that are written, a run on a CPU."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from helios_jax.benchmarks import gpu_page, gpu_phases, gpu_report
 from helios_jax.benchmarks.gpu_report import Phase
 from helios_jax.models.ops import choices
 from pallas_kernels.core import tiles
+from pallas_kernels.tools.tunable import add_line
 
 H100 = "NVIDIA H100 80GB HBM3"
 DEVICE = {
@@ -65,6 +69,23 @@ def test_kernels_that_are_not_right_are_no_choice(result):
     only_float32 = gpu_page.conclusions([DEVICE, *BLOCKS, check("adaln", "float32", **result)])
     assert only_float32.implementations["norms"] == "pallas"
     assert len(only_float32.wrong) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "checked"),
+    [
+        ("ended after 75 s", [check("adaln", verdict="ok")]),
+        ("no time was left", []),
+        ("exit code 1: no worker process could be started", []),
+    ],
+)
+def test_a_check_that_did_not_end_proves_nothing(row, checked):
+    unfinished = {"phase": "phases", "what": "check adaln", "seconds": 75.0, "why": row}
+    found = gpu_page.conclusions([DEVICE, *BLOCKS, *checked, unfinished])
+    assert found.implementations["norms"] == "xla"
+    wrong = [check("adaln", verdict="ok"), check("adaln", "float32", verdict="wrong")]
+    done = unfinished | {"why": "exit code 1: 1 are not right"}
+    assert gpu_page.conclusions([DEVICE, *BLOCKS, *wrong, done]).implementations["norms"] == "pallas"
 
 
 def test_tiles_are_those_of_the_fastest_kernel():
@@ -126,6 +147,24 @@ def test_half_a_line_of_a_killed_process_is_left_out(tmp_path):
     assert gpu_report.read(rows) == []
     rows.write_text(json.dumps(DEVICE) + '\n{"phase": "bl')
     assert gpu_report.read(rows) == [DEVICE]
+    add_line(rows, BLOCKS[0])
+    assert gpu_report.read(rows) == [DEVICE, BLOCKS[0]]
+
+
+def test_the_device_is_left_to_the_phases():
+    """Where there is no device at all: the report and `check` only plan what other processes run."""
+    code = "from pathlib import Path; from helios_jax.benchmarks import gpu_report; "
+    code += "print(len(gpu_report.phases('14b', Path('rows'))), end='')"
+    environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout == "14"  # four ops are checked and tuned, and six phases measure
+
+
+def test_a_choice_that_a_phase_does_not_have_is_refused(capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        gpu_phases.main(["machine", "--size", "tiny", "--rows", str(tmp_path / "rows"), "--norms", "xla"])
+    assert end.value.code == 2
+    assert "are of end_to_end and reference: leave them out of machine" in capsys.readouterr().err
 
 
 def test_a_report_becomes_the_devices_defaults(tmp_path, monkeypatch, capsys):
@@ -154,6 +193,7 @@ def test_it_runs_on_a_cpu(tmp_path, capsys):
     asked = ["--size", "tiny", "--out", str(tmp_path), "--minutes", "5", "--only", "machine", "check", "blocks", "vae"]
     assert gpu_report.main([*asked, "end_to_end"]) == 0
     (page,), (data,) = tmp_path.glob("*.md"), tmp_path.glob("*.json")
+    assert page.stem.endswith("-machine-check-blocks-vae-end_to_end"), "a part takes the place of a whole report"
     rows = json.loads(data.read_text())
     ended = {row["what"]: row["why"] for row in rows if row["phase"] == "phases"}
     assert [name for name, why in ended.items() if not why] == ["machine", "blocks", "vae", "end_to_end"]
@@ -165,6 +205,8 @@ def test_it_runs_on_a_cpu(tmp_path, capsys):
 
 
 def test_what_makes_no_sense_is_refused(capsys, tmp_path):
+    rows = tmp_path / "gpu-report-rows.jsonl"
+    rows.write_text("{}")
     for arguments, line in (
         (["--only", "checks"], "there is no phase 'checks'; there are blocks, check, "),
         (["--minutes", "0"], "--minutes must be at least 1"),
@@ -173,6 +215,7 @@ def test_what_makes_no_sense_is_refused(capsys, tmp_path):
             gpu_report.main([*arguments, "--out", str(tmp_path)])
         assert end.value.code == 2
         assert line in capsys.readouterr().err
+        assert rows.read_text() == "{}", "an earlier run's rows are gone"
 
 
 def test_the_pace_leaves_the_text_encoder_to_the_first_chunk():

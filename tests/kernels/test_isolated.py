@@ -5,7 +5,7 @@ from contextlib import closing
 
 import pytest
 
-from pallas_kernels.tools import isolated
+from pallas_kernels.tools import check, isolated, tune
 
 JOBS = """
 import os, time
@@ -44,6 +44,14 @@ def test_each_job_is_answered_and_a_process_that_is_lost_is_replaced():
 def test_a_worker_that_cannot_start_is_told_in_a_line():
     with pytest.raises(RuntimeError, match="no worker process could be started: its process ended with exit code 7"):
         isolated.Apart([sys.executable, "-c", "raise SystemExit(7)"])
+
+
+@pytest.mark.parametrize("command", [check.main, tune.main])
+def test_a_limit_below_zero_is_refused(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        command(["adaln", "--limit", "-1"])
+    assert end.value.code == 2
+    assert "--limit: must be at least 0 seconds, got -1" in capsys.readouterr().err
 
 
 def test_a_failed_job_leaves_a_sound_device_to_the_next(monkeypatch):

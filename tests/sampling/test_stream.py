@@ -61,7 +61,7 @@ def test_with_progress_a_chunk_waits_for_one_step_only(pipe, monkeypatch):
 
 
 def recorded(monkeypatch) -> list[str]:
-    """What a stream queues from here on."""
+    """Names of the programs that a stream queues, from here on."""
     queued, step, decode = [], sampler._step, pipeline.decode
 
     def bind(model):
