@@ -81,7 +81,7 @@ def page(rows: list[Row], size: str) -> str:
     if device:
         versions = ", ".join(f"{name} {number}" for name, number in device["versions"].items())
         memory = "" if device["memory_gib"] is None else f", {device['memory_gib']:.1f} GiB of device memory for XLA"
-        lines += [f"Python {device['python']}, {versions}{memory}.", ""]
+        lines += [f"Host {device['processor']}; Python {device['python']}, {versions}{memory}.", ""]
     lines += _rates(by_phase["machine"])
     lines += _blocks(by_phase["blocks"])
     lines += _whole(by_phase["end_to_end"], by_phase["reference"], by_phase["reference_compiled"])

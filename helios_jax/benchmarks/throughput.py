@@ -254,7 +254,7 @@ def measure(
                 comparison.reference_runs.append(reference.run(steps, chunks))
         say(f"round {turn + 1} of {repeats}")
         if spent() and turn + 1 < repeats:
-            notes.append(f"{turn + 1} rounds of {repeats}: --budget was spent.")
+            notes.append(f"{turn + 1} of {repeats} rounds: --budget was spent.")
             break
         save(report())
     return report()

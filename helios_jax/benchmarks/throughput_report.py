@@ -70,10 +70,19 @@ def facts() -> dict[str, Any]:
     return {
         "device": f"{os.cpu_count()} cores of an {platform.machine()} CPU" if cpu else device.device_kind,
         "devices": jax.device_count(),
+        "processor": _processor(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
     }
+
+
+def _processor() -> str:
+    """Name of the host's processor, where Linux tells it, else its architecture."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def _version(name: str) -> str | None:
@@ -110,7 +119,8 @@ def markdown(report: dict[str, Any]) -> str:
 
 Made by `{report["command"]}`; [how to read it](README.md).
 
-{machine["devices"]} x {machine["device"]}; Python {machine["python"]}, {versions}. Load average at the end:
+{machine["devices"]} x {machine["device"]}, host {machine["processor"]};
+Python {machine["python"]}, {versions}. Load average at the end:
 {machine["load_average"]:.1f}. {report["setting"]}
 
 {rows}

@@ -22,6 +22,7 @@ DEVICE = {
     "device": H100,
     "platform": "gpu",
     "python": "3.12.3",
+    "processor": "an abacus",
     "versions": {"jax": "0.11.2"},
     "memory_gib": 78.0,
 }
