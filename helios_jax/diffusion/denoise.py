@@ -1,12 +1,17 @@
-"""One chunk from noise to latents. The sampler and few-step training share these functions."""
+"""One chunk from noise to latents: the only loop over levels and steps.
 
-from collections.abc import Sequence
+`through_levels` is the loop. It runs in four ways: all steps of a level in one scan (`denoise_chunk`), step by step for
+streams (`sampling.sampler`), recorded for a teacher's trajectories (`record_chunk`), and with a random end and one
+gradient step in each level for the student of stage 3 (`denoise_to_exits`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from helios_jax.diffusion import solvers
 from helios_jax.diffusion.guidance import guide
@@ -14,6 +19,7 @@ from helios_jax.diffusion.memory import History, MemoryConfig, window
 from helios_jax.diffusion.pyramid import block_noise, downsample, upsample
 from helios_jax.diffusion.solvers import SolverState, Steps
 from helios_jax.models.transformer import Transformer
+from helios_jax.models.transformer.remat import Remat
 
 
 @struct.dataclass
@@ -53,6 +59,7 @@ class ChunkNoise:
     blocks: tuple[Any, ...] = ()
 
 
+@jax.jit
 def first_sample(noise: ChunkNoise, levels: Sequence[Level]) -> Float[Array, "b t h w c"]:
     """The first level's starting sample: the noise at that level's size, with its variance kept."""
     sample = noise.latents
@@ -61,34 +68,47 @@ def first_sample(noise: ChunkNoise, levels: Sequence[Level]) -> Float[Array, "b 
     return sample
 
 
+@jax.jit
 def enter(level: Level, sample: Float[Array, "b t h w c"], white: Float[Array, "b t h2 w2 c"]):
     """A later level's starting sample, from the result of the level before."""
     assert level.gamma is not None
     return level.alpha * upsample(sample) + level.beta * block_noise(white, level.gamma)
 
 
+# Jitted, it copies: the noise is the caller's, and some solvers keep what the level began with.
+start = jax.jit(solvers.start)
+
+
 def guided_velocity(
     model: Transformer,
     sample: Float[Array, "b t h w c"],
-    timestep: Float[Array, ""],
+    timestep: Float[Array, "*b"],
     history: History,
     conditioning: Conditioning,
     memory: MemoryConfig,
+    *,
+    dtype: Any = None,
+    remat: Remat | None = None,
 ) -> Float[Array, "b t h w c"]:
-    """The model's velocity, moved away from the negative prompt's by classifier-free guidance; float32."""
+    """The model's velocity, moved away from the negative prompt's by classifier-free guidance; float32.
+
+    `timestep` is one for all samples, or one for each. The model computes in `dtype`, by default its weights'.
+    """
+    dtype = model.dtype if dtype is None else dtype
     parts, indices = window(memory, history)
     guided = conditioning.guidance_scale is not None
 
     def batch(x):
-        return (jnp.concatenate([x, x]) if guided else x).astype(model.dtype)
+        return jnp.concatenate([x, x]) if guided else x
 
-    x = batch(sample)
+    x = batch(sample).astype(dtype)
     velocity = model(
         x,
-        jnp.broadcast_to(timestep, x.shape[:1]),
+        batch(jnp.broadcast_to(timestep, sample.shape[:1])),
         conditioning.text,
-        jax.tree.map(batch, parts),
+        jax.tree.map(lambda part: batch(part).astype(dtype), parts),
         indices,
+        remat=remat,
     ).astype(jnp.float32)
     if not guided:
         return velocity
@@ -103,9 +123,14 @@ def denoise_step(
     history: History,
     conditioning: Conditioning,
     memory: MemoryConfig,
+    *,
+    dtype: Any = None,
+    remat: Remat | None = None,
 ) -> SolverState:
     """One solver step; the tables of `level` hold one row."""
-    velocity = guided_velocity(model, state.sample, level.steps.timestep, history, conditioning, memory)
+    velocity = guided_velocity(
+        model, state.sample, level.steps.timestep, history, conditioning, memory, dtype=dtype, remat=remat
+    )
     if level.moves is not None:
         velocity = velocity * level.moves
     return solvers.advance(state, velocity, level.steps)
@@ -116,6 +141,21 @@ def rows(level: Level) -> Level:
     return Level(level.steps, level.moves)
 
 
+# Takes a level's number, the level and the state at its start; yields the state each time that it has moved it.
+Solve = Callable[[int, Level, SolverState], Iterator[SolverState]]
+
+
+def through_levels(noise: ChunkNoise, levels: Sequence[Level], solve: Solve) -> Iterator[SolverState]:
+    """Goes from noise through all levels, coarsest first; yields every state of `solve`, the last one the result."""
+    sample = first_sample(noise, levels)
+    for i, level in enumerate(levels):
+        if i > 0:
+            sample = enter(level, sample, noise.blocks[i - 1])
+        for state in solve(i, level, start(sample, level.steps)):
+            yield state
+            sample = state.sample
+
+
 def denoise_chunk(
     model: Transformer,
     history: History,
@@ -124,15 +164,80 @@ def denoise_chunk(
     levels: Sequence[Level],
     memory: MemoryConfig,
 ) -> Float[Array, "b t h w c"]:
-    """The latents of the next chunk: from noise, through all steps of all levels, coarsest first."""
+    """The latents of the next chunk, each level in one scan over its steps."""
+    return record_chunk(model, history, noise, conditioning, levels, memory, [()] * len(levels))[0]
 
-    def body(state, row):
-        return denoise_step(model, state, row, history, conditioning, memory), None
 
-    sample = first_sample(noise, levels)
-    for i, level in enumerate(levels):
-        if i > 0:
-            sample = enter(level, sample, noise.blocks[i - 1])
-        state, _ = jax.lax.scan(body, solvers.start(sample, level.steps), rows(level))
-        sample = state.sample
-    return sample
+def record_chunk(
+    model: Transformer,
+    history: History,
+    noise: ChunkNoise,
+    conditioning: Conditioning,
+    levels: Sequence[Level],
+    memory: MemoryConfig,
+    places: Sequence[Sequence[int]],
+) -> tuple[Float[Array, "b t h w c"], list[Float[Array, "steps b t _h _w c"]]]:
+    """`denoise_chunk`, and of each level the samples that its steps at `places` began with, then its result."""
+    kept = []
+
+    def solve(i: int, level: Level, state: SolverState) -> Iterator[SolverState]:
+        def step(state: SolverState, row: Level) -> tuple[SolverState, Any]:
+            after = denoise_step(model, state, row, history, conditioning, memory)
+            return after, state.sample if places[i] else None
+
+        after, began = jax.lax.scan(step, state, rows(level))
+        if places[i]:
+            kept.append(jnp.concatenate([began[jnp.array(places[i])], after.sample[None]]))
+        yield after
+
+    *_, last = through_levels(noise, levels, solve)
+    return last.sample, kept
+
+
+def denoise_to_exits(
+    model: Transformer,
+    history: History,
+    noise: ChunkNoise,
+    conditioning: Conditioning,
+    levels: Sequence[Level],
+    memory: MemoryConfig,
+    exits: Sequence[Int[Array, " b"]],
+    *,
+    with_gradient: bool = True,
+    dtype: Any = None,
+    remat: Remat | None = None,
+) -> Float[Array, "b t h w c"]:
+    """A chunk whose levels end early: the student's in stage 3 (inference_with_trajectory_stage2).
+
+    Sample b ends level i with the step `exits[i][b]`; the tables of `levels` are those of `exits.end_at`. The gradient
+    goes through each level's last step, and from there into the level below where that step is also the first.
+    `with_gradient=False` makes the same chunk by a program half as large, for a chunk that nothing is learnt from.
+    """
+    fixed_model, fixed_conditioning = jax.lax.stop_gradient((model, conditioning))
+
+    def solve(i: int, level: Level, state: SolverState) -> Iterator[SolverState]:
+        table, last = rows(level), exits[i]
+        count = last if with_gradient else last + 1
+
+        def step(k: Array, state: SolverState) -> SolverState:
+            row = jax.tree.map(lambda x: x[k], table)
+            after = denoise_step(fixed_model, state, row, history, fixed_conditioning, memory, dtype=dtype)
+            return after.replace(sample=jnp.where(_aligned(k < count), after.sample, state.sample))
+
+        before = jax.lax.stop_gradient(state)
+        if not with_gradient or len(table.steps.sigma) > 1:
+            before = jax.lax.fori_loop(0, count.max(), step, before)
+        if not with_gradient:
+            yield before
+            return
+        # Where the first step is the last one, the level below gets a gradient through it.
+        before = before.replace(sample=jnp.where(_aligned(last == 0), state.sample, before.sample))
+        row = jax.tree.map(lambda x: x[last, jnp.arange(len(last))], table)
+        yield denoise_step(model, before, row, history, conditioning, memory, dtype=dtype, remat=remat)
+
+    *_, state = through_levels(noise, levels, solve)
+    return state.sample
+
+
+def _aligned(x: Array) -> Array:
+    return x[:, None, None, None, None]

@@ -7,11 +7,10 @@ whole numbers where the sampler or the teacher hands them to the model, and not 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from helios_jax.diffusion.denoise import Level
 from helios_jax.diffusion.schedule import (
@@ -31,19 +30,27 @@ FIRST = 0.999  # sigma that a level's steps begin with, before the shift
 
 
 def make_levels(
-    scheduler: SchedulerConfig, counts: Sequence[int], tokens: int, *, pyramid: bool, stand: int = 0
+    scheduler: SchedulerConfig,
+    counts: Sequence[int],
+    tokens: int,
+    *,
+    pyramid: bool,
+    stand: int = 0,
+    counted: Counted = "entered",
+    whole: bool = True,
 ) -> tuple[Level, ...]:
-    """The sampler's levels, coarsest first, of `counts` steps, for `tokens` at full size.
+    """Levels of `counts` steps, coarsest first, for `tokens` at full size.
 
-    The first `stand` steps stand still. Without a pyramid there is one level.
+    The first `stand` steps stand still. Without a pyramid there is one level. The defaults are the sampler's; for the
+    student in training the shift counts the level's "own" size, and timesteps are not `whole` numbers.
     """
     if not pyramid:
         table = sigmas(scheduler, counts[0], tokens)
         return (Level(make_steps(scheduler, table[:-1] * scheduler.num_train_timesteps, table)),)
     few = scheduler.scheduler_type == "dmd"
     tables = [
-        level_table(scheduler, stage, count, _tokens(tokens, i, len(counts), "entered"), few=few)
-        for i, (stage, count) in enumerate(zip(stages(scheduler), counts))
+        level_table(scheduler, stage, count, _tokens(tokens, i, len(counts), counted), few=few, whole=whole)
+        for i, (stage, count) in enumerate(zip(stages(scheduler), counts, strict=True))
     ]
     return _assembled(scheduler, tables, stand)
 
@@ -81,55 +88,15 @@ def make_trajectory(
     return Trajectory(_assembled(scheduler, tables, stand), places, timesteps, table)
 
 
-@struct.dataclass
-class StudentLevel:
-    """The steps of one level: in row 0 those of all chunks, in row 1 those of a video's first chunk.
-
-    timestep [2, steps] and sigma [2, steps + 1] (ending in 0) are filled up with zeros, `count` [2] says how many are
-    meant; `entry` is how the level is entered.
-    """
-
-    timestep: Any
-    sigma: Any
-    count: Any
-    entry: Level
-
-
-def student_levels(
-    scheduler: SchedulerConfig,
-    steps: Sequence[int],
-    tokens: int,
-    *,
-    amplify_first_chunk: bool = True,
-    shift: Shift = "linear",
-) -> tuple[StudentLevel, ...]:
-    """The student's levels of `steps`, coarsest first, for a chunk of `tokens` noisy tokens at full size.
-
-    Twice as many steps in a video's first chunk with `amplify_first_chunk`. As in upstream's training the dynamic shift
-    counts the level's own size, and timesteps are not rounded.
-    """
-    levels, most = [], 1 + amplify_first_chunk
-    for i, stage in enumerate(stages(scheduler)):
-        timestep, sigma = np.zeros((2, most * steps[i])), np.zeros((2, most * steps[i] + 1))
-        counts = steps[i], most * steps[i]
-        counted = _tokens(tokens, i, len(steps), "own")
-        for row, count in enumerate(counts):
-            times, table = _shifted(stage, *_grid(scheduler, stage, count, few=True), counted, shift)
-            timestep[row, :count], sigma[row, :count] = times, table
-        arrays = (jnp.asarray(timestep, jnp.float32), jnp.asarray(sigma, jnp.float32), jnp.asarray(counts))
-        levels.append(StudentLevel(*arrays, _entry(scheduler, stage, i, Steps(None, None, None))))
-    return tuple(levels)
-
-
 def level_table(
-    config: SchedulerConfig, stage: Stage, count: int, tokens: int, *, few: bool
+    config: SchedulerConfig, stage: Stage, count: int, tokens: int, *, few: bool, whole: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whole timesteps [steps] and sigmas [steps + 1] of one level whose shift counts `tokens`, float64.
+    """Timesteps [steps] and sigmas [steps + 1] of one level whose shift counts `tokens`, float64.
 
     Sigmas run from 0.999 to 0 within the level; the `few` steps of the DMD schedule leave out the one before the end.
     """
     timesteps, table = _shifted(stage, *_grid(config, stage, count, few), tokens, _shift(config))
-    return np.trunc(timesteps), np.append(table, 0.0)
+    return np.trunc(timesteps) if whole else timesteps, np.append(table, 0.0)
 
 
 def _grid(config: SchedulerConfig, stage: Stage, count: int, few: bool) -> tuple[np.ndarray, np.ndarray]:

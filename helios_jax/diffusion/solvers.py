@@ -22,6 +22,8 @@ from helios_jax.diffusion.schedule import SchedulerConfig
 class Steps:
     """The steps of one level; every field has the steps as its first dimension.
 
+    A second dimension [steps, b] gives each sample of a batch its own steps (`diffusion.exits`).
+
     timestep, sigma: [steps]. predictor: [steps, 1 + order], the weights of x and of m now and before.
     corrector: [steps, 3 + order], the weights of x, of the sample one step before, and of m now and before; None for a
     solver that does not correct. restart: [steps], the weight of the level's start point; None without one.
@@ -136,7 +138,14 @@ def start(sample: Float[Array, "*shape"], steps: Steps) -> SolverState:
 
 
 def advance(state: SolverState, velocity: Float[Array, "*shape"], step: Steps) -> SolverState:
-    """One step; `step` is one row of the tables. Computes in float32."""
+    """One step; `step` is one row of the tables, or one row for each sample. Computes in float32."""
+    if jnp.ndim(step.sigma) == 1:
+        batch: Any = SolverState(0, 0, 1, 0)
+        return jax.vmap(_advance, (batch, 0, 0), batch)(state, velocity, step)
+    return _advance(state, velocity, step)
+
+
+def _advance(state: SolverState, velocity: Float[Array, "*shape"], step: Steps) -> SolverState:
     sample = state.sample
     prediction = predict_data(sample, velocity, step.sigma)
     if step.corrector is not None:

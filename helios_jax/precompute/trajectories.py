@@ -18,8 +18,7 @@ from jaxtyping import Array, Float
 
 from helios_jax import sharding
 from helios_jax.data import records
-from helios_jax.diffusion import solvers
-from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, Level, denoise_step, enter, first_sample, rows
+from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, Level, record_chunk
 from helios_jax.diffusion.levels import Trajectory, make_trajectory
 from helios_jax.diffusion.memory import History, MemoryConfig, push
 from helios_jax.models.transformer import Transformer
@@ -81,19 +80,10 @@ def denoise_trajectory(
     places: tuple[tuple[int, ...], ...],
     memory: MemoryConfig,
 ) -> tuple[History, list[Float[Array, "steps b t h w c"]]]:
-    """`denoise_chunk` that keeps what each level's steps at `places` began with, then the level's result."""
-
-    def body(state, row):
-        return denoise_step(model, state, row, history, conditioning, memory), state.sample
-
-    sample, kept = first_sample(noise, levels), []
-    for i, level in enumerate(levels):
-        if i > 0:
-            sample = enter(level, sample, noise.blocks[i - 1])
-        state, seen = jax.lax.scan(body, solvers.start(sample, level.steps), rows(level))
-        sample = state.sample
-        kept.append(jnp.concatenate([seen[jnp.array(places[i])], sample[None]]))
-    return push(history, sample, memory), kept
+    """The history after the next chunk, and of each level the samples that its steps at `places` began with, then its
+    result."""
+    latents, kept = record_chunk(model, history, noise, conditioning, levels, memory, places)
+    return push(history, latents, memory), kept
 
 
 class Teacher:

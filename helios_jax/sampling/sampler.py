@@ -1,6 +1,7 @@
 """The autoregressive loop over chunks, in one program (`generate`) or chunk by chunk (`stream`)."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -10,18 +11,17 @@ from einops import rearrange
 from flax import struct
 from jaxtyping import Array, Float
 
-from helios_jax.diffusion import solvers
 from helios_jax.diffusion.denoise import (
     ChunkNoise,
     Conditioning,
     Level,
     denoise_chunk,
     denoise_step,
-    enter,
-    first_sample,
     rows,
+    through_levels,
 )
 from helios_jax.diffusion.memory import History, MemoryConfig, push
+from helios_jax.diffusion.solvers import SolverState
 from helios_jax.models.transformer import Transformer
 from helios_jax.runtime.program import program
 
@@ -75,10 +75,7 @@ AHEAD = 8
 
 # A step's state takes the place of the one before.
 _step = program(static_argnames="memory", donate_argnames="state")(denoise_step)
-_enter = jax.jit(enter)
 _push = jax.jit(push, static_argnums=2)
-# Jitted, it copies: the noise is the caller's, and some solvers keep what the level began with.
-_start = jax.jit(solvers.start)
 
 
 def stream(
@@ -104,27 +101,34 @@ def stream(
     for chunk, (noise, levels, conditioning) in enumerate(chunks):
         if levels is not known:
             known, tables = levels, [_split(rows(level)) for level in levels]
-        sample = jax.tree.map(jnp.asarray, first_sample(noise, levels))
-        count = 0
-        for i, level in enumerate(levels):
-            if i > 0:
-                sample = _enter(level, sample, noise.blocks[i - 1])
-            state = _start(sample, level.steps)
-            for row in tables[i]:
-                state = step(state, row, history, conditioning, memory=memory)
-                count += 1
-                if count == ahead:
-                    yield from done
-                    done = []
-                if progress is not None:
-                    jax.block_until_ready(state.sample)
-                    progress(chunk, count - 1)
+        one = partial(step, history=history, conditioning=conditioning, memory=memory)
+        sample = noise.latents
+        for count, state in enumerate(through_levels(noise, levels, partial(_by_step, one, tables)), 1):
             sample = state.sample
+            if count == ahead:
+                yield from done
+                done = []
+            if progress is not None:
+                jax.block_until_ready(sample)
+                progress(chunk, count - 1)
         history = _push(history, sample, memory)
         now = (finish(sample), history)
         yield from done
         done = [now]
     yield from done
+
+
+def _by_step(
+    step: Callable[[SolverState, Level], SolverState],
+    tables: Sequence[Sequence[Level]],
+    i: int,
+    level: Level,
+    state: SolverState,
+) -> Iterator[SolverState]:
+    """Takes the steps of a level one by one: a `denoise.Solve`."""
+    for row in tables[i]:
+        state = step(state, row)
+        yield state
 
 
 def _split(level: Level) -> list[Level]:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from helios_jax.config import require
 from helios_jax.diffusion.distillation import PenaltyConfig, RenoiseConfig
-from helios_jax.diffusion.few_steps import RolloutConfig
+from helios_jax.diffusion.exits import RolloutConfig
 from helios_jax.models.discriminator import DiscriminatorConfig
 from helios_jax.training.optim import OptimConfig
 from helios_jax.training.trainable import LoRAConfig

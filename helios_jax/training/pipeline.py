@@ -48,7 +48,7 @@ def open_components(config: TrainConfig) -> Checkpoint | None:
         index = pretrained.read_json(folder / "model_index.json")
         variant = Variant(trained_size=tuple(index.get(TRAINED_SIZE, Variant.trained_size)))
         if config.distill is not None:  # a student knows the times that it was trained at, and no others
-            scheduler = _student_scheduler(config)
+            scheduler = student_scheduler(config)
             variant = dataclasses.replace(variant, pyramid=True, is_distilled=True)
         else:
             scheduler = SchedulerConfig(stages=1, stage_range=(0.0, 1.0), use_dynamic_shifting=True)
@@ -85,7 +85,8 @@ def open_components(config: TrainConfig) -> Checkpoint | None:
     return checkpoint
 
 
-def _student_scheduler(config: TrainConfig) -> DMDSchedulerConfig:
+def student_scheduler(config: TrainConfig) -> DMDSchedulerConfig:
+    """The scheduler of the student's levels and steps, in training and in the exported pipeline."""
     pyramid, distill = config.flow.pyramid, config.distill
     assert pyramid is not None
     assert distill is not None

@@ -13,14 +13,17 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F  # noqa: E402
 from diffusers import HeliosScheduler  # noqa: E402
 
-from helios_jax.diffusion import distillation, few_steps  # noqa: E402
-from helios_jax.diffusion.denoise import ChunkNoise  # noqa: E402
-from helios_jax.diffusion.levels import student_levels  # noqa: E402
+from helios_jax.diffusion import distillation  # noqa: E402
+from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, denoise_to_exits  # noqa: E402
+from helios_jax.diffusion.exits import end_at  # noqa: E402
+from helios_jax.diffusion.levels import make_levels  # noqa: E402
+from helios_jax.diffusion.memory import MemoryConfig, empty  # noqa: E402
 from helios_jax.diffusion.noising import add_noise, predict_data  # noqa: E402
 from helios_jax.diffusion.pyramid import block_noise  # noqa: E402
-from helios_jax.diffusion.schedule import SchedulerConfig  # noqa: E402
+from helios_jax.diffusion.schedule import DMDSchedulerConfig  # noqa: E402
 from helios_jax.models.discriminator import Head  # noqa: E402
 from helios_jax.models.layers import Shapes  # noqa: E402
+from helios_jax.models.transformer import Transformer  # noqa: E402
 from helios_jax.pretrained import from_arrays  # noqa: E402
 from tests.parity.reference import arrays, channels_first, channels_last, check, randomise  # noqa: E402
 
@@ -38,6 +41,16 @@ def velocity(x, timestep):
     return 0.9 * lib.tanh(0.7 * x) + 0.3 * timestep.reshape(-1, 1, 1, 1, 1) / 1000
 
 
+class Network(Transformer):
+    dtype = jnp.float32  # pyright: ignore
+
+    def __init__(self):
+        pass
+
+    def __call__(self, x, timestep, *_, **__):
+        return velocity(x, timestep)
+
+
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("exits", [(0, 0, 0), (1, 0, 1), (1, 1, 1)])
 @pytest.mark.parametrize("shift", ["linear", None])
@@ -47,11 +60,15 @@ def test_the_student_s_chunk(first, exits, shift):
     (main,) = draws(1)
     whites = [draws(1, (b, t, h // k, w // k, c))[0] for k in (2, 1)]
     exits = [2 * n + 1 if first else n for n in exits]
-    levels = student_levels(SchedulerConfig(), steps, t * h * w // 4, shift=shift)
-    noise = ChunkNoise(jnp.asarray(main), tuple(map(jnp.asarray, whites)))
-    ours = few_steps.generate(
-        lambda x, time, _: velocity(x, time), noise, levels, [jnp.full((b,), n) for n in exits], jnp.full((b,), first)
+    student = DMDSchedulerConfig(use_dynamic_shifting=shift is not None, time_shift_type=shift or "linear")
+    levels, first_levels = (
+        make_levels(student, [k * n for n in steps], t * h * w // 4, pyramid=True, counted="own", whole=False)
+        for k in (1, 2)
     )
+    noise = ChunkNoise(jnp.asarray(main), tuple(map(jnp.asarray, whites)))
+    stops, memory = [jnp.full((b,), n) for n in exits], MemoryConfig()
+    tables = end_at(stops, levels, first_levels, jnp.full((b,), first))
+    ours = denoise_to_exits(Network(), empty(memory, b, h, w, c), noise, Conditioning(None), tables, memory, stops)
 
     scheduler = HeliosScheduler(stages=3, stage_range=[0, 1 / 3, 2 / 3, 1], gamma=1 / 3)
     sample = channels_first(main)

@@ -14,9 +14,9 @@ from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.data.records import Source
 from helios_jax.diffusion import distillation as losses
-from helios_jax.diffusion import few_steps
+from helios_jax.diffusion import exits
 from helios_jax.diffusion.distillation import PenaltyConfig, RenoiseConfig
-from helios_jax.diffusion.few_steps import RolloutConfig
+from helios_jax.diffusion.exits import RolloutConfig
 from helios_jax.models.discriminator import Discriminator, DiscriminatorConfig, Head
 from helios_jax.models.transformer import Transformer
 from helios_jax.sharding import make_mesh
@@ -154,7 +154,7 @@ def game():
     with pytest.MonkeyPatch.context() as patch:
         # What heads are made of, tests/parity compares; convolutions take long to compile.
         patch.setattr(Head, "SHAPES", (((1, 2, 2), (1, 2, 2), (0, 0, 0)),) * 2)
-        patch.setattr(few_steps, "draw_exits", lambda _, levels, first: few_steps.last_exits(levels, first))
+        patch.setattr(exits, "draw_exits", lambda _, *levels: exits.last_exits(*levels))
         begin = create(make_players(config), optimizer, ema, config.trainable)
         # The b of an adapter begins as zero, which would leave its a without a gradient.
         begin = begin.replace(params=jax.tree.map(lambda x: x if x.any() else x + 0.01, begin.params))

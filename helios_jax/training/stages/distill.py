@@ -21,10 +21,10 @@ from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.data.records import open_source
 from helios_jax.diffusion import distillation as losses
-from helios_jax.diffusion import few_steps, noising
+from helios_jax.diffusion import exits, noising
 from helios_jax.diffusion.corruption import corrupt_history, drop_history
-from helios_jax.diffusion.denoise import ChunkNoise
-from helios_jax.diffusion.levels import student_levels
+from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, denoise_to_exits
+from helios_jax.diffusion.levels import make_levels
 from helios_jax.diffusion.memory import History, push, window
 from helios_jax.diffusion.noising import add_noise, predict_data
 from helios_jax.diffusion.schedule import dynamic_shift
@@ -207,39 +207,40 @@ def _make(
 ) -> tuple[Float[Array, "b t h w c"], History]:
     """The last of `chunks` in a row that the student makes, and the history that its scores see."""
     distill, memory, dtype = _distill(config), config.flow.memory, jnp.dtype(config.precision)
-    assert config.flow.pyramid is not None
+    scheduler = pipeline.student_scheduler(config)
     shape = scene.real.shape[1:]
     shape = (memory.frames_per_chunk, *shape[1:])
     patch = generator.config.patch_size
-    levels = student_levels(
-        config.flow.pyramid.scheduler(),
-        distill.steps,
-        math.prod(n // p for n, p in zip(shape, patch)),
-        amplify_first_chunk=distill.amplify_first_chunk,
-        shift=distill.shift,
+    tokens = math.prod(n // p for n, p in zip(shape, patch))
+    levels, first_levels = (
+        make_levels(scheduler, [times * n for n in distill.steps], tokens, pyramid=True, counted="own", whole=False)
+        for times in (1, 1 + distill.amplify_first_chunk)
     )
-    text = generator.text_kv(scene.text.astype(dtype))
-    learning = generator, text, config.remat
-    frozen = *jax.lax.stop_gradient((generator, text)), None
+    conditioning = Conditioning(generator.text_kv(scene.text.astype(dtype)))
 
     def chunk(number: Any, history: History, with_gradient: bool) -> Array:
         own, shared = fold(keys, number), jax.random.fold_in(common, number)
-        parts, indices = window(memory, history)
-        parts = jax.tree.map(lambda x: x.astype(dtype), parts)
-
-        def velocity(x: Array, timestep: Array, wanted: bool) -> Array:
-            model, text, remat = learning if wanted else frozen
-            return model(x.astype(dtype), timestep, text, parts, indices, remat=remat).astype(jnp.float32)
 
         def normal(i: int, shape: tuple[int, ...]) -> Array:
             return jax.vmap(lambda key: jax.random.normal(key, shape))(fold(own, i))
 
         count, (t, h, w, c) = len(levels), shape
         blocks = [normal(i, (t, h >> (count - 1 - i), w >> (count - 1 - i), c)) for i in range(1, count)]
-        first = few_steps.is_first_chunk(history)
-        exits = few_steps.draw_exits(shared, levels, first)
-        draws = ChunkNoise(normal(0, shape), tuple(blocks))
-        return few_steps.generate(velocity, draws, levels, exits, first, with_gradient=with_gradient)
+        noise = ChunkNoise(normal(0, shape), tuple(blocks))
+        first = exits.is_first_chunk(history)
+        stops = exits.draw_exits(shared, levels, first_levels, first)
+        return denoise_to_exits(
+            generator,
+            history,
+            noise,
+            conditioning,
+            exits.end_at(stops, levels, first_levels, first),
+            memory,
+            stops,
+            with_gradient=with_gradient,
+            dtype=dtype,
+            remat=config.remat,
+        )
 
     student, scores = scene.student, scene.history
     if distill.rollout.largest > 1:

@@ -1,0 +1,108 @@
+"""Random exits: in training a level of the student ends at a step drawn at random, so that every step learns.
+
+Each level begins with noise (or the level below, upsampled and noised); a step predicts the level's result, and all but
+the last one noise it again with what the level began with: the DMD solver of `diffusion.solvers`. `denoise_to_exits`
+takes the tables that `end_at` makes (paper section 3.5).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Key
+
+from helios_jax.diffusion.denoise import Level
+from helios_jax.diffusion.memory import History
+
+
+@dataclass(unsafe_hash=True)
+class RolloutConfig:
+    """Numbers of chunks that the student makes in a row, the scored one included (self-forcing).
+
+    From `smallest` to `largest`, all as likely. With a cold start, the first `cold_start` steps take the smallest and,
+    from step `warm_start` of them on, one more (upstream's dmd_num_latent_sections_*, cold_start_step,
+    stage_cold_start_step). The data's history comes before the first.
+    """
+
+    smallest: int = 1
+    largest: int = 1
+    cold_start: int = 0
+    warm_start: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.smallest <= self.largest:
+            raise ValueError(f"smallest must be at least 1 and at most largest ({self.largest}), got {self.smallest}")
+        if self.warm_start is not None and not (self.warm_start <= self.cold_start and self.smallest < self.largest):
+            raise ValueError(
+                f"warm_start {self.warm_start} must come before cold_start {self.cold_start}, and largest must be above"
+                f" smallest: it takes one chunk more"
+            )
+
+    def draw(self, key: Key[Array, ""], step: Int[Array, ""]) -> Int[Array, ""]:
+        """The number of chunks of a training step, the same for all samples."""
+        drawn = jax.random.randint(key, (), self.smallest, self.largest + 1)
+        cold = jnp.asarray(self.smallest)
+        if self.warm_start is not None:
+            cold = cold + (step >= self.warm_start)
+        return jnp.where(step < self.cold_start, cold, drawn)
+
+
+def is_first_chunk(history: History) -> Bool[Array, " b"]:
+    """True for samples that have no past at all."""
+    return ~(history.latents.any((1, 2, 3, 4)) | history.anchor.any((1, 2, 3, 4)))
+
+
+def draw_exits(
+    key: Key[Array, ""], levels: Sequence[Level], first_levels: Sequence[Level], first: Bool[Array, " b"]
+) -> list[Int[Array, " b"]]:
+    """The step that each level ends with: one draw for all samples, and one for those that are a first chunk.
+
+    A batch takes as many passes as its longest sample, so samples share a draw.
+    """
+    exits = []
+    for i, counts in enumerate(_counts(levels, first_levels)):
+        u = jax.random.uniform(jax.random.fold_in(key, i), (2,))
+        exits.append(jnp.floor(u * counts).astype(jnp.int32)[first.astype(jnp.int32)])
+    return exits
+
+
+def last_exits(
+    levels: Sequence[Level], first_levels: Sequence[Level], first: Bool[Array, " b"]
+) -> list[Int[Array, " b"]]:
+    """The last step of each level, with which the sampler ends."""
+    return [(counts - 1)[first.astype(jnp.int32)] for counts in _counts(levels, first_levels)]
+
+
+def end_at(
+    exits: Sequence[Int[Array, " b"]],
+    levels: Sequence[Level],
+    first_levels: Sequence[Level],
+    first: Bool[Array, " b"],
+) -> list[Level]:
+    """Levels with tables [steps, b]: those of `first_levels` where `first`, each ending with its step of `exits`.
+
+    The step at the exit results in its prediction of the data. Rows after it are not meant to be taken.
+    """
+    tables = []
+    for stop, level, first_level in zip(exits, levels, first_levels, strict=True):
+        count = max(len(level.steps.sigma), len(first_level.steps.sigma))
+
+        def choose(x: Array, y: Array, count: int = count) -> Array:
+            both = [jnp.pad(a, ((0, count - len(a)), *((0, 0),) * (a.ndim - 1))) for a in (x, y)]
+            return jnp.stack(both, 1)[:, first.astype(jnp.int32)]
+
+        steps = jax.tree.map(choose, level.steps, first_level.steps)
+        at_exit = jnp.arange(count)[:, None] == stop
+        prediction = jnp.zeros(steps.predictor.shape[-1]).at[1].set(1.0)
+        steps = steps.replace(
+            predictor=jnp.where(at_exit[..., None], prediction, steps.predictor),
+            restart=jnp.where(at_exit, 0.0, steps.restart),
+        )
+        tables.append(level.replace(steps=steps))
+    return tables
+
+
+def _counts(levels: Sequence[Level], first_levels: Sequence[Level]) -> list[Int[Array, " 2"]]:
+    """Numbers of steps of each level, in later chunks and in a first one."""
+    return [jnp.array([len(x.steps.sigma), len(y.steps.sigma)]) for x, y in zip(levels, first_levels, strict=True)]
