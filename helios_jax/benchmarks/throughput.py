@@ -44,8 +44,8 @@ class Ours:
     def __init__(self, pipe: HeliosPipeline, size: Size, chunks: int):
         self.pipe, self.size, self.chunks = pipe, size, chunks
         options = Options(height=size.height, width=size.width, pyramid_num_inference_steps_list=[1, 1, 1])
-        self.call = pipe.prepare(PROMPT, None, options)
-        self.plan = self.call.plan
+        self.plan = pipe.plan(options)
+        self.call = pipe.prepare(PROMPT, None, self.plan)
         self.frames = self.plan.chunk_frames
         self.text = pipe.encode_prompt([PROMPT])
         self.conditioning = self.call.conditioning(self.call.texts.kv(self.call.prompts.mixture(0)))

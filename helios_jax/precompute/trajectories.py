@@ -116,7 +116,7 @@ class Teacher:
             self._scheduler,
             dataclasses.replace(checkpoint.variant, is_cfg_zero_star=settings.cfg_zero_star),
         )
-        self._options = Options(
+        options = Options(
             height=settings.height,
             width=settings.width,
             num_frames=settings.num_frames,
@@ -124,11 +124,11 @@ class Teacher:
             guidance_scale=settings.guidance_scale,
             num_latent_frames_per_chunk=settings.num_latent_frames_per_chunk,
         )
-        self.plan: Plan = self._pipeline.plan(self._options)
+        self.plan: Plan = self._pipeline.plan(options)
         self.trajectories = [self._trajectory(1 + settings.amplify_first_chunk), self._trajectory(1)]
 
     def _trajectory(self, factor: int) -> Trajectory:
-        config, options = self.checkpoint.transformer, self._options
+        config, options = self.checkpoint.transformer, self.plan.options
         tokens = math.prod(self.plan.latent_shape[:3]) // math.prod(config.patch_size)
         zero = self.settings.cfg_zero_star and self.plan.guidance_scale is not None
         counts = [factor * count for count in self.settings.student_steps]
@@ -188,7 +188,7 @@ class Teacher:
         call = self._pipeline.prepare(
             [prompt.caption for prompt in full],
             self.settings.negative_prompt,
-            self._options,
+            self.plan,
             seed=[self.settings.seed + prompt.number for prompt in full],
         )
         conditioning = call.conditioning(call.texts.kv(call.prompts.mixture(0)))

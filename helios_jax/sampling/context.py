@@ -1,7 +1,7 @@
 """An image or a video as the history of the first chunk (image to video, video to video).
 
-The host part (`prepare_images`, `prepare_videos`) reads, checks and resizes, and needs no weights; the device part
-(`from_image`, `from_video`) encodes and adds noise, with the draws of diffusers' Helios pipelines in their order.
+The host part (`read_context`) reads, checks and resizes, and needs no weights; the device part (`encode_context`)
+encodes and adds noise, with the draws of diffusers' Helios pipelines in their order.
 """
 
 import os
@@ -23,6 +23,7 @@ from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
 from helios_jax.runtime.program import program
 from helios_jax.sampling.noise import Noise, draw
 from helios_jax.sampling.options import ContextConfig
+from helios_jax.sampling.plan import Plan
 
 ImageInput = Image.Image | np.ndarray | str | os.PathLike
 Posterior = Sequence[Array]  # mean and standard deviation [n, t, h, w, c]
@@ -64,6 +65,17 @@ def prepare_images(
 
 
 @dataclass(frozen=True)
+class Still:
+    """Images in [-1, 1]: n of one frame each, [n, 1, h, w, 3]."""
+
+    pixels: np.ndarray
+
+    def repeated(self, copies: int) -> "Still":
+        """Each image `copies` times in a row, unless one serves all."""
+        return self if len(self.pixels) == 1 else Still(np.repeat(self.pixels, copies, 0))
+
+
+@dataclass(frozen=True)
 class Clip:
     """The parts of n videos that reach the memory, in [-1, 1]: the first frame [n, 1, h, w, 3] and the last chunks
     [n, t, h, w, 3]; and how many whole chunks the videos have."""
@@ -71,6 +83,40 @@ class Clip:
     first: np.ndarray
     tail: np.ndarray
     num_chunks: int
+
+    def repeated(self, copies: int) -> "Clip":
+        """Each video `copies` times in a row, unless one serves all."""
+        if len(self.first) == 1:
+            return self
+        return Clip(np.repeat(self.first, copies, 0), np.repeat(self.tail, copies, 0), self.num_chunks)
+
+
+# The pixels that a video begins with or continues; None for text to video.
+Context = Still | Clip | None
+
+
+def read_context(image: Any, video: Any, prompts: int, plan: Plan, vae: VAEConfig) -> Context:
+    """The pixels of `image` or of `video`, one for all prompts or one for each, read once and brought to size.
+
+    Raises ValueError or FileNotFoundError, in one line, for inputs that cannot be used.
+    """
+    if image is not None and video is not None:
+        raise ValueError("image and video were both given: a video begins with the one or continues the other")
+    size = plan.options.height, plan.options.width
+    if image is not None:
+        return Still(prepare_images(image, prompts, *size))
+    if video is not None:
+        return prepare_videos(video, prompts, *size, plan.memory, vae, plan.options.video_fps)
+    return None
+
+
+def encode_context(vae: AutoencoderKLWan, context: Context, plan: Plan, noise: Noise, batch: int) -> History:
+    """The history that the first chunk of `batch` videos follows."""
+    if isinstance(context, Still):
+        return from_image(vae, context.pixels, plan.memory, plan.options, noise, batch)
+    if isinstance(context, Clip):
+        return from_video(vae, context, plan.memory, plan.options, noise, batch)
+    return empty(plan.memory, batch, *plan.latent_shape[1:])
 
 
 def prepare_videos(

@@ -1,9 +1,33 @@
-"""Options of a sampling call, and the schema of the configs that sample.py reads."""
+"""Options of sampling, stated once: Python arguments, YAML configs and the command line all derive from these classes.
 
+A field says its name, type, default and help text; its type and default decide how a flag is read.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, TypeVar
+
+from helios_jax.config import nearest
 
 WEIGHTS_FPS = 24  # the rate of the clips that the released weights were trained on
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+MAKE, METHOD, NOISE, FILES = (
+    "what to make",
+    "how to make it",
+    "noise that the frames of an input image or video get",
+    "where it goes",
+)
+
+
+def option(default: Any, text: str, group: str = METHOD) -> Any:
+    """A field with its help text and the group of flags that it belongs to."""
+    metadata = {"help": text, "group": group}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def _at_least(least: int, **values: int | None) -> None:
@@ -16,8 +40,8 @@ def _at_least(least: int, **values: int | None) -> None:
 class Switch:
     """A prompt that takes over at a chunk (counted from 0) or in the chunk that a second falls into.
 
-    `crossfade` is over how many chunks the text's embedding moves linearly from the prompt before; 0 changes at once,
-    null takes the run's `interpolation_steps`.
+    `crossfade` is the number of chunks over which the text's embedding moves linearly from the prompt before; 0 changes
+    at once, null takes the run's `interpolation_steps`.
     """
 
     prompt: str = ""
@@ -41,16 +65,16 @@ class ContextConfig:
     """Noise that the frames of an input image or video get, in the names of diffusers' Helios pipelines.
 
     A frame becomes sigma * noise + (1 - sigma) * latent, sigma uniform between two bounds. As in diffusers the image
-    sigmas are those of the anchor, be it the image or a video's first frame; all else takes the video sigmas, an
-    image's repetition included.
+    sigmas are those of the anchor, which is the image or a video's first frame; all other frames take the video sigmas,
+    also the repetition of an image.
     """
 
-    add_noise_to_image_latents: bool = True
-    image_noise_sigma_min: float = 0.111
-    image_noise_sigma_max: float = 0.135
-    add_noise_to_video_latents: bool = True
-    video_noise_sigma_min: float = 0.111
-    video_noise_sigma_max: float = 0.135
+    add_noise_to_image_latents: bool = option(True, "whether an input image gets noise", NOISE)
+    image_noise_sigma_min: float = option(0.111, "least noise of the anchor: image or first frame", NOISE)
+    image_noise_sigma_max: float = option(0.135, "most noise of the anchor", NOISE)
+    add_noise_to_video_latents: bool = option(True, "whether an input video gets noise", NOISE)
+    video_noise_sigma_min: float = option(0.111, "least noise of all other frames", NOISE)
+    video_noise_sigma_max: float = option(0.135, "most noise of all other frames", NOISE)
 
     def __post_init__(self) -> None:
         for name, (low, high) in {"image": self.image_sigmas, "video": self.video_sigmas}.items():
@@ -71,45 +95,36 @@ class ContextConfig:
 
 @dataclass
 class Options(ContextConfig):
-    """The arguments of a pipeline call beside prompts and inputs; names and meanings are diffusers' where it has them.
+    """Options of a video beside its prompts and inputs; names and meanings are diffusers' where it has them."""
 
-    Attributes:
-        height, width: pixels; multiples of 16 for Base and of 64 for the released pyramid weights.
-        num_frames: pixel frames, exactly as many are made; null: a stream without end.
-        num_inference_steps: steps a chunk of a Base checkpoint; null: 50.
-        pyramid_num_inference_steps_list: steps per level of a pyramid checkpoint, coarsest first; null: 20, 20, 20 for
-            Mid and 2, 2, 2 for Distilled.
-        guidance_scale: classifier-free guidance, off at 1 and below; null: 5 (Distilled: none).
-        use_zero_init, zero_steps: with CFG-Zero*, steps 0 to zero_steps of the first level stand still.
-        is_amplify_first_chunk: twice the steps for the first chunk (Distilled).
-        is_skip_first_chunk: the anchor becomes the first frame of the second chunk.
-        history_sizes: latent frames of the long, mid and short history.
-        num_latent_frames_per_chunk: latent frames made at a time.
-        max_sequence_length: positions of the text; null: what the tokenizer allows, 512 at most.
-        video_fps: the rate that an input video file is read at; null: all its frames as they are.
-        interpolation_steps: chunks over which a switched prompt fades in.
-        fps: frames a second: what `seconds` of a prompt switch count in, and the rate of the file.
-    """
-
-    height: int = 384
-    width: int = 640
-    num_frames: int | None = 132
-    num_inference_steps: int | None = None
-    pyramid_num_inference_steps_list: list[int] | None = None
-    guidance_scale: float | None = None
-    use_zero_init: bool = True
-    zero_steps: int = 1
-    is_amplify_first_chunk: bool = False
-    is_skip_first_chunk: bool = False
-    history_sizes: tuple[int, ...] = (16, 2, 1)
-    num_latent_frames_per_chunk: int = 9
-    max_sequence_length: int | None = None
-    video_fps: float | None = None
-    interpolation_steps: int = 3
-    fps: int = WEIGHTS_FPS
+    height: int = option(384, "pixels; a multiple of 16 for Base and of 64 for the released pyramid weights", MAKE)
+    width: int = option(640, "pixels; a multiple as of the height", MAKE)
+    num_frames: int | None = option(132, "frames of the video, exactly; null: a stream without end", MAKE)
+    fps: int = option(WEIGHTS_FPS, "frames a second of the file, and of the seconds of a prompt switch", MAKE)
+    video_fps: float | None = option(None, "rate at which an input video file is read; null: all its frames", MAKE)
+    interpolation_steps: int = option(3, "chunks over which a prompt fades in after a switch", MAKE)
+    num_inference_steps: int | None = option(None, "denoising steps a chunk of a Base checkpoint; null: 50")
+    pyramid_num_inference_steps_list: list[int] | None = option(
+        None, "steps of each level of a pyramid checkpoint, coarsest first; null: 20,20,20 for Mid, 2,2,2 for Distilled"
+    )
+    guidance_scale: float | None = option(
+        None, "how closely to follow the prompt; 1 switches guidance off and halves the time; null: 5 (Distilled: off)"
+    )
+    use_zero_init: bool = option(True, "with CFG-Zero*, leave the sample as it is in the first steps")
+    zero_steps: int = option(1, "with use_zero_init, steps 0 to zero_steps of the first level leave it so")
+    is_amplify_first_chunk: bool = option(False, "twice the steps for the first chunk (Distilled)")
+    is_skip_first_chunk: bool = option(False, "the anchor becomes the first frame of the second chunk")
+    history_sizes: tuple[int, ...] = option((16, 2, 1), "latent frames of the long, mid and short history")
+    num_latent_frames_per_chunk: int = option(9, "latent frames made at a time")
+    max_sequence_length: int | None = option(
+        None, "positions of the text; null: as many as the tokenizer allows, 512 at most"
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        self.history_sizes = tuple(self.history_sizes)
+        if self.pyramid_num_inference_steps_list is not None:
+            self.pyramid_num_inference_steps_list = list(self.pyramid_num_inference_steps_list)
         _at_least(
             1,
             num_frames=self.num_frames,
@@ -120,6 +135,28 @@ class Options(ContextConfig):
         _at_least(0, interpolation_steps=self.interpolation_steps, zero_steps=self.zero_steps)
         if len(self.history_sizes) != 3:
             raise ValueError(f"history_sizes must be three numbers (long, mid, short), got {list(self.history_sizes)}")
+
+    def changed(self, changes: Mapping[str, Any]) -> "Options":
+        """A copy with `changes`; raises TypeError, in one line, for a name that is no option."""
+        names = [f.name for f in dataclasses.fields(Options)]
+        for name in changes:
+            if name not in names:
+                raise TypeError(f"{name} is no option of sampling{nearest(name, names)}")
+        return dataclasses.replace(self, **changes)
+
+
+def takes_options(function: Function) -> Function:
+    """A decorator: `**changes` of `function` become keyword arguments of all options in its signature and its help."""
+    signature = inspect.signature(function)
+    kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    fields = sorted(dataclasses.fields(Options), key=lambda f: f.metadata["group"] == NOISE)
+    added = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields
+    ]
+    function.__signature__ = signature.replace(parameters=[*kept, *added])  # pyright: ignore[reportFunctionMemberAccess]
+    lines = [f"    {f.name}: {f.metadata['help']}" for f in fields]
+    function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Options:", *lines])
+    return function
 
 
 @dataclass
@@ -132,31 +169,39 @@ class SampleConfig(Options):
     are relative to the CSV's folder.
     """
 
-    model: str = "BestWishYsh/Helios-Base"  # a diffusers folder or a hub name
-    transformer: str = "transformer"  # the model's subfolder with the transformer, such as transformer_ode
-    loras: list[str] = field(default_factory=list)  # LoRA files, each with =SCALE behind it if that is not 1
-    prompt: str = ""
-    negative_prompt: str = ""
-    image: str | None = None  # a picture that the video begins with
-    video: str | None = None  # a video to be continued
-    switches: list[Switch] = field(default_factory=list)  # prompts that take over later
-    csv: str | None = None  # many videos in place of one
-    ids: list[str] | None = None  # of the CSV's rows; null: all
-    interpolate_time: int = 7  # chunks of each prompt of an interactive CSV
-    naming: Literal["id", "heliosbench"] = "id"  # of a CSV's files: 7.mp4 or HeliosBench's 7_240_ori240.mp4
-    seed: int = 0
-    num_videos_per_prompt: int = 1  # with seeds seed, seed + 1, ...
-    precision: Literal["float32", "bfloat16"] | None = None  # null: float32 on CPU, bfloat16 elsewhere
-    # implementations in the transformer (docs/kernels.md); null: the device's best
-    attention: Literal["xla", "cudnn", "pallas"] | None = None
-    norms: Literal["xla", "pallas"] | None = None
-    # the text encoder waits in the host's memory between prompts; null: where there is an accelerator
-    offload_text_encoder: bool | None = None
-    out: str = "outputs/video.mp4"  # a file; with csv the folder of all files
-    format: Literal["mp4", "png", "npz"] | None = None  # png: a folder of frames; npz: latents; null: as `out` ends
-    state: str | None = None  # a file that is kept up to date while the video grows, to go on from
-    resume: str | None = None  # such a file: make what is missing of that video
-    profile: str | None = None  # a folder for a trace of the second chunk, which is warm
+    prompt: str = option("", "what the video shows", MAKE)
+    negative_prompt: str = option("", "what the video keeps away from", MAKE)
+    image: str | None = option(None, "a picture that the video begins with", MAKE)
+    video: str | None = option(None, "a video to continue, at least a chunk long", MAKE)
+    switches: list[Switch] = option([], "prompts that take over later", MAKE)
+    seed: int = option(0, "the same seed makes the same video", MAKE)
+    num_videos_per_prompt: int = option(1, "videos of each prompt, with seeds seed, seed + 1, ...", MAKE)
+    csv: str | None = option(None, "many videos: a CSV with a column prompt (docs/sampling.md)", MAKE)
+    ids: list[str] | None = option(None, "rows of the CSV to make, by id; null: all", MAKE)
+    interpolate_time: int = option(7, "chunks of each prompt of a CSV with a column prompt_index", MAKE)
+    model: str = option("BestWishYsh/Helios-Base", "a diffusers folder or a hub name")
+    transformer: str = option("transformer", "the model's subfolder with the transformer, such as transformer_ode")
+    loras: list[str] = option([], "LoRA files to merge in, each with =SCALE behind it if that is not 1")
+    precision: Literal["float32", "bfloat16"] | None = option(
+        None, "float32 or bfloat16; null: float32 on CPU, bfloat16 elsewhere"
+    )
+    attention: Literal["xla", "cudnn", "pallas"] | None = option(
+        None, "implementation of attention: xla, cudnn or pallas (docs/kernels.md); null: the device's best"
+    )
+    norms: Literal["xla", "pallas"] | None = option(
+        None, "implementation of the norms: xla or pallas; null: the device's best"
+    )
+    offload_text_encoder: bool | None = option(
+        None, "keep the text encoder in the host's memory between prompts; null: where there is an accelerator"
+    )
+    out: str = option("outputs/video.mp4", "file.mp4, file.npz (latents) or a folder of PNGs; with csv a folder", FILES)
+    format: Literal["mp4", "png", "npz"] | None = option(None, "mp4, png or npz; null: as `out` ends", FILES)
+    naming: Literal["id", "heliosbench"] = option(
+        "id", "names of a CSV's files: id (7.mp4) or heliosbench (7_240_ori240.mp4)", FILES
+    )
+    state: str | None = option(None, "a file to keep up to date while the video grows, to go on from", FILES)
+    resume: str | None = option(None, "such a file: make the rest of that video", FILES)
+    profile: str | None = option(None, "a folder for a trace of the second chunk, for Perfetto or XProf", FILES)
 
     def __post_init__(self):
         super().__post_init__()
@@ -172,3 +217,7 @@ class SampleConfig(Options):
             raise ValueError("profile is of one video, csv makes many: leave either out")
         if self.csv is None and (self.ids or self.naming != "id"):
             raise ValueError("ids and naming are for a csv of prompts: give csv, or leave them out")
+
+    def options(self) -> Options:
+        """The options of each video."""
+        return Options(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Options)})

@@ -14,8 +14,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from helios_jax import pretrained
-from helios_jax.diffusion import memory as memories
-from helios_jax.diffusion.memory import History
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.ops.choices import Attention, Implementations, Norms
 from helios_jax.models.tokenizer import Tokenizer
@@ -26,10 +24,10 @@ from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.sampling import sampler
 from helios_jax.sampling.arguments import Prompt, check_output_type, make_negatives, make_seeds
 from helios_jax.sampling.checkpoint import Checkpoint, write_index
-from helios_jax.sampling.context import from_image, from_video, prepare_images, prepare_videos
-from helios_jax.sampling.frames import decode
+from helios_jax.sampling.context import Context, encode_context, read_context
+from helios_jax.sampling.frames import decode, decode_video
 from helios_jax.sampling.noise import Noise, SeededNoise
-from helios_jax.sampling.options import Options, Switch
+from helios_jax.sampling.options import Options, Switch, takes_options
 from helios_jax.sampling.plan import Plan, Variant, make_plan
 from helios_jax.sampling.prompts import make_schedule
 from helios_jax.sampling.stream import Call, Stream, read_state
@@ -125,9 +123,10 @@ class HeliosPipeline:
         return encode_prompts(self.text_encoder, self.tokenizer, prompts, max_sequence_length)
 
     def plan(self, options: Options) -> Plan:
-        """Makes the plan of `options` for this checkpoint; raises ValueError for what cannot be."""
+        """The plan of `options` for this checkpoint; raises ValueError for an option that cannot be."""
         return make_plan(self.transformer.config, self.vae.config, self.scheduler, self.variant, options)
 
+    @takes_options
     def __call__(
         self,
         prompt: Prompt,
@@ -135,33 +134,13 @@ class HeliosPipeline:
         *,
         image: Any = None,
         video: Any = None,
-        height: int = 384,
-        width: int = 640,
-        num_frames: int | None = 132,
-        num_inference_steps: int | None = None,
-        pyramid_num_inference_steps_list: Sequence[int] | None = None,
-        guidance_scale: float | None = None,
-        use_zero_init: bool = True,
-        zero_steps: int = 1,
-        is_amplify_first_chunk: bool = False,
-        is_skip_first_chunk: bool = False,
-        history_sizes: Sequence[int] = (16, 2, 1),
-        num_latent_frames_per_chunk: int = 9,
-        max_sequence_length: int | None = None,
-        add_noise_to_image_latents: bool = True,
-        image_noise_sigma_min: float = 0.111,
-        image_noise_sigma_max: float = 0.135,
-        add_noise_to_video_latents: bool = True,
-        video_noise_sigma_min: float = 0.111,
-        video_noise_sigma_max: float = 0.135,
-        video_fps: float | None = None,
         switches: Sequence[Switch] = (),
-        interpolation_steps: int = 3,
-        fps: int = 24,
         num_videos_per_prompt: int = 1,
         output_type: str = "np",
         seed: int | Sequence[int] = 0,
         noise: Noise | None = None,
+        options: Options | None = None,
+        **changes: Any,
     ) -> HeliosPipelineOutput:
         """Videos of all prompts, all chunks in one program. Names and meanings are those of diffusers' pipelines.
 
@@ -177,45 +156,20 @@ class HeliosPipeline:
             seed: of each prompt's first video, the next ones count on; or one per video. A video does not depend on
                 the others of its batch.
             noise: where random numbers come from instead; it has `normal(site, shape)` and `uniform(site, shape)`.
-            height and all the others: see `helios_jax.sampling.options.Options`.
+            options: all options together; those given by name replace its values.
 
         Raises:
-            ValueError: an argument cannot be; the message names it, the rule and the remedy.
+            ValueError: an argument cannot be used; the message names it, the rule and the remedy.
         """
         check_output_type(output_type)
-        pyramid = pyramid_num_inference_steps_list
-        options = Options(
-            height=height,
-            width=width,
-            num_frames=num_frames,
-            num_inference_steps=num_inference_steps,
-            pyramid_num_inference_steps_list=None if pyramid is None else list(pyramid),
-            guidance_scale=guidance_scale,
-            use_zero_init=use_zero_init,
-            zero_steps=zero_steps,
-            is_amplify_first_chunk=is_amplify_first_chunk,
-            is_skip_first_chunk=is_skip_first_chunk,
-            history_sizes=tuple(history_sizes),
-            num_latent_frames_per_chunk=num_latent_frames_per_chunk,
-            max_sequence_length=max_sequence_length,
-            add_noise_to_image_latents=add_noise_to_image_latents,
-            image_noise_sigma_min=image_noise_sigma_min,
-            image_noise_sigma_max=image_noise_sigma_max,
-            add_noise_to_video_latents=add_noise_to_video_latents,
-            video_noise_sigma_min=video_noise_sigma_min,
-            video_noise_sigma_max=video_noise_sigma_max,
-            video_fps=video_fps,
-            interpolation_steps=interpolation_steps,
-            fps=fps,
-        )
-        if num_frames is None:
+        plan = self.plan((options or Options()).changed(changes))
+        if plan.num_chunks is None:
             raise ValueError("num_frames must be given: a video without end is a stream, see HeliosPipeline.stream")
         call = self.prepare(
             prompt,
             negative_prompt,
-            options,
-            image=image,
-            video=video,
+            plan,
+            context=self.read_context(prompt, plan, image=image, video=video),
             switches=switches,
             num_videos_per_prompt=num_videos_per_prompt,
             seed=seed,
@@ -224,11 +178,10 @@ class HeliosPipeline:
         latents = self.generate(call)
         if output_type == "latent":
             return HeliosPipelineOutput(np.asarray(latents))
-        # A chunk is decoded on its own: its first latent frame is an image's.
-        parts = jnp.split(latents, latents.shape[1] // num_latent_frames_per_chunk, axis=1)
-        frames = np.concatenate([np.asarray(decode(self.vae, part, dtype="float32")) for part in parts], 1)
-        return HeliosPipelineOutput(frames[:, :num_frames])
+        frames = decode_video(self.vae, latents, plan.memory.frames_per_chunk, dtype="float32")
+        return HeliosPipelineOutput(frames[:, : plan.options.num_frames])
 
+    @takes_options
     def stream(
         self,
         prompt: Prompt,
@@ -243,29 +196,28 @@ class HeliosPipeline:
         noise: Noise | None = None,
         progress: sampler.Progress | None = None,
         options: Options | None = None,
-        **arguments: Any,
+        **changes: Any,
     ) -> Stream:
         """Makes a video chunk by chunk: an iterator of uint8 frames [b, t, h, w, 3] (or of latents).
 
         A chunk comes as soon as it is decoded, while the next one is computed; memory does not grow. The text can be
-        changed on the way (`Stream.set_prompt`), and `save_state` writes what `resume` goes on from. The other
-        arguments of `__call__` are given by name or as `options`; `num_frames=None` never ends. `progress(chunk, step)`
-        is called after every step, which is waited for.
+        changed on the way (`Stream.set_prompt`), and `save_state` writes a file that `resume` goes on from. The other
+        arguments are those of `__call__`; `num_frames=None` never ends. `progress(chunk, step)` is called after every
+        step, which then is waited for.
         """
         check_output_type(output_type)
-        options = dataclasses.replace(options or Options(), **arguments)
+        plan = self.plan((options or Options()).changed(changes))
         call = self.prepare(
             prompt,
             negative_prompt,
-            options,
-            image=image,
-            video=video,
+            plan,
+            context=self.read_context(prompt, plan, image=image, video=video),
             switches=switches,
             num_videos_per_prompt=num_videos_per_prompt,
             seed=seed,
             noise=noise,
         )
-        return self._start(call, output_type, progress)
+        return self.start(call, output_type, progress)
 
     def save_state(self, path: str | PathLike) -> None:
         """`Stream.save_state` of the stream that was started last."""
@@ -278,37 +230,35 @@ class HeliosPipeline:
         path: str | PathLike,
         *,
         num_frames: int | None = None,
-        options: Options | None = None,
+        plan: Plan | None = None,
         output_type: str = "np",
         progress: sampler.Progress | None = None,
     ) -> Stream:
         """The stream whose state is in `path`, from the chunk after the last one it yielded, bit for bit as it would
-        have gone on. `num_frames` gives the whole video another length; so do `options`, which must be those of the
-        state in all else.
+        have gone on. `num_frames` gives the whole video another length; so does a `plan`, whose options must be those
+        of the state in all else.
 
         Raises:
             ValueError: the file is no such state, or was made with another checkpoint or other options.
         """
         check_output_type(output_type)
         state = read_state(path)
-        if options is not None:
-            num_frames, ours, theirs = (
-                options.num_frames,
-                dataclasses.asdict(options),
-                dataclasses.asdict(state.options),
-            )
+        if plan is not None:
+            ours, theirs = dataclasses.asdict(plan.options), dataclasses.asdict(state.options)
             free = ("num_frames", "fps", "interpolation_steps", "video_fps")
             if differs := [f"{key} {theirs[key]}" for key in ours if key not in free and ours[key] != theirs[key]]:
                 raise ValueError(f"{path}: made with other options ({', '.join(differs)}): give the same ones")
+            num_frames = plan.options.num_frames
         if state.identity != (identity := self._identity()):
             differs = ", ".join(key for key in identity if state.identity.get(key) != identity[key])
             raise ValueError(f"{path}: made with another checkpoint ({differs} differ): open the one it was made with")
         options = state.options if num_frames is None else dataclasses.replace(state.options, num_frames=num_frames)
+        if plan is None or plan.options != options:
+            plan = self.plan(options)
         texts = self._texts(state.negatives, options)
         texts.encode([entry.prompts for entry in state.prompts.entries])
         call = Call(
-            options=options,
-            plan=self.plan(options),
+            plan=plan,
             prompts=state.prompts,
             texts=texts,
             noise=state.noise,
@@ -316,22 +266,25 @@ class HeliosPipeline:
             identity=identity,
             first=state.chunk,
         )
-        return self._start(call, output_type, progress)
+        return self.start(call, output_type, progress)
+
+    def read_context(self, prompt: Prompt, plan: Plan, *, image: Any = None, video: Any = None) -> Context:
+        """The pixels that videos of `prompt` begin with (`image`) or continue (`video`), for `prepare`."""
+        return read_context(image, video, 1 if isinstance(prompt, str) else len(prompt), plan, self.vae.config)
 
     def prepare(
         self,
         prompt: Prompt,
         negative_prompt: Prompt | None,
-        options: Options,
+        plan: Plan,
         *,
-        image: Any = None,
-        video: Any = None,
+        context: Context = None,
         switches: Sequence[Switch] = (),
         num_videos_per_prompt: int = 1,
         seed: int | Sequence[int] = 0,
         noise: Noise | None = None,
     ) -> Call:
-        """Checks everything, encodes the prompts and the context; `generate` and `Stream` take what it returns."""
+        """Checks all arguments, encodes the prompts and the context; `generate` and `start` take what it returns."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         negatives = make_negatives(negative_prompt, len(prompts))
         if num_videos_per_prompt < 1:
@@ -340,15 +293,13 @@ class HeliosPipeline:
             raise ValueError("prompt must be a string or a list of at least one, got an empty list")
         seeds = make_seeds(seed, len(prompts), num_videos_per_prompt)
         prompts, negatives = ([p for p in some for _ in range(num_videos_per_prompt)] for some in (prompts, negatives))
-        if image is not None and video is not None:
-            raise ValueError("image and video were both given: a video begins with the one or continues the other")
-        plan = self.plan(options)
-        schedule = make_schedule(prompts, switches, options, plan.chunk_frames)
+        schedule = make_schedule(prompts, switches, plan.options, plan.chunk_frames)
         noise = SeededNoise(*seeds) if noise is None else noise
-        history = self._history(image, video, options, plan, noise, len(prompts), num_videos_per_prompt)
-        texts = self._texts(negatives if plan.guidance_scale is not None else (), options)
+        context = None if context is None else context.repeated(num_videos_per_prompt)
+        history = encode_context(self.vae, context, plan, noise, len(prompts))
+        texts = self._texts(negatives if plan.guidance_scale is not None else (), plan.options)
         texts.encode([entry.prompts for entry in schedule.entries])
-        return Call(options, plan, schedule, texts, noise, history, self._identity())
+        return Call(plan, schedule, texts, noise, history, self._identity())
 
     def generate(self, call: Call) -> Float[Array, "b t h w c"]:
         """The latents of all chunks; a first chunk with steps of its own is a program of its own."""
@@ -375,29 +326,11 @@ class HeliosPipeline:
             parts.append(latents)
         return jnp.concatenate(parts, 1)
 
-    def _start(self, call: Call, output_type: str, progress: sampler.Progress | None) -> Stream:
+    def start(self, call: Call, output_type: str = "np", progress: sampler.Progress | None = None) -> Stream:
+        """The stream of a prepared call."""
         finish: Callable = partial(decode, self.vae, dtype="uint8") if output_type == "np" else lambda latents: latents
         self._stream = Stream(self.transformer, call, finish, progress)
         return self._stream
-
-    def _history(
-        self, image: Any, video: Any, options: Options, plan: Plan, noise: Noise, batch: int, copies: int
-    ) -> History:
-        """The first history: nothing, images, or the ends of videos; one for all or one per prompt."""
-        size = options.height, options.width
-
-        def every(x: np.ndarray) -> np.ndarray:
-            return x if len(x) == 1 else np.repeat(x, copies, 0)
-
-        if image is not None:
-            pixels = every(prepare_images(image, batch // copies, *size))
-            return from_image(self.vae, pixels, plan.memory, options, noise, batch)
-        if video is not None:
-            clip = prepare_videos(video, batch // copies, *size, plan.memory, self.vae.config, options.video_fps)
-            clip = dataclasses.replace(clip, first=every(clip.first), tail=every(clip.tail))
-            return from_video(self.vae, clip, plan.memory, options, noise, batch)
-        _, h, w, c = plan.latent_shape
-        return memories.empty(plan.memory, batch, h, w, c)
 
     def _texts(self, negatives: Sequence[str], options: Options) -> Texts:
         embed = partial(self.encode_prompt, max_sequence_length=options.max_sequence_length)

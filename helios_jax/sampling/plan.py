@@ -1,4 +1,4 @@
-"""The plan of a call: chunks, shapes, levels, steps. It needs configs only, so errors come before weights."""
+"""The plan of a video: chunks, shapes, levels, steps. It needs configs only, so errors come before weights."""
 
 import math
 import warnings
@@ -34,9 +34,9 @@ class Variant:
 @dataclass(frozen=True)
 class Plan:
     """A video's sizes and steps: `latent_shape` [t, h, w, c] and `chunk_frames` pixel frames of a chunk, the levels of
-    all chunks and `first_levels` of the first. Without end `num_frames` and `num_chunks` are None."""
+    all chunks and `first_levels` of the first. Without end `num_chunks` is None. It is made once and passed on."""
 
-    num_frames: int | None
+    options: Options
     num_chunks: int | None
     chunk_frames: int
     latent_shape: tuple[int, int, int, int]
@@ -59,7 +59,7 @@ class Plan:
 def make_plan(
     transformer: TransformerConfig, vae: VAEConfig, scheduler: SchedulerConfig, variant: Variant, options: Options
 ) -> Plan:
-    """Makes the plan of `options` for a checkpoint. Raises ValueError that names the option that cannot be.
+    """The plan of `options` for a checkpoint. Raises ValueError that names the option that cannot be.
 
     Warns of a size that the weights were not trained at.
     """
@@ -92,7 +92,7 @@ def make_plan(
         frames_per_chunk=chunk_latents,
     )
     shape = (chunk_latents, height // space, width // space, transformer.in_channels)
-    frames = (chunk_latents - 1) * vae.scale_factor_temporal + 1
+    frames = chunk_frames(options, vae)
 
     def levels(counts: Sequence[int]) -> tuple[Level, ...]:
         stand = options.zero_steps + 1 if variant.is_cfg_zero_star and guided and options.use_zero_init else 0
@@ -101,7 +101,7 @@ def make_plan(
 
     every = levels(counts)
     return Plan(
-        num_frames=options.num_frames,
+        options=options,
         num_chunks=None if options.num_frames is None else -(-options.num_frames // frames),
         chunk_frames=frames,
         latent_shape=shape,
@@ -111,6 +111,11 @@ def make_plan(
         guidance_scale=guidance_scale if guided else None,
         zero_star=variant.is_cfg_zero_star,
     )
+
+
+def chunk_frames(options: Options, vae: VAEConfig) -> int:
+    """Pixel frames of a chunk."""
+    return (options.num_latent_frames_per_chunk - 1) * vae.scale_factor_temporal + 1
 
 
 def _step_counts(

@@ -1,6 +1,5 @@
 """A run of sample.py: check everything, load once, make each video chunk by chunk, write and report."""
 
-import dataclasses
 import importlib.metadata
 import platform
 import resource
@@ -18,12 +17,12 @@ from helios_jax import lora
 from helios_jax.media.writers import ThreadedWriter, open_writer, write_sidecar
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling.checkpoint import Checkpoint
-from helios_jax.sampling.context import prepare_images, prepare_videos
+from helios_jax.sampling.context import Context, read_context
 from helios_jax.sampling.fingerprint import weights_hash
 from helios_jax.sampling.jobs import Job, make_jobs
-from helios_jax.sampling.options import Options, SampleConfig
+from helios_jax.sampling.options import SampleConfig
 from helios_jax.sampling.pipeline import HeliosPipeline
-from helios_jax.sampling.plan import Plan, make_plan
+from helios_jax.sampling.plan import Plan, chunk_frames, make_plan
 from helios_jax.sampling.prompts import make_schedule
 from helios_jax.sampling.stream import Snapshot, Stream
 
@@ -37,16 +36,18 @@ def run(config: SampleConfig) -> int:
     """
     begin = time.monotonic()
     checkpoint = Checkpoint.open(config.model, transformer=config.transformer)
-    parts = checkpoint.transformer, checkpoint.vae, checkpoint.scheduler, checkpoint.variant
-    plan = make_plan(*parts, config)
-    jobs = make_jobs(config, plan.chunk_frames)
+    jobs = make_jobs(config, chunk_frames(config, checkpoint.vae))
     todo = [job for job in jobs if config.csv is None or not job.done()]
     if config.csv is not None:
         print(f"{len(jobs)} videos, {len(jobs) - len(todo)} of them done before", flush=True)
         if not todo:
             return 0
-    for job in todo:
-        _check(job, make_plan(*parts, job.config), checkpoint, strict=config.csv is None)
+    parts = checkpoint.transformer, checkpoint.vae, checkpoint.scheduler, checkpoint.variant
+    plans = [make_plan(*parts, job.config.options()) for job in todo]
+    for job, plan in zip(todo, plans):
+        _check(job, plan, alone=config.csv is None)
+    # The inputs of a CSV's row fail when its turn comes, and the other rows are made.
+    contexts = [_read_context(job, plan, checkpoint) if config.csv is None else None for job, plan in zip(todo, plans)]
     files, scales = {}, {}
     for i, text in enumerate(config.loras):
         name, scales[str(i)] = lora.file_and_scale(text)
@@ -64,11 +65,12 @@ def run(config: SampleConfig) -> int:
         pipe.transformer = lora.merge(lora.attach(pipe.transformer, files, scales), donate=True)
     print(f"loading: {time.monotonic() - begin:.2f} s", flush=True)
     failed = []
-    for i, job in enumerate(todo):
+    for i, (job, plan, context) in enumerate(zip(todo, plans, contexts)):
         if len(todo) > 1:
             print(f"video {i + 1}/{len(todo)}: {job.name}", flush=True)
         try:
-            if make(pipe, job, checkpoint, begin if i == 0 else time.monotonic()):
+            context = _read_context(job, plan, checkpoint) if config.csv is not None else context
+            if make(pipe, job, plan, context, checkpoint, begin if i == 0 else time.monotonic()):
                 return 130
         except (ValueError, OSError) as error:
             if config.csv is None:
@@ -80,24 +82,26 @@ def run(config: SampleConfig) -> int:
     return 1 if failed else 0
 
 
-def _check(job: Job, plan: Plan, checkpoint: Checkpoint, *, strict: bool) -> None:
-    """Raises ValueError for what a video cannot be made of; inputs of a CSV's row fail when its turn comes."""
+def _check(job: Job, plan: Plan, *, alone: bool) -> None:
+    """Raises ValueError for a video that cannot be made, or if it is `alone`, whose file cannot be written."""
     config = job.config
     if config.profile is not None and plan.num_chunks is not None and plan.num_chunks < 2:
         least = plan.chunk_frames + 1
-        raise ValueError(f"profile traces the second chunk, and num_frames {plan.num_frames} has one: ask for {least}")
+        raise ValueError(
+            f"profile traces the second chunk, and num_frames {config.num_frames} has one: ask for {least}"
+        )
     if config.resume is None:
         make_schedule([config.prompt], config.switches, config, plan.chunk_frames)
-    if strict:
+    if alone:
         open_writer(job.out, config.fps, config.height, config.width).close()
-        if config.image is not None:
-            prepare_images(config.image, 1, config.height, config.width)
-        if config.video is not None:
-            size = config.height, config.width
-            prepare_videos(config.video, 1, *size, plan.memory, checkpoint.vae, config.video_fps)
 
 
-def make(pipe: HeliosPipeline, job: Job, checkpoint: Checkpoint, begin: float) -> bool:
+def _read_context(job: Job, plan: Plan, checkpoint: Checkpoint) -> Context:
+    config = job.config
+    return None if config.resume else read_context(config.image, config.video, 1, plan, checkpoint.vae)
+
+
+def make(pipe: HeliosPipeline, job: Job, plan: Plan, context: Context, checkpoint: Checkpoint, begin: float) -> bool:
     """One video, its figures and its sidecar; returns whether it was interrupted."""
     config = job.config
     times: list[float] = []
@@ -108,7 +112,6 @@ def make(pipe: HeliosPipeline, job: Job, checkpoint: Checkpoint, begin: float) -
         ExitStack() as trace,
         closing(ThreadedWriter(open_writer(job.out, config.fps, config.height, config.width))) as writer,
     ):
-        plan = pipe.plan(config)
         first = 0
         chunks = bars.add_task("chunks", total=plan.num_chunks)
         steps = bars.add_task("steps", total=plan.num_steps(0))
@@ -129,7 +132,7 @@ def make(pipe: HeliosPipeline, job: Job, checkpoint: Checkpoint, begin: float) -
             # A bar waits for every step, which costs a little; without one nothing does. A trace needs it, too: of a
             # chunk that was queued before the trace began it would show nothing.
             wait = config.profile is not None or not bars.disable
-            stream = _start(pipe, config, writer.takes, progress if wait else None)
+            stream = _start(pipe, config, plan, context, writer.takes, progress if wait else None)
             first = stream.chunk
             for made, out in enumerate(stream, 1):
                 state = None if config.state is None else stream.snapshot()
@@ -156,24 +159,15 @@ def make(pipe: HeliosPipeline, job: Job, checkpoint: Checkpoint, begin: float) -
     return interrupted
 
 
-def _start(pipe: HeliosPipeline, config: SampleConfig, output_type: str, progress: Any) -> Stream:
+def _start(
+    pipe: HeliosPipeline, config: SampleConfig, plan: Plan, context: Context, output_type: str, progress: Any
+) -> Stream:
     if config.resume is not None:
-        return pipe.resume(config.resume, options=_options(config), output_type=output_type, progress=progress)
-    return pipe.stream(
-        config.prompt,
-        config.negative_prompt,
-        image=config.image,
-        video=config.video,
-        switches=config.switches,
-        seed=config.seed,
-        options=_options(config),
-        output_type=output_type,
-        progress=progress,
+        return pipe.resume(config.resume, plan=plan, output_type=output_type, progress=progress)
+    call = pipe.prepare(
+        config.prompt, config.negative_prompt, plan, context=context, switches=config.switches, seed=config.seed
     )
-
-
-def _options(config: SampleConfig) -> Options:
-    return Options(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Options)})
+    return pipe.start(call, output_type, progress)
 
 
 def _figures(begin: float, times: Sequence[float], frames: int) -> dict[str, str]:

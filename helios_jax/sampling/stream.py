@@ -34,7 +34,6 @@ class Call:
     `first` chunks have been made already; `history` is what they left. `identity` says which checkpoint it was.
     """
 
-    options: Options
     plan: Plan
     prompts: Schedule
     texts: Texts
@@ -105,8 +104,8 @@ class Stream:
         out, self.latents = np.asarray(out), np.asarray(latents)
         del self._asked[self.chunk]
         left = None
-        if self.plan.num_frames is not None:
-            left = self.plan.num_frames - self.chunk * self.plan.chunk_frames
+        if self.plan.options.num_frames is not None:
+            left = self.plan.options.num_frames - self.chunk * self.plan.chunk_frames
         self.chunk += 1
         self._prompts = self._prompts.prune(self.chunk)
         self.call.texts.forget([entry.prompts for entry in self._prompts.entries])
@@ -122,7 +121,7 @@ class Stream:
         """
         if not prompt.strip():
             raise ValueError("set_prompt needs a prompt, got an empty one")
-        crossfade = self.call.options.interpolation_steps if crossfade is None else crossfade
+        crossfade = self.plan.options.interpolation_steps if crossfade is None else crossfade
         if crossfade < 0:
             raise ValueError(f"crossfade must be at least 0 chunks, got {crossfade}")
         entry = Entry(self._begun, (prompt,) * self.call.batch, crossfade if self._begun else 0)
@@ -148,7 +147,7 @@ class Stream:
         meta = {
             "format": STATE_FORMAT,
             "identity": self.call.identity,
-            "options": dataclasses.asdict(self.call.options),
+            "options": dataclasses.asdict(self.plan.options),
             "prompts": [dataclasses.asdict(entry) for entry in self._prompts.entries],
             "negatives": self.call.texts.negatives,
             "seeds": noise.seeds,

@@ -18,8 +18,9 @@ from helios_jax.models.umt5 import UMT5Config
 from helios_jax.models.vae import VAEConfig
 from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.checkpoint import PARTS, TRAINED_SIZE, Checkpoint, write_index
+from helios_jax.sampling.frames import decode_video
 from helios_jax.sampling.options import Options
-from helios_jax.sampling.pipeline import HeliosPipeline, decode
+from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.sampling.plan import Variant, make_plan
 from helios_jax.sharding import gather
 from helios_jax.training.config import TrainConfig, ValidationConfig
@@ -135,11 +136,10 @@ def validate(model: Transformer, config: TrainConfig, folder: Path) -> dict[str,
         checkpoint.scheduler,
         checkpoint.variant,
     )
-    prompts = list(validation.prompts)
-    call = pipe.prepare(prompts, validation.negative_prompt, _options(validation, config), seed=validation.seed)
+    plan, prompts = pipe.plan(_options(validation, config)), list(validation.prompts)
+    call = pipe.prepare(prompts, validation.negative_prompt, plan, seed=validation.seed)
     latents = np.asarray(gather(pipe.generate(call)))
-    chunks = np.split(latents, latents.shape[1] // config.flow.memory.frames_per_chunk, 1)
-    frames = np.concatenate([np.asarray(decode(pipe.vae, jnp.asarray(chunk), dtype="uint8")) for chunk in chunks], 1)
+    frames = decode_video(pipe.vae, jnp.asarray(latents), plan.memory.frames_per_chunk, dtype="uint8")
     frames = frames[:, : validation.num_frames]
     if jax.process_index() == 0:
         for i, video in enumerate(frames):

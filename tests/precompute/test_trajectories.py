@@ -96,7 +96,7 @@ def test_a_record_holds_the_chunk_s_past_and_its_way(folder):
     assert np.abs(other[0]["latents_0"][0] - chunks[0]["latents_0"][0]).max() > 0.1  # noise of its own
 
     teacher = Teacher(Checkpoint.open(folder), SMALL).load()
-    call = teacher._pipeline.prepare(["a red plus"], "a bar", teacher._options, seed=[42])
+    call = teacher._pipeline.prepare(["a red plus"], "a bar", teacher.plan, seed=[42])
     noise = first_sample(call.chunk_noise(), call.plan.levels)
     np.testing.assert_allclose(chunks[0]["latents_0"][0], noise[0], atol=2e-3)
 

@@ -1,0 +1,116 @@
+"""The command that makes videos: sample.py, and helios-sample where the package is installed.
+
+The config says what to run; flags and `key=value` arguments override it. Frames go to the mp4 as chunks come, so it can
+be watched while it grows and an interrupted run leaves the chunks that were done. Beside each video lies a JSON file
+with its settings and figures. Exit code 0 when done, 1 when some videos of a CSV failed, 130 when interrupted, 2 for
+input that cannot be used: one line says what, the rule and the remedy, before the model is built.
+"""
+
+import argparse
+import dataclasses
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from helios_jax import config as configs
+from helios_jax.sampling.options import FILES, MAKE, METHOD, NOISE, Options, SampleConfig
+
+# Fields that have a flag of another form.
+OTHERWISE = ("switches", "loras")
+
+
+def parse(argv: Sequence[str]) -> SampleConfig:
+    """The command line over the config; raises ConfigError."""
+    parser = argparse.ArgumentParser(
+        prog="sample.py",
+        usage="sample.py CONFIG [--flag X ...] [key=value ...]",
+        description="Make a video from a prompt, an image or a video.",
+        epilog="Every flag is also a key of the config, and key=value sets one, as in zero_steps=0.",
+    )
+    parser.add_argument("config", help="a YAML file of configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config")
+    fields = [f for f in dataclasses.fields(SampleConfig) if f.name not in OTHERWISE]
+    shared = {f.name for f in dataclasses.fields(Options)}
+    fields.sort(key=lambda f: f.name in shared)  # the prompt before the number of frames
+    lists = [name for name, hint in get_type_hints(SampleConfig).items() if _is_list(hint)]
+    for title in (MAKE, METHOD, NOISE, FILES):
+        group = parser.add_argument_group(title)
+        for f in fields:
+            if f.metadata["group"] == title:
+                flag, many = f"--{f.name.replace('_', '-')}", f.name in lists
+                text = f.metadata["help"].replace("%", "%%") + _default(f)
+                group.add_argument(flag, help=text, metavar="X,X" if many else "X")
+        if title == METHOD:
+            group.add_argument("--lora", action="append", metavar="FILE[=SCALE]", help="to merge in; may be repeated")
+        if title == MAKE:
+            group.add_argument(
+                "--then",
+                nargs=2,
+                action="append",
+                metavar=("AT", "PROMPT"),
+                help="a prompt that takes over at a chunk (4) or a second (9.5s); may be repeated",
+            )
+    args = parser.parse_intermixed_args(argv)
+    given: dict[str, Any] = {f.name: value for f in fields if (value := getattr(args, f.name)) is not None}
+    for name in lists:
+        if name in given:
+            given[name] = [part.strip() for part in given[name].split(",")]
+    if args.lora:
+        given["loras"] = args.lora
+    if args.then:
+        given["switches"] = [
+            {"prompt": prompt, **({"seconds": at[:-1]} if at.endswith("s") else {"chunk": at})}
+            for at, prompt in args.then
+        ]
+    return configs.load(args.config, args.overrides, SampleConfig, given)
+
+
+def _is_list(hint: Any) -> bool:
+    options = [x for x in get_args(hint) if x is not NoneType] if get_origin(hint) not in (list, tuple) else [hint]
+    return any(get_origin(x) in (list, tuple) for x in options)
+
+
+def _default(f: Any) -> str:
+    """The default in brackets, where it says more than the help text."""
+    if f.default in (None, "", dataclasses.MISSING):
+        return ""
+    value = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
+    return f" [{str(value).lower() if isinstance(value, bool) else value}]"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        print(f"sample.py: warning: {message}", file=sys.stderr)
+
+    ours, handler = logging.getLogger("helios_jax"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("sample.py: %(message)s"))
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)  # once, however many videos of a CSV it is true of
+        warnings.showwarning = show
+        try:
+            config = parse(sys.argv[1:] if argv is None else argv)
+            # After the arguments: jax takes seconds to import.
+            from helios_jax.runtime.compilation import enable_cache
+            from helios_jax.sampling.run import run
+
+            enable_cache()
+            return run(config)
+        except (ValueError, FileNotFoundError) as error:  # ConfigError, CheckpointError, ...: one line each
+            print(f"sample.py: {error}", file=sys.stderr)
+            return 2
+        finally:
+            ours.removeHandler(handler)
+
+
+def entry_point() -> int:
+    """`main` as a process of its own: SIGTERM ends it as Ctrl-C does, and what was made is kept."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    return main()
