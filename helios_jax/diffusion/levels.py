@@ -22,7 +22,7 @@ from helios_jax.diffusion.schedule import (
     stages,
     upsampling_weights,
 )
-from helios_jax.diffusion.solvers import Steps, make_steps
+from helios_jax.diffusion.solvers import SOLVERS, Steps, make_steps
 
 Counted = Literal["entered", "own"]
 Shift = Literal["exponential", "linear"] | None
@@ -47,7 +47,7 @@ def make_levels(
     if not pyramid:
         table = sigmas(scheduler, counts[0], tokens)
         return (Level(make_steps(scheduler, table[:-1] * scheduler.num_train_timesteps, table)),)
-    few = scheduler.scheduler_type == "dmd"
+    few = SOLVERS[scheduler.scheduler_type].few_steps
     tables = [
         level_table(scheduler, stage, count, _tokens(tokens, i, len(counts), counted), few=few, whole=whole)
         for i, (stage, count) in enumerate(zip(stages(scheduler), counts, strict=True))
@@ -93,7 +93,7 @@ def level_table(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps [steps] and sigmas [steps + 1] of one level whose shift counts `tokens`, float64.
 
-    Sigmas run from 0.999 to 0 within the level; the `few` steps of the DMD schedule leave out the one before the end.
+    Sigmas run from 0.999 to 0 within the level; a schedule of `few` steps leaves out the one before the end.
     """
     timesteps, table = _shifted(stage, *_grid(config, stage, count, few), tokens, _shift(config))
     return np.trunc(timesteps) if whole else timesteps, np.append(table, 0.0)

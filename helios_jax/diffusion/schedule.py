@@ -5,6 +5,8 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from helios_jax.diffusion.solvers import SOLVERS
+
 
 @dataclass(unsafe_hash=True)
 class SchedulerConfig:
@@ -40,7 +42,7 @@ class SchedulerConfig:
             if getattr(self, name) != value:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: it is not defined for latents, set {value!r}")
         choices = {
-            "scheduler_type": ("euler", "unipc", "dmd"),
+            "scheduler_type": tuple(SOLVERS),
             "solver_type": ("bh1", "bh2"),
             "time_shift_type": ("exponential", "linear"),
         }

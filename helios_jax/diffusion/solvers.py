@@ -2,11 +2,13 @@
 
 With velocity v and sigma, the model's prediction of the data is m = x - sigma v. Euler, UniPC (arXiv 2302.04867) and
 the few-step DMD schedule then only differ in how the next sample is mixed from x, the sample before it, the last few m
-and the point where the level began.
+and the point where the level began. A new solver is a function of its coefficients and a line in `SOLVERS`.
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,6 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from helios_jax.diffusion.noising import predict_data
-from helios_jax.diffusion.schedule import SchedulerConfig
 
 
 @struct.dataclass
@@ -47,50 +48,53 @@ class SolverState:
     origin: Any = None
 
 
-def make_steps(config: SchedulerConfig, timesteps: np.ndarray, sigmas: np.ndarray) -> Steps:
-    """The tables for `timesteps` [steps] and `sigmas` [steps + 1] (float64, ending in 0)."""
-    corrector = restart = None
-    if config.scheduler_type == "euler":
-        predictor = euler(sigmas)
-    elif config.scheduler_type == "dmd":
-        predictor, restart = dmd(sigmas)
-    else:
-        predictor, corrector = unipc(config, sigmas)
+@runtime_checkable
+class Settings(Protocol):
+    """The part of a scheduler's config that solvers read."""
 
-    def f32(x):
-        return None if x is None else jnp.asarray(x, jnp.float32)
-
-    return Steps(f32(timesteps), f32(sigmas[:-1]), f32(predictor), f32(corrector), f32(restart))
+    scheduler_type: str
+    solver_order: int
+    solver_type: str
+    lower_order_final: bool
+    disable_corrector: tuple[int, ...]
 
 
-def euler(sigmas: np.ndarray) -> np.ndarray:
+class Coefficients(NamedTuple):
+    """A level's tables in float64, as the fields of `Steps`."""
+
+    predictor: np.ndarray
+    corrector: np.ndarray | None = None
+    restart: np.ndarray | None = None
+
+
+def euler(sigmas: np.ndarray, settings: Settings) -> Coefficients:
     """x + (next - sigma) v, written in x and m."""
     ratio = sigmas[1:] / sigmas[:-1]
-    return np.stack([ratio, 1 - ratio], 1)
+    return Coefficients(np.stack([ratio, 1 - ratio], 1))
 
 
-def dmd(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def dmd(sigmas: np.ndarray, settings: Settings) -> Coefficients:
     """(1 - next) m + next * start point: the prediction, noised again with what the level began with."""
-    return np.stack([np.zeros(len(sigmas) - 1), 1 - sigmas[1:]], 1), sigmas[1:]
+    return Coefficients(np.stack([np.zeros(len(sigmas) - 1), 1 - sigmas[1:]], 1), restart=sigmas[1:])
 
 
-def unipc(config: SchedulerConfig, sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def unipc(sigmas: np.ndarray, settings: Settings) -> Coefficients:
     """UniPC of order `solver_order` in B(h) form, predicting data; a lower order at both ends."""
-    steps, order = len(sigmas) - 1, config.solver_order
+    steps, order = len(sigmas) - 1, settings.solver_order
     predictor, corrector = np.zeros((steps, 1 + order)), np.zeros((steps, 3 + order))
     used = 0  # the order of the step before, which its corrector shares
     for i in range(steps):
         corrector[i, 0] = 1.0
-        if i > 0 and i - 1 not in config.disable_corrector:
-            x, m = _bh_weights(sigmas, i - 1, used, config.solver_type, correct=True)
+        if i > 0 and i - 1 not in settings.disable_corrector:
+            x, m = _bh_weights(sigmas, i - 1, used, settings.solver_type, correct=True)
             corrector[i, :2] = 0.0, x
             corrector[i, 2 : 2 + len(m)] = m
-        final = min(order, steps - i) if config.lower_order_final else order
+        final = min(order, steps - i) if settings.lower_order_final else order
         used = min(final, i + 1)
-        x, m = _bh_weights(sigmas, i, used, config.solver_type, correct=False)
+        x, m = _bh_weights(sigmas, i, used, settings.solver_type, correct=False)
         predictor[i, 0] = x
         predictor[i, 1 : 1 + len(m)] = m
-    return predictor, corrector
+    return Coefficients(predictor, corrector)
 
 
 def _bh_weights(sigmas: np.ndarray, i: int, order: int, kind: str, correct: bool) -> tuple[float, np.ndarray]:
@@ -128,6 +132,29 @@ def _bh_weights(sigmas: np.ndarray, i: int, order: int, kind: str, correct: bool
         weights[at] += weight
         weights[now] -= weight
     return max(end, 1e-8) / max(start, 1e-8), weights
+
+
+@dataclass(frozen=True)
+class Solver:
+    """Coefficients from a level's sigmas [steps + 1]; a schedule of `few_steps` leaves out the step before the end."""
+
+    coefficients: Callable[[np.ndarray, Settings], Coefficients]
+    few_steps: bool = False
+
+
+# By the `scheduler_type` of scheduler_config.json.
+SOLVERS = {"euler": Solver(euler), "unipc": Solver(unipc), "dmd": Solver(dmd, few_steps=True)}
+
+
+def make_steps(settings: Settings, timesteps: np.ndarray, sigmas: np.ndarray) -> Steps:
+    """The tables for `timesteps` [steps] and `sigmas` [steps + 1] (float64, ending in 0)."""
+
+    def f32(x):
+        return None if x is None else jnp.asarray(x, jnp.float32)
+
+    return Steps(
+        f32(timesteps), f32(sigmas[:-1]), *map(f32, SOLVERS[settings.scheduler_type].coefficients(sigmas, settings))
+    )
 
 
 def start(sample: Float[Array, "*shape"], steps: Steps) -> SolverState:
