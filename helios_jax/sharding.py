@@ -23,7 +23,7 @@ Tree = TypeVar("Tree")
 AXES = ("data", "fsdp", "tensor", "context")
 
 # Logical axis of a parameter -> mesh axis. Attention and the feed-forward split over `tensor` between their two matrix
-# products, the residual stream over `fsdp`; what is not here (embed_out, channels, layers, None) is not split.
+# products, the residual stream over `fsdp`; axes that are not listed (embed_out, channels, layers, None) are not split.
 RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
 
 BATCH = ("data", "fsdp")  # samples are split over both

@@ -1,4 +1,4 @@
-"""Damage to the history in training, so that the model learns to live with its own mistakes (paper section 3.3).
+"""Damage to the history in training, so that the model learns to correct its own errors (paper section 3.3).
 
 Random decisions are made per sample, from a key of its own; upstream makes most of them once for a batch. A frame that
 was dropped, or that lies before the video's beginning, is zero and stays zero through every corruption.
@@ -40,9 +40,9 @@ class DropConfig:
 
 @dataclass(unsafe_hash=True)
 class BlurConfig:
-    """Sections made smaller by a factor uniform in [`smallest`, `largest`], then as large as before, bilinearly.
+    """Blur: sections are resized by a factor uniform in [`smallest`, `largest`] and back, bilinearly.
 
-    `probability` is how often a sample that is corrupted gets this and no noise.
+    `probability` is the share of corrupted samples that get blur in place of noise.
     """
 
     probability: float = 0.1
@@ -79,10 +79,10 @@ class SaturationConfig:
 class CorruptionConfig:
     """Easy anti-drifting: noise or blur, then saturation.
 
-    With probability `clean` a sample's history gets neither noise nor blur. Else it gets `blur`, as often as that says,
-    or noise: x becomes sigma * noise + (1 - sigma) * x, sigma uniform in [0, `noise`], drawn for each frame or for each
-    section. The defaults are the authors' corrections (upstream's corrupt_mode_history "random" and is_add_saturation);
-    what they released was trained with blur and saturation null.
+    With probability `clean` a sample's history gets neither noise nor blur. Else it gets `blur` with that config's
+    probability, or noise: x becomes sigma * noise + (1 - sigma) * x, sigma uniform in [0, `noise`], drawn for each
+    frame or for each section. The defaults are the authors' corrections (upstream's corrupt_mode_history "random" and
+    is_add_saturation); the released weights were trained with blur and saturation null.
     """
 
     noise: float = 1 / 3
@@ -100,8 +100,9 @@ class CorruptionConfig:
 def sections(memory: MemoryConfig) -> tuple[int, ...]:
     """The section of each history frame, oldest first: frames that are blurred or saturated alike.
 
-    Chunks counted from the last frame, what is left before them, and the last chunk in two: its first `mid` frames and
-    the rest. (So upstream's code; the split does not fall where mid begins.)
+    Chunks are counted from the last frame; frames before the first whole chunk are a section of their own. The last
+    chunk is two sections, its first `mid` frames and the rest. (As in upstream's code; the split is not where the mid
+    history begins.)
     """
     size = memory.frames_per_chunk
     tail, chunks = memory.frames % size, memory.frames // size
@@ -197,7 +198,7 @@ def _down_up(ratio: Float[Array, ""], size: int) -> Float[Array, "size size"]:
 def _resize(inputs: Array | int, outputs: Array | int, size: int) -> Float[Array, "size size"]:
     """Weights [out, in] of bilinear resizing with antialiasing, zero past the numbers of inputs and outputs.
 
-    The numbers may be traced: shapes then do not depend on what was drawn.
+    The numbers may be traced: shapes do not depend on the draws.
     """
     scale = inputs / outputs
     place = jnp.arange(size, dtype=jnp.float32) + 0.5

@@ -75,7 +75,7 @@ def enter(level: Level, sample: Float[Array, "b t h w c"], white: Float[Array, "
     return level.alpha * upsample(sample) + level.beta * block_noise(white, level.gamma)
 
 
-# Jitted, it copies: the noise is the caller's, and some solvers keep what the level began with.
+# Jitted, it copies: the noise belongs to the caller, and some solvers keep the level's first sample.
 start = jax.jit(solvers.start)
 
 
@@ -209,9 +209,9 @@ def denoise_to_exits(
 ) -> Float[Array, "b t h w c"]:
     """A chunk whose levels end early: the student's in stage 3 (inference_with_trajectory_stage2).
 
-    Sample b ends level i with the step `exits[i][b]`; the tables of `levels` are those of `exits.end_at`. The gradient
+    Sample b ends level i with the step `exits[i][b]`; `exits.end_at` makes the tables of `levels`. The gradient
     goes through each level's last step, and from there into the level below where that step is also the first.
-    `with_gradient=False` makes the same chunk by a program half as large, for a chunk that nothing is learnt from.
+    `with_gradient=False` makes the same chunk by a program half as large, where no gradient is needed.
     """
     fixed_model, fixed_conditioning = jax.lax.stop_gradient((model, conditioning))
 

@@ -1,8 +1,8 @@
 """Losses of stage 3 for the student, the critic and the discriminator (paper section 3.5).
 
-Distribution matching (arXiv 2311.18828): a made chunk is noised again; where the frozen teacher (real score) and the
-critic that follows the student (fake score) disagree about what it was made of, the student is moved. Everything random
-comes in as an argument; upstream's functions are named where they have one.
+Distribution matching (arXiv 2311.18828): a generated chunk is renoised and both scores predict its data: the frozen
+teacher (real score) and the critic that follows the student (fake score). The student moves by their difference. All
+random draws are arguments; docstrings name upstream's functions.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from helios_jax.diffusion.noising import predict_data
 
 @dataclass(unsafe_hash=True)
 class RenoiseConfig:
-    """Distribution of the noise that is added to a made chunk before it is scored (upstream's sample_dynamic_timestep).
+    """Distribution of the noise added to a generated chunk before it is scored (upstream's sample_dynamic_timestep).
 
     "uniform", or "beta" with `alpha` and `beta`, which by step `until` have become 1 along a cosine: more noise at
     first, all times alike then. The times are shifted by the number of tokens and kept within [`smallest`, `largest`].
@@ -41,7 +41,7 @@ class RenoiseConfig:
 
 @dataclass(unsafe_hash=True)
 class PenaltyConfig:
-    """Approximate R1 or R2: logits must not change when noise of deviation `sigma` is added to what they judge.
+    """Approximate R1 or R2 penalty: logits must not change when noise of deviation `sigma` is added to the latents.
 
     The squared change counts `weight` times; with `per_sigma` it is divided by sigma^2 first, a finite difference
     (upstream's aprox_r1, aprox_r2 false).
@@ -87,20 +87,21 @@ def dmd_gradient(
 ) -> Float[Array, "b t h w c"]:
     """(fake - real) / mean |made - real| of each sample, for the two scores' predictions of `made` (compute_kl_grad).
 
-    What is not finite becomes zero, as in upstream.
+    Values that are not finite become zero, as in upstream.
     """
     scale = jnp.abs(made - real).mean((1, 2, 3, 4), keepdims=True)
     return jnp.nan_to_num((fake - real) / scale)
 
 
 def dmd_loss(made: Float[Array, "b t h w c"], gradient: Float[Array, "b t h w c"]) -> Float[Array, " b"]:
-    """Half the mean square of `gradient`, whose own gradient with respect to `made` is it, over the mean's count."""
+    """Half the mean square of `gradient`; its derivative by `made` is `gradient` over the number of values."""
     target = jax.lax.stop_gradient(made - gradient)
     return 0.5 * jnp.square(made - target).mean((1, 2, 3, 4))
 
 
 def gan_loss(logits: Float[Array, "b heads"], real: bool) -> Float[Array, " b"]:
-    """softplus of logits that should be low, as they are for `real` latents, or of their negatives (cal_gan_loss)."""
+    """Softplus of the logits of `real` latents, which should be low, or of the negated logits of generated ones
+    (cal_gan_loss)."""
     return jax.nn.softplus(logits if real else -logits).mean(1)
 
 

@@ -1,8 +1,8 @@
 """Random exits: in training a level of the student ends at a step drawn at random, so that every step learns.
 
 Each level begins with noise (or the level below, upsampled and noised); a step predicts the level's result, and all but
-the last one noise it again with what the level began with: the DMD solver of `diffusion.solvers`. `denoise_to_exits`
-takes the tables that `end_at` makes (paper section 3.5).
+the last one renoise it with the level's first sample: the DMD solver of `diffusion.solvers`. `denoise_to_exits` takes
+the tables that `end_at` makes (paper section 3.5).
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ def end_at(
     first_levels: Sequence[Level],
     first: Bool[Array, " b"],
 ) -> list[Level]:
-    """Levels with tables [steps, b]: those of `first_levels` where `first`, each ending with its step of `exits`.
+    """Levels with tables [steps, b]: `first_levels` for samples that are `first`, each ending with its step of `exits`.
 
     The step at the exit results in its prediction of the data. Rows after it are not meant to be taken.
     """

@@ -74,7 +74,7 @@ def euler(sigmas: np.ndarray, settings: Settings) -> Coefficients:
 
 
 def dmd(sigmas: np.ndarray, settings: Settings) -> Coefficients:
-    """(1 - next) m + next * start point: the prediction, noised again with what the level began with."""
+    """(1 - next) m + next * start point: the prediction, renoised with the sample that the level began with."""
     return Coefficients(np.stack([np.zeros(len(sigmas) - 1), 1 - sigmas[1:]], 1), restart=sigmas[1:])
 
 

@@ -26,9 +26,9 @@ MAX_SHIFT = 7.0  # of an exponential dynamic shift in training
 class TimesConfig:
     """Distribution of times, and the weight of each time's error (the weighting schemes of the SD3 paper).
 
-    "logit_normal" and "mode" draw some times more often; "cosmap" and "sigma_sqrt" draw all alike and weight the
-    error; "none" does neither. `shift` moves times towards noise by as much as the number of tokens says: "linear" by
-    mu itself, which is what upstream's training does whatever its time_shift_type, "exponential" by exp(mu), at most 7.
+    "logit_normal" and "mode" draw some times more often; "cosmap" and "sigma_sqrt" draw uniformly and weight the
+    error; "none" does neither. `shift` moves times towards noise, further for more tokens: "linear" by
+    mu itself, as upstream's training does for every time_shift_type, "exponential" by exp(mu), at most 7.
     """
 
     weighting: Literal["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"] = "logit_normal"

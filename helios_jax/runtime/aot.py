@@ -1,8 +1,8 @@
 """Programs compiled ahead of time for devices that are not here.
 
 `tpu_topology` and `gpu_topology` give devices to compile for: put them into a `Mesh` or a sharding, give the function
-`jax.ShapeDtypeStruct`s with such shardings, and `compiled` does the rest. Nothing can be run this way, but what the
-compiler says of memory and what it makes of the program are those of the real thing.
+`jax.ShapeDtypeStruct`s with such shardings, and `compiled` does the rest. Nothing can run this way, but
+the memory analysis and the compiled program are the device's own.
 """
 
 import importlib.util
@@ -61,10 +61,10 @@ def compiled(function: Callable[..., Any], *arguments: Any, platform: str, donat
     """`function` compiled for the devices that the shardings of `arguments` name, with the options of `platform`.
 
     `arguments` are pytrees of `jax.ShapeDtypeStruct` with shardings; those numbered in `donate` may be overwritten.
-    Returns a `jax.stages.Compiled`. Raises what the compiler raises, such as RESOURCE_EXHAUSTED.
+    Returns a `jax.stages.Compiled`. Passes on the compiler's errors, such as RESOURCE_EXHAUSTED.
     """
     sharding = jax.tree.leaves(arguments)[0].sharding
-    # A new function: what jax keeps of an earlier trace may hold another device's kernels.
+    # A new function: jax's cache of an earlier trace may hold another device's kernels.
     jitted = jax.jit(lambda *args: function(*args), donate_argnums=donate, compiler_options=compiler_options(platform))
     mesh = getattr(sharding, "mesh", None)
     with nullcontext() if mesh is None else jax.set_mesh(mesh), compiling_for(next(iter(sharding.device_set))):

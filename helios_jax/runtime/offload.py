@@ -21,9 +21,9 @@ def in_host_memory(shardings: Tree) -> Tree:
 
 
 def on_device(model: Tree) -> Tree:
-    """`model` where programs read it: itself, or a copy of what waits in the host's memory.
+    """`model` in device memory: itself, or a copy if it waits in the host's memory.
 
-    The copy's memory is free again when the caller lets go of it and what was computed with it is done.
+    The copy's memory is free again when the caller drops it and the programs that use it are done.
     """
 
     def place(x: jax.Array) -> jax.Array:

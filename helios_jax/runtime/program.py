@@ -17,16 +17,16 @@ Result = TypeVar("Result")
 
 
 class Program(Generic[Model, P, Result]):
-    """`function` under `jax.jit` with `options` and those of the device, which is asked for at the first call only.
+    """`function` under `jax.jit` with `options` and the device's own, which are looked up at the first call.
 
-    A model that is split over a mesh brings it along, as kernels ask which there is (`jax.set_mesh`). Where it has no
-    array of less than float32, products are not either (`compilation.precise`).
+    The mesh that a model is split over is set for the call, since kernels read it (`jax.set_mesh`). For a model in
+    float32, products are computed in float32, too (`compilation.precise`).
     """
 
     def __init__(self, function: Callable[Concatenate[Model, P], Result], options: dict[str, Any]):
         update_wrapper(self, function)
 
-        # One for each structure: jit would compare that of a large model with the ones it knows at every call.
+        # One for each tree structure: jit would compare a large model's structure with the known ones at every call.
         @cache
         def jitted(structure: Any) -> Any:
             @wraps(function)  # `options` name arguments
@@ -55,7 +55,7 @@ class Program(Generic[Model, P, Result]):
 def program(
     **options: Any,
 ) -> Callable[[Callable[Concatenate[Model, P], Result]], Program[Model, P, Result]]:
-    """A decorator that makes a `Program`; `options` are those of `jax.jit`."""
+    """A decorator that makes a `Program`; `options` go to `jax.jit`."""
     return lambda function: Program(function, options)
 
 

@@ -7,13 +7,13 @@ Prompt = str | Sequence[str]
 
 
 def check_output_type(output_type: str) -> None:
-    """Raises ValueError for what frames cannot be given as."""
+    """Raises ValueError for an unknown output type."""
     if output_type not in ("np", "latent"):
         raise ValueError(f'output_type must be "np" or "latent", got {output_type!r}')
 
 
 def make_seeds(seed: int | Sequence[int], prompts: int, videos: int) -> list[int]:
-    """One seed per video: those of each prompt count on from `seed`, unless every video has its own."""
+    """One seed per video: each prompt's videos count on from `seed`, unless every video has its own."""
     if isinstance(seed, int):
         return [seed + i for i in range(videos)] * prompts
     if len(seed) != prompts * videos:

@@ -35,8 +35,8 @@ def preprocess_image(image: ImageInput, height: int, width: int) -> Float[np.nda
     """An image as the VAE takes it: one RGB frame in [-1, 1] of the size asked for, its proportions not kept.
 
     `image` is a file (upright by its EXIF data), a PIL image (as it is), or an array [h, w, 3], uint8 or floats in
-    [0, 1]. Every kind is resized by Lanczos. With PIL images that is what diffusers' `VideoProcessor` does, bit for
-    bit; of arrays it takes the nearest pixels, which aliases, and it does not scale uint8: there we differ.
+    [0, 1]. Every kind is resized by Lanczos. For PIL images the result is diffusers' `VideoProcessor`'s, bit for bit.
+    For arrays we differ: it takes the nearest pixels, which aliases, and does not scale uint8.
 
     Raises ValueError or FileNotFoundError, in one line, for anything else.
     """
@@ -133,7 +133,8 @@ def prepare_videos(
     A list of images is one video, a list of files is as many. However long a file is, only what reaches the memory is
     held, and resized. `fps` as in `preprocess_video`.
 
-    Raises ValueError or FileNotFoundError, in one line, for what cannot be read and for less than a chunk of frames.
+    Raises ValueError or FileNotFoundError, in one line, for files that cannot be read and for less than a chunk of
+    frames.
     """
     many = (_is_list(video) and len(video) > 0 and not _is_frame(video[0])) or (
         isinstance(video, np.ndarray) and video.ndim == 5
@@ -191,7 +192,7 @@ def from_video(
 ) -> History:
     """The video's first frame as the anchor, its last latents as the history, zeros before them if they are few.
 
-    The video is cut into chunks from its end, what is left at its beginning is dropped. `clip` is `prepare_videos`'.
+    The video is cut into chunks from its end; frames left at its beginning are dropped. `clip` is `prepare_videos`'.
     One video serves `batch` videos, with random draws for each.
     """
     posterior = _encode_still(vae, clip.first, memory)
@@ -221,7 +222,7 @@ def _posterior(vae: AutoencoderKLWan, pixels: Float[Array, "n t h w 3"]) -> Post
 
 
 def _encode_still(vae: AutoencoderKLWan, pixels: Float[np.ndarray, "n 1 h w 3"], memory: MemoryConfig) -> Posterior:
-    """A chunk that repeats one frame. The VAE is causal: the first latent is that of the frame alone."""
+    """A chunk that repeats one frame. The VAE is causal: the first latent depends on the first frame alone."""
     return _posterior(vae, jnp.repeat(jnp.asarray(pixels), _chunk_frames(memory, vae.config), 1))
 
 

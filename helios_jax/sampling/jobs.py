@@ -1,4 +1,4 @@
-"""The videos of one run of sample.py: one, several seeds of it, or those of a CSV file."""
+"""The videos of one run of sample.py: one, several seeds of one, or all rows of a CSV file."""
 
 import csv
 import dataclasses
@@ -14,13 +14,13 @@ from helios_jax.sampling.options import SampleConfig, Switch
 
 COLUMNS = ("id", "prompt_index", "prompt", "refined_prompt", "negative_prompt", "seed", "num_frames", "duration")
 INPUTS = {"image": "image", "image_name": "image", "video": "video", "video_name": "video"}
-# What a video is made of; the other fields of a config say where it goes.
+# Fields that say where a video goes; all others decide what is in it.
 ELSEWHERE = ("csv", "ids", "interpolate_time", "naming", "num_videos_per_prompt", "out", "format", "state", "resume")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video: `name` for messages, the config with everything of its own filled in, and where it goes."""
+    """One video: its `name` in messages, its whole config, and the path of its file."""
 
     name: str
     config: SampleConfig

@@ -161,7 +161,7 @@ def takes_options(function: Function) -> Function:
 
 @dataclass
 class SampleConfig(Options):
-    """One run of sample.py: a video, or with `csv` many; the rest of its fields are those of `Options`.
+    """One run of sample.py: a video, or with `csv` many; it adds prompts, inputs and files to `Options`.
 
     A CSV has a row per video with columns prompt (or refined_prompt), and as far as wanted id, negative_prompt, image
     (or image_name), video (or video_name), seed and num_frames (or duration). With a column prompt_index the rows of an

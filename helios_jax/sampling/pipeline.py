@@ -81,8 +81,8 @@ class HeliosPipeline:
     ) -> "HeliosPipeline":
         """The pipeline in a diffusers folder, a hub repository (at a `revision`) or an opened checkpoint.
 
-        `transformer` is the subfolder with the transformer: released repositories also have those of other stages,
-        such as transformer_ode. `dtype` is that of the transformer and the text encoder: bfloat16 where there is an
+        `transformer` is the subfolder with the transformer: released repositories also hold those of other stages, such
+        as transformer_ode. `dtype` is for the transformer and the text encoder: bfloat16 where there is an
         accelerator and float32 on CPU unless given. `vae_dtype` is the VAE's: `dtype` or, on CPU,
         float32. `stacked` keeps transformer blocks stacked and scanned (the default on TPU) or as a list (elsewhere).
         With `offload_text_encoder` (the default where there is an accelerator) the text encoder, 11 GB of the released
@@ -142,20 +142,21 @@ class HeliosPipeline:
         options: Options | None = None,
         **changes: Any,
     ) -> HeliosPipelineOutput:
-        """Videos of all prompts, all chunks in one program. Names and meanings are those of diffusers' pipelines.
+        """Videos of all prompts, all chunks in one program. Names and meanings are as in diffusers' pipelines.
 
         Args:
             prompt, negative_prompt: one string, or one per video.
-            image: what the videos begin with: a PIL image, an array [h, w, 3] or a file; or a list of one per prompt.
-            video: what the videos continue: a list of PIL images, uint8 [t, h, w, 3] or a file, at least a chunk long.
-                Without image and video the task is text to video.
+            image: the picture that the videos begin with: a PIL image, an array [h, w, 3] or a file; or a list of one
+                per prompt.
+            video: the video that they continue: a list of PIL images, uint8 [t, h, w, 3] or a file, at least a chunk
+                long. Without image and video the task is text to video.
             switches: prompts that take over at later chunks.
             num_videos_per_prompt: videos of each prompt, in a row.
             output_type: "np" for float32 frames [b, t, h, w, 3] in [0, 1]; "latent" for the latents [b, t, h, w, c] of
                 whole chunks, without the history they began with.
             seed: of each prompt's first video, the next ones count on; or one per video. A video does not depend on
                 the others of its batch.
-            noise: where random numbers come from instead; it has `normal(site, shape)` and `uniform(site, shape)`.
+            noise: a source of random numbers in place of seeds, with `normal(site, shape)` and `uniform(site, shape)`.
             options: all options together; those given by name replace its values.
 
         Raises:

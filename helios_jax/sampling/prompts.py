@@ -8,7 +8,7 @@ from helios_jax.sampling.options import Options, Switch
 
 # Prompts of a batch, one per video.
 Prompts = tuple[str, ...]
-# What a chunk's embedding is a sum of: prompts and their weights, which add up to 1.
+# Prompts of a chunk and their weights, which add up to 1: its embedding is the weighted sum.
 Mixture = tuple[tuple[Prompts, float], ...]
 
 
@@ -28,10 +28,10 @@ class Schedule:
     entries: tuple[Entry, ...]
 
     def mixture(self, chunk: int) -> Mixture:
-        """The weights of `chunk`: those of the fade are linspace(0, 1, crossfade), upstream's rule.
+        """The weights of `chunk`: a fade's are linspace(0, 1, crossfade), upstream's rule.
 
         So a fade over N chunks begins with a chunk of the text before and ends with one of the new text. A switch
-        during a fade fades from what was reached.
+        during a fade starts from the weights reached.
         """
         *before, last = (entry for entry in self.entries if entry.chunk <= chunk)
         position = chunk - last.chunk
@@ -43,7 +43,7 @@ class Schedule:
         return tuple((prompts, w) for prompts, w in weights.items() if w > 0)
 
     def switch(self, entry: Entry) -> "Schedule":
-        """With `entry`; what was planned for its chunk or later is dropped."""
+        """The schedule with `entry`; entries planned for its chunk or later are dropped."""
         return Schedule((*(e for e in self.entries if e.chunk < entry.chunk), entry))
 
     def prune(self, chunk: int) -> "Schedule":

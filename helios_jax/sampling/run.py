@@ -32,7 +32,7 @@ PACKAGES = ("helios_jax", "jax", "flax", "numpy")
 def run(config: SampleConfig) -> int:
     """Makes every video of a config; returns sample.py's exit code.
 
-    Raises ValueError, in one line and before weights are read, for what cannot be done.
+    Raises ValueError, in one line and before weights are read, for a run that is not possible.
     """
     begin = time.monotonic()
     checkpoint = Checkpoint.open(config.model, transformer=config.transformer)
@@ -171,7 +171,7 @@ def _start(
 
 
 def _figures(begin: float, times: Sequence[float], frames: int) -> dict[str, str]:
-    """Figures of a run. The first chunk includes compiling; the seconds a chunk are those of the later ones."""
+    """Figures of a run. The first chunk includes compilation; the seconds a chunk leave it out."""
     figures = {}
     if times:
         figures["time to first chunk"] = f"{times[0] - begin:.2f} s"

@@ -1,4 +1,4 @@
-"""A video that is made chunk by chunk, may never end, changes its text on the way, and can be put away and resumed."""
+"""Streams: videos made chunk by chunk, without end if asked for, with prompts that change, saved and resumed."""
 
 import dataclasses
 import json
@@ -29,9 +29,9 @@ STATE_FORMAT = "helios_jax stream 1"
 
 @dataclass(frozen=True)
 class Call:
-    """Everything that a call's arguments decide: what a chunk is made from, and where to begin.
+    """Inputs of every chunk of a call, made from its arguments.
 
-    `first` chunks have been made already; `history` is what they left. `identity` says which checkpoint it was.
+    `first` chunks have been made already, and `history` follows them. `identity` names the checkpoint.
     """
 
     plan: Plan
@@ -65,7 +65,7 @@ class Call:
 
 
 class Stream:
-    """An iterator of what `finish` makes of each chunk's latents, as numpy: `HeliosPipeline.stream` and `resume`.
+    """An iterator over chunks, `finish(latents)` as numpy arrays: `HeliosPipeline.stream` and `resume` return one.
 
     The next chunk is queued before one is handed out: a slow caller does not stall the device. A chunk that has begun
     keeps its text.
@@ -130,7 +130,7 @@ class Stream:
         return entry.chunk
 
     def save_state(self, path: str | os.PathLike) -> None:
-        """Writes what `HeliosPipeline.resume` goes on from, after the chunk that was yielded last; a few MB.
+        """Writes the state after the chunk that was yielded last, a few MB: `HeliosPipeline.resume` goes on from it.
 
         The file is whole or absent, whenever the process ends. Raises ValueError when the call's noise was not seeded.
         """

@@ -1,4 +1,4 @@
-"""Prompts to what the transformer attends to: each text is encoded once, keys and values once per text in a row."""
+"""Prompts to keys and values: each text is encoded once, and projected once for chunks in a row that share it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,7 +52,7 @@ class Texts:
         self._last: tuple[Mixture, Any] | None = None
 
     def encode(self, batches: Sequence[Prompts]) -> None:
-        """Encodes all that are not known yet; a batch is one prompt per video."""
+        """Encodes the batches that are new; a batch is one prompt per video."""
         for prompts in batches:
             if prompts not in self._known:
                 self._known[prompts] = self._embed(prompts)
@@ -74,7 +74,7 @@ class Texts:
         return jnp.concatenate([out, self._known[self.negatives]]) if self.negatives else out
 
     def kv(self, mixture: Mixture) -> Any:
-        """Keys and values of `embeddings(mixture)`; those of the mixture that was asked for last are kept."""
+        """Keys and values of `embeddings(mixture)`; the last mixture's are kept."""
         if self._last is None or self._last[0] != mixture:
             self._last = None  # room for the new ones
             self._last = (mixture, text_kv(self._transformer, self.embeddings(mixture)))
