@@ -99,13 +99,7 @@ class Ours:
         size, positions = self.size, self.text.shape[1]
         pt, ph, pw = size.transformer.patch_size
         _, h, w, _ = self.sizes[-1]
-        memory = self.plan.memory
-        tokens = (h // ph) * (w // pw)
-
-        def coarse(frames: int, pool: int) -> int:
-            return -(-frames // pt // pool) * -(-h // ph // pool) * -(-w // pw // pool)
-
-        history = (memory.recent + 1) * tokens + coarse(memory.mid, 2) + coarse(memory.long, 4)
+        history = self.plan.memory.num_tokens(h, w, (pt, ph, pw))
         found = {
             f"pass {h}": flops.transformer_pass(size.transformer, (t // pt) * (h // ph) * (w // pw), history, positions)
             for t, h, w, _ in self.sizes

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
-from flax import nnx, struct
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -15,32 +15,12 @@ from helios_jax.models.layers import Linear, Shapes, layer_norm, normal, param, 
 from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.transformer.block import Block, TextKV, TransformerConfig
 from helios_jax.models.transformer.embeddings import ConditionEmbedder, Patches, coarser
+from helios_jax.models.transformer.history import MEMORY_PATCHES, SCALES, FrameIndices, HistoryLatents, Scale, kernel
 from helios_jax.models.transformer.packing import Packing
 from helios_jax.models.transformer.remat import BLOCK_INPUT, Remat, policy
 from helios_jax.models.transformer.rope import Rotary, pad_replicate, rotary
 
-
-# The fields of the next two are not annotated with shapes: jax puts things that are no arrays into pytrees, too.
-@struct.dataclass
-class HistoryLatents:
-    """Clean latents that condition the noisy ones, [b, t, h, w, c] at full resolution; mid and long may be absent."""
-
-    short: Any
-    mid: Any = None
-    long: Any = None
-
-
-@struct.dataclass
-class FrameIndices:
-    """Temporal positions of every part's frames, int [b, t], or [1, t] when all samples share them."""
-
-    noisy: Any
-    short: Any = None
-    mid: Any = None
-    long: Any = None
-
-
-# Those of all blocks: one array each when the blocks are stacked, else a tuple over blocks.
+# Keys and values of all blocks: one array each when the blocks are stacked, else a tuple over blocks.
 TextCache = (
     tuple[Float[Array, "layers b m heads head_dim"], Float[Array, "layers b m heads head_dim"]] | tuple[TextKV, ...]
 )
@@ -75,12 +55,10 @@ class Transformer(nnx.Module):
         self.implementations = DEVICE  # of calls that name none
         patch, dim = config.patch_size, config.dim
 
-        def patches(scale: int) -> Patches:
-            return Patches(config.in_channels, dim, tuple(scale * p for p in patch), rngs=rngs)
-
-        self.patch_embedding = patches(1)
+        self.patch_embedding = Patches(config.in_channels, dim, patch, rngs=rngs)
         if config.has_multi_term_memory_patch:
-            self.patch_short, self.patch_mid, self.patch_long = patches(1), patches(2), patches(4)
+            for name, scale in MEMORY_PATCHES.items():
+                setattr(self, name, Patches(config.in_channels, dim, kernel(patch, scale), rngs=rngs))
         self.condition_embedder = ConditionEmbedder(config.freq_dim, config.text_dim, config.dim, rngs=rngs)
         if stacked:
             keys = jax.random.split(rngs.params(), config.num_layers)
@@ -227,27 +205,21 @@ class Transformer(nnx.Module):
     def _tokens(
         self, latents: tuple[Array, ...], history: HistoryLatents | None, indices: FrameIndices
     ) -> tuple[Float[Array, "b n d"], Rotary, Packing]:
-        """Tokens in the order long, mid, short, noisy (the history once for each of the latents), with their rotary
+        """Tokens of the history, far to near (once for each of the latents), then the noisy ones; with their rotary
         tables."""
-        dims, theta = self.config.rope_dim, self.config.rope_theta
-        patch = self.config.patch_size
+        dims, theta, patch = self.config.rope_dim, self.config.rope_theta, self.config.patch_size
 
-        def grid(frames, x, pool=1):
-            return rotary(jnp.asarray(frames), *x.shape[2:4], dims=dims, theta=theta, pool=pool)
+        def tokens_of(patches: Patches, frames: Array, at: Any, scale: Scale = (1, 1, 1)) -> tuple[Array, Rotary]:
+            height, width = (size // p for size, p in zip(frames.shape[2:4], patch[1:]))
+            table = rotary(jnp.asarray(at), height, width, dims=dims, theta=theta, pool=scale)
+            return patches(pad_replicate(frames, kernel(patch, scale))), table
 
-        past = []
-        if history is not None:
-            short = self.patch_short(history.short)
-            past.append((short, grid(indices.short, short)))
-            for scale, conv, frames, at in (
-                (2, "patch_mid", history.mid, indices.mid),
-                (4, "patch_long", history.long, indices.long),
-            ):
-                if frames is not None:
-                    padded = pad_replicate(frames, tuple(scale * p for p in patch))
-                    past.append((getattr(self, conv)(padded), grid(at, short, pool=scale)))
-        past.reverse()
-        noisy = [(x, grid(indices.noisy, x)) for x in map(self.patch_embedding, latents)]
+        past = [
+            tokens_of(getattr(self, f"patch_{part}"), frames, getattr(indices, part), scale)
+            for part, scale in reversed(SCALES.items())
+            if (frames := getattr(history, part, None)) is not None
+        ]
+        noisy = [tokens_of(self.patch_embedding, x, indices.noisy) for x in latents]
         packing = Packing(
             history=sum(math.prod(x.shape[1:4]) for x, _ in past),
             noisy=tuple(math.prod(x.shape[1:4]) for x, _ in noisy),
@@ -269,12 +241,8 @@ def _shared_batch(tables: list) -> tuple[list, list]:
     return [spread(cos) for cos, _ in tables], [spread(sin) for _, sin in tables]
 
 
-# How much coarser than the patch embedding each part of the history is.
-MEMORY_PATCHES = {"patch_short": 1, "patch_mid": 2, "patch_long": 4}
-
-
 def init_memory_patches(model: Transformer) -> Transformer:
-    """Short, mid and long patches start as the patch embedding: upstream's initialisation from Wan's weights."""
+    """The history's patches start as the patch embedding: upstream's initialisation from Wan's weights."""
     for name, scale in MEMORY_PATCHES.items():
         patches = getattr(model, name)
         patches.weight[...], patches.bias[...] = coarser(model.patch_embedding, scale)
