@@ -165,8 +165,7 @@ def measure(
     size, notes = SIZES[size_name], []
     check_implementations(implementations, size.transformer, dtype)
     chunks = chunks or size.chunks
-    pipe = make(size, dtype, stacked=jax.default_backend() == "tpu")
-    pipe.transformer.implementations = implementations
+    pipe = make(size, dtype, stacked=jax.default_backend() == "tpu", implementations=implementations)
     ours = Ours(pipe, size, chunks)
     rate = flops.matmul_rate(2048 if jax.default_backend() == "cpu" else 8192, dtype, best)
     say(f"weights made; products of {jnp.dtype(dtype).name} matrices: {rate / 1e12:.3g} TFLOP/s")

@@ -43,16 +43,23 @@ class Transformer(nnx.Module):
 
     `stacked=True` keeps the blocks as one block whose parameters have a leading layer dimension, run by `lax.scan`:
     short compilation, for training and TPUs. Otherwise blocks are a list and are unrolled: no copies of stacked
-    weights, for inference on GPUs. The files and the numbers are the same.
+    weights, for inference on GPUs. The files and the numbers are the same. `implementations` are those of calls that
+    name none.
     """
 
     FILE_NAMES = (("ffn.up", "ffn.net.0.proj"), ("ffn.down", "ffn.net.2"), ("to_out", "to_out.0"))
     FLOAT32 = ("time_embedder", "scale_shift_table", "norm2", "history_key_scale")
     TIED: ClassVar = {"scale_shift_table": "norm_out.scale_shift_table"}  # Wan's name, and ours
 
-    def __init__(self, config: TransformerConfig, *, stacked: bool = False, rngs: nnx.Rngs):
-        self.config = config
-        self.implementations = DEVICE  # of calls that name none
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        stacked: bool = False,
+        implementations: Implementations = DEVICE,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.implementations = config, implementations
         patch, dim = config.patch_size, config.dim
 
         self.patch_embedding = Patches(config.in_channels, dim, patch, rngs=rngs)
@@ -60,11 +67,15 @@ class Transformer(nnx.Module):
             for name, scale in MEMORY_PATCHES.items():
                 setattr(self, name, Patches(config.in_channels, dim, kernel(patch, scale), rngs=rngs))
         self.condition_embedder = ConditionEmbedder(config.freq_dim, config.text_dim, config.dim, rngs=rngs)
-        if stacked:
-            keys = jax.random.split(rngs.params(), config.num_layers)
-            self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(keys)
+        layers = config.num_layers
+        if not stacked:
+            self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(layers)])
+        elif isinstance(rngs, Shapes):
+            block = Block(config, rngs=rngs)
+            self.blocks = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), block)
         else:
-            self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+            keys = jax.random.split(rngs.params(), layers)
+            self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(keys)
         self.norm_out = OutputNorm(config, rngs=rngs)
         values = config.out_channels * patch[0] * patch[1] * patch[2]
         self.proj_out = Linear(dim, values, axes=("embed", None), init=zeros, rngs=rngs)
@@ -75,13 +86,11 @@ class Transformer(nnx.Module):
         return self.patch_embedding.weight.dtype
 
     @classmethod
-    def abstract(cls, config: TransformerConfig, *, stacked: bool = False) -> "Transformer":
+    def abstract(
+        cls, config: TransformerConfig, *, stacked: bool = False, implementations: Implementations = DEVICE
+    ) -> "Transformer":
         """The model with shapes in place of arrays."""
-        model = cls(config, rngs=Shapes())
-        if stacked:
-            block, layers = Block(config, rngs=Shapes()), config.num_layers
-            model.blocks = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), block)
-        return model
+        return cls(config, stacked=stacked, implementations=implementations, rngs=Shapes())
 
     def text_kv(self, embeddings: Float[Array, "b m text_dim"]) -> TextCache:
         """Every block's keys and values of the text: they depend on the prompt alone, so one call serves all steps."""
