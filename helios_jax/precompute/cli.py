@@ -119,7 +119,7 @@ def _ode(args: argparse.Namespace, share: Share) -> None:
 
 def _folders(args: argparse.Namespace, *parts: str) -> list[Path]:
     """The folders --vae and --text name, or those of --model."""
-    given = [getattr(args, part) for part in parts]
+    given = [folder and pretrained.local(folder) for folder in (getattr(args, part) for part in parts)]
     if args.model is None:
         if None in given:
             raise ValueError(f"name {' and '.join(f'--{part}' for part in parts)}, or a --model that has them")
