@@ -51,7 +51,7 @@ class Track:
     position: Float[np.ndarray, "t 2"]  # (y, x) of the best shape, pixels of a 64x64 frame
     foreground: Float[np.ndarray, "t 3"]  # mean RGB inside the best shape, 0 to 1
     background: Float[np.ndarray, "t 3"]  # mean RGB away from it
-    unevenness: Float[np.ndarray, "t"]  # standard deviation of the background, over pixels and channels
+    unevenness: Float[np.ndarray, " t"]  # standard deviation of the background, over pixels and channels
 
     def __getitem__(self, frames: slice) -> "Track":
         return Track(*(getattr(self, field.name)[frames] for field in fields(self)))
@@ -246,7 +246,7 @@ def _movement(track: Track) -> Float[np.ndarray, "spans 2"]:
     return (track.position[span:] - track.position[:-span]) / span
 
 
-def _excess(track: Track, target: toy.Attributes) -> Float[np.ndarray, "t-1"]:
+def _excess(track: Track, target: toy.Attributes) -> Float[np.ndarray, " t-1"]:
     """By how much each step is longer than the target's speed allows."""
     steps = np.linalg.norm(np.diff(track.position, axis=0), axis=1)
     return np.maximum(steps - toy.SPEEDS[target.speed], 0)
