@@ -4,6 +4,7 @@
 the later winning. Each value is merged on its own, so an error names the file or override it came from. A dataclass
 states what its values may be in `__post_init__`: a `ValueError` whose message starts with the field's name.
 An optional part is None or a value: `null` leaves it out, `{}` takes its defaults.
+A path that is not here is looked up among the configs that come with the package (`find`).
 """
 
 import dataclasses
@@ -19,13 +20,17 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 T = TypeVar("T")
 
+SUFFIXES = (".yaml", ".yml")
+# In an installed package the configs lie in it, in a checkout beside it.
+PACKAGED = tuple(folder / "configs" for folder in (Path(__file__).parent, Path(__file__).parent.parent))
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message is one line: where, which key, the rule, the remedy."""
 
 
 def load(path: str | Path, overrides: Sequence[str], schema: type[T], flags: Mapping[str, Any] | None = None) -> T:
-    """An instance of the dataclass `schema`: its defaults, the YAML file at `path` over its bases, then `overrides`.
+    """An instance of the dataclass `schema`: its defaults, the YAML file `path` over its bases, then `overrides`.
 
     `flags` are values of top-level fields as a person typed them (strings, or lists and dicts of them), taken
     literally; they win over everything.
@@ -36,7 +41,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[T], flags: Map
     merged = OmegaConf.structured(schema)
     sources: dict[str, str] = {}
     typed = [(f"--{name.replace('_', '-')}", {name: _literal(value)}) for name, value in (flags or {}).items()]
-    for source, values in [*_files(Path(path)), *map(_override, overrides), *typed]:
+    for source, values in [*_files(find(path)), *map(_override, overrides), *typed]:
         for key, value in _leaves(values):
             merged = _merge(merged, key, value, source, schema)
             sources[key] = source
@@ -45,6 +50,28 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[T], flags: Map
     except OmegaConfBaseException as e:
         raise ConfigError(f"{path}: {getattr(e, 'full_key', None)}: {_first_line(e)}") from None
     return _build(schema, merged, values, "", sources, str(path))
+
+
+def find(path: str | Path) -> Path:
+    """The file at `path`, or the config of that name in the package: configs/toy/sample.yaml is also toy/sample.
+
+    Raises ConfigError when there is neither.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    folder = next((folder for folder in PACKAGED if folder.is_dir()), None)
+    name = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
+    name = name if name.suffix in SUFFIXES else Path(f"{name}{SUFFIXES[0]}")
+    if folder is not None and (folder / name).is_file():
+        return folder / name
+    near = nearest(path.name, _names(path.parent))
+    known = [] if near or folder is None else [str(file.relative_to(folder)) for file in sorted(folder.rglob("*.yaml"))]
+    raise ConfigError(f"{path}: no such file{near or nearest(str(name), known)}")
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("*.y*ml")] if folder.is_dir() else []
 
 
 def save(config: Any, path: str | Path) -> None:
@@ -83,8 +110,7 @@ def _files(path: Path) -> list[tuple[str, dict]]:
     named_by = ""
     while True:
         if not path.is_file():
-            near = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-            raise ConfigError(f"{path}: no such file{named_by}{near}")
+            raise ConfigError(f"{path}: no such file{named_by}{nearest(path.name, _names(path.parent))}")
         if path.resolve() in seen:
             raise ConfigError(f"{path}: its chain of `base:` files comes back to itself; remove one `base:`")
         seen.add(path.resolve())

@@ -159,8 +159,7 @@ def vae(size: Size, say: Say) -> None:
 
 def end_to_end(size: Size, say: Say, implementations: Implementations) -> None:
     """Whole videos of `CHUNKS` chunks: seconds a chunk and frames a second; the passes that they are made of."""
-    pipe = make(size, _dtype(), stacked=jax.default_backend() == "tpu")
-    pipe.transformer.implementations = implementations
+    pipe = make(size, _dtype(), stacked=jax.default_backend() == "tpu", implementations=implementations)
     ours = throughput.Ours(pipe, size, CHUNKS)
     for steps in throughput.STEPS:
         name = "+".join(map(str, steps))
@@ -187,8 +186,7 @@ def _pace(times: list[float], frames: int) -> dict[str, Any]:
 
 def reference(size: Size, say: Say, implementations: Implementations, *, compiled: bool = False) -> None:
     """diffusers' pipeline with the same weights, and how far ours is from it; alone if `compiled` by torch.compile."""
-    pipe = make(size, _dtype(), stacked=False)
-    pipe.transformer.implementations = implementations
+    pipe = make(size, _dtype(), stacked=False, implementations=implementations)
     theirs = Reference(pipe, size)
     say(what="versions", **theirs.versions)
     if compiled:

@@ -99,13 +99,7 @@ class Ours:
         size, positions = self.size, self.text.shape[1]
         pt, ph, pw = size.transformer.patch_size
         _, h, w, _ = self.sizes[-1]
-        memory = self.plan.memory
-        tokens = (h // ph) * (w // pw)
-
-        def coarse(frames: int, pool: int) -> int:
-            return -(-frames // pt // pool) * -(-h // ph // pool) * -(-w // pw // pool)
-
-        history = (memory.recent + 1) * tokens + coarse(memory.mid, 2) + coarse(memory.long, 4)
+        history = self.plan.memory.num_tokens(h, w, (pt, ph, pw))
         found = {
             f"pass {h}": flops.transformer_pass(size.transformer, (t // pt) * (h // ph) * (w // pw), history, positions)
             for t, h, w, _ in self.sizes
@@ -171,8 +165,7 @@ def measure(
     size, notes = SIZES[size_name], []
     check_implementations(implementations, size.transformer, dtype)
     chunks = chunks or size.chunks
-    pipe = make(size, dtype, stacked=jax.default_backend() == "tpu")
-    pipe.transformer.implementations = implementations
+    pipe = make(size, dtype, stacked=jax.default_backend() == "tpu", implementations=implementations)
     ours = Ours(pipe, size, chunks)
     rate = flops.matmul_rate(2048 if jax.default_backend() == "cpu" else 8192, dtype, best)
     say(f"weights made; products of {jnp.dtype(dtype).name} matrices: {rate / 1e12:.3g} TFLOP/s")

@@ -53,18 +53,22 @@ def _count(jaxpr: Jaxpr) -> int:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            depth = math.prod(equation.invars[0].aval.shape[i] for i in contracted)
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * depth
+            depth = math.prod(_shape(equation.invars[0])[i] for i in contracted)
+            total += 2 * math.prod(_shape(equation.outvars[0])) * depth
         elif equation.primitive.name == "conv_general_dilated":
-            weight = equation.invars[1].aval.shape
+            weight = _shape(equation.invars[1])
             outputs = weight[equation.params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(weight) // outputs
+            total += 2 * math.prod(_shape(equation.outvars[0])) * math.prod(weight) // outputs
         elif equation.primitive.name == "cond":  # one way or another of computing the same
             total += max(_count(branch.jaxpr) for branch in equation.params["branches"])
         else:
             inner = sum(map(_count, _bodies(equation.params)))
             total += inner * equation.params.get("length", 1) if equation.primitive.name == "scan" else inner
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return variable.aval.shape
 
 
 def _bodies(params: dict[str, Any]) -> list[Jaxpr]:

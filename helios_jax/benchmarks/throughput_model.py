@@ -15,6 +15,7 @@ from flax import nnx
 import helios_jax
 from helios_jax.diffusion.schedule import DMDSchedulerConfig
 from helios_jax.models.layers import Shapes
+from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
@@ -63,10 +64,11 @@ SIZES = {
 }
 
 
-def make(size: Size, dtype: Any, *, stacked: bool) -> HeliosPipeline:
+def make(size: Size, dtype: Any, *, stacked: bool, implementations: Implementations = DEVICE) -> HeliosPipeline:
     """The pipeline with weights drawn in `dtype`, at a scale that keeps activations near one."""
 
-    transformer = fill(Transformer.abstract(size.transformer, stacked=stacked), dtype, 0)
+    abstract = Transformer.abstract(size.transformer, stacked=stacked, implementations=implementations)
+    transformer = fill(abstract, dtype, 0)
     vae = fill(AutoencoderKLWan(size.vae, rngs=Shapes()), dtype, 1)
     text = fill(UMT5Encoder(size.text_encoder, rngs=Shapes()), dtype, 2)
     scheduler = DMDSchedulerConfig(use_dynamic_shifting=True)

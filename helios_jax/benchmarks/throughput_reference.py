@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from helios_jax.benchmarks.throughput_model import PROMPT, TOKENIZER, Size
-from helios_jax.models.transformer import FrameIndices, HistoryLatents
+from helios_jax.models.transformer import SCALES, FrameIndices, HistoryLatents
 from helios_jax.pretrained.layout import file_entries
 from helios_jax.sampling.pipeline import HeliosPipeline
 
@@ -176,12 +176,8 @@ class Reference:
                 timestep=torch.tensor([timestep], device=self.device),
                 encoder_hidden_states=torch.from_numpy(np.array(text, np.float32)).to(self.device, model.dtype),
                 indices_hidden_states=frames(indices.noisy),
-                indices_latents_history_short=frames(indices.short),
-                indices_latents_history_mid=frames(indices.mid),
-                indices_latents_history_long=frames(indices.long),
-                latents_history_short=video(history.short),
-                latents_history_mid=video(history.mid),
-                latents_history_long=video(history.long),
+                **{f"indices_latents_history_{part}": frames(getattr(indices, part)) for part in SCALES},
+                **{f"latents_history_{part}": video(getattr(history, part)) for part in SCALES},
                 return_dict=False,
             )[0]
         return out.float().movedim(1, -1).cpu().numpy()

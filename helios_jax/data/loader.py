@@ -147,26 +147,6 @@ def _begin_worker(worker: int, workers: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-class Together:
-    """Several loaders combined: a batch is a dict with one batch of each, and all share one position."""
-
-    def __init__(self, **parts: Batches):
-        self._parts = parts
-
-    def __iter__(self) -> "Together":
-        return self
-
-    def __next__(self) -> dict[str, Any]:
-        return {name: next(part) for name, part in self._parts.items()}
-
-    def get_state(self) -> dict[str, Any]:
-        return {name: part.get_state() for name, part in self._parts.items()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        for name, part in self._parts.items():
-            part.set_state(state[name])
-
-
 def clip_transform(num_frames: int) -> Transform:
     """A transform that cuts `num_frames` consecutive frames, from a random start, out of `video` [t, h, w, c]."""
 

@@ -8,6 +8,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from helios_jax.models.transformer import FrameIndices, HistoryLatents
+from helios_jax.models.transformer.history import num_tokens
 
 
 @dataclass(unsafe_hash=True)
@@ -37,7 +38,17 @@ class MemoryConfig:
     @property
     def frames(self) -> int:
         """Latent frames in the window, without the anchor."""
-        return self.long + self.mid + self.recent
+        return sum(self.parts.values())
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Latent frames of each part of the window, from far to near, without the anchor, which joins the short one."""
+        return {"long": self.long, "mid": self.mid, "short": self.recent}
+
+    def num_tokens(self, height: int, width: int, patch: tuple[int, ...]) -> int:
+        """Tokens that the transformer makes of the window; sizes are the latents'."""
+        parts = self.parts | {"short": self.recent + bool(self.anchor)}
+        return num_tokens(parts, height, width, patch)
 
 
 @struct.dataclass
@@ -83,24 +94,16 @@ def window(config: MemoryConfig, history: History) -> tuple[HistoryLatents, Fram
 
     Relative positions are anchor 0, then long, mid, recent and noisy frames in a row (diffusers' HeliosPipeline).
     """
-    long, mid = config.long, config.long + config.mid
-    latents, first = history.latents, 1 if config.anchor else 0
+    first = 1 if config.anchor else 0
     start = jnp.reshape(history.chunk, (-1, 1)) * config.frames_per_chunk if config.positions == "absolute" else 0
     row = first + start + jnp.arange(config.frames + config.frames_per_chunk)[None]
 
-    short, short_index = latents[:, mid:], row[:, mid : config.frames]
+    latents, indices, begin = {}, {}, 0
+    for part, frames in config.parts.items():
+        if frames:
+            latents[part], indices[part] = (x[:, begin : begin + frames] for x in (history.latents, row))
+        begin += frames
     if config.anchor:
-        short = jnp.concatenate([history.anchor, short], 1)
-        short_index = jnp.concatenate([jnp.zeros_like(row[:, :1]), short_index], 1)
-    parts = HistoryLatents(
-        short=short,
-        mid=latents[:, long:mid] if config.mid else None,
-        long=latents[:, :long] if config.long else None,
-    )
-    indices = FrameIndices(
-        noisy=row[:, config.frames :],
-        short=short_index,
-        mid=row[:, long:mid] if config.mid else None,
-        long=row[:, :long] if config.long else None,
-    )
-    return parts, indices
+        latents["short"] = jnp.concatenate([history.anchor, latents["short"]], 1)
+        indices["short"] = jnp.concatenate([jnp.zeros_like(row[:, :1]), indices["short"]], 1)
+    return HistoryLatents(**latents), FrameIndices(noisy=row[:, begin:], **indices)

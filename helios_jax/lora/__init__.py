@@ -11,6 +11,7 @@ lora.save(model, "folder")  # diffusers' pipe.load_lora_weights("folder") reads 
 Every function returns another model; its argument stays as it is.
 """
 
+from helios_jax.lora import adapters
 from helios_jax.lora.adapters import FrozenLoRAWeight, LoRA, LoRAScale, LoRAWeight, freeze, names, remove, set_scale
 from helios_jax.lora.attach import LoRAConfig, add, attach, check
 from helios_jax.lora.files import LoRAFile, file_and_scale, from_arrays, read
@@ -24,6 +25,7 @@ __all__ = [
     "LoRAFile",
     "LoRAScale",
     "LoRAWeight",
+    "adapters",
     "add",
     "attach",
     "check",

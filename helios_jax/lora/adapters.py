@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -163,7 +164,7 @@ def like(weight: Any, values: Any, axes: tuple[int | None, ...]) -> jax.Array:
 
     What is before them is the layers of a stacked one, and whole. Where the weight is traced, so is the placement.
     """
-    sharding = None if isinstance(weight, jax.core.Tracer) else weight.sharding
+    sharding = None if isinstance(weight, Tracer) else weight.sharding
     if isinstance(sharding, NamedSharding):
         spec = (*sharding.spec, *[None] * (weight.ndim - len(sharding.spec)))
         split = [None if axis is None else spec[axis] for axis in axes]

@@ -16,7 +16,6 @@ import sys
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from helios_jax import pretrained
 from helios_jax.precompute import tasks
@@ -27,17 +26,6 @@ from helios_jax.precompute.trajectories import Settings, Teacher
 from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sharding import join_hosts
-
-
-class Encoders:
-    """The frozen networks, loaded: pixels to normalized latents, captions to embeddings."""
-
-    def __init__(self, vae: Path, text: Path, max_length: int | None):
-        self.video, self.text = VideoEncoder(vae).load(), TextEmbedder(text, max_length).load()
-
-    def latents(self, video: np.ndarray, frames: int) -> np.ndarray:
-        """uint8 [chunks * frames, h, w, 3] -> float16 [chunks, t, h', w', c]."""
-        return next(self.video([("", video.reshape(-1, frames, *video.shape[1:]))]))
 
 
 def build(videos: Path, vae: Path, text: Path, out: Path, max_length: int | None = None) -> None:
@@ -119,7 +107,7 @@ def _ode(args: argparse.Namespace, share: Share) -> None:
 
 def _folders(args: argparse.Namespace, *parts: str) -> list[Path]:
     """The folders --vae and --text name, or those of --model."""
-    given = [getattr(args, part) for part in parts]
+    given = [folder and pretrained.local(folder) for folder in (getattr(args, part) for part in parts)]
     if args.model is None:
         if None in given:
             raise ValueError(f"name {' and '.join(f'--{part}' for part in parts)}, or a --model that has them")

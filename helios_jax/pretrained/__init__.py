@@ -4,7 +4,15 @@
 once and every parameter is filled exactly once, or `CheckpointError` names them.
 """
 
-from helios_jax.pretrained.folder import CheckpointError, read_config, read_json, resolve, subfolders, write_config
+from helios_jax.pretrained.folder import (
+    CheckpointError,
+    local,
+    read_config,
+    read_json,
+    resolve,
+    subfolders,
+    write_config,
+)
 from helios_jax.pretrained.layout import Entry, count, dtype_of, file_entries
 from helios_jax.pretrained.load import check_weights, from_arrays, load_model
 from helios_jax.pretrained.save import save_model, to_arrays
@@ -18,6 +26,7 @@ __all__ = [
     "file_entries",
     "from_arrays",
     "load_model",
+    "local",
     "read_config",
     "read_json",
     "resolve",

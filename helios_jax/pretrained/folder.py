@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 Config = TypeVar("Config")
 
+PACKAGE = Path(__file__).parent.parent
+
 WEIGHTS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
 
 
@@ -17,18 +19,30 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used: the message is one line that names the file, the rule and the remedy."""
 
 
+def local(name: str | Path) -> Path:
+    """The folder `name` as a path; the one place that knows of models in the package.
+
+    A name that begins with helios_jax/, such as helios_jax/assets/toy, is taken in the installed package when there is
+    no such folder here, so that configs name the embedded model alike in a checkout and outside it.
+    """
+    folder = Path(name)
+    if folder.parts[:1] == (PACKAGE.name,) and not folder.exists():
+        return PACKAGE.parent / folder
+    return folder
+
+
 def resolve(name: str | Path, parts: Sequence[str] | None = None, revision: str | None = None) -> Path:
     """The folder `name`, or the hub snapshot of that name, of which what is not cached yet is downloaded.
 
     Args:
-        name: a folder, or a hub name such as BestWishYsh/Helios-Base.
+        name: a folder (`local`), or a hub name such as BestWishYsh/Helios-Base.
         parts: the subfolders that are needed, and model_index.json; "." is a component at the top. None: all of it.
         revision: branch, tag or commit of the hub repository.
 
     Raises:
         CheckpointError: there is no such folder, and the hub has no such repository or cannot be reached.
     """
-    folder = Path(name)
+    folder = local(name)
     if folder.is_dir():
         return folder
     check_hub_name(name)
@@ -69,7 +83,7 @@ def from_hub(name: str | Path, ask: Any) -> Any:
 
 def subfolders(name: str | Path, revision: str | None = None) -> list[str]:
     """The subfolders with a config.json, of a folder or of a hub repository."""
-    folder = Path(name)
+    folder = local(name)
     if folder.is_dir():
         return sorted(path.parent.name for path in folder.glob("*/config.json"))
     from huggingface_hub import list_repo_files

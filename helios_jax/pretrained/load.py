@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from helios_jax.pretrained import layout
 from helios_jax.pretrained.files import Tensor, read_headers
 from helios_jax.pretrained.layout import Entry, check_shapes, dtype_of, file_entries, from_file, used_keys
+from helios_jax.runtime.offload import default_device
 
 Model = TypeVar("Model", bound=nnx.Module)
 Result = TypeVar("Result")
@@ -104,7 +105,7 @@ def stream(
 
     jobs: list[tuple[tuple[str, int], int, Callable[[], Placed]]] = []
     # Worker threads do not see what a caller set with `jax.default_device`.
-    device = jax.config.jax_default_device
+    device = default_device()
     for path, tensors in groups.items():
         shape, layered = parameters[path].shape, tensors[0][0].layer is not None
         found = {jax.dtypes.canonicalize_dtype(tensor.dtype) for _, tensor in tensors}

@@ -7,8 +7,6 @@ the memory analysis and the compiled program are the device's own.
 
 import importlib.util
 import os
-import re
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -97,17 +95,3 @@ def memory(program: Any) -> Memory:
         temporaries=stats.temp_size_in_bytes,
         host=stats.host_temp_size_in_bytes,
     )
-
-
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-
-
-def collectives(program: Any) -> Counter[str]:
-    """Counts each kind of collective in `program`; the body of a loop counts once."""
-    found = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", program.as_text())
-    return Counter(found)
-
-
-def custom_calls(program: Any) -> Counter[str]:
-    """Counts the calls of libraries and kernels in `program`, by target, such as "__cudnn$fmhaSoftmax"."""
-    return Counter(re.findall(r'custom_call_target="([^"]+)"', program.as_text()))

@@ -9,9 +9,14 @@ Tree = TypeVar("Tree")
 HOST = "pinned_host"  # page-locked: devices copy from it at the full speed of their link
 
 
+def default_device() -> Any:
+    """The device that a caller set with `jax.default_device`, or None."""
+    return jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]  # jax makes it at run time
+
+
 def default_shardings(model: Tree, device: Any = None) -> Tree:
     """A sharding for each array of an abstract `model`: all of it on one device, by default jax's own."""
-    device = device or jax.config.jax_default_device or jax.local_devices()[0]
+    device = device or default_device() or jax.local_devices()[0]
     return jax.tree.map(lambda _: SingleDeviceSharding(device), model)
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from helios_jax import pretrained, sharding
 from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig
 from helios_jax.models.layers import Shapes
+from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
@@ -117,9 +118,12 @@ class Checkpoint:
     def abstract_text_encoder(self) -> UMT5Encoder:
         return UMT5Encoder(self.text_encoder, rngs=Shapes())
 
-    def load_transformer(self, dtype: Any, *, stacked: bool, mesh: Mesh | None = None) -> Transformer:
+    def load_transformer(
+        self, dtype: Any, *, stacked: bool, mesh: Mesh | None = None, implementations: Implementations = DEVICE
+    ) -> Transformer:
         """The transformer with its weights in `dtype`; with a `mesh`, split over it as its axes' rules say."""
-        return self._load(Transformer.abstract(self.transformer, stacked=stacked), self.subfolder, dtype, mesh)
+        model = Transformer.abstract(self.transformer, stacked=stacked, implementations=implementations)
+        return self._load(model, self.subfolder, dtype, mesh)
 
     def load_vae(self, dtype: Any, *, mesh: Mesh | None = None) -> AutoencoderKLWan:
         return self._load(self.abstract_vae(), "vae", dtype, mesh)
@@ -135,11 +139,17 @@ class Checkpoint:
         return pretrained.load_model(model, self.folder / part, dtype=dtype, shardings=placed)
 
     def load(
-        self, dtype: Any, vae_dtype: Any, stacked: bool, mesh: Mesh | None = None, offload_text_encoder: bool = False
+        self,
+        dtype: Any,
+        vae_dtype: Any,
+        stacked: bool,
+        mesh: Mesh | None = None,
+        offload_text_encoder: bool = False,
+        implementations: Implementations = DEVICE,
     ) -> tuple[Transformer, AutoencoderKLWan, UMT5Encoder]:
         """The networks with their weights."""
         return (
-            self.load_transformer(dtype, stacked=stacked, mesh=mesh),
+            self.load_transformer(dtype, stacked=stacked, mesh=mesh, implementations=implementations),
             self.load_vae(vae_dtype, mesh=mesh),
             self.load_text_encoder(dtype, mesh=mesh, offloaded=offload_text_encoder),
         )

@@ -104,8 +104,7 @@ class HeliosPipeline:
         check_implementations(implementations, checkpoint.transformer, dtype)
         vae_dtype = jnp.dtype(vae_dtype or (jnp.float32 if backend == "cpu" else dtype))
         offloaded = backend != "cpu" if offload_text_encoder is None else offload_text_encoder
-        networks = checkpoint.load(dtype, vae_dtype, stacked, mesh, offloaded)
-        networks[0].implementations = implementations
+        networks = checkpoint.load(dtype, vae_dtype, stacked, mesh, offloaded, implementations)
         return cls(*networks, checkpoint.tokenizer, checkpoint.scheduler, checkpoint.variant)
 
     def save_pretrained(self, folder: str | Path, *, dtype: Any = None, max_shard_size: int | str = "5GB") -> None:

@@ -31,7 +31,7 @@ from helios_jax.toy import world as toy
 
 # Lowest correlation at which a shape counts as recognised: two different shapes reach at most 0.75, noise 0.2.
 RECOGNISED = 0.8
-# Smallest differences, as shares of full scale, between a colour's channels and from the background, for a named colour.
+# Smallest differences between a named colour's channels, and from the background, as shares of full scale.
 COLOURED = 0.2
 BACKGROUND_TOLERANCE = 0.1
 # Frames that show the first movement: no scene bounces sooner.
@@ -51,7 +51,7 @@ class Track:
     position: Float[np.ndarray, "t 2"]  # (y, x) of the best shape, pixels of a 64x64 frame
     foreground: Float[np.ndarray, "t 3"]  # mean RGB inside the best shape, 0 to 1
     background: Float[np.ndarray, "t 3"]  # mean RGB away from it
-    unevenness: Float[np.ndarray, "t"]  # standard deviation of the background, over pixels and channels
+    unevenness: Float[np.ndarray, " t"]  # standard deviation of the background, over pixels and channels
 
     def __getitem__(self, frames: slice) -> "Track":
         return Track(*(getattr(self, field.name)[frames] for field in fields(self)))
@@ -177,7 +177,7 @@ def _frame_scores(track: Track, target: toy.Attributes) -> dict[str, float]:
 
 
 def _match(distance: Float[np.ndarray, "t h w"]) -> tuple[Float[np.ndarray, "t s"], Float[np.ndarray, "t s 2"]]:
-    """The greatest correlation of each frame with each shape over all positions in the box, and that position (y, x)."""
+    """Greatest correlation of each frame with each shape over all positions in the box, and its position (y, x)."""
     height, width = distance.shape[1:]
     frames = distance - distance.mean((1, 2), keepdims=True)
     norms = np.linalg.norm(frames, axis=(1, 2))
@@ -218,7 +218,7 @@ def _hue(rgb: Float[np.ndarray, "3"]) -> float | None:
 
 
 def _wanted_colour(hue: float | None, target: toy.Attributes) -> Float[np.ndarray, "3"]:
-    """The scene's colour, 0 to 1. For a caption: the colour nearest to `hue` in the band of the caption's colour name."""
+    """The scene's colour, 0 to 1. For a caption: the colour nearest to `hue` in the band of its colour name."""
     if isinstance(target, toy.Scene):
         return target.foreground / 255
     low, high = toy.COLOURS[target.colour]
@@ -247,7 +247,7 @@ def _movement(track: Track) -> Float[np.ndarray, "spans 2"]:
     return (track.position[span:] - track.position[:-span]) / span
 
 
-def _excess(track: Track, target: toy.Attributes) -> Float[np.ndarray, "t-1"]:
+def _excess(track: Track, target: toy.Attributes) -> Float[np.ndarray, " t-1"]:
     """Excess of each step over the target's speed."""
     steps = np.linalg.norm(np.diff(track.position, axis=0), axis=1)
     return np.maximum(steps - toy.SPEEDS[target.speed], 0)

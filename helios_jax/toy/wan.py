@@ -6,13 +6,14 @@ It has no memory patches, and its config.json is one that diffusers' WanTransfor
 """
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
 import jax.numpy as jnp
 
 from helios_jax import pretrained
-from helios_jax.models.transformer import MEMORY_PATCHES
+from helios_jax.models.transformer import MEMORY_PATCHES, Transformer
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.training.start import WAN
 
@@ -36,10 +37,11 @@ KEYS = (
 def build(model: Path, out: Path) -> None:
     """Writes `out`/transformer from the transformer of the Helios pipeline in `model`."""
     checkpoint = Checkpoint.open(model)
-    transformer = checkpoint.load_transformer(jnp.float32, stacked=False)
-    for name in MEMORY_PATCHES:
-        delattr(transformer, name)
-    pretrained.save_model(transformer, checkpoint.transformer, out / "transformer", dtype=jnp.bfloat16)
+    arrays = pretrained.to_arrays(checkpoint.load_transformer(jnp.float32, stacked=False))
+    sizes = dataclasses.replace(checkpoint.transformer, has_multi_term_memory_patch=False)
+    kept = {key: values for key, values in arrays.items() if key.split(".")[0] not in MEMORY_PATCHES}
+    bare = pretrained.from_arrays(Transformer.abstract(sizes), kept)
+    pretrained.save_model(bare, sizes, out / "transformer", dtype=jnp.bfloat16)
     config = out / "transformer" / "config.json"
     values = json.loads(config.read_text())
     config.write_text(json.dumps({"_class_name": WAN, **{key: values[key] for key in KEYS}}, indent=2) + "\n")

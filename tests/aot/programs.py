@@ -1,5 +1,7 @@
 """The programs of the released 14B model at 384 x 640 as functions and the shapes of their arguments, in bfloat16."""
 
+import re
+from collections import Counter
 from typing import Any
 
 import jax
@@ -66,3 +68,17 @@ def decoder() -> tuple[Any, tuple[Any, ...]]:
     """33 frames of 384 x 640 from their 9 latent ones, at once."""
     vae = half(nnx.eval_shape(lambda: AutoencoderKLWan(VAEConfig(), rngs=nnx.Rngs(0))))
     return lambda vae, latents: vae.decode(latents), (vae, shape(*LATENTS))
+
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def collectives(program: Any) -> Counter[str]:
+    """Counts each kind of collective in `program`; the body of a loop counts once."""
+    found = re.findall(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(", program.as_text())
+    return Counter(found)
+
+
+def custom_calls(program: Any) -> Counter[str]:
+    """Counts the calls of libraries and kernels in `program`, by target, such as "__cudnn$fmhaSoftmax"."""
+    return Counter(re.findall(r'custom_call_target="([^"]+)"', program.as_text()))

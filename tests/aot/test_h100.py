@@ -27,7 +27,7 @@ def test_block_is_libraries_and_fusions(h100, report):
     function, arguments = programs.block()
     arguments = aot.on_device(arguments, h100)
     program = aot.compiled(function, *arguments, platform="gpu", donate=(1,))
-    text, calls = program.as_text(), aot.custom_calls(program)
+    text, calls = program.as_text(), programs.custom_calls(program)
     assert calls == {"__cudnn$fmhaSoftmax": 2, "__cublas$lt$matmul": 8}
     epilogues = Counter(re.findall(r'"epilogue":"(\w+)"', text))
     assert epilogues == {"BIAS": 7, "BIAS_GELU": 1}, "a bias or the GELU is a kernel of its own"
@@ -54,7 +54,7 @@ def decoder(h100):
 
 def test_convolutions_run_as_they_lie(decoder, h100, report):
     text = decoder.as_text()
-    assert aot.custom_calls(decoder)["__cudnn$convBiasActivationForward"] == 39
+    assert programs.custom_calls(decoder)["__cudnn$convBiasActivationForward"] == 39
     # Weights are transposed, [in, out] to [out, in]; what flows through may be so around the one attention only.
     turned = re.findall(r"= bf16\[([\d,]+)\]\S* transpose\(", text)
     large = [sizes for sizes in turned if math.prod(map(int, sizes.split(","))) > 3 * 9 * 48 * 80 * 384]
@@ -66,7 +66,7 @@ def test_the_sampler_fits(decoder, h100, report):
     function, arguments = programs.transformer()
     program = aot.compiled(function, *aot.on_device(arguments, h100), platform="gpu")
     memory = report("transformer, 40 blocks, 11040 tokens", h100, program)
-    assert aot.custom_calls(program)["__cudnn$fmhaSoftmax"] == 80
+    assert programs.custom_calls(program)["__cudnn$fmhaSoftmax"] == 80
     assert memory.temporaries < 1.2 * GB, "stacked weights or attention's logits are copied"
     passes = memory.outputs + memory.temporaries
     weights = bytes_of(arguments) + bytes_of(programs.decoder()[1])
@@ -79,10 +79,10 @@ def test_the_sampler_fits(decoder, h100, report):
 def test_pallas_attention(h100, report, head_dim):
     q = aot.on_device(programs.shape(1, 11040, 40, head_dim), h100)
     values = aot.compiled(partial(attention, implementation="pallas"), q, q, q, platform="gpu")
-    assert aot.custom_calls(values) == {"mosaic_gpu_v2": 1}
+    assert programs.custom_calls(values) == {"mosaic_gpu_v2": 1}
     assert report(f"Pallas attention, head_dim {head_dim}", h100, values).temporaries < 1e6, "an argument is copied"
     gradients = aot.compiled(attention_gradients, q, q, q, q, platform="gpu")
-    assert aot.custom_calls(gradients) == {"mosaic_gpu_v2": 3}
+    assert programs.custom_calls(gradients) == {"mosaic_gpu_v2": 3}
     memory = report(f"Pallas attention, gradients, head_dim {head_dim}", h100, gradients)
     assert memory.temporaries < 1e7, "more than two numbers a row and head"
 
@@ -92,11 +92,11 @@ def test_pallas_attention_in_float32(h100, report, head_dim):
     q = aot.on_device(programs.shape(1, 11040, 40, head_dim, dtype=jnp.float32), h100)
     parts = 6 * math.prod(q.shape)  # bytes
     values = aot.compiled(partial(attention, implementation="pallas"), q, q, q, platform="gpu")
-    assert aot.custom_calls(values) == {"mosaic_gpu_v2": 1}
+    assert programs.custom_calls(values) == {"mosaic_gpu_v2": 1}
     memory = report(f"float32 Pallas attention, head_dim {head_dim}", h100, values)
     assert memory.temporaries < 4 * parts + 1e7, "more than the parts of three arguments and the output"
     gradients = aot.compiled(attention_gradients, q, q, q, q, platform="gpu")
-    assert aot.custom_calls(gradients) == {"mosaic_gpu_v2": 3}
+    assert programs.custom_calls(gradients) == {"mosaic_gpu_v2": 3}
     memory = report(f"float32 Pallas attention, gradients, head_dim {head_dim}", h100, gradients)
     assert memory.temporaries < 8 * parts
 
@@ -107,14 +107,14 @@ def test_pallas_attention_of_any_length(h100, n, m, dtype):
     """By default blocks; TMA is particular about strides and ends."""
     q, k = (aot.on_device(programs.shape(2, length, 4, 128, dtype=dtype), h100) for length in (n, m))
     program = aot.compiled(attention_gradients, q, k, k, q, platform="gpu")
-    assert aot.custom_calls(program) == {"mosaic_gpu_v2": 3}
+    assert programs.custom_calls(program) == {"mosaic_gpu_v2": 3}
 
 
 def test_block_by_kernels(h100, report):
     function, arguments = programs.block(Implementations("pallas", "pallas"))
     program = aot.compiled(function, *aot.on_device(arguments, h100), platform="gpu", donate=(1,))
     # Attention's two; queries and keys of self-attention, and its residual with the norm after it.
-    assert aot.custom_calls(program) == {"mosaic_gpu_v2": 2 + 3, "__cublas$lt$matmul": 8}
+    assert programs.custom_calls(program) == {"mosaic_gpu_v2": 2 + 3, "__cublas$lt$matmul": 8}
     assert report("block, 11040 tokens, by Pallas", h100, program).temporaries < 0.7 * GB
 
 
@@ -135,7 +135,7 @@ def test_block_trains_by_kernels(h100, report):
 
     arguments = aot.on_device((block, x, *rest), h100)
     program = aot.compiled(jax.grad(loss, (0, 1, 4)), *arguments, platform="gpu")
-    calls = aot.custom_calls(program)
+    calls = programs.custom_calls(program)
     # Of self- and cross-attention each a forward and two backward kernels; of the norms three each way.
     assert calls["mosaic_gpu_v2"] == 6 + 6
     assert "__cudnn$fmhaSoftmax" not in calls

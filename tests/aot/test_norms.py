@@ -52,7 +52,7 @@ def test_adaln(target, report, dtype):
         ("adaLN, gradients", gradients, (tokens(dtype), table(2), table(2), tokens(dtype))),
     ):
         program = aot.compiled(function, *aot.on_device(arguments, device), platform=platform)
-        assert aot.custom_calls(program) == {KERNEL[platform]: 1}
+        assert programs.custom_calls(program) == {KERNEL[platform]: 1}
         assert report(f"{name}, {dtype.dtype}", device, program).temporaries < 0.01 * GB
 
 
@@ -69,7 +69,7 @@ def test_norm_rope(target, report, heads, head_dim, dtype):
 
     arguments = aot.on_device((x, weight, angles, angles, scale), device)
     program = aot.compiled(function, *arguments, platform=platform)
-    assert aot.custom_calls(program)[KERNEL[platform]] == 1
+    assert programs.custom_calls(program)[KERNEL[platform]] == 1
     temporaries = report(f"norm and rotation, {heads} heads of {head_dim}", device, program).temporaries
     if head_dim == 128 or platform == "gpu":  # a result 64 wide leaves a TPU's program in another layout
         assert temporaries < 0.03 * GB, "more than the tables of angles, for each feature"
@@ -84,7 +84,7 @@ def test_gated_residual(target, report, dtype):
 
     arguments = aot.on_device((tokens(dtype), tokens(dtype), *[table(1)] * 3), device)
     program = aot.compiled(function, *arguments, platform=platform)
-    assert aot.custom_calls(program) == {KERNEL[platform]: 1}
+    assert programs.custom_calls(program) == {KERNEL[platform]: 1}
     assert report(f"gated residual, {dtype.dtype}", device, program).temporaries < 0.01 * GB
 
 
@@ -115,6 +115,6 @@ def test_under_a_mesh_each_device_has_its_samples(report):
 
     program = aot.compiled(jax.grad(loss, (0, 1, 2)), block, x, time, table, text, platform="tpu")
     # Attention: two forward and backward; norms: three forward, and adaLN's two backward.
-    assert aot.custom_calls(program)["tpu_custom_call"] == 9
-    assert aot.collectives(program)["all-gather"] == 0
+    assert programs.custom_calls(program)["tpu_custom_call"] == 9
+    assert programs.collectives(program)["all-gather"] == 0
     report("block of 2 heads on 4 chips, gradients", devices[0], program)

@@ -27,7 +27,7 @@ def test_attention_has_gradients(tpu, report, name, n, m, head_dim):
         return jax.vjp(attention, q, k, v)[1](cotangent)
 
     program = aot.compiled(gradients, q, k, k, q, platform="tpu")
-    assert aot.custom_calls(program)["tpu_custom_call"] == 2
+    assert programs.custom_calls(program)["tpu_custom_call"] == 2
     memory = report(f"attention's gradients, {n} queries", device, program)
     assert memory.temporaries < max(2 * n * m * 2 / 4, 1e7), (
         "more than a quarter of the logits, which are not to be kept"
@@ -40,7 +40,7 @@ def test_attention_in_float32(tpu, report):
     q = aot.on_device(programs.shape(1, 11040, 2, 128, dtype=jnp.float32), device)
     with precise(jnp.float32):
         program = aot.compiled(attention, q, q, q, platform="tpu")
-    assert aot.custom_calls(program)["tpu_custom_call"] == 1
+    assert programs.custom_calls(program)["tpu_custom_call"] == 1
     report("float32 attention, 11040 queries", device, program)
 
 
@@ -49,7 +49,7 @@ def test_attention_of_all_heads(tpu, report):
     device = tpu("v5e:2x2")
     q = aot.on_device(programs.shape(1, 11040, 40, 128), device)
     program = aot.compiled(attention, q, q, q, platform="tpu")
-    assert aot.custom_calls(program)["tpu_custom_call"] == 1
+    assert programs.custom_calls(program)["tpu_custom_call"] == 1
     assert report("attention, 40 heads, 11040 queries", device, program).temporaries < 40 * 11040**2 * 2 / 4
 
 
@@ -59,5 +59,5 @@ def test_block(tpu, report, name):
     function, arguments = programs.block()
     arguments = aot.on_device(arguments, device)
     program = aot.compiled(function, *arguments, platform="tpu", donate=(1,))
-    assert aot.custom_calls(program)["tpu_custom_call"] == 5
+    assert programs.custom_calls(program)["tpu_custom_call"] == 5
     assert report("block, 11040 tokens", device, program).temporaries < 1.2 * GB

@@ -15,7 +15,7 @@ from helios_jax.data import shards
 from helios_jax.data.records import open_source, tensor, text
 from helios_jax.models.transformer import Transformer
 from helios_jax.precompute import cli as precompute
-from helios_jax.precompute.encode import EMPTY_TEXT
+from helios_jax.precompute.encode import EMPTY_TEXT, VideoEncoder
 from helios_jax.pretrained import file_entries
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sharding import make_mesh
@@ -69,9 +69,9 @@ def test_init_makes_the_model_that_is_trained(config):
 def test_latents_are_those_of_each_chunk_alone(folders):
     source = open_source(folders / "latents", "train")
     assert source[0]["latents"].shape == (3, 9, 4, 4, 4)
-    encoders = precompute.Encoders(folders / "pipeline" / "vae", folders / "pipeline", None)
+    encode = VideoEncoder(folders / "pipeline" / "vae").load()
     video = open_source(folders / "pixels", "train")[0]["video"]
-    alone = encoders.latents(video[33:66], 33)
+    alone = next(encode([("", video[None, 33:66])]))
     np.testing.assert_allclose(source[0]["latents"][1], alone[0], atol=2e-3)
     assert source[0]["text"].shape == (16, 16)
     assert not np.load(folders / "latents" / EMPTY_TEXT)[1:].any()

@@ -208,6 +208,6 @@ def check_implementations(asked: Implementations, config: TransformerConfig, dty
 
 
 def _residual(
-    x: Float[Array, "b n d"], y: Float[Array, "b n d"], gate: Float[Array, "b #n d"]
+    x: Float[Array, "b n d"], y: Float[Array, "b n d"], gate: Float[Array, " b #n d"]
 ) -> Float[Array, "b n d"]:
     return (x.astype(jnp.float32) + y.astype(jnp.float32) * gate).astype(x.dtype)

@@ -1,5 +1,7 @@
 """Embeddings of latents, timesteps and text in the transformer's width."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
@@ -32,14 +34,14 @@ class Patches(nnx.Module):
         return with_adapters(y, patches, self.adapters)
 
 
-def coarser(source: Patches, scale: int) -> tuple[Float[Array, "kt kh kw c d"], Float[Array, " d"]]:
+def coarser(source: Patches, scale: tuple[int, int, int]) -> tuple[Float[Array, "kt kh kw c d"], Float[Array, " d"]]:
     """Weight and bias of patches `scale` times as large: values repeated over the kernel and averaged.
 
     They make of a block what `source` makes of the downsampled one.
     """
-    weight = source.weight[...] / scale**3
-    for axis in range(3):
-        weight = jnp.repeat(weight, scale, axis)
+    weight = source.weight[...] / math.prod(scale)
+    for axis, times in enumerate(scale):
+        weight = jnp.repeat(weight, times, axis)
     return weight, source.bias[...]
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
-from flax import nnx, struct
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
@@ -15,32 +15,12 @@ from helios_jax.models.layers import Linear, Shapes, layer_norm, normal, param, 
 from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.transformer.block import Block, TextKV, TransformerConfig
 from helios_jax.models.transformer.embeddings import ConditionEmbedder, Patches, coarser
+from helios_jax.models.transformer.history import MEMORY_PATCHES, SCALES, FrameIndices, HistoryLatents, Scale, kernel
 from helios_jax.models.transformer.packing import Packing
 from helios_jax.models.transformer.remat import BLOCK_INPUT, Remat, policy
 from helios_jax.models.transformer.rope import Rotary, pad_replicate, rotary
 
-
-# The fields of the next two are not annotated with shapes: jax puts things that are no arrays into pytrees, too.
-@struct.dataclass
-class HistoryLatents:
-    """Clean latents that condition the noisy ones, [b, t, h, w, c] at full resolution; mid and long may be absent."""
-
-    short: Any
-    mid: Any = None
-    long: Any = None
-
-
-@struct.dataclass
-class FrameIndices:
-    """Temporal positions of every part's frames, int [b, t], or [1, t] when all samples share them."""
-
-    noisy: Any
-    short: Any = None
-    mid: Any = None
-    long: Any = None
-
-
-# Those of all blocks: one array each when the blocks are stacked, else a tuple over blocks.
+# Keys and values of all blocks: one array each when the blocks are stacked, else a tuple over blocks.
 TextCache = (
     tuple[Float[Array, "layers b m heads head_dim"], Float[Array, "layers b m heads head_dim"]] | tuple[TextKV, ...]
 )
@@ -63,30 +43,39 @@ class Transformer(nnx.Module):
 
     `stacked=True` keeps the blocks as one block whose parameters have a leading layer dimension, run by `lax.scan`:
     short compilation, for training and TPUs. Otherwise blocks are a list and are unrolled: no copies of stacked
-    weights, for inference on GPUs. The files and the numbers are the same.
+    weights, for inference on GPUs. The files and the numbers are the same. `implementations` are those of calls that
+    name none.
     """
 
     FILE_NAMES = (("ffn.up", "ffn.net.0.proj"), ("ffn.down", "ffn.net.2"), ("to_out", "to_out.0"))
     FLOAT32 = ("time_embedder", "scale_shift_table", "norm2", "history_key_scale")
     TIED: ClassVar = {"scale_shift_table": "norm_out.scale_shift_table"}  # Wan's name, and ours
 
-    def __init__(self, config: TransformerConfig, *, stacked: bool = False, rngs: nnx.Rngs):
-        self.config = config
-        self.implementations = DEVICE  # of calls that name none
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        stacked: bool = False,
+        implementations: Implementations = DEVICE,
+        rngs: nnx.Rngs,
+    ):
+        self.config, self.implementations = config, implementations
         patch, dim = config.patch_size, config.dim
 
-        def patches(scale: int) -> Patches:
-            return Patches(config.in_channels, dim, tuple(scale * p for p in patch), rngs=rngs)
-
-        self.patch_embedding = patches(1)
+        self.patch_embedding = Patches(config.in_channels, dim, patch, rngs=rngs)
         if config.has_multi_term_memory_patch:
-            self.patch_short, self.patch_mid, self.patch_long = patches(1), patches(2), patches(4)
+            for name, scale in MEMORY_PATCHES.items():
+                setattr(self, name, Patches(config.in_channels, dim, kernel(patch, scale), rngs=rngs))
         self.condition_embedder = ConditionEmbedder(config.freq_dim, config.text_dim, config.dim, rngs=rngs)
-        if stacked:
-            keys = jax.random.split(rngs.params(), config.num_layers)
-            self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(keys)
+        layers = config.num_layers
+        if not stacked:
+            self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(layers)])
+        elif isinstance(rngs, Shapes):
+            block = Block(config, rngs=rngs)
+            self.blocks = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), block)
         else:
-            self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+            keys = jax.random.split(rngs.params(), layers)
+            self.blocks = jax.vmap(lambda key: Block(config, rngs=nnx.Rngs(params=key)))(keys)
         self.norm_out = OutputNorm(config, rngs=rngs)
         values = config.out_channels * patch[0] * patch[1] * patch[2]
         self.proj_out = Linear(dim, values, axes=("embed", None), init=zeros, rngs=rngs)
@@ -97,13 +86,11 @@ class Transformer(nnx.Module):
         return self.patch_embedding.weight.dtype
 
     @classmethod
-    def abstract(cls, config: TransformerConfig, *, stacked: bool = False) -> "Transformer":
+    def abstract(
+        cls, config: TransformerConfig, *, stacked: bool = False, implementations: Implementations = DEVICE
+    ) -> "Transformer":
         """The model with shapes in place of arrays."""
-        model = cls(config, rngs=Shapes())
-        if stacked:
-            block, layers = Block(config, rngs=Shapes()), config.num_layers
-            model.blocks = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layers, *x.shape), x.dtype), block)
-        return model
+        return cls(config, stacked=stacked, implementations=implementations, rngs=Shapes())
 
     def text_kv(self, embeddings: Float[Array, "b m text_dim"]) -> TextCache:
         """Every block's keys and values of the text: they depend on the prompt alone, so one call serves all steps."""
@@ -227,27 +214,21 @@ class Transformer(nnx.Module):
     def _tokens(
         self, latents: tuple[Array, ...], history: HistoryLatents | None, indices: FrameIndices
     ) -> tuple[Float[Array, "b n d"], Rotary, Packing]:
-        """Tokens in the order long, mid, short, noisy (the history once for each of the latents), with their rotary
+        """Tokens of the history, far to near (once for each of the latents), then the noisy ones; with their rotary
         tables."""
-        dims, theta = self.config.rope_dim, self.config.rope_theta
-        patch = self.config.patch_size
+        dims, theta, patch = self.config.rope_dim, self.config.rope_theta, self.config.patch_size
 
-        def grid(frames, x, pool=1):
-            return rotary(jnp.asarray(frames), *x.shape[2:4], dims=dims, theta=theta, pool=pool)
+        def tokens_of(patches: Patches, frames: Array, at: Any, scale: Scale = (1, 1, 1)) -> tuple[Array, Rotary]:
+            height, width = (size // p for size, p in zip(frames.shape[2:4], patch[1:]))
+            table = rotary(jnp.asarray(at), height, width, dims=dims, theta=theta, pool=scale)
+            return patches(pad_replicate(frames, kernel(patch, scale))), table
 
-        past = []
-        if history is not None:
-            short = self.patch_short(history.short)
-            past.append((short, grid(indices.short, short)))
-            for scale, conv, frames, at in (
-                (2, "patch_mid", history.mid, indices.mid),
-                (4, "patch_long", history.long, indices.long),
-            ):
-                if frames is not None:
-                    padded = pad_replicate(frames, tuple(scale * p for p in patch))
-                    past.append((getattr(self, conv)(padded), grid(at, short, pool=scale)))
-        past.reverse()
-        noisy = [(x, grid(indices.noisy, x)) for x in map(self.patch_embedding, latents)]
+        past = [
+            tokens_of(getattr(self, f"patch_{part}"), frames, getattr(indices, part), scale)
+            for part, scale in reversed(SCALES.items())
+            if (frames := getattr(history, part, None)) is not None
+        ]
+        noisy = [tokens_of(self.patch_embedding, x, indices.noisy) for x in latents]
         packing = Packing(
             history=sum(math.prod(x.shape[1:4]) for x, _ in past),
             noisy=tuple(math.prod(x.shape[1:4]) for x, _ in noisy),
@@ -269,12 +250,8 @@ def _shared_batch(tables: list) -> tuple[list, list]:
     return [spread(cos) for cos, _ in tables], [spread(sin) for _, sin in tables]
 
 
-# How much coarser than the patch embedding each part of the history is.
-MEMORY_PATCHES = {"patch_short": 1, "patch_mid": 2, "patch_long": 4}
-
-
 def init_memory_patches(model: Transformer) -> Transformer:
-    """Short, mid and long patches start as the patch embedding: upstream's initialisation from Wan's weights."""
+    """The history's patches start as the patch embedding: upstream's initialisation from Wan's weights."""
     for name, scale in MEMORY_PATCHES.items():
         patches = getattr(model, name)
         patches.weight[...], patches.bias[...] = coarser(model.patch_embedding, scale)

@@ -1,6 +1,7 @@
 """Rotary position embedding over time, height and width."""
 
 import jax.numpy as jnp
+from einops import reduce
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.norm_rope import Rotary
@@ -23,6 +24,8 @@ def _grid(
 def pad_replicate(x: Float[Array, "#b t h w c"], multiple: tuple[int, ...]) -> Float[Array, "#b t2 h2 w2 c"]:
     """Repeats the last frame, row and column until each is a multiple."""
     pads = [(0, -size % m) for size, m in zip(x.shape[1:4], multiple)]
+    if not any(after for _, after in pads):
+        return x
     return jnp.pad(x, [(0, 0), *pads, (0, 0)], mode="edge")
 
 
@@ -33,20 +36,19 @@ def rotary(
     *,
     dims: tuple[int, ...],
     theta: float,
-    pool: int = 1,
+    pool: tuple[int, int, int] = (1, 1, 1),
 ) -> Rotary:
     """cos and sin tables [b, n, pairs] of the tokens of a `height` x `width` grid at the frame indices `frames`.
 
-    `pool` > 1 averages cos and sin over (pool, pool, pool) blocks, after padding with replication: the positions of
-    the compressed history, not renormalised (diffusers' HeliosRotaryPosEmbed and center_down_sample_3d).
+    cos and sin are averaged over blocks of `pool` (time, height, width), after padding with replication: the positions
+    of the compressed history, not renormalised (diffusers' HeliosRotaryPosEmbed and center_down_sample_3d).
     `dims` are the features of a head given to time, height and width.
     """
     angles = _grid(frames, height, width, dims, theta)
     tables = []
     for table in (jnp.cos(angles), jnp.sin(angles)):
-        if pool > 1:
-            table = pad_replicate(table, (pool, pool, pool))
-            b, t, h, w, p = table.shape
-            table = table.reshape(b, t // pool, pool, h // pool, pool, w // pool, pool, p).mean((2, 4, 6))
+        if max(pool) > 1:
+            table = pad_replicate(table, pool)
+            table = reduce(table, "b (t i) (h j) (w k) p -> b t h w p", "mean", i=pool[0], j=pool[1], k=pool[2])
         tables.append(table.reshape(table.shape[0], -1, table.shape[-1]))
     return tables[0], tables[1]

@@ -39,8 +39,9 @@ def test_one_sequence_is_padded_on_a_gpu():
 @pytest.mark.parametrize("stacked", [False, True])
 def test_the_velocity_and_its_gradients_are_the_same(stacked):
     config = dataclasses.replace(tiny.TRANSFORMER, num_layers=2)
-    model = tiny.draw(Transformer.abstract(config, stacked=stacked), np.random.default_rng(0))
-    model.implementations = Implementations("xla", "xla")  # a GPU's path, run on a CPU
+    xla = Implementations("xla", "xla")  # a GPU's path, run on a CPU
+    abstract = Transformer.abstract(config, stacked=stacked, implementations=xla)
+    model = tiny.draw(abstract, np.random.default_rng(0))
     (latents,), timesteps, text, parts, indices = inputs(config, scales=(1,), size=(4, 6))
     tokens = []
 
