@@ -47,6 +47,18 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[T], flags: Map
     return _build(schema, merged, values, "", sources, str(path))
 
 
+def peek(path: str | Path, overrides: Sequence[str], key: str) -> tuple[Any, str] | None:
+    """(value, file or override that gives it) of a top-level key, before any schema; None where none gives it.
+
+    Raises ConfigError for files and overrides that cannot be read.
+    """
+    found = None
+    for source, values in [*_files(Path(path)), *map(_override, overrides)]:
+        if key in values:
+            found = values[key], source
+    return found
+
+
 def save(config: Any, path: str | Path) -> None:
     """Write a dataclass instance as YAML that `load` reads back to an equal one."""
     path = Path(path)
