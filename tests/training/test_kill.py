@@ -66,7 +66,7 @@ def logged(run: Path) -> int:
 
 
 def saving(run: Path) -> bool:
-    """Whether a checkpoint is being written."""
+    """True while a checkpoint is being written."""
     return any("tmp" in path.name for path in (run / "checkpoints").glob("*"))
 
 

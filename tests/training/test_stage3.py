@@ -1,4 +1,4 @@
-"""Stage 3: who moves when, which way, what is kept, and what is refused."""
+"""The distill stage: who moves when, which way, what is kept, and what is refused."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,10 +18,8 @@ from helios_jax.diffusion import few_steps
 from helios_jax.diffusion.distillation import PenaltyConfig, RenoiseConfig
 from helios_jax.models.discriminator import Discriminator, DiscriminatorConfig, Head
 from helios_jax.models.transformer import Transformer
-from helios_jax.sharding import make_mesh
-from helios_jax.training.flow_config import FlowConfig, PyramidConfig, StudentConfig
-from helios_jax.training.loop import make_step
-from helios_jax.training.optim import EMAConfig, OptimConfig, make_optimizer
+from helios_jax.training.flow_config import FlowConfig, PyramidConfig
+from helios_jax.training.optim import EMAConfig, OptimConfig
 from helios_jax.training.stages.distill import distill_stage, player_losses, players, rollout
 from helios_jax.training.stages.distill.distill_config import (
     CriticConfig,
@@ -33,7 +31,6 @@ from helios_jax.training.stages.distill.distill_config import (
 )
 from helios_jax.training.stages.distill.distill_stage import DistillStage
 from helios_jax.training.stages.distill.players import Players
-from helios_jax.training.stages.ode import ODEStage, ODETrainConfig
 from helios_jax.training.state import TrainState, create, update
 from helios_jax.training.trainable import AdapterConfig, trainable
 from tests import tiny
@@ -342,52 +339,6 @@ def test_a_rollout_scores_its_last_chunk_after_those_before():
     assert history.chunk.tolist() == past.chunk.tolist() == [1, 3]
 
 
-def ode_batch():
-    rng = np.random.default_rng(0)
-
-    def normal(*shape):
-        return jnp.asarray(rng.standard_normal(shape, np.float32))
-
-    sizes = [(BATCH, 9, n, n, 4) for n in (4, 8)]
-    batch = {name: [normal(*size) for size in sizes] for name in ("noisy", "target")}
-    batch |= {"timestep": [jnp.array([900.0, 700.0]), jnp.array([400.0, 100.0])]}
-    batch |= {"sigma": [jnp.array([0.9, 0.5]), jnp.array([0.8, 0.3])]}
-    shared = batch_of()
-    return batch | {name: shared[name] for name in ("history", "anchor", "text", "chunk")}
-
-
-@pytest.fixture(scope="module")
-def ode_run():
-    """The config, and the metrics of each of 100 steps."""
-    config = ODETrainConfig(
-        precision="float32", optim=FAST, flow=FlowConfig(pyramid=PYRAMID), distill=StudentConfig(steps=(2, 1))
-    )
-    config.model.transformer, config.data.batch_size = SMALL, BATCH
-    optimizer, mesh = make_optimizer(config.optim, 100), make_mesh(config.mesh)
-    state, batch = create(transformer(0), optimizer, None, config.trainable), ode_batch()
-    step, found = make_step(ODEStage(config), optimizer, state, mesh), []
-    for _ in range(100):
-        state, metrics = step(state, batch, jax.random.key(0))
-        found.append(jax.device_get(metrics))
-    return config, found
-
-
-def test_ode_packed_and_separate_levels_are_one_loss(ode_run):
-    config, (packed, *_) = ode_run
-    pyramid = dataclasses.replace(PYRAMID, levels="separate")
-    config = dataclasses.replace(config, flow=dataclasses.replace(config.flow, pyramid=pyramid))
-    separate, parts = jax.jit(lambda m: ODEStage(config).loss(m, ode_batch(), keys()))(transformer(0))
-    assert float(packed["loss"]) == pytest.approx(float(separate), rel=1e-5)
-    for name, (total, _) in parts.items():
-        assert float(packed[name][0]) == pytest.approx(float(total), rel=1e-5), name
-    assert float(separate) == pytest.approx(80 * sum(float(x) for x, _ in parts.values()) / (2 * BATCH), rel=1e-5)
-
-
-def test_ode_one_batch_is_learnt(ode_run):
-    losses = [float(metrics["loss"]) for metrics in ode_run[1]]
-    assert losses[-1] < 0.3 * losses[0], losses[::10]
-
-
 @pytest.mark.parametrize(
     ("change", "parts", "rule"),
     [
@@ -412,25 +363,3 @@ def test_players_that_do_not_fit_are_refused_in_one_line(monkeypatch, change, pa
     with pytest.raises(ConfigError, match=rule) as error:
         distill_stage.check_players(config)
     assert "\n" not in str(error.value)
-
-
-def test_rollouts_grow_with_the_steps():
-    config = RolloutConfig(smallest=1, largest=4, cold_start=10, warm_start=5)
-    steps = jnp.arange(210)
-    drawn = jax.vmap(config.draw)(jax.random.split(jax.random.key(0), 210), steps).tolist()
-    assert drawn[:5] == [1] * 5
-    assert drawn[5:10] == [2] * 5
-    assert set(drawn[10:]) == {1, 2, 3, 4}
-
-
-@pytest.mark.parametrize(
-    ("values", "rule"),
-    [
-        ({"smallest": 0}, "smallest must be at least 1 and at most largest"),
-        ({"smallest": 3, "largest": 2}, "smallest must be at least 1 and at most largest"),
-        ({"warm_start": 3}, "warm_start 3 must come before cold_start 0"),
-    ],
-)
-def test_rollouts_that_cannot_be_are_one_line(values, rule):
-    with pytest.raises(ValueError, match=rule):
-        RolloutConfig(**values)

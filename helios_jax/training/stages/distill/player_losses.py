@@ -48,7 +48,7 @@ def _repeated(x: Any, count: int) -> Any:
 
 
 def _together(*parts: Array) -> Array:
-    """Samples of several batches, those of one number in a row."""
+    """Samples of several batches in one, interleaved: each sample stays on its device."""
     return jnp.stack(parts, 1).reshape(-1, *parts[0].shape[1:])
 
 
@@ -61,6 +61,10 @@ def _shift(made: Array, config: DistillTrainConfig) -> float:
 def generator_loss(
     model: Players, scene: Scene, chunks: Array, keys: Array, common: Array, step: Array, config: DistillTrainConfig
 ) -> tuple[Float[Array, ""], Metrics]:
+    """Distribution matching of the student's last chunk, and from step `gan.start` the loss against the discriminator.
+
+    `common` is the key of draws that all samples share.
+    """
     distill, gan = config.distill, config.distill.gan
     made, history = make_chunk(model.student, scene, chunks, fold(keys, 0), common, config, with_gradient=True)
     k_sigma, k_noise, k_gan, k_crop = (fold(keys, i) for i in range(1, 5))
@@ -88,8 +92,10 @@ def generator_loss(
 def dmd_gradient(
     model: Players, made: Array, history: History, scene: Scene, sigma: Array, noise: Array, config: DistillTrainConfig
 ) -> tuple[Float[Array, "b t h w c"], Float[Array, ""]]:
-    """Direction from which the two scores push `made`, from what they see of it at `sigma`; and how far, on average,
-    the teacher would move it."""
+    """(gradient of the distribution matching loss at `made`, mean distance to the teacher's prediction).
+
+    Both scores predict the chunk from `made` noised to `sigma`.
+    """
     distill = config.distill
     noisy = add_noise(made, noise, sigma)
     fake, real = model.fake, model.real
@@ -111,6 +117,7 @@ def dmd_gradient(
 def critic_loss(
     model: Players, scene: Scene, chunks: Array, keys: Array, common: Array, step: Array, config: DistillTrainConfig
 ) -> tuple[Float[Array, ""], Metrics]:
+    """Flow matching of the critic on the student's last chunk, and from step `gan.start` the discriminator's loss."""
     distill, gan = config.distill, config.distill.gan
     made, history = make_chunk(model.student, scene, chunks, fold(keys, 0), common, config, with_gradient=False)
     made, history = jax.lax.stop_gradient((made, history))

@@ -65,7 +65,7 @@ class Players(nnx.Module):
 
 
 def score_config(config: DistillTrainConfig) -> FlowTrainConfig:
-    """The config of a run that would train the critic alone, as `training.start` reads it."""
+    """The config of a run that trains the critic alone, from which `training.start` makes or loads the scores."""
     score = config.distill.score
     return dataclasses.replace(
         config, init=score.init, init_subfolder=score.init_subfolder, lora=None, trainable=("all",), model=ModelConfig()
@@ -103,7 +103,7 @@ def _discriminator(config: DistillTrainConfig, model: Transformer) -> Discrimina
 
 
 def init(config: DistillTrainConfig, key: jax.Array) -> Players:
-    """All players with random weights, new adapters as they begin in `load`."""
+    """All players with random weights; new adapters begin as in `load`."""
     generator = start.init_transformer(config, key)
     if config.distill.score.init is None:
         return Players(_add_critic(_attach(generator, config), config), None, _discriminator(config, generator))

@@ -23,8 +23,8 @@ from helios_jax.training.stages.flow import fold
 class Scene:
     """History and text that a chunk is made and scored with.
 
-    The scores see `history`; the `student`'s has lost some saturation, too. Text and negative text are embeddings
-    [b, m, d]; `real` [b, t, h, w, c] are the data's own chunks.
+    The scores see `history`, the student `student`, whose saturation is corrupted, too. Text and negative text are
+    embeddings [b, m, d]; `real` [b, t, h, w, c] are the data's own chunks.
     """
 
     history: History
