@@ -74,6 +74,18 @@ def _names(folder: Path) -> list[str]:
     return [path.name for path in folder.glob("*.y*ml")] if folder.is_dir() else []
 
 
+def peek(path: str | Path, overrides: Sequence[str], key: str) -> tuple[Any, str] | None:
+    """(value, file or override that gives it) of a top-level key, before any schema; None where none gives it.
+
+    Raises ConfigError for files and overrides that cannot be read.
+    """
+    found = None
+    for source, values in [*_files(Path(path)), *map(_override, overrides)]:
+        if key in values:
+            found = values[key], source
+    return found
+
+
 def save(config: Any, path: str | Path) -> None:
     """Write a dataclass instance as YAML that `load` reads back to an equal one."""
     path = Path(path)

@@ -7,7 +7,7 @@ import pytest
 
 from helios_jax import config
 from helios_jax.config import ConfigError, load
-from helios_jax.training.config import TrainConfig
+from helios_jax.training.stage_table import load_config
 
 
 @dataclass(unsafe_hash=True)
@@ -48,10 +48,10 @@ def test_bases_then_file_then_overrides(tmp_path):
 
 def test_saved_config_reads_back_equal(tmp_path):
     path = write(tmp_path, "c.yaml", "steps: 7\noptim: {ema: {decay: 0.9}, betas: [0.5, 0.9]}\n")
-    got = load(path, ["stage=vae"], TrainConfig)
+    got = load_config(path, ["stage=vae"])
     assert got.optim.betas == (0.5, 0.9)
     config.save(got, tmp_path / "out" / "config.yaml")
-    assert load(tmp_path / "out" / "config.yaml", [], TrainConfig) == got
+    assert load_config(tmp_path / "out" / "config.yaml") == got
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,9 @@ def test_missing_file_suggests_a_neighbour(tmp_path):
     ("override", "message"),
     [
         ("stage=va", "did you mean vae"),
-        ("stage=os.nothing", "stage must be one of"),
+        ("stage=os.nothing", "stage: os.nothing cannot be imported, give the dotted path of a class"),
+        ("stage=os.getcwd", "stage: os.getcwd must be a subclass of helios_jax.training.stage.Stage"),
+        ("stage=null", "stage: must be a name, as in flow, got None"),
         ("steps=0", "steps must be at least 1"),
         ("optim.lr=-1", "optim.lr: lr must be above 0"),
         ("optim.betas=[0.9,1.0]", "betas"),
@@ -127,5 +129,5 @@ def test_missing_file_suggests_a_neighbour(tmp_path):
 def test_train_config_ranges(tmp_path, override, message):
     path = write(tmp_path, "c.yaml", "stage: vae\n")
     with pytest.raises(ConfigError) as e:
-        load(path, [override], TrainConfig)
+        load_config(path, [override])
     assert message in str(e.value)

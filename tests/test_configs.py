@@ -13,9 +13,11 @@ from helios_jax import config as configs
 from helios_jax import lora
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.sampling.run import SampleConfig
-from helios_jax.training.config import LoRAConfig, ModelConfig, TrainConfig
+from helios_jax.training.run_config import ModelConfig, TrainConfig
+from helios_jax.training.stage_table import load_config
+from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
 from helios_jax.training.start import init_transformer
-from helios_jax.training.trainable import dotted, trainable
+from helios_jax.training.trainable import AdapterConfig, dotted, trainable
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
@@ -32,7 +34,7 @@ def is_run(path: str) -> bool:
 
 @cache
 def load(path: str) -> TrainConfig:
-    return configs.load(ROOT / path, [], TrainConfig)
+    return load_config(ROOT / path)
 
 
 @pytest.mark.parametrize("path", FILES)
@@ -51,7 +53,7 @@ def test_begins_with_what_another_run_makes(path):
     """An `init` in runs/ is the folder of a run of the same set, or a part of it."""
     config = load(path)
     made = {load(other).run for other in FILES if is_run(other) and Path(other).parent == Path(path).parent}
-    scores = [] if config.distill is None else [config.distill.score.init]
+    scores = [config.distill.score.init] if isinstance(config, DistillTrainConfig) else []
     for init in (config.init, *scores):
         if init is not None and init.startswith("runs/"):
             assert re.sub(r"/(pipeline|vae)$", "", init) in (made | MADE) - {config.run}
@@ -151,7 +153,7 @@ def test_numbers_of_stage_3(path):
     assert (distill.rollout.smallest, distill.rollout.largest) == (1, 1)
     assert (critic.optim.lr, critic.optim.betas, critic.optim.clip_norm) == (4e-7, (0.0, 0.999), 10)
     assert (critic.optim.weight_decay, critic.lora.rank, critic.steps_per_generator) == (1e-3, 256, 5)
-    assert critic.lora.target_modules == LoRAConfig().target_modules
+    assert critic.lora.target_modules == AdapterConfig().target_modules
     assert critic.renoise.distribution == "uniform"
     assert score.guidance_scale == 3
     renoise = score.renoise

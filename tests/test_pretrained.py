@@ -35,8 +35,8 @@ from helios_jax.pretrained import (
     to_arrays,
 )
 from helios_jax.sharding import MeshConfig, make_mesh, shardings
-from helios_jax.training.config import TrainConfig
 from helios_jax.training.optim import make_optimizer
+from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.state import init_sharded
 from tests import tiny
 

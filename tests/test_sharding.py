@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from helios_jax.sharding import MeshConfig, check_batch, make_mesh, shardings, spec
-from helios_jax.training import checkpoint, loop, optim, state
-from helios_jax.training.config import TrainConfig
+from helios_jax.training import loop, optim, run_checkpoints, state
+from helios_jax.training.run_config import TrainConfig
 from tests.closeness import assert_close
 from tests.training import dummy
 
@@ -50,24 +50,24 @@ def test_mesh_that_does_not_fit_says_so():
 
 def train_steps(mesh_config, folder=None, restore_from=None, steps=3):
     """Losses, gradient norms and the parameters after a few steps of the dummy stage, and the shardings used."""
-    config = TrainConfig(stage="tests.training.dummy", steps=steps, mesh=mesh_config, precision="float32")
+    config = TrainConfig(stage="tests.training.dummy.Dummy", steps=steps, mesh=mesh_config, precision="float32")
     config.data.batch_size, config.optim.lr = 16, 1e-2
-    mesh = make_mesh(config.mesh)
+    mesh, stage = make_mesh(config.mesh), dummy.Dummy(config)
     optimizer = optim.make_optimizer(config.optim, config.steps)
     with jax.set_mesh(mesh):
-        made = state.init_sharded(lambda k: dummy.init(config, k), jax.random.key(0), optimizer, config.optim.ema, mesh)
-        batches, seed_key, metrics = dummy.batches(config), jax.random.key(config.seed), []
+        made = state.init_sharded(stage.init, jax.random.key(0), optimizer, config.optim.ema, mesh)
+        batches, seed_key, metrics = stage.batches(), jax.random.key(config.seed), []
         if restore_from:
-            made, position, _ = checkpoint.Checkpoints(restore_from, 1).restore(state.abstract_like(made))
+            made, position, _ = run_checkpoints.Checkpoints(restore_from, 1).restore(state.abstract_like(made))
             batches.set_state(position)
         split = list(made.model.up.weight[...].sharding.spec)
         moments = [list(x.sharding.spec) for x in jax.tree.leaves(made.opt_state) if x.shape == (16, 64)]
-        step = loop.make_step(dummy, config, optimizer, made, mesh)
+        step = loop.make_step(stage, optimizer, made, mesh)
         for _ in range(int(made.step), steps):
             made, m = step(made, loop.put_batch(loop.split_ids(next(batches))[0], mesh), seed_key)
             metrics.append([float(m["loss"]), float(m["grad_norm"])])
         if folder:
-            checkpoints = checkpoint.Checkpoints(folder, 1)
+            checkpoints = run_checkpoints.Checkpoints(folder, 1)
             checkpoints.save(made, batches.get_state(), config)
             checkpoints.close()
     weight = np.asarray(made.model.up.weight[...]).tolist()
@@ -101,9 +101,9 @@ def test_eight_devices_compute_what_one_does_and_checkpoints_cross_meshes(tmp_pa
 
 
 def test_shardings_has_the_structure_of_the_state():
-    config = TrainConfig(stage="tests.training.dummy")
+    config = TrainConfig(stage="tests.training.dummy.Dummy")
     optimizer = optim.make_optimizer(config.optim, 1)
-    abstract = jax.eval_shape(lambda k: state.create(dummy.init(config, k), optimizer, None), jax.random.key(0))
+    abstract = jax.eval_shape(lambda k: state.create(dummy.Dummy(config).init(k), optimizer, None), jax.random.key(0))
     placed = shardings(abstract, make_mesh(MeshConfig()))
     assert jax.tree.structure(placed) == jax.tree.structure(abstract)
 

@@ -6,7 +6,6 @@ the tables that `end_at` makes (paper section 3.5).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +13,6 @@ from jaxtyping import Array, Bool, Int, Key
 
 from helios_jax.diffusion.denoise import Level
 from helios_jax.diffusion.memory import History
-
-
-@dataclass(unsafe_hash=True)
-class RolloutConfig:
-    """Numbers of chunks that the student makes in a row, the scored one included (self-forcing).
-
-    From `smallest` to `largest`, all as likely. With a cold start, the first `cold_start` steps take the smallest and,
-    from step `warm_start` of them on, one more (upstream's dmd_num_latent_sections_*, cold_start_step,
-    stage_cold_start_step). The data's history comes before the first.
-    """
-
-    smallest: int = 1
-    largest: int = 1
-    cold_start: int = 0
-    warm_start: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.smallest <= self.largest:
-            raise ValueError(f"smallest must be at least 1 and at most largest ({self.largest}), got {self.smallest}")
-        if self.warm_start is not None and not (self.warm_start <= self.cold_start and self.smallest < self.largest):
-            raise ValueError(
-                f"warm_start {self.warm_start} must come before cold_start {self.cold_start}, and largest must be above"
-                f" smallest: it takes one chunk more"
-            )
-
-    def draw(self, key: Key[Array, ""], step: Int[Array, ""]) -> Int[Array, ""]:
-        """The number of chunks of a training step, the same for all samples."""
-        drawn = jax.random.randint(key, (), self.smallest, self.largest + 1)
-        cold = jnp.asarray(self.smallest)
-        if self.warm_start is not None:
-            cold = cold + (step >= self.warm_start)
-        return jnp.where(step < self.cold_start, cold, drawn)
 
 
 def is_first_chunk(history: History) -> Bool[Array, " b"]:

@@ -5,10 +5,9 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,14 +20,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tensorboardX import SummaryWriter
 
 from helios_jax.sharding import BATCH, put_batch, shardings
-from helios_jax.training.checkpoint import Checkpoints
-from helios_jax.training.config import TrainConfig
 from helios_jax.training.optim import learning_rate
+from helios_jax.training.run_checkpoints import Checkpoints
+from helios_jax.training.run_config import TrainConfig
+from helios_jax.training.stage import Batches, Metrics, Stage
 from helios_jax.training.state import TrainState, update
 
-# A number of a step, or a sum and what it is to be divided by once all steps of a report are added up.
-Metrics = dict[str, Any]
-Validate = Callable[[Any, TrainConfig, Path], Mapping[str, np.ndarray]]
 Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
 
 
@@ -36,34 +33,24 @@ class NotFiniteError(ArithmeticError):
     """A loss or gradient that is NaN or infinite; the message is one line."""
 
 
-class Batches(Protocol):
-    """Batches (numpy, this host's part) whose position can be saved as plain JSON and set again."""
+def make_step(stage: Stage[Any, Any], optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh) -> Step:
+    """The jitted `(state, batch, seed key) -> (state, metrics)`; the new state takes the memory of the old one.
 
-    def __next__(self) -> Any: ...
-    def __iter__(self) -> Iterator[Any]: ...
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
-
-
-def make_step(
-    stage: ModuleType, config: TrainConfig, optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh
-) -> Step:
-    """The jitted `(state, batch, seed key) -> (state, metrics)`; the state's memory is used again for the new one.
-
-    Each sample of a step has a key of its own, from `fold_in(seed key, step)`: a resumed run draws what an
-    uninterrupted one would have, and one that accumulates gradients what a whole batch would have.
+    Each sample of a step has its own key, from `fold_in(seed key, step)`: a resumed run has the draws of an
+    uninterrupted one, and one that accumulates gradients those of a whole batch.
     """
+    config: TrainConfig = stage.config
     placed, parts = shardings(state, mesh), config.optim.accumulate
 
     def step(state: TrainState, batch: Any, seed_key: jax.Array) -> tuple[TrainState, Metrics]:
         keys = jax.random.split(jax.random.fold_in(seed_key, state.step), len(jax.tree.leaves(batch)[0]))
 
         def gradient(batch: Any, keys: jax.Array) -> Any:
-            """(loss, sums of metrics and what to divide them by), gradients."""
+            """((loss, sums and divisors of the metrics), gradients)."""
 
             def loss(params: Any) -> tuple[jax.Array, Metrics]:
                 model = nnx.merge(state.graph, params, state.frozen)
-                value, metrics = stage.loss(model, {**batch, "step": state.step}, keys, config)
+                value, metrics = stage.loss(model, {**batch, "step": state.step}, keys)
                 return value, {name: x if isinstance(x, tuple) else (x, 1) for name, x in metrics.items()}
 
             return jax.value_and_grad(loss, has_aux=True)(state.params)
@@ -80,11 +67,11 @@ def make_step(
 
 
 def _accumulate(gradient: Callable[..., Any], inputs: Any, parts: int, placed: Any, mesh: Mesh) -> Any:
-    """The sums of what `gradient` gives for `parts` parts of a batch, one part after the other."""
+    """The sums of `gradient` over `parts` parts of a batch, one part after the other."""
     sharding = NamedSharding(mesh, PartitionSpec(None, BATCH))
 
     def divide(x: jax.Array) -> jax.Array:
-        # Part i is every parts-th sample: each device goes on with samples that it has.
+        # Part i is every parts-th sample: no sample leaves its device.
         x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
         return jax.lax.with_sharding_constraint(x, sharding)
 
@@ -103,17 +90,17 @@ def run(
     state: TrainState,
     batches: Batches,
     checkpoints: Checkpoints,
-    config: TrainConfig,
+    stage: Stage[Any, Any],
     mesh: Mesh,
-    validate: Validate | None = None,
 ) -> tuple[TrainState, signal.Signals | None]:
-    """Train until `config.steps`; returns the last state and the signal that ended the run early, if one did.
+    """Trains until `config.steps`; returns the last state and the signal that ended the run early, if one did.
 
     SIGTERM and SIGINT finish the step, save and return; a second one ends the process at once. A NaN or infinite loss
     or gradient raises NotFiniteError: metrics are checked before every save, so the checkpoints stay good. The `id` of
-    a batch, names of its samples, stays on the host: it is told then. With `config.validation`, `validate(model,
-    config, folder)` makes videos now and then.
+    a batch, names of its samples, stays on the host: that error prints it. With `config.validation`, the stage's
+    `validate` runs at its interval.
     """
+    config: TrainConfig = stage.config
     seed_key = jax.random.key(config.seed)
     first = done = int(state.step)
     window: list[tuple[Metrics, list[str]]] = []
@@ -128,7 +115,7 @@ def run(
             # Hosts must agree to stop; they ask one another only where they wait for the device anyway.
             stop = signals.received(agree=log)
             save = done % config.checkpoint.every == 0 or done == config.steps or stop is not None
-            look = validate is not None and config.validation is not None and done % config.validation.every == 0
+            look = config.validation is not None and done % config.validation.every == 0
             if log or save or look:
                 reporter.report(done, _mean(window, done, checkpoints, Path(config.run)))
                 window = []
@@ -136,15 +123,15 @@ def run(
                 checkpoints.save(state, batches.get_state(), config)
             if stop is not None:
                 break
-            if look and validate is not None:
+            if look:
                 folder = Path(config.run) / "validation" / f"step_{done:06d}"
-                reporter.pictures(done, validate(state.best, config, folder))
+                reporter.pictures(done, stage.validate(state.best, folder))
     checkpoints.wait()
     return state, signals.received(agree=False) if done < config.steps else None
 
 
 def split_ids(batch: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A batch without the names of its samples, and those."""
+    """(batch without the names of its samples, those names)."""
     return {name: x for name, x in batch.items() if name != "id"}, [str(name) for name in batch.get("id", ())]
 
 
@@ -185,7 +172,7 @@ def _not_finite(
 
 
 class _Signals:
-    """Remembers SIGTERM and SIGINT; the second one acts as it would have without us."""
+    """Remembers SIGTERM and SIGINT; a second one acts as it does without this class."""
 
     def __enter__(self) -> "_Signals":
         self._seen: signal.Signals | None = None
@@ -202,7 +189,7 @@ class _Signals:
             signal.signal(s, handler)
 
     def received(self, agree: bool) -> signal.Signals | None:
-        """The signal to act on; with several hosts, one that any of them got, told when all of them ask."""
+        """The signal to act on; of several hosts, one that any of them got, known where all of them ask (`agree`)."""
         if jax.process_count() == 1:
             return self._seen
         if agree:
@@ -226,7 +213,7 @@ class Reporter:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        # A run that was killed after its last checkpoint repeats those steps; what it logged of them goes.
+        # A run that was killed after its last checkpoint repeats those steps: their lines are removed.
         kept = [x for x in path.read_text().splitlines() if _step_of(x) <= first] if path.exists() else []
         path.write_text("".join(f"{x}\n" for x in kept))
         self._lines = path.open("a")
@@ -249,7 +236,7 @@ class Reporter:
             self._board.close()
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
-        """Show and write the means of the steps since the last report."""
+        """Shows and writes the means of the steps since the last report."""
         now = time.monotonic()
         if step > self._first + 1:  # the first step's time is that of compiling
             self._rate = (step - self._last[0]) / max(now - self._last[1], 1e-9)
@@ -273,7 +260,7 @@ class Reporter:
             print(line, flush=True)
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Put uint8 [h, w, 3] of a validation into TensorBoard; the time it took is none of the steps'."""
+        """Puts uint8 [h, w, 3] of a validation into TensorBoard; its time does not count as the steps'."""
         self._last = (step, time.monotonic())
         if self._writes:
             for name, picture in pictures.items():

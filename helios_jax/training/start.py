@@ -12,15 +12,16 @@ from helios_jax.config import ConfigError
 from helios_jax.models.transformer import MEMORY_PATCHES, Transformer, TransformerConfig, init_memory_patches
 from helios_jax.models.transformer.embeddings import Patches, coarser
 from helios_jax.pretrained import CheckpointError
-from helios_jax.training.config import LoRAConfig, TrainConfig
+from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.trainable import AdapterConfig
 
 WAN = "WanTransformer3DModel"
 
 
-def transformer_config(config: TrainConfig) -> TransformerConfig:
+def transformer_config(config: FlowTrainConfig) -> TransformerConfig:
     """The sizes that the config gives, or those of the weights that it names.
 
-    Raises ConfigError when there are none, or when what `init` names cannot be trained.
+    Raises ConfigError when there are none, or when the weights that `init` names cannot be trained.
     """
     if config.model.transformer is not None:
         return config.model.transformer
@@ -33,7 +34,7 @@ def transformer_config(config: TrainConfig) -> TransformerConfig:
         raise ConfigError(f"init: {error}") from None
 
 
-def init_transformer(config: TrainConfig, key: jax.Array) -> Transformer:
+def init_transformer(config: FlowTrainConfig, key: jax.Array) -> Transformer:
     """Random parameters, the memory patches made from the patch embedding, with adapters where `config.lora` asks."""
     sizes = transformer_config(config)
     model = Transformer(sizes, stacked=True, rngs=nnx.Rngs(key))
@@ -42,7 +43,7 @@ def init_transformer(config: TrainConfig, key: jax.Array) -> Transformer:
     return model if config.lora is None else _add_adapters(model, config.lora, config.seed)
 
 
-def load_transformer(config: TrainConfig, model: Transformer, shardings: Any = None) -> Transformer:
+def load_transformer(config: FlowTrainConfig, model: Transformer, shardings: Any = None) -> Transformer:
     """The abstract `model` of `init_transformer` with the weights that `config.init` names, in the model's dtypes.
 
     Wan's checkpoints (text to video, diffusers layout) have no memory patches: they are made from the patch embedding.
@@ -60,7 +61,7 @@ def load_transformer(config: TrainConfig, model: Transformer, shardings: Any = N
     return add(loaded)
 
 
-def _folder(config: TrainConfig) -> Path:
+def _folder(config: FlowTrainConfig) -> Path:
     part = config.init_subfolder
     folder = pretrained.resolve(config.init or "", (".", part))
     return folder / part if (folder / part).is_dir() else folder
@@ -85,7 +86,7 @@ def _wan_config(folder: Path) -> TransformerConfig:
 
 
 def _load_wan(model: Transformer, folder: Path, shardings: Any) -> Transformer:
-    """All but the memory patches from the files; those are computed where they stay."""
+    """All but the memory patches from the files; the patches are computed in their shards."""
     new = {name: getattr(model, name) for name in MEMORY_PATCHES if hasattr(model, name)}
     bare = lora.adapters.copy(model)
     for name in new:
@@ -106,7 +107,7 @@ def _load_wan(model: Transformer, folder: Path, shardings: Any) -> Transformer:
     return loaded
 
 
-def _add_adapters(model: Transformer, config: LoRAConfig, seed: int) -> Transformer:
+def _add_adapters(model: Transformer, config: AdapterConfig, seed: int) -> Transformer:
     adapter = lora.LoRAConfig(config.rank, config.alpha, config.target_modules, init="gaussian")
     try:
         return lora.add(model, adapter, jax.random.fold_in(jax.random.key(seed), 1), dtype=jnp.float32)

@@ -20,7 +20,7 @@ Filter = Callable[[tuple[Any, ...], Any], bool]
 
 
 @dataclass
-class LoRAConfig:
+class AdapterConfig:
     """Low-rank adapters to be trained, A gaussian and B zero at first; `trainable` must name "adapters".
 
     `target_modules` are diffusers' names, or ends of names, of the layers that get one: by default every linear layer,

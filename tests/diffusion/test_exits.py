@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, denoise_chunk, denoise_to_exits
-from helios_jax.diffusion.exits import RolloutConfig, draw_exits, end_at, is_first_chunk, last_exits
+from helios_jax.diffusion.exits import draw_exits, end_at, is_first_chunk, last_exits
 from helios_jax.diffusion.levels import make_levels
 from helios_jax.diffusion.memory import History, MemoryConfig
 from helios_jax.diffusion.schedule import DMDSchedulerConfig
@@ -116,25 +116,3 @@ def test_a_first_chunk_is_one_without_any_past():
     latents[1, -1, 0, 0, 0] = anchor[2, 0, 0, 0, 0] = 1.0
     history = History(jnp.asarray(latents), jnp.asarray(anchor), jnp.asarray(True), jnp.zeros(3))
     assert is_first_chunk(history).tolist() == [True, False, False]
-
-
-def test_rollouts_grow_with_the_steps():
-    config = RolloutConfig(smallest=1, largest=4, cold_start=10, warm_start=5)
-    steps = jnp.arange(210)
-    drawn = jax.vmap(config.draw)(jax.random.split(jax.random.key(0), 210), steps).tolist()
-    assert drawn[:5] == [1] * 5
-    assert drawn[5:10] == [2] * 5
-    assert set(drawn[10:]) == {1, 2, 3, 4}
-
-
-@pytest.mark.parametrize(
-    ("values", "rule"),
-    [
-        ({"smallest": 0}, "smallest must be at least 1 and at most largest"),
-        ({"smallest": 3, "largest": 2}, "smallest must be at least 1 and at most largest"),
-        ({"warm_start": 3}, "warm_start 3 must come before cold_start 0"),
-    ],
-)
-def test_what_cannot_be_is_one_line(values, rule):
-    with pytest.raises(ValueError, match=rule):
-        RolloutConfig(**values)

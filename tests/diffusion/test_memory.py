@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from helios_jax.diffusion import memory
 from helios_jax.diffusion.memory import MemoryConfig
-from helios_jax.training.config import FlowConfig
+from helios_jax.training.flow_config import FlowConfig
 
 
 def chunk(k: int, frames: int):

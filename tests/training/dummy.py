@@ -11,7 +11,8 @@ from flax import nnx
 
 from helios_jax.models.layers import Linear
 from helios_jax.sharding import gather
-from helios_jax.training.config import TrainConfig
+from helios_jax.training.run_config import TrainConfig
+from helios_jax.training.stage import Stage
 
 WIDTH = 16
 
@@ -56,29 +57,28 @@ class Batches:
         self.index = state["next_index"]
 
 
-def init(config: TrainConfig, key: jax.Array) -> Net:
-    return Net(rngs=nnx.Rngs(key))
+class Dummy(Stage[TrainConfig, Net]):
+    """The stage; its config is the common one."""
 
+    def init(self, key: jax.Array) -> Net:
+        return Net(rngs=nnx.Rngs(key))
 
-def batches(config: TrainConfig) -> Batches:
-    return Batches(config)
+    def batches(self) -> Batches:
+        return Batches(self.config)
 
+    def loss(self, model: Net, batch, keys: jax.Array):
+        noise = 0.1 * jax.vmap(lambda key: jax.random.normal(key, (WIDTH,)))(keys)
+        error = jnp.square(model(batch["x"] + noise) - jnp.roll(batch["x"], 1, -1))
+        positive = batch["x"][:, 0] > 0
+        half = ((error.mean(1) * positive).sum(), positive.sum())
+        return error.mean(), {"noise": noise.mean(), "loss_positive": half}
 
-def loss(model: Net, batch, keys: jax.Array, config: TrainConfig):
-    noise = 0.1 * jax.vmap(lambda key: jax.random.normal(key, (WIDTH,)))(keys)
-    error = jnp.square(model(batch["x"] + noise) - jnp.roll(batch["x"], 1, -1))
-    positive = batch["x"][:, 0] > 0
-    half = ((error.mean(1) * positive).sum(), positive.sum())
-    return error.mean(), {"noise": noise.mean(), "loss_positive": half}
-
-
-def validate(model: Net, config: TrainConfig, folder: Path) -> dict[str, np.ndarray]:
-    folder.mkdir(parents=True)
-    np.save(folder / "weight.npy", np.asarray(model.up.weight[...]))
-    return {"weight": np.zeros((4, 4, 3), np.uint8)}
-
-
-def export(model: Net, config: TrainConfig, folder: Path) -> None:
-    model = gather(model)
-    if jax.process_index() == 0:
+    def validate(self, model: Net, folder: Path) -> dict[str, np.ndarray]:
+        folder.mkdir(parents=True)
         np.save(folder / "weight.npy", np.asarray(model.up.weight[...]))
+        return {"weight": np.zeros((4, 4, 3), np.uint8)}
+
+    def export(self, model: Net, folder: Path) -> None:
+        model = gather(model)
+        if jax.process_index() == 0:
+            np.save(folder / "weight.npy", np.asarray(model.up.weight[...]))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from helios_jax import config as configs
 from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.data import shards
@@ -21,12 +20,15 @@ from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sharding import make_mesh
 from helios_jax.toy import build as toy_build
 from helios_jax.training import start
-from helios_jax.training.config import LoRAConfig, OptimConfig, PyramidConfig, TrainConfig, ValidationConfig
+from helios_jax.training.flow_config import PyramidConfig
 from helios_jax.training.loop import make_step, split_ids
-from helios_jax.training.optim import make_optimizer
+from helios_jax.training.optim import OptimConfig, make_optimizer
+from helios_jax.training.run_config import ValidationConfig
+from helios_jax.training.stage_table import load_config
 from helios_jax.training.stages import flow
+from helios_jax.training.stages.flow import FlowStage
 from helios_jax.training.state import create
-from helios_jax.training.trainable import dotted
+from helios_jax.training.trainable import AdapterConfig, dotted
 from tests import tiny
 from tests.closeness import assert_close
 
@@ -51,7 +53,7 @@ precision: float32
 data: {{folder: {folders}/latents, batch_size: 4}}
 flow: {{components: {folders}/pipeline, text_drop: 0.5}}
 """)
-    config = configs.load(path, [], TrainConfig)
+    config = load_config(path)
     config.model.transformer = tiny.TRANSFORMER
     return config
 
@@ -62,7 +64,7 @@ def draw() -> Transformer:
 
 
 def test_init_makes_the_model_that_is_trained(config):
-    made = jax.eval_shape(lambda: flow.init(config, jax.random.key(0)))
+    made = jax.eval_shape(lambda: FlowStage(config).init(jax.random.key(0)))
     assert {k: e.shape for k, e in file_entries(made).items()} == {k: e.shape for k, e in file_entries(draw()).items()}
 
 
@@ -103,16 +105,16 @@ def test_videos_of_several_sizes_are_in_one_run(config, tmp_path):
     shards.run(shards.Build(tmp_path / "data", {**features, "id": text()}, plan, {}), make, "clips")
     np.save(tmp_path / "data" / EMPTY_TEXT, np.zeros((5, 16), np.float16))
     config.data.folder, config.flow.components = str(tmp_path / "data"), None
-    found = flow.batches(config)
+    found = FlowStage(config).batches()
     seen = [next(found)["target"].shape for _ in range(8)]
     assert set(seen) == {(4, 9, 16, 8, 4), (4, 9, 8, 12, 4)}
     config.flow.pyramid = PyramidConfig()
     with pytest.raises(ConfigError, match="latents 12 wide, not a multiple of 8"):
-        flow.batches(config)
+        FlowStage(config).batches()
 
 
 def batch_of(config) -> dict:
-    return jax.tree.map(jnp.asarray, split_ids(next(flow.batches(config)))[0])
+    return jax.tree.map(jnp.asarray, split_ids(next(FlowStage(config).batches()))[0])
 
 
 def keys(count=4, seed=1):
@@ -120,7 +122,7 @@ def keys(count=4, seed=1):
 
 
 def test_batches_name_their_clips(config):
-    _, ids = split_ids(next(flow.batches(config)))
+    _, ids = split_ids(next(FlowStage(config).batches()))
     assert len(ids) == 4
     clip, _, chunk = ids[0].rpartition(" chunk ")
     assert clip in {example["id"] for example in open_source(config.data.folder, "train")}
@@ -131,7 +133,7 @@ def test_processes_that_read_make_the_same_batches(config):
     found = []
     for workers in (0, 1):
         config.data.workers = workers
-        batches = flow.batches(config)
+        batches = FlowStage(config).batches()
         batches.set_state({"next_index": 2})
         found.append(next(batches))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
@@ -143,7 +145,7 @@ def test_loss_of_a_model_that_predicts_zero_is_the_target_s_square(config, weigh
     config.flow.times.weighting = weighting
     batch, model = batch_of(config), draw()
     model.proj_out = jax.tree.map(jnp.zeros_like, model.proj_out)
-    value, metrics = jax.jit(lambda m, b: flow.loss(m, b, keys(), config))(model, batch)
+    value, metrics = jax.jit(lambda m, b: FlowStage(config).loss(m, b, keys()))(model, batch)
     noise = jnp.stack([jax.random.normal(jax.random.fold_in(k, 3), batch["target"].shape[1:]) for k in keys()])
     k_time = jnp.stack([jax.random.fold_in(k, 2) for k in keys()])
     (sample,) = flow.make_samples(batch["target"], noise, k_time, config.flow)
@@ -161,7 +163,7 @@ def test_packed_and_separate_levels_have_one_loss_and_one_gradient(config):
     batch, model, found = batch_of(config), draw(), {}
     for levels in ("packed", "separate"):
         config.flow.pyramid = PyramidConfig(sample_ratios=(2, 1), stage_range=(0, 0.5, 1), levels=levels)
-        gradient = jax.value_and_grad(lambda m, b: flow.loss(m, b, keys(), config), has_aux=True)
+        gradient = jax.value_and_grad(lambda m, b: FlowStage(config).loss(m, b, keys()), has_aux=True)
         found[levels] = jax.jit(gradient)(model, batch)
     assert_close(found["packed"], found["separate"])
     (value, metrics), _ = found["packed"]
@@ -188,14 +190,14 @@ def test_bfloat16_computes_near_float32_with_gradients_in_float32(config):
     for precision in ("float32", "bfloat16"):
         config.precision = precision
         (values[precision], _), grads = jax.jit(
-            jax.value_and_grad(lambda m: flow.loss(m, batch, keys(), config), has_aux=True)
+            jax.value_and_grad(lambda m: FlowStage(config).loss(m, batch, keys()), has_aux=True)
         )(model)
         assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
     assert float(values["bfloat16"]) == pytest.approx(float(values["float32"]), rel=2e-2)
     assert float(values["bfloat16"]) != float(values["float32"])
 
 
-LORA = LoRAConfig(rank=4, target_modules=("to_q", "ffn.net.2", "patch_embedding"))
+LORA = AdapterConfig(rank=4, target_modules=("to_q", "ffn.net.2", "patch_embedding"))
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_one_batch_is_learnt_by_the_parameters_that_train_alone(config, change, 
     state = create(model, optimizer, None, config.trainable)
     begin = dict(nnx.to_flat_state(nnx.state(model)))
     # The same times and noise each step: the key follows from the step, which is set back.
-    step, losses = make_step(flow, config, optimizer, state, mesh), []
+    step, losses = make_step(FlowStage(config), optimizer, state, mesh), []
     begin = {path: np.array(variable.get_value()) for path, variable in begin.items()}
     for _ in range(100):
         state, metrics = step(state.replace(step=jnp.zeros((), jnp.int32)), batch, jax.random.key(2))
@@ -236,7 +238,7 @@ def test_export_is_a_whole_pipeline_with_adapters_merged_and_alone(config, tmp_p
     config.flow.pyramid = PyramidConfig()
     model = start._add_adapters(draw(), LORA, 0)
     model.blocks.ffn.down.adapters[0].b[...] += 1.0
-    flow.export(model, config, tmp_path)
+    FlowStage(config).export(model, tmp_path)
     checkpoint = Checkpoint.open(tmp_path / "pipeline")
     assert dataclasses.asdict(checkpoint.transformer) == dataclasses.asdict(tiny.TRANSFORMER)
     assert checkpoint.variant.pyramid
@@ -253,7 +255,7 @@ def test_validation_writes_a_video_of_each_prompt(config, tmp_path):
     config.validation = ValidationConfig(
         prompts=("a red square", "a blue plus"), num_frames=34, height=32, width=48, num_inference_steps=1, fps=8
     )
-    pictures = flow.validate(draw(), config, tmp_path / "videos")
+    pictures = FlowStage(config).validate(draw(), tmp_path / "videos")
     assert sorted(p.name for p in (tmp_path / "videos").iterdir()) == ["0.mp4", "1.mp4"]
     assert {name: x.shape for name, x in pictures.items()} == {"0": (32, 8 * 48, 3), "1": (32, 8 * 48, 3)}
     assert not np.array_equal(pictures["0"], pictures["1"])
@@ -268,13 +270,13 @@ def test_what_cannot_be_is_one_line(config):
     for change, flow_change, message in cases:
         wrong = dataclasses.replace(config, **change, flow=dataclasses.replace(config.flow, **flow_change))
         with pytest.raises(ConfigError, match=message):
-            flow.batches(wrong)
+            FlowStage(wrong).batches()
     config.flow.pyramid = PyramidConfig()
     with pytest.raises(ConfigError, match=r"latents 4 high, not a multiple of 8, which 3 levels in patches of 2 need"):
-        flow.batches(config)
+        FlowStage(config).batches()
     config.data.folder = "nowhere"
     with pytest.raises(ConfigError, match=r"data\.folder: nowhere"):
-        flow.batches(config)
+        FlowStage(config).batches()
     config.model.transformer = dataclasses.replace(tiny.TRANSFORMER, in_channels=8)
     with pytest.raises(ConfigError, match=r"4 is the channels of the VAE's latents, but the transformer takes 8"):
-        flow.batches(config)
+        FlowStage(config).batches()

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_no_moment_to_be_killed_is_a_bad_one(tmp_path):
     config = tmp_path / "c.yaml"
-    settings = {"stage": "tests.training.dummy", "steps": ENDLESS, "log_every": 1, "data": {"batch_size": 4}}
+    settings = {"stage": "tests.training.dummy.Dummy", "steps": ENDLESS, "log_every": 1, "data": {"batch_size": 4}}
     settings |= {"checkpoint": {"every": EVERY, "keep": 2}, "optim": {"lr": 1e-2, "ema": {"decay": 0.9}}}
     config.write_text(yaml.safe_dump(settings))
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -66,7 +66,7 @@ def logged(run: Path) -> int:
 
 
 def saving(run: Path) -> bool:
-    """Whether a checkpoint is being written."""
+    """True while a checkpoint is being written."""
     return any("tmp" in path.name for path in (run / "checkpoints").glob("*"))
 
 

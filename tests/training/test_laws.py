@@ -12,14 +12,14 @@ from flax import nnx
 from tensorboardX.proto.event_pb2 import Event
 
 import train
-from helios_jax import config as configs
 from helios_jax.models.transformer import Transformer
 from helios_jax.models.transformer.remat import Remat
 from helios_jax.sharding import make_mesh
 from helios_jax.training import loop, optim
-from helios_jax.training.config import TrainConfig
+from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.optim import EMAConfig, OptimConfig
-from helios_jax.training.stages import flow
+from helios_jax.training.stage_table import load_config
+from helios_jax.training.stages.flow import FlowStage
 from helios_jax.training.state import create, update
 from tests import tiny
 from tests.closeness import assert_close
@@ -27,14 +27,14 @@ from tests.training import dummy, recipe
 
 
 @pytest.fixture(scope="module")
-def config() -> TrainConfig:
+def config() -> FlowTrainConfig:
     argv = recipe.arguments("stage1_init", recipe.ROOT, recipe.ROOT / "none", "remat=null", "lora=null")
-    got = configs.load(argv[0], [*argv[1:], "trainable=[all]"], TrainConfig)
+    got = load_config(argv[0], [*argv[1:], "trainable=[all]"])
     got.model.transformer = recipe.SIZES
     return got
 
 
-def draw(config: TrainConfig) -> Transformer:
+def draw(config: FlowTrainConfig) -> Transformer:
     return tiny.draw(Transformer.abstract(config.model.transformer, stacked=True), np.random.default_rng(0))
 
 
@@ -46,10 +46,10 @@ def batch_of(count: int = 4) -> dict[str, jax.Array]:
     return {**arrays, "chunk": jnp.arange(count, dtype=jnp.int32)}
 
 
-def gradients(config: TrainConfig):
+def gradients(config: FlowTrainConfig):
     """The loss and all gradients of a step."""
     keys, batch = jax.random.split(jax.random.key(3), 4), {**batch_of(), "step": jnp.zeros((), jnp.int32)}
-    got = jax.jit(jax.value_and_grad(lambda model: flow.loss(model, batch, keys, config)[0]))(draw(config))
+    got = jax.jit(jax.value_and_grad(lambda model: FlowStage(config).loss(model, batch, keys)[0]))(draw(config))
     return jax.tree.leaves(got)
 
 
@@ -63,10 +63,10 @@ def test_remat_changes_no_gradient(config, plain, remat):
     assert_close(gradients(dataclasses.replace(config, remat=remat)), plain)
 
 
-def steps(config: TrainConfig, count: int, optimizer: optax.GradientTransformation):
+def steps(config: FlowTrainConfig, count: int, optimizer: optax.GradientTransformation):
     """The state after `count` steps on one batch, and the metrics of each."""
     mesh, state = make_mesh(config.mesh), create(draw(config), optimizer, config.optim.ema)
-    step, seen = loop.make_step(flow, config, optimizer, state, mesh), []
+    step, seen = loop.make_step(FlowStage(config), optimizer, state, mesh), []
     for _ in range(count):
         state, metrics = step(state, batch_of(), jax.random.key(2))
         seen.append(jax.device_get(metrics))
@@ -148,7 +148,13 @@ def events(folder) -> list[Event]:
 
 def test_tensorboard_has_every_report_and_validation_s_pictures(tmp_path):
     path, run = tmp_path / "c.yaml", tmp_path / "run"
-    settings = {"stage": "tests.training.dummy", "steps": 6, "log_every": 2, "run": str(run), "precision": "float32"}
+    settings = {
+        "stage": "tests.training.dummy.Dummy",
+        "steps": 6,
+        "log_every": 2,
+        "run": str(run),
+        "precision": "float32",
+    }
     settings |= {"validation": {"every": 3, "prompts": ["x"]}, "checkpoint": {"every": 6}}
     path.write_text(yaml.safe_dump(settings))
     assert train.main([str(path)]) == 0

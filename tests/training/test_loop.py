@@ -14,16 +14,16 @@ import pytest
 import yaml
 
 import train
-from helios_jax.config import load
 from helios_jax.training import optim
-from helios_jax.training.checkpoint import Checkpoints
-from helios_jax.training.config import TrainConfig
+from helios_jax.training.cli import fit_mesh
+from helios_jax.training.run_checkpoints import Checkpoints
+from helios_jax.training.stage_table import load_config as load
 from helios_jax.training.state import abstract_like, init_sharded
 from tests.closeness import assert_close
 from tests.training import dummy
 
 BASE = {
-    "stage": "tests.training.dummy",
+    "stage": "tests.training.dummy.Dummy",
     "steps": 12,
     "log_every": 5,
     "data": {"batch_size": 4},
@@ -50,11 +50,11 @@ def run(config, *overrides, **environment):
 
 def newest(config, *overrides):
     """(state, data position) of the newest checkpoint of a run."""
-    got = load(config, overrides, TrainConfig)
+    got = load(config, overrides)
     optimizer = optim.make_optimizer(got.optim, got.steps)
-    mesh = train.fit_mesh(got)
+    mesh = fit_mesh(got)
     state = init_sharded(
-        lambda k: dummy.init(got, k),
+        dummy.Dummy(got).init,
         jax.random.key(got.seed),
         optimizer,
         got.optim.ema,
@@ -98,7 +98,7 @@ def test_resuming_tells_what_changed_and_extends(config, tmp_path, capsys):
     assert run(config, f"run={tmp_path / 'r'}") == 0
     assert run(config, f"run={tmp_path / 'r'}", "steps=14", "optim.lr=5e-3") == 0
     assert "optim.lr was 0.01, is 0.005; steps was 12, is 14" in capsys.readouterr().out
-    assert load(tmp_path / "r" / "config.yaml", [], TrainConfig).steps == 14
+    assert load(tmp_path / "r" / "config.yaml", []).steps == 14
 
 
 def test_ctrl_c_saves_and_exits_130(config, tmp_path):
@@ -127,7 +127,7 @@ def test_metrics_of_some_samples_count_every_sample_alike(config, tmp_path):
     assert run(config, f"run={tmp_path / 'one'}", "log_every=1", "steps=5") == 0
     assert run(config, f"run={tmp_path / 'five'}", "checkpoint.every=9", "steps=5") == 0
     one, five = ([x for x in lines(tmp_path / name)] for name in ("one", "five"))
-    batches = dummy.batches(load(config, [], TrainConfig))
+    batches = dummy.Dummy(load(config, [])).batches()
     counts = [int((next(batches)["x"][:, 0] > 0).sum()) for _ in range(5)]
     assert min(counts) < max(counts)
     expected = np.average([x.get("loss_positive", 0.0) for x in one[1:]], weights=counts[1:])
@@ -148,8 +148,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config, tmp_path):
 def test_what_is_not_trained_stays_and_is_not_saved(config, tmp_path):
     flags = [f"run={tmp_path / 'r'}", r"trainable=[down,up\.bias]", "optim.ema=null", "precision=float32", "steps=4"]
     assert run(config, *flags) == 0
-    got = load(config, flags, TrainConfig)
-    begin, (end, *_) = dummy.init(got, jax.random.key(got.seed)), newest(config, *flags)
+    got = load(config, flags)
+    begin, (end, *_) = dummy.Dummy(got).init(jax.random.key(got.seed)), newest(config, *flags)
     moved = {
         jax.tree_util.keystr(path): bool(
             np.abs(np.asarray(a) - np.asarray(b)).max() > 1e-5
@@ -175,13 +175,13 @@ def test_frozen_parameters_that_changed_are_one_line(config, tmp_path, capsys):
 
 @pytest.mark.parametrize(("precision", "products"), [("float32", "highest"), ("bfloat16", None)])
 def test_float32_is_multiplied_as_float32(config, tmp_path, monkeypatch, precision, products):
-    seen, loss = set(), dummy.loss
+    seen, loss = set(), dummy.Dummy.loss
 
     def watched(*args):
         seen.add(jax.config.jax_default_matmul_precision)
         return loss(*args)
 
-    monkeypatch.setattr(dummy, "loss", watched)
+    monkeypatch.setattr(dummy.Dummy, "loss", watched)
     assert run(config, f"run={tmp_path}", "steps=1", f"precision={precision}") == 0
     assert seen == {products}
 
@@ -208,10 +208,10 @@ def test_keeps_the_newest_and_ignores_a_killed_save(config, tmp_path):
 
 
 def test_saving_copies_before_the_step_takes_the_memory(config, tmp_path):
-    got = load(config, [f"run={tmp_path}"], TrainConfig)
+    got = load(config, [f"run={tmp_path}"])
     optimizer = optim.make_optimizer(got.optim, got.steps)
-    mesh = train.fit_mesh(got)
-    state = init_sharded(lambda k: dummy.init(got, k), jax.random.key(9), optimizer, got.optim.ema, mesh)
+    mesh = fit_mesh(got)
+    state = init_sharded(dummy.Dummy(got).init, jax.random.key(9), optimizer, got.optim.ema, mesh)
     expected = jax.tree.map(np.array, state)
     template = abstract_like(state)
     checkpoints = Checkpoints(tmp_path / "c", 1)
@@ -282,9 +282,9 @@ def test_two_hosts_train_as_one_does_and_one_continues(config, tmp_path):
 
 
 def test_learning_rate_and_decay_mask(config):
-    got = load(config, ["optim.final_lr=1e-3", "steps=103"], TrainConfig)
+    got = load(config, ["optim.final_lr=1e-3", "steps=103"])
     rate = optim.learning_rate(got.optim, got.steps)
     np.testing.assert_allclose([rate(0), rate(2), rate(3), rate(103)], [1e-2 / 3, 1e-2, 1e-2, 1e-3], rtol=1e-5)
-    mask = optim.decayed(dummy.init(got, jax.random.key(0)))
+    mask = optim.decayed(dummy.Dummy(got).init(jax.random.key(0)))
     assert mask.up.weight is True
     assert mask.up.bias is False

@@ -13,7 +13,7 @@ from helios_jax import lora
 from helios_jax.lora import LoRAWeight
 from helios_jax.models.transformer import Transformer
 from helios_jax.pretrained import load_model
-from helios_jax.training.config import LoRAConfig
+from helios_jax.training.trainable import AdapterConfig
 from tests.training import recipe
 
 PATCHES = ("patch_short", "patch_mid", "patch_long")
@@ -139,7 +139,7 @@ def test_the_export_holds_all_that_moved(trained):
 def test_defaults_of_lora_are_every_linear_layer():
     model = Transformer.abstract(recipe.SIZES, stacked=True)
     linear = {name for name, target in lora.adapters.targets(model).items() if target.layout == "linear"}
-    chosen = lora.LoRAConfig(3, None, LoRAConfig().target_modules)
+    chosen = lora.LoRAConfig(3, None, AdapterConfig().target_modules)
     made = jax.eval_shape(lambda: lora.add(recipe_model(), chosen, jax.random.key(0)))
     names = {target.path: name for name, target in lora.adapters.targets(made).items()}
     assert {names[path] for path, _ in lora.adapters.adapted(made)} == linear

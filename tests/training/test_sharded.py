@@ -3,11 +3,9 @@
 The devices are CPU ones of another process. A step of gradient descent at rate 1 shows the gradient.
 """
 
-import importlib
 import os
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,11 +13,11 @@ import numpy as np
 import optax
 import pytest
 
-from helios_jax import config as configs
 from helios_jax.sharding import make_mesh, put_batch
 from helios_jax.training import loop
-from helios_jax.training.checkpoint import Checkpoints
-from helios_jax.training.config import TrainConfig
+from helios_jax.training.run_checkpoints import Checkpoints
+from helios_jax.training.stage import Stage
+from helios_jax.training.stage_table import load_config, make_stage
 from helios_jax.training.state import abstract_like, init_sharded
 from tests.closeness import assert_close
 from tests.training import recipe
@@ -32,41 +30,40 @@ OTHER = ("mesh.data=1", "mesh.fsdp=8", "mesh.tensor=1")
 
 
 def prepared(stage: str, root: Path, mesh: tuple[str, ...]):
-    """(config, module of the stage, mesh), but for the largest program with batches in two parts."""
+    """(stage, mesh), but for the largest program with batches in two parts."""
     flags = ["data.batch_size=8", f"optim.accumulate={1 if stage == 'stage3_gan' else 2}", *mesh]
     if stage == "stage3_gan":
         # Group norms of two values would be their signs, and a penalty the difference of what is nearly equal: neither
         # has a gradient to 2e-4 in float32, on one device or on eight.
         flags += ["distill.gan.discriminator.dim=128", "distill.gan.r1={weight: 0.1, sigma: 1.0}"]
     argv = recipe.arguments(stage, root, root / "none", *flags)
-    config = configs.load(argv[0], argv[1:], TrainConfig)
-    module = importlib.import_module(f"helios_jax.training.stages.{config.stage}")
-    return config, module, make_mesh(config.mesh, jax.devices()[: 1 if mesh == ONE else None])
+    config = load_config(argv[0], argv[1:])
+    return make_stage(config), make_mesh(config.mesh, jax.devices()[: 1 if mesh == ONE else None])
 
 
-def begin(config: TrainConfig, module, mesh):
-    make, load = partial(module.init, config), partial(module.load, config)
-    key, sgd = jax.random.key(0), optax.sgd(1.0)
-    return init_sharded(make, key, sgd, config.optim.ema, mesh, load, config.trainable, config.precision), sgd
+def begin(stage: Stage, mesh):
+    key, sgd, config = jax.random.key(0), optax.sgd(1.0), stage.config
+    state = init_sharded(stage.init, key, sgd, config.optim.ema, mesh, stage.load, config.trainable, config.precision)
+    return state, sgd
 
 
-def step(stage: str, root: Path, mesh: tuple[str, ...], folder: Path | None = None) -> dict[str, np.ndarray]:
+def step(name: str, root: Path, mesh: tuple[str, ...], folder: Path | None = None) -> dict[str, np.ndarray]:
     """Metrics, the first state, the second and the change, by name; with `folder` a checkpoint of the second."""
-    config, module, laid = prepared(stage, root, mesh)
+    stage, laid = prepared(name, root, mesh)
     with jax.set_mesh(laid):
-        state, optimizer = begin(config, module, laid)
+        state, optimizer = begin(stage, laid)
         before = recipe.host(state.params)
-        batches = module.batches(config)
+        batches = stage.batches()
         batch, _ = loop.split_ids(next(batches))
-        run = loop.make_step(module, config, optimizer, state, laid)
+        run = loop.make_step(stage, optimizer, state, laid)
         fast = jax.config.read(FAST)
-        if stage == "stage3_gan":  # slow convolutions would take longer than their compilation
+        if name == "stage3_gan":  # slow convolutions would take longer than their compilation
             jax.config.update(FAST, False)
-        state, metrics = run(state, put_batch(batch, laid), jax.random.key(config.seed))
+        state, metrics = run(state, put_batch(batch, laid), jax.random.key(stage.config.seed))
         jax.config.update(FAST, fast)
         if folder is not None:
             checkpoints = Checkpoints(folder, 1)
-            checkpoints.save(state, batches.get_state(), config)
+            checkpoints.save(state, batches.get_state(), stage.config)
             checkpoints.close()
     out = {f"metric/{name}": np.divide(*x) if isinstance(x, tuple) else np.asarray(x) for name, x in metrics.items()}
     for (path, a), b in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(state.params), strict=True):
@@ -75,11 +72,11 @@ def step(stage: str, root: Path, mesh: tuple[str, ...], folder: Path | None = No
     return out
 
 
-def restored(stage: str, root: Path, mesh: tuple[str, ...], folder: Path) -> dict[str, np.ndarray]:
+def restored(name: str, root: Path, mesh: tuple[str, ...], folder: Path) -> dict[str, np.ndarray]:
     """The parameters of a checkpoint on another mesh."""
-    config, module, laid = prepared(stage, root, mesh)
+    stage, laid = prepared(name, root, mesh)
     with jax.set_mesh(laid):
-        state, _, _ = Checkpoints(folder, 1).restore(abstract_like(begin(config, module, laid)[0]))
+        state, _, _ = Checkpoints(folder, 1).restore(abstract_like(begin(stage, laid)[0]))
         assert int(state.step) == 1
         split = {len(x.sharding.device_set) for x in jax.tree.leaves(state.params)}
         assert split == {laid.size}

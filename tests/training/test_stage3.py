@@ -1,4 +1,4 @@
-"""Stage 3: who moves when, which way, what is kept, and what is refused."""
+"""The distill stage: who moves when, which way, what is kept, and what is refused."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,24 +16,28 @@ from helios_jax.data.records import Source
 from helios_jax.diffusion import distillation as losses
 from helios_jax.diffusion import exits
 from helios_jax.diffusion.distillation import PenaltyConfig, RenoiseConfig
-from helios_jax.diffusion.exits import RolloutConfig
 from helios_jax.models.discriminator import Discriminator, DiscriminatorConfig, Head
 from helios_jax.models.transformer import Transformer
-from helios_jax.sharding import make_mesh
-from helios_jax.training import players
-from helios_jax.training.config import FlowConfig, LoRAConfig, PyramidConfig, TrainConfig
-from helios_jax.training.distill import CriticConfig, DistillConfig, GANConfig, ScoreConfig
-from helios_jax.training.loop import make_step
-from helios_jax.training.optim import EMAConfig, OptimConfig, make_optimizer
-from helios_jax.training.players import Players
-from helios_jax.training.stages import distill, ode
+from helios_jax.training.flow_config import FlowConfig, PyramidConfig
+from helios_jax.training.optim import EMAConfig, OptimConfig
+from helios_jax.training.stages.distill import distill_stage, player_losses, players, rollout
+from helios_jax.training.stages.distill.distill_config import (
+    CriticConfig,
+    DistillConfig,
+    DistillTrainConfig,
+    GANConfig,
+    RolloutConfig,
+    ScoreConfig,
+)
+from helios_jax.training.stages.distill.distill_stage import DistillStage
+from helios_jax.training.stages.distill.players import Players
 from helios_jax.training.state import TrainState, create, update
-from helios_jax.training.trainable import trainable
+from helios_jax.training.trainable import AdapterConfig, trainable
 from tests import tiny
 from tests.closeness import assert_close
 
 SMALL = dataclasses.replace(tiny.TRANSFORMER, num_layers=1)
-LORA = LoRAConfig(rank=4, target_modules=("to_q", "to_v", "ffn.net.2", "proj_out"))
+LORA = AdapterConfig(rank=4, target_modules=("to_q", "to_v", "ffn.net.2", "proj_out"))
 PYRAMID = PyramidConfig(sample_ratios=(1, 1), stage_range=(0, 0.5, 1))
 FAST = OptimConfig(lr=1e-2, weight_decay=0.0)
 BATCH = 2
@@ -41,7 +45,7 @@ CHUNK = (BATCH, 9, 8, 8, 4)
 START, STEPS = 1000, 400  # of the discriminator; of the game without it
 
 
-def config_of(**change) -> TrainConfig:
+def config_of(**change) -> DistillTrainConfig:
     """The distill stage on a tiny model, everything in it; `distill` and `flow` may change parts."""
     parts = {
         "steps": (2, 1),
@@ -50,8 +54,7 @@ def config_of(**change) -> TrainConfig:
         "gan": GANConfig(start=0, discriminator=DiscriminatorConfig((0,), dim=64), r2=PenaltyConfig(), crop=None),
         **change.pop("distill", {}),
     }
-    config = TrainConfig(
-        stage="distill",
+    config = DistillTrainConfig(
         precision="float32",
         lora=LORA,
         trainable=change.pop("trainable", ("adapters", "discriminator")),
@@ -69,7 +72,7 @@ def transformer(seed: int) -> Transformer:
     return tiny.draw(Transformer.abstract(SMALL, stacked=True), np.random.default_rng(seed))
 
 
-def make_players(config: TrainConfig) -> Players:
+def make_players(config: DistillTrainConfig) -> Players:
     """The players as the stage makes them, their values drawn without compiling each draw."""
     key, settings = jax.random.key(0), config.distill
     adapters = lora.LoRAConfig(LORA.rank, LORA.alpha, LORA.target_modules, init="gaussian")
@@ -135,7 +138,9 @@ def game():
     config = config_of(
         distill={
             "score": ScoreConfig(init="teacher", guidance_scale=0.0),
-            "critic": CriticConfig(LoRAConfig(rank=16), OptimConfig(**{**settled, "lr": 1e-2}), steps_per_generator=2),
+            "critic": CriticConfig(
+                AdapterConfig(rank=16), OptimConfig(**{**settled, "lr": 1e-2}), steps_per_generator=2
+            ),
             "gan": GANConfig(
                 START,
                 DiscriminatorConfig((0,), dim=32),
@@ -150,7 +155,7 @@ def game():
         optim=OptimConfig(**settled),
         trainable=("adapters", "generator", "discriminator"),
     )
-    ema, optimizer = EMAConfig(0.5, every=2), distill.make_optimizer(config)
+    ema, optimizer = EMAConfig(0.5, every=2), DistillStage(config).make_optimizer()
     with pytest.MonkeyPatch.context() as patch:
         # What heads are made of, tests/parity compares; convolutions take long to compile.
         patch.setattr(Head, "SHAPES", (((1, 2, 2), (1, 2, 2), (0, 0, 0)),) * 2)
@@ -162,7 +167,7 @@ def game():
         def gradient(params, step, keys):
             def loss(params):
                 model = nnx.merge(begin.graph, params, begin.frozen)
-                return distill.loss(model, {**batch_of(), "step": step}, keys, config)
+                return DistillStage(config).loss(model, {**batch_of(), "step": step}, keys)
 
             return jax.grad(loss, has_aux=True)(params)
 
@@ -259,18 +264,18 @@ def test_dmd_pulls_the_chunk_to_where_the_teacher_sees_it():
     """At the teacher's own prediction the gradient is the critic's distance from it, over the chunk's."""
     config = config_of(distill={"gan": None})
     model, batch = make_players(config), batch_of()
-    scene = distill._scene(batch, keys(), config)
+    scene = rollout.make_scene(batch, keys(), config)
     rng = np.random.default_rng(3)
     made, noise = (jnp.asarray(rng.standard_normal(CHUNK, np.float32)) for _ in range(2))
     sigma = jnp.array([0.3, 0.8])
-    ours, _ = jax.jit(lambda m: distill.dmd_gradient(m, made, scene.history, scene, sigma, noise, config))(model)
+    ours, _ = jax.jit(lambda m: player_losses.dmd_gradient(m, made, scene.history, scene, sigma, noise, config))(model)
 
     s = sigma[:, None, None, None, None]
     noisy = (1 - s) * made + s * noise
 
     def clean(score, text):
-        return noisy - s * distill._velocity(
-            score, noisy, sigma, distill._seen(score, scene.history, text, config), config
+        return noisy - s * player_losses._velocity(
+            score, noisy, sigma, player_losses._seen(score, scene.history, text, config), config
         )
 
     def expected(m):
@@ -302,7 +307,7 @@ def test_one_set_of_weights_serves_generator_and_both_scores(tmp_path):
     assert not [v for _, v in nnx.to_flat_state(trained_of_one) if isinstance(v, lora.FrozenLoRAWeight)]
 
     def loss(model):
-        return distill.loss(model, {**batch_of(), "step": jnp.asarray(0)}, keys(), config)
+        return DistillStage(config).loss(model, {**batch_of(), "step": jnp.asarray(0)}, keys())
 
     graph, params, rest = nnx.split(one, trainable(("adapters",)), ...)
     learn = jax.jit(jax.value_and_grad(lambda params, rest: loss(nnx.merge(graph, params, rest)), has_aux=True))
@@ -317,64 +322,21 @@ def test_one_set_of_weights_serves_generator_and_both_scores(tmp_path):
 def test_a_rollout_scores_its_last_chunk_after_those_before():
     config = config_of(distill={"gan": None, "rollout": RolloutConfig(2, 2)}, flow={"drop": None, "corruption": None})
     model, batch = make_players(config), batch_of(2)
-    scene = distill._scene(batch, keys(), config)
+    scene = rollout.make_scene(batch, keys(), config)
 
     @jax.jit
     def make(m, count):
-        return distill._make(m.student, scene, count, keys(), jax.random.key(5), config, with_gradient=False)
+        return rollout.make_chunk(m.student, scene, count, keys(), jax.random.key(5), config, with_gradient=False)
 
     (before, past), (made, history) = (make(model, jnp.asarray(count)) for count in (1, 2))
     assert before.shape == made.shape == CHUNK
     np.testing.assert_array_equal(past.latents, scene.history.latents)
     assert_close(history.latents[:, -9:], before)
-    np.testing.assert_array_equal(distill._real(scene, jnp.asarray(1), config)[0], batch["target"][:, :9])
-    own, past = distill._real(scene, jnp.asarray(2), config)
+    np.testing.assert_array_equal(rollout.real_chunk(scene, jnp.asarray(1), config)[0], batch["target"][:, :9])
+    own, past = rollout.real_chunk(scene, jnp.asarray(2), config)
     np.testing.assert_array_equal(own, batch["target"][:, 9:])
     np.testing.assert_array_equal(past.latents[:, -9:], batch["target"][:, :9])
     assert history.chunk.tolist() == past.chunk.tolist() == [1, 3]
-
-
-def ode_batch():
-    rng = np.random.default_rng(0)
-
-    def normal(*shape):
-        return jnp.asarray(rng.standard_normal(shape, np.float32))
-
-    sizes = [(BATCH, 9, n, n, 4) for n in (4, 8)]
-    batch = {name: [normal(*size) for size in sizes] for name in ("noisy", "target")}
-    batch |= {"timestep": [jnp.array([900.0, 700.0]), jnp.array([400.0, 100.0])]}
-    batch |= {"sigma": [jnp.array([0.9, 0.5]), jnp.array([0.8, 0.3])]}
-    shared = batch_of()
-    return batch | {name: shared[name] for name in ("history", "anchor", "text", "chunk")}
-
-
-@pytest.fixture(scope="module")
-def ode_run():
-    """The config, and the metrics of each of 100 steps."""
-    config = dataclasses.replace(config_of(), stage="ode", lora=None, trainable=("all",))
-    optimizer, mesh = make_optimizer(config.optim, 100), make_mesh(config.mesh)
-    state, batch = create(transformer(0), optimizer, None, config.trainable), ode_batch()
-    step, found = make_step(ode, config, optimizer, state, mesh), []
-    for _ in range(100):
-        state, metrics = step(state, batch, jax.random.key(0))
-        found.append(jax.device_get(metrics))
-    return config, found
-
-
-def test_ode_packed_and_separate_levels_are_one_loss(ode_run):
-    config, (packed, *_) = ode_run
-    pyramid = dataclasses.replace(PYRAMID, levels="separate")
-    config = dataclasses.replace(config, flow=dataclasses.replace(config.flow, pyramid=pyramid))
-    separate, parts = jax.jit(lambda m: ode.loss(m, ode_batch(), keys(), config))(transformer(0))
-    assert float(packed["loss"]) == pytest.approx(float(separate), rel=1e-5)
-    for name, (total, _) in parts.items():
-        assert float(packed[name][0]) == pytest.approx(float(total), rel=1e-5), name
-    assert float(separate) == pytest.approx(80 * sum(float(x) for x, _ in parts.values()) / (2 * BATCH), rel=1e-5)
-
-
-def test_ode_one_batch_is_learnt(ode_run):
-    losses = [float(metrics["loss"]) for metrics in ode_run[1]]
-    assert losses[-1] < 0.3 * losses[0], losses[::10]
 
 
 @pytest.mark.parametrize(
@@ -393,9 +355,11 @@ def test_ode_one_batch_is_learnt(ode_run):
     ids=["no lora", "average", "blocks", "crop", "adapters"],
 )
 def test_players_that_do_not_fit_are_refused_in_one_line(monkeypatch, change, parts, rule):
-    monkeypatch.setattr(distill, "open_source", lambda *_: Source([{"latents": np.zeros((3, *CHUNK[1:]))}], (), "data"))
+    monkeypatch.setattr(
+        distill_stage, "open_source", lambda *_: Source([{"latents": np.zeros((3, *CHUNK[1:]))}], (), "data")
+    )
     config = config_of(distill={"score": ScoreConfig(), "gan": None, **parts})
     config = dataclasses.replace(config, **change)
     with pytest.raises(ConfigError, match=rule) as error:
-        distill._check(config)
+        distill_stage.check_players(config)
     assert "\n" not in str(error.value)

@@ -11,11 +11,12 @@ from PIL import Image
 
 import train
 from helios_jax import pretrained
-from helios_jax.config import ConfigError, load
+from helios_jax.config import ConfigError
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
 from helios_jax.toy import build as toy_build
-from helios_jax.training.config import TrainConfig
+from helios_jax.training.stage_table import load_config
 from helios_jax.training.stages import vae
+from helios_jax.training.stages.vae import VAEStage
 
 SIZES = {"base_dim": 4, "z_dim": 2, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [True]}
 STATISTICS = {"latents_mean": [0, 0], "latents_std": [1, 1]}
@@ -54,18 +55,18 @@ def test_trains_and_exports(config):
     model = jax.eval_shape(lambda: AutoencoderKLWan(measured, rngs=nnx.Rngs(0)))
     model = pretrained.load_model(model, run / "vae")
     encode = jax.jit(lambda m, v: m.encode(vae.to_float(v))[0])
-    latents = [np.asarray(encode(model, v)) for v in vae._chunks(load(config, [], TrainConfig), "train", 6)]
+    latents = [np.asarray(encode(model, v)) for v in vae.first_chunks(load_config(config).data.folder, "train", 6)]
     np.testing.assert_allclose(np.concatenate(latents).mean((0, 1, 2, 3)), measured.latents_mean, atol=1e-5)
-    again = load(config, [f"init={run}"], TrainConfig)
-    started = vae.load(again, jax.eval_shape(lambda: vae.init(again, jax.random.key(1))))
+    stage = VAEStage(load_config(config, [f"init={run}"]))
+    started = stage.load(jax.eval_shape(lambda: stage.init(jax.random.key(1))))
     assert np.array_equal(started.decoder.conv_in.weight[...], model.decoder.conv_in.weight[...])
 
 
 def test_batches_are_crops_of_clips_without_text(config):
-    batch = next(vae.batches(load(config, [], TrainConfig)))
+    batch = next(VAEStage(load_config(config)).batches())
     assert set(batch) == {"video"}
     assert batch["video"].shape == (4, 5, 8, 8, 3)
-    whole = next(vae.batches(load(config, ["data.crop=null", "data.frames=33"], TrainConfig)))
+    whole = next(VAEStage(load_config(config, ["data.crop=null", "data.frames=33"])).batches())
     assert whole["video"].shape == (4, 33, 16, 16, 3)
 
 
@@ -76,10 +77,11 @@ def test_batches_are_crops_of_clips_without_text(config):
         (["data.folder=nowhere"], "data.folder: nowhere does not exist"),
         (["model.vae.z_dim=3"], "latents_mean"),
         (["data.crop=12"], "multiple of 8"),
+        (["validation={prompts: [x]}"], "validation must be null"),
     ],
 )
 def test_bad_input(config, overrides, message):
     with pytest.raises(ConfigError) as e:
-        vae.batches(load(config, overrides, TrainConfig))
+        VAEStage(load_config(config, overrides)).batches()
     assert message in str(e.value)
     assert "\n" not in str(e.value)

@@ -2,8 +2,8 @@
 
 Stage 1 teaches a text-to-video model to go on from a history; stage 2 (`flow.pyramid`) teaches it to do so in levels of
 growing size. A batch holds `target` [b, t, h, w, c], `history` [b, frames, h, w, c], `anchor` [b, 1, h, w, c]
-(normalized latents), `text` [b, m, d] and `chunk` [b], as `helios_jax.precompute` and `chunk_transform` make them,
-and for the person who looks for a bad clip its `id`.
+(normalized latents), `text` [b, m, d] and `chunk` [b], as `helios_jax.precompute` and `chunk_transform` make them; and
+`id`, which names bad clips in errors.
 """
 
 from pathlib import Path
@@ -23,32 +23,64 @@ from helios_jax.diffusion.schedule import stages
 from helios_jax.diffusion.targets import FlowSample, draw_quantile, flow_loss, pyramid_samples, straight_sample
 from helios_jax.models.transformer import Transformer
 from helios_jax.precompute.encode import EMPTY_TEXT
-from helios_jax.training.config import FlowConfig, TrainConfig
-from helios_jax.training.pipeline import export, open_components, validate
-from helios_jax.training.start import init_transformer as init
-from helios_jax.training.start import load_transformer as load
+from helios_jax.training.flow_config import FlowConfig, FlowTrainConfig
+from helios_jax.training.stage import Batches, Metrics
+from helios_jax.training.stages.transformer_stage import TransformerStage
 from helios_jax.training.start import transformer_config
-
-__all__ = ["batches", "export", "init", "load", "loss", "validate"]
-
-Metrics = dict[str, tuple[Array, Array]]
+from helios_jax.training.validation import check_validation
 
 
-def batches(config: TrainConfig) -> Any:
-    """Random chunks with what came before them, this host's part of each batch.
+class FlowStage(TransformerStage[FlowTrainConfig]):
+    """Flow matching of the transformer; with `flow.pyramid`, at all levels."""
 
-    Raises ConfigError for data or components that are not there or do not fit.
-    """
-    return chunks(config)
+    def batches(self) -> Batches:
+        """Random chunks and their history, this host's part of each batch.
+
+        Raises ConfigError for data or components that are not there or do not fit.
+        """
+        return chunks(self.config)
+
+    def loss(
+        self, model: Transformer, batch: dict[str, Any], keys: Key[Array, " b"]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Mean squared error of the velocity, and its parts: of early and late times, or of the levels of the pyramid.
+
+        A sample's draws depend on its own key alone.
+        """
+        config, flow = self.config, self.config.flow
+        dtype = jnp.dtype(config.precision)
+        k_drop, k_corrupt, k_time, k_noise = (fold(keys, i) for i in range(4))
+        history, anchor = batch["history"], batch["anchor"]
+        if flow.drop is not None:
+            history, anchor = drop_history(k_drop, history, anchor, flow.drop, flow.memory)
+        if flow.corruption is not None:
+            history, anchor = corrupt_history(k_corrupt, history, anchor, flow.corruption, flow.memory)
+        parts, indices = window(flow.memory, History(history, anchor, jnp.asarray(True), batch["chunk"]))
+        parts = jax.tree.map(lambda x: x.astype(dtype), parts)
+
+        noise = jax.vmap(lambda k: jax.random.normal(k, batch["target"].shape[1:]))(k_noise)
+        samples = make_samples(batch["target"], noise, k_time, flow)
+        text = model.text_kv(batch["text"].astype(dtype))
+
+        def velocities(samples: list[FlowSample]) -> tuple[Array, ...]:
+            noisy = tuple(sample.noisy.astype(dtype) for sample in samples)
+            timesteps = jnp.stack([sample.timestep for sample in samples], 1)
+            return model.packed(noisy, timesteps, text, parts, indices, remat=config.remat)
+
+        separate = flow.pyramid is not None and flow.pyramid.levels == "separate"
+        groups = [[sample] for sample in samples] if separate else [samples]
+        predicted = [velocity for group in groups for velocity in velocities(group)]
+        errors = jnp.stack([flow_loss(v, sample, flow.times) for v, sample in zip(predicted, samples, strict=True)])
+        return errors.mean(), _metrics(errors, samples, flow)
 
 
-def chunks(config: TrainConfig, num_chunks: int = 1, constant: str | None = None) -> Any:
-    """`batches` of `num_chunks` in a row, their latents one after the other in `target`.
+def chunks(config: FlowTrainConfig, num_chunks: int = 1, constant: str | None = None) -> Batches:
+    """Batches of `num_chunks` chunks in a row, their latents one after the other in `target`.
 
     `constant` is the name of an embedding beside the records that every sample gets, as `negative`.
     """
     memory = config.flow.memory
-    open_components(config)
+    check_validation(config)
     folder = Path(config.data.folder)
     try:
         make = "python -m helios_jax.precompute --help"
@@ -80,7 +112,7 @@ def chunks(config: TrainConfig, num_chunks: int = 1, constant: str | None = None
     )
 
 
-def check_size(size: tuple[int, ...], config: TrainConfig) -> None:
+def check_size(size: tuple[int, ...], config: FlowTrainConfig) -> None:
     """Raises ConfigError unless latents of height and width `size` divide into patches at every level."""
     levels = 1 if config.flow.pyramid is None else len(config.flow.pyramid.sample_ratios)
     patch = transformer_config(config).patch_size
@@ -90,39 +122,6 @@ def check_size(size: tuple[int, ...], config: TrainConfig) -> None:
                 f"data.folder: {config.data.folder} has latents {latents} {name}, not a multiple of {multiple}, which "
                 f"{levels} levels in patches of {p} need; make it of other videos, or take fewer levels"
             )
-
-
-def loss(
-    model: Transformer, batch: dict[str, jax.Array], keys: Key[Array, " b"], config: TrainConfig
-) -> tuple[Float[Array, ""], Metrics]:
-    """Mean squared error of the velocity, and its parts: of early and late times, or of the levels of the pyramid.
-
-    A sample's draws depend on its own key alone.
-    """
-    flow, dtype = config.flow, jnp.dtype(config.precision)
-    k_drop, k_corrupt, k_time, k_noise = (fold(keys, i) for i in range(4))
-    history, anchor = batch["history"], batch["anchor"]
-    if flow.drop is not None:
-        history, anchor = drop_history(k_drop, history, anchor, flow.drop, flow.memory)
-    if flow.corruption is not None:
-        history, anchor = corrupt_history(k_corrupt, history, anchor, flow.corruption, flow.memory)
-    parts, indices = window(flow.memory, History(history, anchor, jnp.asarray(True), batch["chunk"]))
-    parts = jax.tree.map(lambda x: x.astype(dtype), parts)
-
-    noise = jax.vmap(lambda k: jax.random.normal(k, batch["target"].shape[1:]))(k_noise)
-    samples = make_samples(batch["target"], noise, k_time, flow)
-    text = model.text_kv(batch["text"].astype(dtype))
-
-    def velocities(samples: list[FlowSample]) -> tuple[Array, ...]:
-        noisy = tuple(sample.noisy.astype(dtype) for sample in samples)
-        timesteps = jnp.stack([sample.timestep for sample in samples], 1)
-        return model.packed(noisy, timesteps, text, parts, indices, remat=config.remat)
-
-    separate = flow.pyramid is not None and flow.pyramid.levels == "separate"
-    groups = [[sample] for sample in samples] if separate else [samples]
-    predicted = [velocity for group in groups for velocity in velocities(group)]
-    errors = jnp.stack([flow_loss(v, sample, flow.times) for v, sample in zip(predicted, samples, strict=True)])
-    return errors.mean(), _metrics(errors, samples, flow)
 
 
 def fold(keys: Key[Array, " b"], number: int) -> Key[Array, " b"]:
@@ -148,7 +147,7 @@ def make_samples(
 
 
 def _metrics(errors: Float[Array, "samples b"], samples: list[FlowSample], flow: FlowConfig) -> Metrics:
-    """Sums of errors and how many they are of: a mean over many steps counts every sample alike."""
+    """Sums of errors and numbers of samples, so that a mean over many steps counts every sample alike."""
     if flow.pyramid is None:
         noisy = samples[0].sigma > 0.5
         parts = {"loss_noisy": noisy, "loss_clean": ~noisy}

@@ -7,6 +7,8 @@ space the transformer works in.
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from jaxtyping import Array, Float, Key
 from PIL import Image
 
 from helios_jax import pretrained
-from helios_jax.config import ConfigError
+from helios_jax.config import ConfigError, require
 from helios_jax.data.loader import Example, Transform, clip_transform, loader
 from helios_jax.data.records import open_source
 from helios_jax.models.layers import Conv
@@ -31,27 +33,179 @@ from helios_jax.models.vae import (
     VAEConfig,
 )
 from helios_jax.sharding import gather
-from helios_jax.training.config import TrainConfig
+from helios_jax.training.run_config import DataConfig, TrainConfig
+from helios_jax.training.stage import Batches, Metrics, Stage
 
-CHUNK = 33  # frames that are encoded together when videos are made: what latents are measured on
+CHUNK = 33  # frames that are encoded together when videos are made; latents are measured on as many
 STATISTICS_CLIPS = 256
 TEST_CLIPS = 32
 
 
-def init(config: TrainConfig, key: jax.Array) -> AutoencoderKLWan:
-    """Random parameters of `config.model.vae`."""
-    model = AutoencoderKLWan(_vae(config), rngs=nnx.Rngs(key))
-    _start_plain(model)
-    # Sampling noise as large as the latents would drown what the encoder has yet to learn: it starts at a seventh.
-    bias = model.quant_conv.bias
-    bias[...] = bias[...].at[_vae(config).z_dim :].set(-4.0)
-    return model
+@dataclass
+class ClipConfig(DataConfig):
+    """Clips of pixels: `frames` of a video, and a random square of `crop` pixels of them."""
+
+    frames: int = 33  # 1 + a multiple of 4
+    crop: int | None = None  # null: whole frames
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.frames > 0 and self.frames % 4 == 1,
+            f"frames must be 1 + a multiple of 4 (the VAE's step in time), got {self.frames}; try 9, 17 or 33",
+        )
+        require(
+            self.crop is None or (self.crop > 0 and self.crop % 8 == 0),
+            f"crop must be a multiple of 8 (the VAE's step in space), got {self.crop}; try 32 or 64",
+        )
+
+
+@dataclass
+class ReconstructionConfig:
+    """Weights of the terms that are added to the mean squared error of the pixels."""
+
+    l1: float = 0.1  # mean absolute error
+    edge: float = 0.5  # both errors of the differences between neighbouring pixels: sharp outlines
+    kl: float = 1e-6
+    first_frame: float = 1.0  # weight of a clip's first frame beside 1 for the others
+
+    def __post_init__(self):
+        for name, weight in dataclasses.asdict(self).items():
+            require(weight >= 0, f"{name} must not be negative, got {weight}")
+
+
+@dataclass
+class VAETrainConfig(TrainConfig):
+    """A run that trains the autoencoder."""
+
+    stage: str = "vae"
+    # A run never replaces a part of its config, so a narrower type is safe.
+    data: ClipConfig = field(default_factory=ClipConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
+    reconstruction: ReconstructionConfig = field(default_factory=ReconstructionConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.validation is None,
+            "validation must be null: the vae stage makes no videos of prompts, its export shows reconstructions",
+        )
+
+
+class VAEStage(Stage[VAETrainConfig, AutoencoderKLWan]):
+    """The autoencoder on clips."""
+
+    Config = VAETrainConfig
+
+    def init(self, key: Key[Array, ""]) -> AutoencoderKLWan:
+        """Random parameters of `config.model.vae`."""
+        sizes = self._sizes()
+        model = AutoencoderKLWan(sizes, rngs=nnx.Rngs(key))
+        _start_plain(model)
+        # Sampling noise as large as the latents would drown everything the encoder has yet to learn: it starts at a
+        # seventh.
+        bias = model.quant_conv.bias
+        bias[...] = bias[...].at[sizes.z_dim :].set(-4.0)
+        return model
+
+    def load(self, model: AutoencoderKLWan, shardings: Any = None) -> AutoencoderKLWan:
+        """The abstract `model` with the weights in `config.init`/vae, or in `config.init` itself."""
+        folder = pretrained.resolve(self.config.init or "", (".", "vae"))
+        part = folder / "vae" if (folder / "vae").is_dir() else folder
+        return pretrained.load_model(model, part, dtype="model", shardings=shardings)
+
+    def batches(self) -> Batches:
+        """Random clips of `config.data.frames` frames, this host's part of each batch."""
+        self._sizes()
+        data = self.config.data
+        try:
+            source = open_source(data.folder, "train")
+        except (FileNotFoundError, ValueError) as error:
+            raise ConfigError(f"data.folder: {error}") from None
+        return loader(
+            source,
+            seed=data.seed,
+            batch_size=data.batch_size,
+            transform=_clips(data.frames, data.crop),
+            num_hosts=jax.process_count(),
+            host=jax.process_index(),
+            workers=data.workers,
+        )
+
+    def loss(
+        self, model: AutoencoderKLWan, batch: dict[str, Any], keys: Key[Array, " b"]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """(loss, metrics) with PSNR in dB of the batch, and of its first frames."""
+        weights, precision = self.config.reconstruction, self.config.precision
+        video = to_float(batch["video"])
+        mean, logvar = model.encode(video.astype(precision))
+        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+        latents = mean + jnp.exp(0.5 * logvar) * noise
+        error = model.decode_unclipped(latents.astype(precision)).astype(jnp.float32) - video
+
+        # Every chunk starts anew, so its first frame is seen as often as any other though it is rarer here.
+        frame = jnp.ones(video.shape[1]).at[0].set(weights.first_frame)
+        frame = (frame / frame.mean())[None, :, None, None, None]
+
+        def penalty(x: jax.Array) -> jax.Array:
+            # The absolute error alone is least when a small shape is left out; the squared one blurs fine detail.
+            return jnp.mean(frame * (jnp.square(x) + weights.l1 * jnp.abs(x)))
+
+        pixels = penalty(error)
+        edges = penalty(jnp.diff(error, axis=2)) + penalty(jnp.diff(error, axis=3))
+        kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
+        total = pixels + weights.edge * edges + weights.kl * kl
+        quality = psnr(error)
+        metrics = {"pixels": pixels, "edges": edges, "kl": kl}
+        metrics |= {"psnr": quality.mean(), "psnr_first": quality[:, 0].mean()}
+        return total, metrics
+
+    def export(self, model: AutoencoderKLWan, folder: Path) -> None:
+        """Writes `folder`/vae with the latents' mean and deviation per channel over training chunks in its config.json.
+
+        Beside it: `vae.json`, PSNR of whole chunks of the test split, and `vae.png`, four of them over their
+        reconstructions.
+        """
+        model = gather(model)
+        if jax.process_index():
+            return
+        encode, decode = jax.jit(lambda m, v: m.encode(to_float(v))[0]), jax.jit(lambda m, z: m.decode(z))
+        data = self.config.data.folder
+        latents = np.concatenate([np.asarray(encode(model, v)) for v in first_chunks(data, "train", STATISTICS_CLIPS)])
+        mean, std = latents.mean((0, 1, 2, 3)), latents.std((0, 1, 2, 3))
+        statistics = {"latents_mean": tuple(mean.tolist()), "latents_std": tuple(std.tolist())}
+        measured = dataclasses.replace(self._sizes(), **statistics)
+        pretrained.save_model(model, measured, folder / "vae")
+
+        videos, made = [], []
+        for video in first_chunks(data, "test", TEST_CLIPS):
+            videos.append(video)
+            made.append(np.asarray(decode(model, encode(model, video))))
+        video, made = np.concatenate(videos), np.concatenate(made)
+        quality = np.asarray(psnr(made - to_float(video)))
+        report = {
+            "clips": len(video),
+            "frames": video.shape[1],
+            "psnr": float(quality.mean()),
+            "psnr_first": float(quality[:, 0].mean()),
+            "psnr_worst_clip": float(quality.mean(1).min()),
+            **statistics,
+        }
+        (folder / "vae.json").write_text(json.dumps(report, indent=2) + "\n")
+        _picture(video[:4], made[:4], folder / "vae.png")
+        print(f"PSNR of {len(video)} test chunks: {report['psnr']:.2f} dB, first frames {report['psnr_first']:.2f} dB")
+        print(f"exported {folder / 'vae'}", flush=True)
+
+    def _sizes(self) -> VAEConfig:
+        if self.config.model.vae is None:
+            raise ConfigError("model.vae: the vae stage needs its sizes; as in configs/toy/base.yaml")
+        return self.config.model.vae
 
 
 def _start_plain(model: AutoencoderKLWan) -> None:
-    """Residual branches start at zero and resampling as averaging and repetition: a blurred picture gets through.
+    """Starts residual branches at zero, and resampling as averaging and repetition: a blurred picture gets through.
 
-    From random ones this narrow network stays for hundreds of steps at the mean colour.
+    From random weights this narrow network stays at the mean colour for hundreds of steps.
     """
     for _, module in nnx.iter_modules(model):
         match module:
@@ -76,96 +230,6 @@ def _set(conv: Conv, value: Any) -> None:
     conv.weight[...] = jnp.broadcast_to(jnp.asarray(value, jnp.float32), conv.weight.shape)
 
 
-def load(config: TrainConfig, model: AutoencoderKLWan, shardings: Any = None) -> AutoencoderKLWan:
-    """The abstract `model` with the weights in `config.init`/vae, or in `config.init` itself."""
-    folder = pretrained.resolve(config.init or "", (".", "vae"))
-    part = folder / "vae" if (folder / "vae").is_dir() else folder
-    return pretrained.load_model(model, part, dtype="model", shardings=shardings)
-
-
-def batches(config: TrainConfig) -> Any:
-    """Random clips of `config.data.frames` frames, this host's part of each batch."""
-    _vae(config)
-    try:
-        source = open_source(config.data.folder, "train")
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"data.folder: {error}") from None
-    return loader(
-        source,
-        seed=config.data.seed,
-        batch_size=config.data.batch_size,
-        transform=_clips(config.data.frames, config.data.crop),
-        num_hosts=jax.process_count(),
-        host=jax.process_index(),
-        workers=config.data.workers,
-    )
-
-
-def loss(
-    model: AutoencoderKLWan, batch: dict[str, jax.Array], keys: Key[Array, " b"], config: TrainConfig
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """(loss, metrics) with PSNR in dB of the batch, and of its first frames."""
-    weights = config.reconstruction
-    video = to_float(batch["video"])
-    mean, logvar = model.encode(video.astype(config.precision))
-    mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
-    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
-    latents = mean + jnp.exp(0.5 * logvar) * noise
-    error = model.decode_unclipped(latents.astype(config.precision)).astype(jnp.float32) - video
-
-    # Every chunk starts anew, so its first frame is seen as often as any other though it is rarer here.
-    frame = jnp.ones(video.shape[1]).at[0].set(weights.first_frame)
-    frame = (frame / frame.mean())[None, :, None, None, None]
-
-    def penalty(x: jax.Array) -> jax.Array:
-        # The absolute error alone is best served by leaving a small shape out; the squared one blurs fine detail.
-        return jnp.mean(frame * (jnp.square(x) + weights.l1 * jnp.abs(x)))
-
-    pixels = penalty(error)
-    edges = penalty(jnp.diff(error, axis=2)) + penalty(jnp.diff(error, axis=3))
-    kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
-    total = pixels + weights.edge * edges + weights.kl * kl
-    metrics = {"pixels": pixels, "edges": edges, "kl": kl}
-    metrics |= {"psnr": psnr(error).mean(), "psnr_first": psnr(error)[:, 0].mean()}
-    return total, metrics
-
-
-def export(model: AutoencoderKLWan, config: TrainConfig, folder: Path) -> None:
-    """Writes `folder`/vae with the latents' mean and deviation per channel over training chunks in its config.json.
-
-    Beside it: `vae.json`, PSNR of whole chunks of the test split, and `vae.png`, four of them over their
-    reconstructions.
-    """
-    model = gather(model)
-    if jax.process_index():
-        return
-    encode, decode = jax.jit(lambda m, v: m.encode(to_float(v))[0]), jax.jit(lambda m, z: m.decode(z))
-    latents = np.concatenate([np.asarray(encode(model, v)) for v in _chunks(config, "train", STATISTICS_CLIPS)])
-    mean, std = latents.mean((0, 1, 2, 3)), latents.std((0, 1, 2, 3))
-    statistics = {"latents_mean": tuple(mean.tolist()), "latents_std": tuple(std.tolist())}
-    measured = dataclasses.replace(_vae(config), **statistics)
-    pretrained.save_model(model, measured, folder / "vae")
-
-    videos, made = [], []
-    for video in _chunks(config, "test", TEST_CLIPS):
-        videos.append(video)
-        made.append(np.asarray(decode(model, encode(model, video))))
-    video, made = np.concatenate(videos), np.concatenate(made)
-    quality = np.asarray(psnr(made - to_float(video)))
-    report = {
-        "clips": len(video),
-        "frames": video.shape[1],
-        "psnr": float(quality.mean()),
-        "psnr_first": float(quality[:, 0].mean()),
-        "psnr_worst_clip": float(quality.mean(1).min()),
-        **statistics,
-    }
-    (folder / "vae.json").write_text(json.dumps(report, indent=2) + "\n")
-    _picture(video[:4], made[:4], folder / "vae.png")
-    print(f"PSNR of {len(video)} test chunks: {report['psnr']:.2f} dB, first frames {report['psnr_first']:.2f} dB")
-    print(f"exported {folder / 'vae'}", flush=True)
-
-
 def to_float(video: Any) -> Any:
     """Pixels 0 to 255 as float32 in [-1, 1]."""
     return video.astype("float32") / 127.5 - 1.0
@@ -176,14 +240,8 @@ def psnr(error: Any) -> Float[Array, "b t"]:
     return -10 * jnp.log10(jnp.mean(jnp.square(error), (2, 3, 4)) / 4 + 1e-10)
 
 
-def _vae(config: TrainConfig) -> VAEConfig:
-    if config.model.vae is None:
-        raise ConfigError("model.vae: the vae stage needs its sizes; as in configs/toy/base.yaml")
-    return config.model.vae
-
-
 def _clips(frames: int, crop: int | None) -> Transform:
-    """Random `frames` of a video, and a random square of `crop` pixels of them; nothing but `video`."""
+    """Random `frames` of a video, and a random square of `crop` pixels of them, as `video` alone."""
     clip = clip_transform(frames)
 
     def transform(example: Example, rng: np.random.Generator) -> Example:
@@ -196,9 +254,9 @@ def _clips(frames: int, crop: int | None) -> Transform:
     return transform
 
 
-def _chunks(config: TrainConfig, split: str, num: int, batch: int = 16) -> Any:
+def first_chunks(folder: str, split: str, num: int, batch: int = 16) -> Iterator[np.ndarray]:
     """The first chunk of up to `num` videos of a split, uint8 [<= batch, CHUNK, h, w, 3] at a time."""
-    source = open_source(config.data.folder, split)
+    source = open_source(folder, split)
     num = min(num, len(source))
     for start in range(0, num, batch):
         yield np.stack([source[i]["video"][:CHUNK] for i in range(start, min(num, start + batch))])

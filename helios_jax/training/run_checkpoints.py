@@ -1,9 +1,9 @@
 """Checkpoints of a run: train state, position in the data and config, written by Orbax.
 
 A state is stored as a flat mapping of names ("model/blocks/0/ffn/weight") to arrays, so that a checkpoint does not
-depend on Python classes and restores onto any mesh. What a run does not train is not in it: it comes from where the run
-began, and must be what it was. Orbax writes into a temporary folder and renames it when all is on
-disk: a save that was killed leaves no checkpoint, and the ones before it stay.
+depend on Python classes and restores onto any mesh. Frozen parameters are not in it: they are loaded again from where
+the run began, and a digest tells when they have changed. Orbax writes into a temporary folder and renames it when all
+is on disk: a save that was killed leaves no checkpoint, and the ones before it stay.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from helios_jax import config as configs
-from helios_jax.training.config import TrainConfig
+from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.state import TrainState
 
 FROZEN = "frozen_digest"
@@ -43,7 +43,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, data: dict[str, Any], config: TrainConfig) -> None:
-        """Write in the background; `data` is the batch iterator's state, a plain JSON mapping."""
+        """Writes in the background; `data` is the batch iterator's state, a plain JSON mapping."""
         step = int(state.step)
         if step == self.latest:
             return
@@ -60,8 +60,8 @@ class Checkpoints:
     def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
         """(state, data state, config as saved) of `step` (default: the newest), placed as the given state is.
 
-        `state` may be abstract (`abstract_like`) and on another mesh than the one that wrote the checkpoint; what is
-        frozen in it stays. Raises RestoreError when names or shapes differ, or when that is not what it was.
+        `state` may be abstract (`abstract_like`) and on another mesh than the one that wrote the checkpoint; its frozen
+        parameters stay. Raises RestoreError when names or shapes differ, or when the frozen parameters have changed.
         """
         step = self.latest if step is None else step
         target = _flat(_parts(state))
@@ -96,11 +96,11 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Return when what was saved is on disk."""
+        """Returns when every save is on disk."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finish writing."""
+        """Finishes writing."""
         self._manager.close()
 
 

@@ -13,7 +13,9 @@ from helios_jax.models.discriminator import Discriminator
 from helios_jax.models.transformer import Transformer
 from helios_jax.sharding import shardings as placements
 from helios_jax.training import start
-from helios_jax.training.config import ModelConfig, TrainConfig
+from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.run_config import ModelConfig
+from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
 
 CRITIC = "critic"  # the name of the fake score's adapters
 
@@ -23,16 +25,16 @@ class CriticWeight(lora.LoRAWeight):
 
 
 def of_student(path: tuple[Any, ...], variable: Any) -> bool:
-    """The filter for the student's parameters; the others are those of the scores and of the discriminator."""
+    """The filter of the student's parameters; all others belong to the scores and the discriminator."""
     return path[0] == "generator" and not isinstance(variable, CriticWeight)
 
 
 class Players(nnx.Module):
-    """The generator, the scores' transformer and the discriminator, None where there is none.
+    """The generator, the scores' transformer and the discriminator; the last two may be None.
 
-    Real and fake score are one set of weights: the fake has the adapters `critic` beside them. Without `score` they
-    stand on the generator's weights, which then has adapters of its own: those that are trained, and those that made
-    the student out of the teacher before.
+    Real and fake score are one set of weights: the fake has the adapters `critic` beside them. Without `score` both
+    stand on the generator's weights, and the generator has adapters of its own: those that are trained, and those that
+    made the student out of the teacher before.
     """
 
     FLOAT32 = Transformer.FLOAT32
@@ -48,7 +50,7 @@ class Players(nnx.Module):
 
     @property
     def fake(self) -> Transformer:
-        """The critic: it knows what the student makes."""
+        """The critic: its distribution is that of the student's chunks."""
         if self.score is not None:
             return self.score
         model = self.generator
@@ -62,29 +64,26 @@ class Players(nnx.Module):
         return lora.remove(self.fake)
 
 
-def score_config(config: TrainConfig) -> TrainConfig:
-    """The config of a run that would train the critic alone, as `training.start` reads it."""
-    assert config.distill is not None
+def score_config(config: DistillTrainConfig) -> FlowTrainConfig:
+    """The config of a run that trains the critic alone, from which `training.start` makes or loads the scores."""
     score = config.distill.score
     return dataclasses.replace(
         config, init=score.init, init_subfolder=score.init_subfolder, lora=None, trainable=("all",), model=ModelConfig()
     )
 
 
-def _attach(model: Transformer, config: TrainConfig) -> Transformer:
+def _attach(model: Transformer, config: DistillTrainConfig) -> Transformer:
     """`model` with the adapters, frozen, that make the student out of the teacher; named by their number."""
     for name, file in _adapters(config).items():
         model = lora.freeze(lora.attach(model, {name: file}, dtype=config.precision), name)
     return model
 
 
-def _adapters(config: TrainConfig) -> dict[str, str]:
-    assert config.distill is not None
+def _adapters(config: DistillTrainConfig) -> dict[str, str]:
     return {f"before_{i}": file for i, file in enumerate(config.distill.score.adapters)}
 
 
-def _add_critic(model: Transformer, config: TrainConfig) -> Transformer:
-    assert config.distill is not None
+def _add_critic(model: Transformer, config: DistillTrainConfig) -> Transformer:
     asked = config.distill.critic.lora
     adapter = lora.LoRAConfig(asked.rank, asked.alpha, asked.target_modules, init="gaussian", name=CRITIC)
     try:
@@ -94,8 +93,7 @@ def _add_critic(model: Transformer, config: TrainConfig) -> Transformer:
     return lora.adapters.set_kind(model, CRITIC, CriticWeight)
 
 
-def _discriminator(config: TrainConfig, model: Transformer) -> Discriminator | None:
-    assert config.distill is not None
+def _discriminator(config: DistillTrainConfig, model: Transformer) -> Discriminator | None:
     if config.distill.gan is None:
         return None
     sizes, key = model.config, jax.random.fold_in(jax.random.key(config.seed), 3)
@@ -104,9 +102,8 @@ def _discriminator(config: TrainConfig, model: Transformer) -> Discriminator | N
     )
 
 
-def init(config: TrainConfig, key: jax.Array) -> Players:
-    """All players with random weights, new adapters as they begin in `load`."""
-    assert config.distill is not None
+def init(config: DistillTrainConfig, key: jax.Array) -> Players:
+    """All players with random weights; new adapters begin as in `load`."""
     generator = start.init_transformer(config, key)
     if config.distill.score.init is None:
         return Players(_add_critic(_attach(generator, config), config), None, _discriminator(config, generator))
@@ -114,13 +111,13 @@ def init(config: TrainConfig, key: jax.Array) -> Players:
     return Players(generator, _add_critic(score, config), _discriminator(config, score))
 
 
-def load(config: TrainConfig, model: Players, shardings: Any = None) -> Players:
+def load(config: DistillTrainConfig, model: Players, shardings: Any = None) -> Players:
     """The abstract `model` of `init` with the generator from `config.init` and the scores from `distill.score.init`.
 
     Raises CheckpointError when the files do not fit.
     """
 
-    def base(config: TrainConfig, model: Transformer) -> Transformer:
+    def base(config: FlowTrainConfig, model: Transformer) -> Transformer:
         placed = None
         if shardings is not None:
             placed = placements(model, jax.tree.leaves(shardings)[0].mesh)

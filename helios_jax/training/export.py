@@ -1,0 +1,37 @@
+"""The end of a run that trains the transformer: a diffusers folder of it, and of the parts around it."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from helios_jax import lora, pretrained
+from helios_jax.models.transformer import Transformer
+from helios_jax.sampling.checkpoint import write_index
+from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.pipeline_parts import open_components
+
+COPIED = ("vae", "text_encoder", "tokenizer")
+
+
+def export_pipeline(model: Transformer, config: FlowTrainConfig, folder: Path) -> None:
+    """Writes `folder`/pipeline: the transformer in bfloat16, and with `flow.components` a whole pipeline around it.
+
+    Adapters are merged into it; those that were trained are also written alone into `folder`/lora. All hosts must call;
+    the first writes.
+    """
+    out = folder / "pipeline"
+    if config.lora is not None:
+        lora.save(model, folder / "lora", lora.LoRAConfig.name, dtype=jnp.bfloat16)
+        model = lora.merge(model)
+    pretrained.save_model(model, model.config, out / "transformer", dtype=jnp.bfloat16)
+    checkpoint = open_components(config)
+    if jax.process_index():
+        return
+    if checkpoint is not None:
+        for part in COPIED:
+            shutil.copytree(checkpoint.folder / part, out / part, dirs_exist_ok=True)
+        pretrained.write_config(checkpoint.scheduler, out / "scheduler", "scheduler_config.json")
+        write_index(out, checkpoint.scheduler, checkpoint.variant)
+    print(f"exported {out}", flush=True)

@@ -1,0 +1,92 @@
+"""The parts beside a transformer in training: VAE, text encoder, tokenizer, and the scheduler that it needs."""
+
+import dataclasses
+
+from helios_jax import pretrained
+from helios_jax.config import ConfigError
+from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig
+from helios_jax.models.tokenizer import Tokenizer
+from helios_jax.models.umt5 import UMT5Config
+from helios_jax.models.vae import VAEConfig
+from helios_jax.pretrained import CheckpointError
+from helios_jax.sampling.checkpoint import PARTS, TRAINED_SIZE, Checkpoint
+from helios_jax.sampling.plan import Variant
+from helios_jax.training.flow_config import FlowTrainConfig, StudentTrainConfig
+from helios_jax.training.start import transformer_config
+
+
+def open_components(config: FlowTrainConfig) -> Checkpoint | None:
+    """Opens the folder `flow.components`, with the scheduler that the trained transformer needs; None for no folder.
+
+    Raises ConfigError, in one line, for components that are not there or do not fit the transformer.
+    """
+    components = config.flow.components
+    if components is None:
+        return None
+    try:
+        folder = pretrained.resolve(components, PARTS)
+        if missing := [part for part in (*PARTS, "model_index.json") if not (folder / part).exists()]:
+            raise CheckpointError(f"{components} has no {', '.join(missing)}")
+        index = pretrained.read_json(folder / "model_index.json")
+        height, width = index.get(TRAINED_SIZE, Variant.trained_size)
+        # The scheduler of a folder whose model takes few steps serves no other model.
+        theirs = None
+        if not isinstance(config, StudentTrainConfig) and not index.get("is_distilled", False):
+            theirs = pretrained.read_config(folder / "scheduler", SchedulerConfig, "scheduler_config.json")
+        checkpoint = Checkpoint(
+            folder=folder,
+            subfolder="transformer",
+            variant=variant(config, (height, width)),
+            transformer=transformer_config(config),
+            vae=pretrained.read_config(folder / "vae", VAEConfig),
+            text_encoder=pretrained.read_config(folder / "text_encoder", UMT5Config),
+            scheduler=scheduler(config, theirs),
+            tokenizer=Tokenizer.from_pretrained(folder / "tokenizer"),
+        )
+    except CheckpointError as error:
+        raise ConfigError(f"flow.components: {error}") from None
+    check_widths(checkpoint)
+    return checkpoint
+
+
+def check_widths(checkpoint: Checkpoint) -> None:
+    """Raises ConfigError for a VAE or text encoder of other widths than the transformer takes."""
+    for ours, theirs, name in (
+        (checkpoint.transformer.in_channels, checkpoint.vae.z_dim, "channels of the VAE's latents"),
+        (checkpoint.transformer.text_dim, checkpoint.text_encoder.d_model, "width of the text encoder"),
+    ):
+        if ours != theirs:
+            raise ConfigError(f"flow.components: {theirs} is the {name}, but the transformer takes {ours}")
+
+
+def variant(config: FlowTrainConfig, trained_size: tuple[int, int]) -> Variant:
+    """The kind of model that a run makes: Base, Mid with a pyramid, or Distilled."""
+    made = Variant(trained_size=trained_size)
+    if isinstance(config, StudentTrainConfig):
+        return dataclasses.replace(made, pyramid=True, is_distilled=True)
+    if config.flow.pyramid is not None:
+        return dataclasses.replace(made, pyramid=True, is_cfg_zero_star=True)
+    return made
+
+
+def scheduler(config: FlowTrainConfig, theirs: SchedulerConfig | None = None) -> SchedulerConfig | DMDSchedulerConfig:
+    """The scheduler of the trained model's pipeline; `theirs`, that of its components, where it has as many levels."""
+    if isinstance(config, StudentTrainConfig):
+        return student_scheduler(config)
+    if config.flow.pyramid is None:
+        ours = SchedulerConfig(stages=1, stage_range=(0.0, 1.0), use_dynamic_shifting=True)
+    else:
+        ours = config.flow.pyramid.scheduler()
+    return theirs if theirs is not None and theirs.stages == ours.stages else ours
+
+
+def student_scheduler(config: StudentTrainConfig) -> DMDSchedulerConfig:
+    """The scheduler of a student, which knows the times that it was trained at and no others."""
+    distill, pyramid = config.distill, config.pyramid
+    return DMDSchedulerConfig(
+        stages=len(distill.steps),
+        stage_range=pyramid.stage_range,
+        gamma=pyramid.gamma,
+        use_dynamic_shifting=distill.shift is not None,
+        time_shift_type=distill.shift or "linear",
+    )

@@ -1,0 +1,107 @@
+"""Configuration that every training run has, of any stage; a stage adds its own settings in a subclass."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from helios_jax.config import require
+from helios_jax.models.transformer import TransformerConfig
+from helios_jax.models.vae import VAEConfig
+from helios_jax.sharding import MeshConfig
+from helios_jax.training.optim import OptimConfig
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of the networks a run makes; null: not part of it, or read from the weights that `init` names."""
+
+    transformer: TransformerConfig | None = None
+    vae: VAEConfig | None = None
+
+
+@dataclass
+class DataConfig:
+    """Folder of the samples, and the size of a batch; `batch_size` is global, over all hosts and devices."""
+
+    folder: str = "data/toy"
+    batch_size: int = 8
+    seed: int = 0  # of the shuffle, apart from the run's seed so that two runs can see the same samples
+    workers: int = 0  # processes that read and cut samples; 0: threads of the run's own do
+
+    def __post_init__(self):
+        require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
+        require(self.batch_size > 0, f"batch_size must be at least 1, got {self.batch_size}")
+
+
+@dataclass
+class ValidationConfig:
+    """Videos of `prompts` every `every` steps, in `<run>/validation`.
+
+    The current model (its average if there is one) makes them, in a pipeline whose other parts come from
+    `flow.components`.
+    """
+
+    every: int = 500
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str = ""
+    num_frames: int = 99
+    height: int = 384
+    width: int = 640
+    num_inference_steps: int | None = None  # of a model without a pyramid; null: 50
+    pyramid_num_inference_steps_list: tuple[int, ...] | None = None  # of one with levels; null: 20, or a student's own
+    guidance_scale: float | None = None  # null: 5, or none for a student
+    seed: int = 0
+    fps: int = 24
+
+    def __post_init__(self):
+        require(self.every > 0, f"every must be at least 1, got {self.every}")
+        require(bool(self.prompts), "prompts must hold at least one; or leave validation out (null)")
+
+
+@dataclass
+class CheckpointConfig:
+    """A checkpoint every `every` steps and at the end, the newest `keep` of them on disk."""
+
+    folder: str | None = None  # null: `<run>/checkpoints`
+    every: int = 500
+    keep: int = 2
+
+    def __post_init__(self):
+        require(self.every > 0, f"every must be at least 1, got {self.every}")
+        require(self.keep > 0, f"keep must be at least 1, got {self.keep}")
+
+
+@dataclass
+class TrainConfig:
+    """One training run. `run` is the folder for everything it writes; `stage` decides which subclass is read.
+
+    `stage` is a name of `training.stage_table`, or the dotted path of a class.
+    """
+
+    stage: str = "flow"
+    run: str = "runs/train"
+    init: str | None = None  # a diffusers folder or hub name to start from; null: random weights
+    steps: int = 1000
+    seed: int = 0
+    log_every: int = 20
+    precision: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products; parameters stay float32
+    # Names of what is trained: "all", "adapters", and regular expressions of parameters and modules. The rest stays as
+    # it is, in `precision`.
+    trainable: tuple[str, ...] = ("all",)
+    validation: ValidationConfig | None = None
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self):
+        require(self.steps > 0, f"steps must be at least 1, got {self.steps}")
+        require(self.log_every > 0, f"log_every must be at least 1, got {self.log_every}")
+        require(bool(self.run), "run must name a folder")
+        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        require(bool(self.trainable), "trainable must name something: all, adapters or parameters")
+        parts = self.optim.accumulate
+        require(
+            self.data.batch_size % parts == 0,
+            f"data.batch_size {self.data.batch_size} must be a multiple of optim.accumulate {parts}",
+        )

@@ -1,0 +1,74 @@
+"""The Stage protocol: the methods that training asks of a stage, and the config that the stage reads.
+
+A stage trains one model on one kind of batch towards one loss. The loop, the optimiser, checkpoints and the command
+line are the same for all of them (`training.loop`, `training.cli`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from helios_jax.config import ConfigError
+from helios_jax.training import optim
+from helios_jax.training.run_config import TrainConfig
+
+# A number of a step, or a sum and its divisor: those are added up over the steps of a report before the division.
+Metrics = Mapping[str, Any]
+
+ConfigT = TypeVar("ConfigT", bound=TrainConfig)
+ModelT = TypeVar("ModelT", bound=nnx.Module)
+
+
+class Batches(Protocol):
+    """Batches (numpy, this host's part) whose position can be saved as plain JSON and set again."""
+
+    def __next__(self) -> Any: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Stage(ABC, Generic[ConfigT, ModelT]):
+    """One stage of training, made from its config.
+
+    A subclass names its schema in `Config` and gives `init`, `batches` and `loss`; the other methods have defaults.
+    Each raises ConfigError, in one line, for settings that cannot be.
+    """
+
+    Config: ClassVar[type[TrainConfig]] = TrainConfig
+
+    def __init__(self, config: ConfigT):
+        self.config = config
+
+    @abstractmethod
+    def init(self, key: Key[Array, ""]) -> ModelT:
+        """The model with random parameters; traced, so that it can be made in shards."""
+
+    def load(self, model: ModelT, shardings: Any = None) -> ModelT:
+        """The abstract `model` of `init` filled from `config.init`, in its dtypes."""
+        raise ConfigError(f"init: the stage {self.config.stage} begins with random weights only; set init to null")
+
+    @abstractmethod
+    def batches(self) -> Batches:
+        """Batches of this host; a batch is a mapping of names to arrays, samples first, its `id` names of samples."""
+
+    @abstractmethod
+    def loss(self, model: ModelT, batch: dict[str, Any], keys: Key[Array, " b"]) -> tuple[Float[Array, ""], Metrics]:
+        """(mean over samples, metrics); each sample draws from its own key, `batch["step"]` is the step's number."""
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """AdamW as `config.optim` says."""
+        return optim.make_optimizer(self.config.optim, self.config.steps)
+
+    def export(self, model: ModelT, folder: Path) -> None:
+        """Writes the run's result into `folder`, in diffusers layout; by default nothing beside the checkpoints."""
+
+    def validate(self, model: ModelT, folder: Path) -> Mapping[str, np.ndarray]:
+        """Writes samples of the model into `folder`; returns pictures of them, uint8 [h, w, 3]. By default none."""
+        return {}

@@ -1,0 +1,69 @@
+"""The table of stages, and the configs that their names choose."""
+
+import inspect
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from helios_jax import config as configs
+from helios_jax.config import ConfigError, nearest
+from helios_jax.training.run_config import TrainConfig
+from helios_jax.training.stage import Stage
+from helios_jax.training.stages.distill.distill_stage import DistillStage
+from helios_jax.training.stages.flow import FlowStage
+from helios_jax.training.stages.ode import ODEStage
+from helios_jax.training.stages.vae import VAEStage
+
+STAGES: dict[str, type[Stage[Any, Any]]] = {
+    "vae": VAEStage,
+    "flow": FlowStage,
+    "ode": ODEStage,
+    "distill": DistillStage,
+}
+
+
+def find_stage(name: str) -> type[Stage[Any, Any]]:
+    """The class of a stage: a name of STAGES, or the dotted path of a class, as in my.module.MyStage.
+
+    Raises ConfigError, in one line, when there is none or when it is not a Stage.
+    """
+    if name in STAGES:
+        return STAGES[name]
+    module, _, member = name.rpartition(".")
+    if not module:
+        names = ", ".join(STAGES)
+        raise ConfigError(
+            f"stage: must be one of {names}, or the dotted path of a class of yours, as in my.module.MyStage; "
+            f"got {name!r}{nearest(name, list(STAGES))}"
+        )
+    try:
+        found: Any = pkgutil.resolve_name(f"{module}:{member}")
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"stage: {name} cannot be imported, give the dotted path of a class; {error}") from None
+    if not (inspect.isclass(found) and issubclass(found, Stage)):
+        raise ConfigError(f"stage: {name} must be a subclass of helios_jax.training.stage.Stage; derive it from that")
+    if inspect.isabstract(found):
+        missing = ", ".join(sorted(found.__abstractmethods__))
+        raise ConfigError(f"stage: {name} must have all methods of a stage; add {missing}")
+    return found
+
+
+def make_stage(config: TrainConfig) -> Stage[Any, Any]:
+    """The stage that a config names."""
+    return find_stage(config.stage)(config)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The config of a run, in the schema of the stage that the file, its bases or the overrides name.
+
+    Raises ConfigError, in one line, as `helios_jax.config.load` does; a key of another stage is an unknown key.
+    """
+    name, source = configs.peek(path, overrides, "stage") or (TrainConfig.stage, str(path))
+    if not isinstance(name, str):
+        raise ConfigError(f"{source}: stage: must be a name, as in flow, got {name!r}")
+    try:
+        schema = find_stage(name).Config
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    return configs.load(path, overrides, schema)

@@ -1,0 +1,168 @@
+"""Stage 3, second part: a student of few steps whose videos are distributed as the teacher's (paper section 3.5).
+
+The student (generator) makes a chunk after real history. The teacher (real score) and the critic (fake score) give the
+direction in which it should move, and the critic follows the student's chunks; a discriminator on the critic's features
+tells them from real latents. Batches are those of `stages.flow`, with `negative` [b, m, d], the text that guidance
+leads away from, and `target` as many chunks as a rollout may have.
+
+`distill_config` has the settings, `players` the networks, `rollout` the student's chunks, `player_losses` the losses.
+"""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from helios_jax import lora
+from helios_jax.config import ConfigError
+from helios_jax.data.records import open_source
+from helios_jax.models.discriminator import Head
+from helios_jax.models.transformer import Transformer
+from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_TEXT
+from helios_jax.pretrained import CheckpointError
+from helios_jax.training import optim
+from helios_jax.training.export import export_pipeline
+from helios_jax.training.stage import Batches, Metrics, Stage
+from helios_jax.training.stages import flow
+from helios_jax.training.stages.distill import players
+from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
+from helios_jax.training.stages.distill.player_losses import critic_loss, generator_loss
+from helios_jax.training.stages.distill.players import Players, of_student
+from helios_jax.training.stages.distill.rollout import make_scene
+from helios_jax.training.stages.flow import fold
+from helios_jax.training.start import transformer_config
+from helios_jax.training.trainable import ALL, Filter
+from helios_jax.training.validation import make_videos
+
+COMMON = 2**31 - 1  # apart from every step: the loop folds those into the same seed
+
+
+class DistillStage(Stage[DistillTrainConfig, Players]):
+    """Distribution matching distillation, with a discriminator where `distill.gan` asks."""
+
+    Config = DistillTrainConfig
+
+    def init(self, key: Key[Array, ""]) -> Players:
+        """All players with random weights."""
+        return players.init(self.config, key)
+
+    def load(self, model: Players, shardings: Any = None) -> Players:
+        """The generator from `config.init`, the scores from `distill.score.init`."""
+        return players.load(self.config, model, shardings)
+
+    def batches(self) -> Batches:
+        """Batches of `stages.flow`, with the negative text, and as many chunks as a rollout may have.
+
+        Raises ConfigError for data or components that are not there or do not fit.
+        """
+        distill = self.config.distill
+        check_players(self.config)
+        name = {"negative": NEGATIVE_TEXT, "empty": EMPTY_TEXT}[distill.negative_text]
+        return flow.chunks(self.config, distill.rollout.largest, name)
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """AdamW for the generator, which moves every `critic.steps_per_generator`-th step, another for all others."""
+        config, critic = self.config, self.config.distill.critic
+        every = critic.steps_per_generator
+        generator = optim.make_optimizer(config.optim, math.ceil(config.steps / every))
+
+        def player(params: Any) -> Any:
+            return nnx.map_state(lambda path, x: "generator" if of_student(path, x) else "critic", params)
+
+        return optax.partition(
+            {
+                "generator": optax.conditionally_mask(generator, lambda step, **_: jnp.asarray(step) % every == 0),
+                "critic": optim.make_optimizer(critic.optim, config.steps),
+            },
+            player,
+        )
+
+    def loss(self, model: Players, batch: dict[str, Any], keys: Key[Array, " b"]) -> tuple[Float[Array, ""], Metrics]:
+        """The generator's loss, on its turns, plus the critic's; neither has a gradient for the other's parameters."""
+        config, distill, step = self.config, self.config.distill, batch["step"]
+        scene = make_scene(batch, fold(keys, 0), config)
+        # One draw for all samples, of all parts of a batch: it takes as many passes as its longest rollout.
+        common = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), COMMON), step)
+        chunks = distill.rollout.draw(jax.random.fold_in(common, 0), step)
+
+        critic = _learning(model, lambda path, x: not of_student(path, x))
+        second = jax.random.fold_in(common, 1)
+        of_critic, metrics = critic_loss(critic, scene, chunks, fold(keys, 2), second, step, config)
+        turn = step % distill.critic.steps_per_generator == 0
+        generator = partial(generator_loss, config=config)
+        operands = _learning(model, of_student), scene, chunks, fold(keys, 3), jax.random.fold_in(common, 2), step
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(generator, *operands))
+        of_generator, more = jax.lax.cond(turn, generator, lambda *_: nothing, *operands)
+        return of_critic + of_generator, {**metrics, **more}
+
+    def export(self, model: Players, folder: Path) -> None:
+        """Writes the student's pipeline; critic and discriminator are in the checkpoints."""
+        export_pipeline(model.student, self.config, folder)
+
+    def validate(self, model: Players, folder: Path) -> Mapping[str, np.ndarray]:
+        """Writes the student's videos into `folder`; returns a strip of frames of each."""
+        return make_videos(model.student, self.config, folder)
+
+
+def check_players(config: DistillTrainConfig) -> None:
+    """Raises ConfigError for players that do not fit one another."""
+    distill, own = config.distill, transformer_config(config)
+    if distill.score.init is None:
+        if config.lora is None:
+            raise ConfigError(
+                "distill.score.init: name the teacher's weights; without, the generator's serve, and it needs lora"
+            )
+        scores = own
+        try:
+            files = {file: lora.read(file) for file in distill.score.adapters}
+            lora.check(Transformer.abstract(own, stacked=True), files)
+        except CheckpointError as error:
+            raise ConfigError(f"distill.score.adapters: {error}") from None
+    else:
+        scores = transformer_config(players.score_config(config))
+        for name in ("patch_size", "in_channels", "out_channels", "text_dim"):
+            if getattr(own, name) != (theirs := getattr(scores, name)):
+                raise ConfigError(f"distill.score.init: its {name} is {theirs}, the generator's {getattr(own, name)}")
+    if (average := config.optim.ema) is not None and average.every != distill.critic.steps_per_generator:
+        raise ConfigError(
+            f"optim.ema.every is {average.every}: set it to distill.critic.steps_per_generator, "
+            f"{distill.critic.steps_per_generator}, so that the average moves when the generator does"
+        )
+    if distill.gan is None:
+        return
+    if not {ALL, "discriminator"} & set(config.trainable):
+        raise ConfigError(
+            f"trainable: {list(config.trainable)} leaves the discriminator as it began; name it too, or set "
+            "distill.gan to null"
+        )
+    blocks, count = distill.gan.discriminator.blocks, scores.num_layers
+    if max(blocks, default=0) >= count:
+        raise ConfigError(f"distill.gan.discriminator.blocks: {blocks}, but the scores have blocks 0 to {count - 1}")
+    try:
+        examples = open_source(config.data.folder, "train").of_each_bucket()
+    except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(f"data.folder: {error}") from None
+    crop = distill.gan.crop or 1
+    for latents in (example["latents"].shape[1:-1] for example in examples):
+        seen = (latents[0], *(int(n * crop) for n in latents[1:]))
+        for axis, (name, size, patch) in enumerate(zip(("frames", "high", "wide"), seen, scores.patch_size)):
+            least = Head.smallest(axis) * (patch if blocks else 1)
+            if size < least or size % patch:
+                raise ConfigError(
+                    f"distill.gan: the discriminator would see latents {size} {name}, it needs {least} or more in "
+                    f"patches of {patch}; set distill.gan.crop to null, or use larger videos"
+                )
+
+
+def _learning(model: Players, which: Filter) -> Players:
+    """`model` with gradients for the parameters `which` alone."""
+    graph, own, others = nnx.split(model, which, ...)
+    return nnx.merge(graph, own, jax.lax.stop_gradient(others))

@@ -1,0 +1,190 @@
+"""The losses of stage 3's players: the generator's, and that of the critic and the discriminator."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from helios_jax.diffusion import distillation as losses
+from helios_jax.diffusion import noising
+from helios_jax.diffusion.memory import History, window
+from helios_jax.diffusion.noising import add_noise, predict_data
+from helios_jax.diffusion.schedule import dynamic_shift
+from helios_jax.models.transformer import Transformer
+from helios_jax.training.stage import Metrics
+from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
+from helios_jax.training.stages.distill.players import Players
+from helios_jax.training.stages.distill.rollout import Scene, make_chunk, real_chunk
+from helios_jax.training.stages.flow import fold
+
+
+@struct.dataclass
+class Seen:
+    """Inputs of the scores beside noisy latents."""
+
+    parts: Any
+    indices: Any
+    text: Any
+
+
+def _seen(model: Transformer, history: History, text: Array, config: DistillTrainConfig) -> Seen:
+    dtype = jnp.dtype(config.precision)
+    parts, indices = window(config.flow.memory, history)
+    return Seen(jax.tree.map(lambda x: x.astype(dtype), parts), indices, model.text_kv(text.astype(dtype)))
+
+
+def _velocity(model: Transformer, noisy: Array, sigma: Array, seen: Seen, config: DistillTrainConfig) -> Array:
+    noisy = noisy.astype(config.precision)
+    out = model(noisy, 1000 * sigma, seen.text, seen.parts, seen.indices, remat=config.remat)
+    return out.astype(jnp.float32)
+
+
+def _repeated(x: Any, count: int) -> Any:
+    """Each sample `count` times in a row: the copies stay on the sample's device."""
+    return jax.tree.map(lambda a: jnp.repeat(a, count, 0), x)
+
+
+def _together(*parts: Array) -> Array:
+    """Samples of several batches in one, interleaved: each sample stays on its device."""
+    return jnp.stack(parts, 1).reshape(-1, *parts[0].shape[1:])
+
+
+def _shift(made: Array, config: DistillTrainConfig) -> float:
+    shift = config.distill.shift
+    mu = dynamic_shift(math.prod(made.shape[1:4]) // 4)  # at upstream's patch of 1 x 2 x 2
+    return 1.0 if shift is None else mu if shift == "linear" else min(math.exp(mu), 7.0)
+
+
+def generator_loss(
+    model: Players, scene: Scene, chunks: Array, keys: Array, common: Array, step: Array, config: DistillTrainConfig
+) -> tuple[Float[Array, ""], Metrics]:
+    """Distribution matching of the student's last chunk, and from step `gan.start` the loss against the discriminator.
+
+    `common` is the key of draws that all samples share.
+    """
+    distill, gan = config.distill, config.distill.gan
+    made, history = make_chunk(model.student, scene, chunks, fold(keys, 0), common, config, with_gradient=True)
+    k_sigma, k_noise, k_gan, k_crop = (fold(keys, i) for i in range(1, 5))
+    sigma = losses.draw_sigma(k_sigma, distill.score.renoise, step, _shift(made, config))
+
+    fixed = jax.lax.stop_gradient(made)
+    gradient, distance = jax.lax.stop_gradient(
+        dmd_gradient(model, fixed, history, scene, sigma, _normal(k_noise, made), config)
+    )
+    dmd = losses.dmd_loss(made, gradient).mean()
+    metrics = {"dmd_loss": (dmd, jnp.ones(())), "dmd_distance": (distance, jnp.ones(()))}
+    if gan is None or model.discriminator is None:
+        return dmd, metrics
+
+    def adversarial(made: Array) -> Array:
+        noisy = add_noise(made, _normal(k_gan, made), sigma)
+        logits = _logits(model, _window(noisy, k_crop, config), sigma, history, scene.text, config)
+        return losses.gan_loss(logits, real=True).mean()
+
+    on = step >= gan.start
+    against = jax.lax.cond(on, adversarial, lambda _: jnp.zeros(()), made)
+    return dmd + gan.generator_weight * against, {**metrics, "gan_generator": (against, on.astype(jnp.float32))}
+
+
+def dmd_gradient(
+    model: Players, made: Array, history: History, scene: Scene, sigma: Array, noise: Array, config: DistillTrainConfig
+) -> tuple[Float[Array, "b t h w c"], Float[Array, ""]]:
+    """(gradient of the distribution matching loss at `made`, mean distance to the teacher's prediction).
+
+    Both scores predict the chunk from `made` noised to `sigma`.
+    """
+    distill = config.distill
+    noisy = add_noise(made, noise, sigma)
+    fake, real = model.fake, model.real
+
+    def clean(score: Transformer, text: Array, copies: int) -> Array:
+        past, x, s = (_repeated(a, copies) for a in (history, noisy, sigma))
+        return predict_data(x, _velocity(score, x, s, _seen(score, past, text, config), config), s)
+
+    predicted = clean(fake, scene.text, 1)
+    scale = distill.score.guidance_scale
+    if scale == 0:
+        teacher = clean(real, scene.text, 1)
+    else:
+        pair = clean(real, _together(scene.text, scene.negative), 2).reshape(-1, 2, *made.shape[1:])
+        teacher = pair[:, 0] + scale * (pair[:, 0] - pair[:, 1])
+    return losses.dmd_gradient(made, teacher, predicted), jnp.abs(made - teacher).mean()
+
+
+def critic_loss(
+    model: Players, scene: Scene, chunks: Array, keys: Array, common: Array, step: Array, config: DistillTrainConfig
+) -> tuple[Float[Array, ""], Metrics]:
+    """Flow matching of the critic on the student's last chunk, and from step `gan.start` the discriminator's loss."""
+    distill, gan = config.distill, config.distill.gan
+    made, history = make_chunk(model.student, scene, chunks, fold(keys, 0), common, config, with_gradient=False)
+    made, history = jax.lax.stop_gradient((made, history))
+    k_sigma, k_noise, k_crop, k_crop_real, k_r1, k_r2 = (fold(keys, i) for i in range(1, 7))
+    sigma = losses.draw_sigma(k_sigma, distill.critic.renoise, step, _shift(made, config))
+    noise = _normal(k_noise, made)
+    noisy = add_noise(made, noise, sigma)
+    velocity = _velocity(model.fake, noisy, sigma, _seen(model.fake, history, scene.text, config), config)
+    denoising = jnp.square(velocity - noising.velocity(made, noise)).mean()
+    metrics: Metrics = {"critic_loss": (denoising, jnp.ones(()))}
+    if gan is None or model.discriminator is None:
+        return denoising, metrics
+
+    def adversarial(_: None) -> tuple[Array, Array]:
+        own, past = real_chunk(scene, chunks, config)
+        real = add_noise(own, noise, sigma)
+        judged = [(_window(noisy, k_crop, config), history), (_window(real, k_crop_real, config), past)]
+        # A penalty compares one window with and without the noise. (Upstream draws another window for each.)
+        for term, key, (latents, after) in ((gan.r1, k_r1, judged[1]), (gan.r2, k_r2, judged[0])):
+            if term is not None:
+                judged.append((latents + term.sigma * _normal(key, latents), after))
+        count = len(judged)
+        latents, after = jax.tree.map(_together, *judged)
+        logits = _logits(model, latents, _repeated(sigma, count), after, _repeated(scene.text, count), config)
+        logits = logits.reshape(-1, count, logits.shape[-1])
+        fake_logits, real_logits, *moved = (logits[:, i] for i in range(count))
+        against = (losses.gan_loss(fake_logits, real=False) + losses.gan_loss(real_logits, real=True)).mean()
+        penalties = jnp.zeros(())
+        for term, still in ((gan.r1, real_logits), (gan.r2, fake_logits)):
+            if term is not None:
+                penalties = penalties + losses.penalty(still, moved.pop(0), term).mean()
+        return against, penalties
+
+    on = step >= gan.start
+    against, penalties = jax.lax.cond(on, adversarial, lambda _: (jnp.zeros(()), jnp.zeros(())), None)
+    weight = on.astype(jnp.float32)
+    metrics |= {"gan_critic": (against, weight), "gan_penalty": (penalties, weight)}
+    return denoising + gan.critic_weight * against + penalties, metrics
+
+
+def _logits(
+    model: Players, noisy: Array, sigma: Array, history: History, text: Array, config: DistillTrainConfig
+) -> Array:
+    """The discriminator's logits for noisy latents that follow `history`."""
+    fake, discriminator = model.fake, model.discriminator
+    assert discriminator is not None
+    seen = _seen(fake, history, text, config)
+    velocity, hidden = fake.features(
+        noisy.astype(config.precision),
+        1000 * sigma,
+        seen.text,
+        seen.parts,
+        seen.indices,
+        blocks=discriminator.config.blocks,
+        remat=config.remat,
+    )
+    return discriminator(velocity, hidden)
+
+
+def _window(latents: Array, keys: Array, config: DistillTrainConfig) -> Array:
+    gan = config.distill.gan
+    assert gan is not None
+    if gan.crop is None:
+        return latents
+    height, width = (int(n * gan.crop) for n in latents.shape[2:4])
+    return losses.crop(latents, keys, (height, width))
+
+
+def _normal(keys: Array, like: Array) -> Array:
+    return jax.vmap(lambda key: jax.random.normal(key, like.shape[1:]))(keys)

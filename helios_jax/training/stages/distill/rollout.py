@@ -1,0 +1,138 @@
+"""The student's chunks: the history that they are made after, a rollout of them, and the data's own in their place."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Key
+
+from helios_jax.diffusion import exits
+from helios_jax.diffusion.corruption import corrupt_history, drop_history
+from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, denoise_to_exits
+from helios_jax.diffusion.levels import make_levels
+from helios_jax.diffusion.memory import History, push
+from helios_jax.models.transformer import Transformer
+from helios_jax.training.pipeline_parts import student_scheduler
+from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
+from helios_jax.training.stages.flow import fold
+
+
+@struct.dataclass
+class Scene:
+    """History and text that a chunk is made and scored with.
+
+    The scores see `history`, the student `student`, whose saturation is corrupted, too. Text and negative text are
+    embeddings [b, m, d]; `real` [b, t, h, w, c] are the data's own chunks.
+    """
+
+    history: History
+    student: History
+    text: Any
+    negative: Any
+    real: Any
+
+
+def make_scene(batch: dict[str, Any], keys: Key[Array, " b"], config: DistillTrainConfig) -> Scene:
+    """The scene of a batch, its history dropped and corrupted."""
+    settings = config.flow
+    left = batch["history"], batch["anchor"]
+    if settings.drop is not None:
+        left = drop_history(fold(keys, 0), *left, settings.drop, settings.memory)
+
+    def past(corruption: Any) -> History:
+        seen = left
+        if corruption is not None:
+            seen = corrupt_history(fold(keys, 1), *seen, corruption, settings.memory)
+        history, anchor = seen
+        # Where there is no anchor yet, the first chunk of a rollout brings it.
+        return History(history, anchor, anchor.any((1, 2, 3, 4), keepdims=True), batch["chunk"])
+
+    corruption = settings.corruption
+    student = scores = past(corruption)
+    if corruption is not None and corruption.saturation is not None:
+        scores = past(dataclasses.replace(corruption, saturation=None))
+    return Scene(scores, student, batch["text"], batch["negative"], batch["target"])
+
+
+def make_chunk(
+    generator: Transformer,
+    scene: Scene,
+    chunks: Array,
+    keys: Key[Array, " b"],
+    common: Key[Array, ""],
+    config: DistillTrainConfig,
+    *,
+    with_gradient: bool,
+) -> tuple[Float[Array, "b t h w c"], History]:
+    """The last of `chunks` in a row that the student makes, and the history that its scores see."""
+    distill, memory, dtype = config.distill, config.flow.memory, jnp.dtype(config.precision)
+    shape = (memory.frames_per_chunk, *scene.real.shape[2:])
+    tokens = math.prod(n // p for n, p in zip(shape, generator.config.patch_size))
+    levels, first_levels = (
+        make_levels(
+            student_scheduler(config),
+            [times * n for n in distill.steps],
+            tokens,
+            pyramid=True,
+            counted="own",
+            whole=False,
+        )
+        for times in (1, 1 + distill.amplify_first_chunk)
+    )
+    conditioning = Conditioning(generator.text_kv(scene.text.astype(dtype)))
+
+    def chunk(number: Any, history: History, with_gradient: bool) -> Array:
+        own, shared = fold(keys, number), jax.random.fold_in(common, number)
+
+        def normal(i: int, shape: tuple[int, ...]) -> Array:
+            return jax.vmap(lambda key: jax.random.normal(key, shape))(fold(own, i))
+
+        count, (t, h, w, c) = len(levels), shape
+        blocks = [normal(i, (t, h >> (count - 1 - i), w >> (count - 1 - i), c)) for i in range(1, count)]
+        noise = ChunkNoise(normal(0, shape), tuple(blocks))
+        first = exits.is_first_chunk(history)
+        stops = exits.draw_exits(shared, levels, first_levels, first)
+        return denoise_to_exits(
+            generator,
+            history,
+            noise,
+            conditioning,
+            exits.end_at(stops, levels, first_levels, first),
+            memory,
+            stops,
+            with_gradient=with_gradient,
+            dtype=dtype,
+            remat=config.remat,
+        )
+
+    student, scores = scene.student, scene.history
+    if distill.rollout.largest > 1:
+
+        def before(number: Array, past: tuple[History, History]) -> tuple[History, History]:
+            made = chunk(number, past[0], False)
+            return _pushed(past[0], made, config), _pushed(past[1], made, config)
+
+        student, scores = jax.lax.fori_loop(0, chunks - 1, before, (student, scores))
+    return chunk(chunks - 1, student, with_gradient), scores
+
+
+def _pushed(history: History, latents: Array, config: DistillTrainConfig) -> History:
+    """The history after a chunk; from then on there is an anchor."""
+    after = push(history, latents, config.flow.memory)
+    return History(after.latents, after.anchor, jnp.ones_like(history.anchored), after.chunk)
+
+
+def real_chunk(scene: Scene, chunks: Array, config: DistillTrainConfig) -> tuple[Array, History]:
+    """The data's own chunk in the place of the scored one, and its history."""
+    t = config.flow.memory.frames_per_chunk
+
+    def at(number: Any) -> Array:
+        return jax.lax.dynamic_slice_in_dim(scene.real, number * t, t, 1)
+
+    past = scene.history
+    if config.distill.rollout.largest > 1:
+        past = jax.lax.fori_loop(0, chunks - 1, lambda i, past: _pushed(past, at(i), config), past)
+    return at(chunks - 1), past

@@ -1,0 +1,39 @@
+"""The stages whose model is the transformer alone: its weights, its videos on the way, its export."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Array, Key
+
+from helios_jax.models.transformer import Transformer
+from helios_jax.training import start
+from helios_jax.training.export import export_pipeline
+from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.stage import Stage
+from helios_jax.training.validation import make_videos
+
+FlowConfigT = TypeVar("FlowConfigT", bound=FlowTrainConfig)
+
+
+class TransformerStage(Stage[FlowConfigT, Transformer]):
+    """A stage that trains the transformer; a subclass gives batches and the loss."""
+
+    Config = FlowTrainConfig
+
+    def init(self, key: Key[Array, ""]) -> Transformer:
+        """Random parameters, with adapters where `config.lora` asks."""
+        return start.init_transformer(self.config, key)
+
+    def load(self, model: Transformer, shardings: Any = None) -> Transformer:
+        """The weights that `config.init` names, with new adapters."""
+        return start.load_transformer(self.config, model, shardings)
+
+    def export(self, model: Transformer, folder: Path) -> None:
+        """Writes `folder`/pipeline, and adapters alone into `folder`/lora."""
+        export_pipeline(model, self.config, folder)
+
+    def validate(self, model: Transformer, folder: Path) -> Mapping[str, np.ndarray]:
+        """Writes a video of each validation prompt into `folder`; returns a strip of frames of each."""
+        return make_videos(model, self.config, folder)

@@ -1,0 +1,104 @@
+"""The table of stages: each config is read in its own stage's schema, and a user's class is a stage too."""
+
+import inspect
+
+import pytest
+
+from helios_jax.config import ConfigError
+from helios_jax.training import stages
+from helios_jax.training.run_config import TrainConfig
+from helios_jax.training.stage import Stage
+from helios_jax.training.stage_table import STAGES, find_stage, load_config, make_stage
+from tests.training.dummy import Dummy
+
+# Least overrides of each stage: a student needs its pyramid.
+LEAST = {"vae": [], "flow": [], "ode": ["flow.pyramid={}"], "distill": ["flow.pyramid={}"]}
+
+
+class Half(Stage[TrainConfig, Dummy]):
+    """A stage that lacks methods."""
+
+    def batches(self):
+        return iter(())
+
+
+def subclasses(kind: type) -> set[type]:
+    return {kind} | {found for child in kind.__subclasses__() for found in subclasses(child)}
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "base.yaml").write_text("stage: vae\nsteps: 3\n")
+    (tmp_path / "c.yaml").write_text("base: base.yaml\nsteps: 4\n")
+    return tmp_path / "c.yaml"
+
+
+def test_the_table_has_every_stage_of_the_project():
+    ours = {kind for kind in subclasses(Stage) if kind.__module__.startswith(f"{stages.__name__}.")}
+    assert set(STAGES.values()) == {kind for kind in ours if not inspect.isabstract(kind)}
+    assert LEAST.keys() == STAGES.keys()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_stage_decides_the_schema(path, name):
+    """From the base, the file or the overrides, the last one."""
+    assert isinstance(load_config(path), STAGES["vae"].Config)
+    config = load_config(path, [f"stage={name}", *LEAST[name]])
+    assert type(config) is STAGES[name].Config
+    assert (config.stage, config.steps) == (name, 4)
+    stage = make_stage(config)
+    assert type(stage) is STAGES[name]
+    assert stage.config is config
+    if name != "flow":  # the stage of a config that names none
+        assert STAGES[name].Config.stage == name
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "parts"),
+    [
+        ("vae", "flow.text_drop=0.1", ["flow: no such key", "VAETrainConfig has stage, run"]),
+        ("vae", "lora.rank=4", ["lora: no such key"]),
+        ("flow", "data.crop=32", ["data.crop: no such key", "DataConfig has folder"]),
+        ("flow", "distill.steps=[1,1]", ["distill: no such key"]),
+        ("flow", "reconstruction.kl=1", ["reconstruction: no such key"]),
+        ("ode", "distill.gan.start=1", ["distill.gan: no such key", "StudentConfig has steps"]),
+        ("distill", "distill.scores.init=x", ["distill.scores: no such key; did you mean score?"]),
+    ],
+)
+def test_a_key_of_another_stage_is_refused(path, name, override, parts):
+    with pytest.raises(ConfigError) as error:
+        load_config(path, [f"stage={name}", *LEAST[name], override])
+    assert "\n" not in str(error.value)
+    for part in (f"override '{override}'", *parts):
+        assert part in str(error.value)
+
+
+def test_a_user_s_stage_is_named_by_its_path(path):
+    config = load_config(path, ["stage=tests.training.dummy.Dummy"])
+    assert type(config) is TrainConfig
+    assert type(make_stage(config)) is Dummy
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("floww", r"must be one of vae, flow, ode, distill, .* got 'floww'; did you mean flow\?"),
+        ("tests.training.dummy.Dumy", r"tests\.training\.dummy\.Dumy cannot be imported"),
+        ("nowhere.Dummy", r"nowhere\.Dummy cannot be imported, .* No module named 'nowhere'"),
+        ("tests.training.dummy", r"tests\.training\.dummy must be a subclass of helios_jax\.training\.stage\.Stage"),
+        ("tests.training.dummy.Net", r"Net must be a subclass of"),
+        (f"{__name__}.Half", r"Half must have all methods of a stage; add init, loss"),
+    ],
+)
+def test_what_is_no_stage_is_one_line(path, name, rule):
+    with pytest.raises(ConfigError, match=rule):
+        find_stage(name)
+    with pytest.raises(ConfigError, match=rule) as error:
+        load_config(path, [f"stage={name}"])
+    assert str(error.value).startswith(f"override 'stage={name}': stage: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_stage_that_loads_no_weights_says_so():
+    with pytest.raises(ConfigError, match="begins with random weights only; set init to null"):
+        Dummy(TrainConfig(stage="dummy")).load(None)
