@@ -1,10 +1,12 @@
 """An abstract model is what tracing would make: the same tree, so that programs and checkpoints take either."""
 
 import jax
+import numpy as np
 import pytest
 from flax import nnx
 
 from helios_jax.models.layers import Shapes
+from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.transformer import Transformer
 from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
 from tests import tiny
@@ -29,3 +31,10 @@ def test_shapes_make_what_tracing_makes(abstract, expected):
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
+
+
+def test_a_loaded_model_has_the_implementations_of_its_shapes():
+    asked = Implementations("xla", "pallas")
+    abstract = Transformer.abstract(tiny.TRANSFORMER, stacked=True, implementations=asked)
+    assert tiny.draw(abstract, np.random.default_rng(0)).implementations == asked
+    assert Transformer.abstract(tiny.TRANSFORMER).implementations == DEVICE
