@@ -22,8 +22,8 @@ def main(path: str) -> int:
         "# Parity with diffusers and transformers",
         "",
         "`make parity` on CPU. Every run draws new weights, inputs and architectures. An error is",
-        "norm(ours - reference) / norm(reference). The table shows the largest error of all draws and the tests' limit.",
-        "Everything is float32 unless the row says otherwise.",
+        "norm(ours - reference) / norm(reference). The table shows the largest error of all draws and",
+        "the limit of the tests. Everything is float32 unless the row says otherwise.",
         "",
         f"Python {platform.python_version()}, {versions}; {platform.machine()}.",
         "",
@@ -35,8 +35,8 @@ def main(path: str) -> int:
     lines += [
         "",
         "The tests also compare token ids with transformers' on hard strings, and the names and shapes of the 14B",
-        "transformer, UMT5-XXL and the Wan 2.1 VAE with the references on the meta device; each name is used exactly once.",
-        "A folder written by diffusers' `save_pretrained` loads unchanged.",
+        "transformer, UMT5-XXL and the Wan 2.1 VAE with the references on the meta device. Each name is used exactly",
+        "once. A folder written by diffusers' `save_pretrained` loads unchanged.",
         "",
     ]
     Path(path).write_text("\n".join(lines))
