@@ -1,9 +1,9 @@
 """Batches for training: a Grain pipeline that resumes exactly, on any number of hosts.
 
 Example `i` of the endless global stream (shuffled anew each epoch) and its random transform depend on the seed and `i`
-alone. Host `j` of `n` takes every n-th of them, so the global batch of a step is the same set on 1, 2 or 4 hosts and
-the whole state is the number of the next step. A source with buckets has a stream for each; every step belongs to one
-of them, the same on all hosts, each as often as its share of the examples.
+alone. Host `j` of `n` takes every n-th example, so the global batch of a step is the same set on 1, 2 or 4 hosts. The
+whole state is the number of the next step. A source with buckets has one stream per bucket. Every step belongs to one
+bucket, the same on all hosts; a bucket's share of the steps is its share of the examples.
 """
 
 import os
@@ -70,7 +70,7 @@ def loader(
             data = data[examples.start : examples.stop]
         data = data.seed(seed).shuffle().repeat()
         if transform is not None:
-            # Before the hosts' share is taken: its randomness then follows from the global index.
+            # Before each host takes its part: the transform's randomness then follows from the global index.
             data = data.random_map(transform)
         return data[host::num_hosts].batch(batch_size // num_hosts, drop_remainder=True)
 
@@ -87,15 +87,15 @@ def loader(
 
 
 def _seed(seed: int, bucket: int) -> int:
-    """A seed for each bucket, so that buckets do not make the same random choices."""
+    """A seed for each bucket, so that buckets make different random choices."""
     return seed if bucket == 0 else int(np.random.SeedSequence([seed, bucket]).generate_state(1)[0])
 
 
 class Workers:
-    """Batches that `workers` processes make, in the order in which one would.
+    """Batches from `workers` processes, in the same order as from one process.
 
-    Grain's own state of workers holds for their number only. Here the position is a step, and the processes are started
-    at it: when the first batch is asked for, and again after `set_state`.
+    Grain's own state of workers is valid for one number of workers only. Here the position is a step. The processes
+    start at this step: when the first batch is asked for, and again after `set_state`.
     """
 
     def __init__(self, data: grain.MapDataset, options: grain.ReadOptions, workers: int, start: int):
@@ -108,7 +108,7 @@ class Workers:
     def __next__(self) -> Any:
         if self._iterator is None:
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain hands its flags to the processes, whoever parsed them
+                flags.FLAGS.mark_as_parsed()  # Grain passes its flags to the processes; they must count as parsed
             data = self._data[self._step :].to_iter_dataset(self._options)
             options = grain.MultiprocessingOptions(num_workers=self._workers)
             self._iterator = iter(data.mp_prefetch(options, _begin_worker))
@@ -131,8 +131,11 @@ class Workers:
 
 
 def _begin_worker(worker: int, workers: int) -> None:
-    """Ctrl-C reaches every process of a terminal, but the one that trains acts on it; without that one there is no use
-    for a worker, which would wait for ever."""
+    """Prepares a worker process: it ignores Ctrl-C and ends with its parent.
+
+    Ctrl-C reaches every process of a terminal, but only the training process acts on it. A worker without its parent
+    would wait for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
 
@@ -145,7 +148,7 @@ def _begin_worker(worker: int, workers: int) -> None:
 
 
 class Together:
-    """Several loaders as one: a batch is a dict with one of each, and the position one step for all."""
+    """Several loaders combined: a batch is a dict with one batch of each, and all share one position."""
 
     def __init__(self, **parts: Batches):
         self._parts = parts
@@ -180,14 +183,14 @@ def clip_transform(num_frames: int) -> Transform:
 def chunk_transform(
     history_sizes: Sequence[int], frames_per_chunk: int, num_chunks: int = 1, *, first: float | None = None
 ) -> Transform:
-    """A transform that picks chunks of a video to be predicted, with the latents that came before them.
+    """A transform that picks the chunks to be predicted, with the latents before them.
 
-    Each chunk is as likely to be the (first) one as the others, or the video's first has the probability `first`.
+    The first picked chunk k is drawn uniformly, or is the video's first chunk with probability `first`.
 
-    From `latents` [chunks, t, h, w, c] with t = `frames_per_chunk` and `num_chunks` in a row from a random chunk k on
-    it makes `target` [num_chunks * t, h, w, c]; `history` [sum(history_sizes), h, w, c], the latents just before it,
-    oldest first, zeros before the video's start; `anchor` [1, h, w, c], the first latent of the video, zeros when k is
-    0, where it is not known yet; and `chunk`, k. Other entries (the text embedding) pass through.
+    From `latents` [chunks, t, h, w, c] with t = `frames_per_chunk` it makes: `target` [num_chunks * t, h, w, c], the
+    `num_chunks` chunks from k on; `history` [sum(history_sizes), h, w, c], the latents just before them, oldest first,
+    zeros before the video's start; `anchor` [1, h, w, c], the first latent of the video, zeros when k is 0, where it
+    is not known yet; and `chunk`, k. Other entries (the text embedding) pass through.
     """
     size = sum(history_sizes)
 
@@ -219,8 +222,9 @@ def chunk_transform(
 def ode_transform(example: Example, rng: np.random.Generator) -> Example:
     """Picks a step at each level of an ODE pair (`helios_jax.precompute.trajectories`).
 
-    It makes lists over the levels, coarsest first: `noisy`, what the step begins with, and `target`, the level's result
-    (both [t, h_i, w_i, c]), `timestep` and `sigma`. Other entries (history, anchor, chunk, text) pass through.
+    The result has lists over the levels, coarsest first: `noisy`, the latents at the step's start, and `target`, the
+    level's result (both [t, h_i, w_i, c]), `timestep` and `sigma`. Other entries (history, anchor, chunk, text) pass
+    through.
     """
     levels = range(sum(key.startswith("latents_") for key in example))
     places = [int(rng.integers(len(example[f"timesteps_{i}"]))) for i in levels]

@@ -1,9 +1,9 @@
 """Datasets on disk: TFDS folders of array_record files, written and read without TensorFlow.
 
-`write` streams examples into a folder, `open_source` gives back a random-access sequence for Grain; what takes long to
-make is written by `helios_jax.data.shards`, which can be interrupted. The shards are written here and only described by
-TFDS: its own builders hold a split in memory and need TensorFlow past 1 GB. Tensors are stored as their bytes (TFDS's
-default encoding widens float16 and is six times slower); array_record compresses them.
+`write` streams examples into a folder, and `open_source` returns a random-access sequence for Grain.
+`helios_jax.data.shards` writes datasets that take long, and can be interrupted. TFDS only describes the shards: its
+own builders hold a split in memory and need TensorFlow past 1 GB. Tensors are stored as their bytes, because TFDS's
+default encoding widens float16 and is six times slower; array_record compresses them.
 """
 
 import json
@@ -21,9 +21,9 @@ from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 Example = dict[str, Any]
-# One record a group: every example can be read alone.
+# One record per group, so that every example can be read alone.
 WRITER_OPTIONS = "group_size:1"
-# Beside the records: for each split its buckets, [name, number of records] in the records' order.
+# Stored beside the records: the buckets of each split, [name, number of records], in the records' order.
 BUCKETS = "buckets.json"
 
 
@@ -33,7 +33,7 @@ def tensor(shape: Sequence[int | None], dtype: Any) -> tfds.features.Tensor:
 
 
 def text() -> tfds.features.Text:
-    """A feature for a str; `open_source` gives it back as a str."""
+    """A feature for a str; `open_source` returns a str."""
     return tfds.features.Text()
 
 
@@ -70,9 +70,9 @@ def write(
 
 
 def serialize(features: Any, example: Example) -> bytes:
-    """An example as the same bytes whichever process makes them: protobuf else orders the features as it likes.
+    """An example as bytes that are the same in every process: protobuf would order the features arbitrarily.
 
-    `features` is a TFDS FeaturesDict; raises ValueError for an example that does not fit it.
+    `features` is a TFDS FeaturesDict. Raises ValueError for an example that does not fit it.
     """
     serializer = ExampleSerializer(features.get_serialized_info())
     return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
@@ -87,7 +87,7 @@ def shard_template(folder: Path, name: str, split: str | None = None) -> tfds.co
 
 
 def write_metadata(folder: Path, features: tfds.features.FeaturesDict, splits: Sequence[tfds.core.SplitInfo]) -> None:
-    """Writes what makes a folder of array_record files a dataset."""
+    """Writes the metadata that makes a folder of array_record files a dataset."""
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=features,
@@ -128,7 +128,7 @@ def _write_split(
             writer.close()
     if not paths:
         raise ValueError(f"split {split!r} has no examples: give at least one or leave the split out")
-    # Only now is the number of shards, a part of each file's name, known.
+    # The file names contain the number of shards, which is known only now.
     for i, path in enumerate(paths):
         path.rename(template.sharded_filepath(shard_index=i, num_shards=len(paths)))
     return tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=total, filename_template=template)
@@ -137,7 +137,7 @@ def _write_split(
 class Source:
     """A split of a dataset by index: examples are dicts of arrays, with text as str.
 
-    `buckets` are the ranges of indices whose examples have one size and may share a batch, by the size's name.
+    `buckets` maps the name of a size to the range of indices whose examples have that size and may share a batch.
     """
 
     def __init__(self, records: Any, text_keys: Iterable[str], name: str, buckets: Mapping[str, int] | None = None):
@@ -165,7 +165,7 @@ class Source:
         return [self[indices.start] for indices in self.buckets.values()]
 
     def __repr__(self) -> str:
-        # Grain names the source in its errors.
+        # Grain shows this name in its errors.
         return self._name
 
 
@@ -196,5 +196,5 @@ def open_source(folder: str | os.PathLike, split: str, *, make: str | None = Non
 
 
 def partial_folder(folder: Path) -> Path:
-    """The folder in which a dataset that takes long to make grows (`helios_jax.data.shards`), beside its own."""
+    """The folder beside `folder` that holds a dataset while it is being made (`helios_jax.data.shards`)."""
     return folder.with_name(f"{folder.name}.partial")

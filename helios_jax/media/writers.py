@@ -18,7 +18,7 @@ Format = Literal["mp4", "png", "npz"]
 
 
 class Writer(Protocol):
-    """Takes a video chunk by chunk; what was written before a process dies stays."""
+    """Writer of one video, chunk by chunk. Chunks that were written survive a process that dies."""
 
     path: Path
     frames: int  # written so far
@@ -30,7 +30,7 @@ class Writer(Protocol):
 
 
 class FrameWriter:
-    """Writes a folder of PNG files, 000000.png and on. Raises ValueError when frames lie there already."""
+    """Writes a folder of PNG files, 000000.png and on. Raises ValueError if the folder already holds frames."""
 
     takes = "np"
 
@@ -49,13 +49,14 @@ class FrameWriter:
             self.frames += 1
 
     def close(self) -> None:
-        """Nothing is left to be done."""
+        """Does nothing: every frame is already written."""
 
 
 class LatentWriter:
-    """Writes an .npz with `latents` [t, h, w, c] of whole chunks, normalized, and `chunk`, the latents of each.
+    """Writes an .npz with `latents` [t, h, w, c] of whole chunks, normalized, and `chunk`, the latent frames per
+    chunk.
 
-    Rewritten after every chunk, so that the file is always whole.
+    The file is rewritten after every chunk, so it is complete at any time.
     """
 
     takes = "latent"
@@ -75,14 +76,14 @@ class LatentWriter:
         part.replace(self.path)
 
     def close(self) -> None:
-        """Nothing is left to be done."""
+        """Does nothing: the file is already complete."""
 
 
 class ThreadedWriter:
-    """Writes in a thread of its own, in order: `writer` may be slow without holding up what makes the chunks.
+    """Writes in a thread, in order, so that a slow `writer` does not delay the sampler.
 
-    At most `PENDING` chunks wait or are being written; `write` waits for room. After an error nothing more is written,
-    and the next `write` or `close` raises it.
+    At most `PENDING` chunks are waiting or being written; `write` blocks until there is room. After an error nothing
+    more is written, and the next `write` or `close` raises the error.
     """
 
     PENDING = 2
@@ -96,11 +97,11 @@ class ThreadedWriter:
 
     @property
     def frames(self) -> int:
-        """Written so far."""
+        """Number of frames written."""
         return self._writer.frames
 
     def write(self, chunk: Any, then: Callable[[], None] | None = None) -> None:
-        """Takes a chunk; `then` is called in the thread once the chunk is in the file."""
+        """Queues a chunk; the thread calls `then` once the chunk is in the file."""
         while self._pending and (self._pending[0].done() or len(self._pending) >= self.PENDING):
             self._wait()
         self._pending.append(self._thread.submit(self._write, chunk, then))
@@ -115,7 +116,7 @@ class ThreadedWriter:
             self._writer.close()
 
     def _wait(self) -> None:
-        """Waits for the oldest chunk, which stays for `close` where this is interrupted."""
+        """Waits for the oldest chunk. If interrupted, the chunk stays for `close`."""
         wait([self._pending[0]])
         self._pending.popleft().result()
 
@@ -132,7 +133,7 @@ class ThreadedWriter:
 
 
 def file_format(path: str | os.PathLike, chosen: Format | None) -> Format:
-    """The format that `path` ends like, which must be `chosen` if that is given. Raises ValueError."""
+    """Output format by the suffix of `path`; `chosen` must agree if given. Raises ValueError."""
     suffix = Path(path).suffix.lower()
     by_suffix: dict[str, Format] = {".mp4": "mp4", ".npz": "npz", "": "png"}
     if suffix not in by_suffix:
@@ -145,7 +146,7 @@ def file_format(path: str | os.PathLike, chosen: Format | None) -> Format:
 
 
 def open_writer(path: str | os.PathLike, fps: float, height: int, width: int) -> Writer:
-    """The writer that `path` asks for. Raises ValueError, before anything is written, where it cannot work."""
+    """The writer for `path`. Raises ValueError before anything is written if the writer cannot work."""
     kind = file_format(path, None)
     if kind == "png":
         return FrameWriter(path)
@@ -167,7 +168,7 @@ def write_sidecar(path: str | os.PathLike, facts: dict[str, Any]) -> None:
 
 
 def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The facts of the video at `path`; None when there are none that can be read."""
+    """The facts of the video at `path`, or None if they are missing or unreadable."""
     try:
         return json.loads(sidecar(path).read_text())
     except (FileNotFoundError, json.JSONDecodeError):

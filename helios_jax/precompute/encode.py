@@ -20,22 +20,22 @@ from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
 from helios_jax.runtime.compilation import precise
 
-# Embeddings of the empty text and of the negative prompt, beside the records: what guidance compares with.
+# Embeddings of the empty text and of the negative prompt, beside the records, for guidance.
 EMPTY_TEXT, NEGATIVE_TEXT = "empty_text.npy", "negative_text.npy"
-# What the released models were trained and distilled against (upstream's data_config.negative_prompt).
+# The negative prompt of the released models' training (upstream's data_config.negative_prompt).
 NEGATIVE_PROMPT = (
     "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "
     "gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, "
     "poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three "
     "legs, many people in the background, walking backwards"
 )
-CAPTIONS = 8  # encoded at a time
+CAPTIONS = 8  # captions per device and call
 
 
 def local_mesh(tensor: int = 1) -> Mesh:
-    """This host's devices: `tensor` hold one model together, as many models as there is room for share the work.
+    """This host's devices, grouped so that `tensor` devices hold one copy of the model; the copies share the work.
 
-    Raises ValueError when the devices cannot be grouped so.
+    Raises ValueError if the number of devices is not a multiple of `tensor`.
     """
     devices = jax.local_devices()
     if tensor < 1 or len(devices) % tensor:
@@ -47,7 +47,7 @@ def local_mesh(tensor: int = 1) -> Mesh:
 class TextEmbedder:
     """The frozen text encoder; `text` is a diffusers folder with text_encoder/ and tokenizer/.
 
-    Reading the configs comes first and `load` later, so that what is wrong is known before weights are read.
+    The constructor reads only configs, so that errors are found before `load` reads weights.
     """
 
     def __init__(self, text: Path, max_length: int | None):
@@ -60,7 +60,7 @@ class TextEmbedder:
             raise ValueError(f"--max-length is {max_length}: it must be at least 1")
 
     def load(self) -> "TextEmbedder":
-        """With its weights: float32 on CPU and bfloat16 elsewhere, as the pipeline has them."""
+        """Reads the weights: float32 on CPU and bfloat16 elsewhere, as in the pipeline."""
         self._mesh = local_mesh()
         abstract = UMT5Encoder(self.config, rngs=Shapes())
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -78,9 +78,9 @@ class TextEmbedder:
 
 
 class VideoEncoder:
-    """The frozen VAE, from its diffusers folder. `batch` chunks are encoded at a time on each device.
+    """The frozen VAE, from its diffusers folder. Each device encodes `batch` chunks at a time.
 
-    Latents are normalized. They are the posterior's mean, or, for `sample`, drawn from it with noise that follows from
+    Latents are normalized. They are the posterior's mean or, with `sample`, drawn from it with noise that follows from
     `seed` and the video's id (upstream draws them).
     """
 
@@ -91,7 +91,7 @@ class VideoEncoder:
         self.config = pretrained.read_config(vae, VAEConfig)
 
     def load(self) -> "VideoEncoder":
-        """With its weights, in float32."""
+        """Reads the weights, in float32."""
         self._mesh = local_mesh()
         abstract = AutoencoderKLWan(self.config, rngs=Shapes())
         placed = sharding.shardings(abstract, self._mesh)
@@ -99,7 +99,7 @@ class VideoEncoder:
         return self
 
     def frames(self, chunk_frames: int) -> int:
-        """Latent frames of a chunk. Raises ValueError for a number of frames that the VAE does not take."""
+        """Latent frames of a chunk. Raises ValueError for a number of frames that the VAE cannot encode."""
         step = self.config.scale_factor_temporal
         if chunk_frames < 1 or chunk_frames % step != 1 % step:
             raise ValueError(f"a chunk of {chunk_frames} frames: the VAE takes 1 + {step}k, such as {8 * step + 1}")
@@ -108,9 +108,9 @@ class VideoEncoder:
     def __call__(
         self, videos: Iterable[tuple[str, UInt8[np.ndarray, "k f h w 3"]]]
     ) -> Iterator[Float16[np.ndarray, "k t h w c"]]:
-        """The latents of each (id, video), every chunk encoded on its own; chunks of several videos share a batch."""
+        """The latents of each (id, video). Every chunk is encoded alone; chunks of several videos share a batch."""
         size = _multiple(self.batch, self._mesh)
-        waiting: deque[int] = deque()  # chunks of the videos that are not complete
+        waiting: deque[int] = deque()  # chunks of videos that are not complete
         done: deque[np.ndarray] = deque()
 
         def chunks() -> Iterator[tuple[str, int, np.ndarray]]:
@@ -136,7 +136,7 @@ class VideoEncoder:
         return np.random.default_rng([self.seed, zlib.crc32(name.encode()), number]).standard_normal(shape, np.float32)
 
 
-# Programs of the module, not of an object: two encoders of one process compile them once.
+# The programs belong to the module, not to an object, so that two encoders of one process compile once.
 @jax.jit
 def _embed(model: UMT5Encoder, ids: Any, mask: Any) -> Any:
     return umt5.encode(model, ids, mask).astype(jnp.float16)

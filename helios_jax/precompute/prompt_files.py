@@ -1,4 +1,4 @@
-"""Files of prompts: text with one on each line, or CSV as HeliosBench has it."""
+"""Files of prompts: text with one prompt per line, or HeliosBench's CSV."""
 
 import csv
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption, and its place in all files together."""
+    """A caption and its position in all files together."""
 
     id: str
     caption: str
@@ -16,9 +16,9 @@ class Prompt:
 
 
 def read_prompts(files: Sequence[Path]) -> list[Prompt]:
-    """The prompts of .txt files (a line each, empty ones skipped) and .csv files (`refined_prompt`, else `prompt`).
+    """The prompts of .txt files (one per line, empty lines skipped) and .csv files (`refined_prompt`, else `prompt`).
 
-    Raises FileNotFoundError or ValueError for a file that holds none.
+    Raises FileNotFoundError or ValueError for a file without prompts.
     """
     prompts: list[Prompt] = []
     for path in files:

@@ -1,7 +1,7 @@
-"""Tasks of `helios_jax.precompute`: each plans a dataset, makes what is missing of it, and completes it.
+"""Tasks of `helios_jax.precompute`: each plans a dataset, makes the missing shards, and completes it.
 
-All raise ValueError (CheckpointError), FileNotFoundError or FileExistsError, in one line, before weights are read, for
-what cannot be.
+For unusable input all raise ValueError (CheckpointError), FileNotFoundError or FileExistsError, with a one-line
+message, before weights are read.
 """
 
 from collections import deque
@@ -24,12 +24,12 @@ from helios_jax.sampling.fingerprint import weights_hash
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-PATCH = 2  # latents that the transformer takes at a time, along a side
+PATCH = 2  # multiple of latents per side that the transformer takes
 
 
 @dataclass(frozen=True)
 class Share:
-    """This host's share of the work: `size` items are a shard, and every `hosts`-th shard is made here."""
+    """This host's share of the work: a shard has `size` items, and this host makes every `hosts`-th shard."""
 
     size: int = 64
     host: int = 0
@@ -64,7 +64,7 @@ def encode_clips(
     buckets: dict[str, list[Clip]] = {}
     for clip in found:
         buckets.setdefault(clip.bucket, []).append(clip)
-    # One size is stated in the features, several are in the records' own shapes.
+    # With one size, the features state it; with several, each record states its own shape.
     size = (None, None) if len(buckets) != 1 else tuple(side // space for side in found[0].size)
     build = Build(
         out,
@@ -94,7 +94,7 @@ def encode_videos(
     share: Share = Share(),
     negative_prompt: str = NEGATIVE_PROMPT,
 ) -> None:
-    """A dataset of pixels, its splits train and test, as latents and text embeddings; 9 latent frames a chunk."""
+    """A dataset of pixels (splits train and test) as latents and text embeddings; 9 latent frames per chunk."""
     sources = {split: records.open_source(videos, split) for split in ("train", "test")}
     chunk = 8 * video.config.scale_factor_temporal + 1
     space = video.config.scale_factor_spatial
@@ -158,7 +158,7 @@ def sample_ode_pairs(
     *,
     share: Share = Share(size=8),
 ) -> None:
-    """ODE pairs of the videos that a teacher makes of the prompts in `files`."""
+    """ODE pairs of the teacher's videos of the prompts in `files`."""
     build = Build(
         out,
         teacher.features(),
@@ -182,7 +182,7 @@ def encode(
     named: Sequence[tuple[str, str]],
     pixels: Iterable[np.ndarray | Rejected],
 ) -> Iterator[list[records.Example] | Rejected]:
-    """The example of each (id, caption) and its chunks of pixels, or why there is none, in their order."""
+    """The example of each (id, caption) and its chunks of pixels, or the reason for having none, in their order."""
     embeddings = text(caption for _, caption in named)
     waiting: deque[Any] = deque()  # (id, caption) or Rejected
 
@@ -208,7 +208,7 @@ def encode(
 
 
 def ahead(function: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Iterator[Made]:
-    """`function` of each item, in their order, the next `threads` of them under way."""
+    """`function` of each item, in order; threads compute the next `threads` items ahead."""
     pool = ThreadPoolExecutor(threads)
     try:
         waiting = deque()
@@ -251,7 +251,7 @@ def _encoding(video: VideoEncoder, text: TextEmbedder, negative_prompt: str) -> 
 
 
 def _load(build: Build, text: TextEmbedder, negative_prompt: str, video: VideoEncoder | None = None) -> None:
-    """Reads the weights if there is anything left to do with them, and writes the embeddings beside the records."""
+    """Reads the weights if any work is left, and writes the embeddings beside the records."""
     extra = {EMPTY_TEXT: "", NEGATIVE_TEXT: negative_prompt}
     absent = {name: prompt for name, prompt in extra.items() if not build.has(name)}
     if build.pending or absent:

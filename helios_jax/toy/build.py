@@ -15,7 +15,7 @@ from helios_jax.toy import world as toy
 
 
 def examples(split: toy.Split, num: int, frames: int, seed: int, size: int) -> Iterator[records.Example]:
-    """`num` examples of a split; those of two dataset seeds share no scene seed."""
+    """`num` examples of a split. Examples of different dataset seeds share no scene seed."""
     for i in range(num):
         scene = toy.sample_scene(seed * 10**9 + i, split, size, size)
         yield {"video": toy.render(scene, frames), "caption": toy.caption(scene), "id": f"{split}-{seed}-{i:06d}"}
@@ -35,7 +35,7 @@ def build(out: Path, *, videos: int, test_videos: int, chunks: int, seed: int, s
 
 
 def write_captions(out: Path, *, videos: int, seed: int) -> None:
-    """Writes the captions of the first `videos` training videos into `out`, a prompt a line, some of them alike."""
+    """Writes the captions of the first `videos` training videos into `out`, one per line; captions may repeat."""
     captions = [toy.caption(toy.sample_scene(seed * 10**9 + i, "train")) for i in range(videos)]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(f"{caption}\n" for caption in captions))

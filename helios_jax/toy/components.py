@@ -23,7 +23,7 @@ SCHEDULER = SchedulerConfig(stages=1, stage_range=(0.0, 1.0), use_dynamic_shifti
 
 
 def build(out: Path, seed: int = 0) -> None:
-    """Writes text_encoder/ and scheduler/ beside the tokenizer that is in `out`."""
+    """Writes text_encoder/ and scheduler/ beside the tokenizer in `out`."""
     vocab = Tokenizer.from_pretrained(out / "tokenizer").vocab_size
     config = UMT5Config(vocab_size=vocab, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
     encoder = UMT5Encoder(config, rngs=nnx.Rngs(seed))

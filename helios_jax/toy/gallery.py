@@ -27,7 +27,7 @@ CHECKS = (20, 100, 200, 300)
 
 
 def scene(words: str, seed: int) -> toy.Scene:
-    """The first scene from `seed` on whose caption has all `words`."""
+    """The first scene, from `seed` on, whose caption has all `words`."""
     for number in itertools.count(seed):
         found = toy.sample_scene(number, "test")
         if all(word in toy.caption(found).split() for word in words.split()):
@@ -36,7 +36,7 @@ def scene(words: str, seed: int) -> toy.Scene:
 
 
 def tasks(pipe: HeliosPipeline, steps: int) -> dict[str, np.ndarray]:
-    """uint8 videos [t, h, w, 3] by what they show."""
+    """uint8 videos [t, h, w, 3] by their description."""
 
     def make(prompt: str, **arguments) -> np.ndarray:
         options = Options(**SIZE, num_frames=4 * toy.CHUNK_FRAMES, num_inference_steps=steps)

@@ -20,7 +20,7 @@ from helios_jax.toy import world as toy
 FOLDER = Path(__file__).parent.parent / "assets" / "toy" / "tokenizer"
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 MAX_LENGTH = 16
-# Far below any word's score: a word is never spelt when it is known.
+# Far below any word's score, so that a known word is never spelt out.
 LETTER_SCORE = -20.0
 
 
@@ -52,7 +52,7 @@ def save(folder: Path) -> None:
     config = {
         "tokenizer_class": "T5TokenizerFast",
         **SPECIAL,
-        "extra_ids": 0,  # transformers adds 100 sentinel tokens otherwise
+        "extra_ids": 0,  # without this, transformers adds 100 sentinel tokens
         "additional_special_tokens": [],
         "model_max_length": MAX_LENGTH,
         "clean_up_tokenization_spaces": False,

@@ -29,16 +29,16 @@ from jaxtyping import Float, UInt8
 
 from helios_jax.toy import world as toy
 
-# Correlation from which a shape counts as recognised: two different shapes reach at most 0.75, noise 0.2.
+# Lowest correlation at which a shape counts as recognised: two different shapes reach at most 0.75, noise 0.2.
 RECOGNISED = 0.8
-# Share of full scale by which a colour's channels must differ, and it from the background, for it to have a name.
+# Smallest differences, as shares of full scale, between channels and from the background, for a named colour.
 COLOURED = 0.2
 BACKGROUND_TOLERANCE = 0.1
-# The first movement is read from these frames: by construction no bounce comes sooner.
+# Frames that show the first movement: no scene bounces sooner.
 FIRST_FRAMES = 12
-# Movement is measured over this many frames, so that the time compression of an autoencoder does not matter.
+# Movement is measured over this many frames, so that the autoencoder's time compression does not matter.
 SPAN = 4
-# Halfway, as a ratio, from one speed of the world to the other.
+# The geometric mean of the world's two speeds, as a ratio.
 SPEED_TOLERANCE = math.log(max(toy.SPEEDS.values()) / min(toy.SPEEDS.values())) / 2
 DRIFT_FRACTION = 6
 
@@ -66,7 +66,7 @@ def measure(video: UInt8[np.ndarray, "t h w 3"]) -> Track:
         raise ValueError(f"a video is uint8 [t >= 2, h, w, 3], got {video.dtype} {list(video.shape)}")
     height, width = video.shape[1:3]
     pixels = video.astype(np.float32) / 255
-    # The background covers more than half of the frame, so the median pixel is one of it.
+    # The background covers more than half of the frame, so the median pixel is a background pixel.
     middle = np.median(pixels.reshape(len(video), -1, 3), axis=1)
     distance = np.linalg.norm(pixels - middle[:, None, None], axis=-1)
     correlation, peaks = _match(distance)
@@ -101,7 +101,7 @@ def measure(video: UInt8[np.ndarray, "t h w 3"]) -> Track:
 def score(
     video: UInt8[np.ndarray, "t h w 3"], target: toy.Attributes, chunk: int = toy.CHUNK_FRAMES
 ) -> dict[str, float]:
-    """The metrics of the table above, of a whole video against a caption's words or a `Scene`.
+    """The metrics of a whole video (table above) against a caption's words or a `Scene`.
 
     `chunk` is the number of frames that were generated together; `chunk_jump` needs more than one chunk.
     """
@@ -113,9 +113,10 @@ def aggregate(
     targets: Iterable[toy.Attributes],
     chunk: int = toy.CHUNK_FRAMES,
 ) -> dict[str, float]:
-    """Means of `score` over many videos, with `NAME_start` and `NAME_end` of the first and the last sixth.
+    """Means of `score` over many videos, with `NAME_start` and `NAME_end` for the first and the last sixth.
 
-    Also `videos`, their number. Raises ValueError when there are none or not one target for each.
+    The key `videos` holds their number. Raises ValueError without videos, or unless there is one target for each
+    video.
     """
     rows = []
     for video, target in zip(videos, targets, strict=True):
@@ -147,7 +148,7 @@ def _score(track: Track, target: toy.Attributes, chunk: int) -> dict[str, float]
 
 
 def _frame_scores(track: Track, target: toy.Attributes) -> dict[str, float]:
-    """The metrics that any part of a video has."""
+    """Metrics that are defined for any part of a video."""
     index = list(toy.SHAPES).index(target.shape)
     right = (track.correlation.argmax(1) == index) & (track.correlation[:, index] > RECOGNISED)
     colours = [_hue(rgb) for rgb in track.foreground]
@@ -168,7 +169,7 @@ def _frame_scores(track: Track, target: toy.Attributes) -> dict[str, float]:
         "background": float(((errors.argmin(1) == chosen) & (errors[:, chosen] < BACKGROUND_TOLERANCE)).mean()),
         "background_error": float(errors[:, chosen].mean()),
         "contrast": float((contrast / np.linalg.norm(wanted - backgrounds[chosen], axis=1)).mean()),
-        # By ratio: half and twice the speed are equally wrong.
+        # By ratio, so that half and twice the speed are equally wrong.
         "speed": float(speed > 0 and abs(math.log(speed / true_speed)) < SPEED_TOLERANCE),
         "speed_error": abs(speed - true_speed),
         "jump": float(_excess(track, target).mean()),
@@ -176,7 +177,7 @@ def _frame_scores(track: Track, target: toy.Attributes) -> dict[str, float]:
 
 
 def _match(distance: Float[np.ndarray, "t h w"]) -> tuple[Float[np.ndarray, "t s"], Float[np.ndarray, "t s 2"]]:
-    """The greatest correlation of each frame with each shape, over all places in the box, and that place (y, x)."""
+    """The greatest correlation of each frame with each shape over all positions in the box, and that position (y, x)."""
     height, width = distance.shape[1:]
     frames = distance - distance.mean((1, 2), keepdims=True)
     norms = np.linalg.norm(frames, axis=(1, 2))
@@ -187,7 +188,7 @@ def _match(distance: Float[np.ndarray, "t h w"]) -> tuple[Float[np.ndarray, "t s
         template = toy.coverage(shape, origin[None].astype(float), height, width)[0]
         template = np.roll(template - template.mean(), -origin, (0, 1))
         product = np.fft.irfft2(spectrum * np.fft.rfft2(template).conj(), (height, width))
-        # The transform wraps around: only centres at which the shape is in the box count, give or take a pixel.
+        # The transform wraps around: only centres count at which the shape is in the box, within a pixel.
         half = toy.extent(shape, height, width) / 2
         y, x = (np.arange(n) for n in (height, width))
         inside = (np.abs(y - height / 2) <= height / 2 - half[0] + 1)[:, None] & (
@@ -212,12 +213,12 @@ def _mean(pixels: Float[np.ndarray, "t h w 3"], mask: Float[np.ndarray, "t h w"]
 
 
 def _hue(rgb: Float[np.ndarray, "3"]) -> float | None:
-    """Degrees, or None for a colour too grey to have one."""
+    """Hue in degrees, or None for a colour that is too grey."""
     return 360 * colorsys.rgb_to_hsv(*rgb.tolist())[0] if np.ptp(rgb) > COLOURED else None
 
 
 def _wanted_colour(hue: float | None, target: toy.Attributes) -> Float[np.ndarray, "3"]:
-    """The scene's colour, 0 to 1; of a caption, the one of its name's band that is nearest to `hue`."""
+    """The scene's colour, 0 to 1. For a caption: the colour nearest to `hue` in the band of the caption's colour name."""
     if isinstance(target, toy.Scene):
         return target.foreground / 255
     low, high = toy.COLOURS[target.colour]
@@ -236,7 +237,7 @@ def _moves(track: Track, direction: str) -> bool:
 
 
 def _speed(track: Track) -> float:
-    """Median speed in pixels a frame; the few spans with a bounce in them do not change it."""
+    """Median speed in pixels per frame; the few spans with a bounce do not change it."""
     return float(np.median(np.linalg.norm(_movement(track), axis=1)))
 
 
@@ -247,7 +248,7 @@ def _movement(track: Track) -> Float[np.ndarray, "spans 2"]:
 
 
 def _excess(track: Track, target: toy.Attributes) -> Float[np.ndarray, "t-1"]:
-    """By how much each step is longer than the target's speed allows."""
+    """Excess of each step over the target's speed."""
     steps = np.linalg.norm(np.diff(track.position, axis=0), axis=1)
     return np.maximum(steps - toy.SPEEDS[target.speed], 0)
 

@@ -53,7 +53,7 @@ DIRECTIONS: dict[str, tuple[tuple[float, float], ...]] = {
 }
 SPEEDS: dict[str, float] = {"slowly": 0.6, "fast": 1.5}
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (0, 0, 0), "grey": (110, 110, 110), "navy": (0, 0, 90)}
-# A shape starts in this part of its way, so that it visibly moves as the caption says before it bounces.
+# A shape starts in this part of its path, so that it visibly moves in the caption's direction before it bounces.
 START_FRACTION = 0.35
 
 
@@ -85,9 +85,9 @@ _TABLES = {
 
 @dataclass(frozen=True)
 class Scene(Attributes):
-    """One video's ground truth: its caption's words and the values behind them.
+    """One video's ground truth: the words of its caption and the values behind them.
 
-    `hue` is in degrees, `start` the centre (y, x) in frame 0, `velocity` the first movement in pixels a frame.
+    `hue` is in degrees, `start` the centre (y, x) in frame 0, `velocity` the first movement in pixels per frame.
     """
 
     hue: float
@@ -121,7 +121,7 @@ def colour_name(hue: float) -> str:
 
 @cache
 def combinations(split: Split) -> tuple[Attributes, ...]:
-    """The captions' word combinations of a split: about a tenth is "test", and every value is in both."""
+    """The caption word combinations of a split: about a tenth is "test", and every word occurs in both splits."""
     if split not in ("train", "test"):
         raise ValueError(f"unknown split {split!r}: choose 'train' or 'test'")
     every = (Attributes(*words) for words in itertools.product(*_TABLES.values()))
@@ -129,7 +129,7 @@ def combinations(split: Split) -> tuple[Attributes, ...]:
 
 
 def _held_out(attributes: Attributes) -> bool:
-    # A checksum, not a random generator: the split must never move with a version of a library.
+    # A checksum, not a random generator: the split must not change with a library version.
     return zlib.crc32(caption(attributes).encode()) % 10 == 0
 
 
