@@ -177,7 +177,7 @@ def _frame_scores(track: Track, target: toy.Attributes) -> dict[str, float]:
 
 
 def _match(distance: Float[np.ndarray, "t h w"]) -> tuple[Float[np.ndarray, "t s"], Float[np.ndarray, "t s 2"]]:
-    """The greatest correlation of each frame with each shape over all positions in the box, and that position (y, x)."""
+    """The greatest correlation of each frame with each shape over all places in the box, and that place (y, x)."""
     height, width = distance.shape[1:]
     frames = distance - distance.mean((1, 2), keepdims=True)
     norms = np.linalg.norm(frames, axis=(1, 2))
@@ -218,7 +218,7 @@ def _hue(rgb: Float[np.ndarray, "3"]) -> float | None:
 
 
 def _wanted_colour(hue: float | None, target: toy.Attributes) -> Float[np.ndarray, "3"]:
-    """The scene's colour, 0 to 1. For a caption: the colour nearest to `hue` in the band of the caption's colour name."""
+    """The scene's colour, 0 to 1. For a caption: the colour nearest to `hue` in the band of its colour."""
     if isinstance(target, toy.Scene):
         return target.foreground / 255
     low, high = toy.COLOURS[target.colour]
