@@ -1,4 +1,4 @@
-"""Parts of the tuning of kernels over rows: inputs of the 14B model's size, and candidate numbers of tokens per block."""
+"""Parts of the tuning of kernels over rows: inputs of the 14B model's size, and candidate block sizes."""
 
 from collections.abc import Callable
 from typing import Any

@@ -86,7 +86,7 @@ def repeated(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def distance(got: Any, expected: Any) -> float:
-    """The largest root mean square of a difference of two arrays, relative to the expected array's; infinite for NaN."""
+    """The largest root mean square of a difference of two arrays, relative to the expected array; infinite for NaN."""
     distances = []
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)

@@ -48,7 +48,7 @@ def test_what_is_no_image_is_refused_in_one_line(tmp_path):
     (tmp_path / "text.png").write_text("no image " * 99)
     (tmp_path / "empty.jpg").touch()
     for name in ("text.png", "empty.jpg"):
-        with pytest.raises(ValueError, match=rf"{name}: is no image that can be read; name a PNG or JPEG file"):
+        with pytest.raises(ValueError, match=rf"{name}: is not a readable image; name a PNG or JPEG file"):
             read_image(tmp_path / name)
     for path in (tmp_path / "nothing.png", tmp_path):
         with pytest.raises(FileNotFoundError, match="no such file; name an image file"):

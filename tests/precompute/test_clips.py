@@ -107,7 +107,7 @@ def test_what_cannot_be_used_is_refused_alone_with_the_reason(tmp_path, change, 
 
 
 def test_a_file_that_is_no_list_is_one_line(tmp_path):
-    for text, message in (("{}", "must be a JSON list of clips, not dict"), ("[", "is no JSON list")):
+    for text, message in (("{}", "must be a JSON list of clips, not dict"), ("[", "is not a JSON list")):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(ValueError, match=message) as error:
             read_lists([tmp_path / "a.json"], None, Selection())
