@@ -1,19 +1,19 @@
-# What one does often. `make sample` and `make test` set up all they need in .venv, with nothing but python3 before.
+# Common tasks. `make sample` and `make test` set up .venv themselves and need only python3.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# On PyPI torch brings CUDA; the reference runs on CPU and has no further needs, so it is installed apart.
+# torch is installed separately: the usual build brings CUDA, and the reference runs on CPU.
 TORCH ?= torch==2.13.0
-# jax for the accelerator at hand, beside requirements.txt: cuda13, tpu, or nothing.
+# Extra of jax for this machine's accelerator, besides requirements.txt: cuda13, tpu, or nothing.
 ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda13)
 JAX := $(if $(ACCELERATOR),"jax[$(ACCELERATOR)]")
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 ARGS ?=
-# A Python on which requirements.txt has the newest jax; on 3.11 it has the oldest.
+# A Python for which requirements.txt has the newest jax. For Python 3.11 it has the oldest.
 NEWER ?= $(shell for p in python3.13 python3.12 $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3; do \
 	path=$$(command -v $$p) && $$path -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
 	&& echo $$path && break; done)
-# Compilers for devices that are not here; in environments of their own, or jax would look for those devices.
+# Environments with compilers for absent devices. They are separate, because jax would look for those devices.
 AOT := .venv-aot
 # Configs whose training steps `make aot` compiles; `make test-all` compiles those of all stages.
 STEPS ?= configs/stage1_init.yaml
@@ -24,17 +24,17 @@ ALL_STEPS := $(patsubst %,configs/%.yaml,stage1_init stage2_init stage3_ode stag
 sample: $(VENV)/.run  ## sample a video of four chunks with the embedded model
 	$(BIN)/python sample.py configs/toy/sample.yaml $(ARGS)
 
-test: $(VENV)/.test  ## the tests, those against torch, diffusers and transformers included
+test: $(VENV)/.test  ## run the tests, including those against torch, diffusers and transformers
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not heavy" $(ARGS)
 
-test-all: $(VENV)/.test newer  ## what takes too long for every day, too: heavy tests, all training steps compiled for a pod
+test-all: $(VENV)/.test newer  ## run all tests, including the heavy ones, and compile all training steps for a pod
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q $(ARGS)
 	$(MAKE) aot STEPS="$(ALL_STEPS)"
 
-test-light: $(VENV)/.test-light  ## the tests that need no torch, without the slowest
+test-light: $(VENV)/.test-light  ## run the tests that need no torch, without the slow ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not reference and not slow and not heavy" $(ARGS)
 
-test-newest: | newer  ## the same on the newest jax
+test-newest: | newer  ## run test-light on the newest jax
 	$(MAKE) test-light PYTHON=$(NEWER) VENV=.venv-newest
 
 newer:
@@ -45,11 +45,11 @@ aot: | newer  ## compile the 14B model, its training steps and the kernels for T
 aot-newest: $(AOT)-newest/.aot
 	$(AOT)-newest/bin/python -m pytest -q -s tests/aot $(ARGS)
 	JAX_PLATFORMS=cpu $(AOT)-newest/bin/python -m helios_jax.benchmarks.aot_training $(STEPS)
-aot-oldest: $(AOT)/.aot  ## what a release of jax may break: kernels, the block, the decoder, one training step
+aot-oldest: $(AOT)/.aot  ## compile the programs that a jax release may break: kernels, block, decoder, one training step
 	$(AOT)/bin/python -m pytest -q -s tests/aot/test_h100.py tests/aot/test_norms.py -k "not sampler_fits and not v6e" $(ARGS)
 	JAX_PLATFORMS=cpu $(AOT)/bin/python -m helios_jax.benchmarks.aot_training configs/stage1_init.yaml
 
-lint: $(VENV)/.test  ## ruff, the contracts of imports, pyright
+lint: $(VENV)/.test  ## run ruff, the import contracts and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
@@ -59,22 +59,22 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.test  ## time the sampler on what there is, beside diffusers, and write docs/benchmarks/
+bench: $(VENV)/.test  ## time the sampler and diffusers on this machine; write docs/results/benchmarks/
 	$(BIN)/python -m helios_jax.benchmarks.throughput $(ARGS)
 
-gpu-report: $(VENV)/.test  ## every figure of the GPU at hand in nine minutes, into docs/benchmarks/
+gpu-report: $(VENV)/.test  ## measure all figures of this machine's GPU in nine minutes; write docs/results/benchmarks/
 	$(BIN)/python -m helios_jax.benchmarks.gpu_report $(ARGS)
 
-check-kernels: $(VENV)/.run  ## the kernels' values and gradients beside their references', on the GPU or TPU at hand
+check-kernels: $(VENV)/.run  ## compare the kernels' values and gradients with their references on this GPU or TPU
 	$(BIN)/python -m pallas_kernels.tools.check $(ARGS)
 
-tune: $(VENV)/.run  ## time a kernel's block sizes on the GPU or TPU at hand: make tune ARGS="attention --write"
+tune: $(VENV)/.run  ## time a kernel's block sizes on this GPU or TPU: make tune ARGS="attention --write"
 	$(BIN)/python -m pallas_kernels.tools.tune $(ARGS)
 
-parity: $(VENV)/.test  ## measure our error against the references and write docs/parity.md
-	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m tests.parity.report docs/parity.md
+parity: $(VENV)/.test  ## measure the error against the references; write docs/results/parity.md
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m tests.parity.report docs/results/parity.md
 
-# --- the toy world, from nothing to the embedded model ---
+# --- the toy: everything up to the embedded model ---
 DATA := data/toy
 LATENTS := data/toy-latents
 TOY := helios_jax/assets/toy
@@ -88,21 +88,21 @@ toy-vae: $(VENV)/.run
 	cp -r runs/toy-vae-long/vae $(TOY)/
 toy-latents: $(VENV)/.run
 	test -d $(LATENTS) || $(BIN)/python -m helios_jax.precompute --videos $(DATA) --vae $(TOY)/vae --text $(TOY) --out $(LATENTS)
-toy-stage1: $(VENV)/.run  ## on two CPU devices: small steps use two cores better that way
+toy-stage1: $(VENV)/.run  ## train stage 1 of the toy on two CPU devices, which use two cores better
 	XLA_FLAGS=--xla_force_host_platform_device_count=2 $(BIN)/python train.py configs/toy/stage1.yaml $(ARGS)
 	cp -r runs/toy-stage1/pipeline/transformer $(TOY)/
-toy-score: $(VENV)/.run  ## score the model on captions that training never saw
-	$(BIN)/python -m helios_jax.toy.report --model $(TOY) --out docs/toy.md $(ARGS)
+toy-score: $(VENV)/.run  ## score the toy model on held-out captions
+	$(BIN)/python -m helios_jax.toy.report --model $(TOY) --out docs/results/toy.md $(ARGS)
 
-# --- the toy's three stages, each from the one before, as at 14B; `make chain` goes on where it was stopped ---
+# --- the toy's three stages, as at 14B; `make chain` continues where it was stopped ---
 CHAIN := runs/toy-chain
 TWO := XLA_FLAGS=--xla_force_host_platform_device_count=2
 done = $(CHAIN)/$(1)/pipeline/model_index.json
-# A stage ends with its export, whose index is written last; a run that was stopped, which exits
-# with 0 too, goes on from its checkpoint.
+# The export's index is the last file of a stage. A stopped run also exits with 0, so the rule tests that the index
+# exists; the next `make chain` continues from the checkpoint.
 train = $(TWO) $(BIN)/python train.py configs/toy/$(1).yaml $(ARGS) && test -f $@
 
-chain: $(CHAIN)/report.md  ## stage 1 init, post, 2 init, post, 3 ODE, 3 DMD + GAN, export, and a report of them
+chain: $(CHAIN)/report.md  ## run all stages of the toy and write a report
 $(CHAIN)/report.md: $(call done,stage3_distill) | $(VENV)/.test-light
 	$(BIN)/python -m helios_jax.toy.chain_report --chain $(CHAIN) --out $@
 $(call done,stage3_distill): $(call done,stage3_ode)
@@ -126,7 +126,7 @@ $(call done,stage1_init): $(CHAIN)/wan/transformer/config.json | toy-data toy-la
 $(CHAIN)/wan/transformer/config.json: | $(VENV)/.run
 	$(BIN)/python -m helios_jax.toy.wan --model $(TOY) --out $(CHAIN)/wan
 
-lock: $(VENV)/.test  ## requirements*.txt from pyproject.toml
+lock: $(VENV)/.test  ## write requirements*.txt from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-header -q -o requirements.txt
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-header -q \
 		--extra test --extra reference -c requirements.txt -o requirements-test.txt

@@ -87,7 +87,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_one_line_names_the_fault(fault):
+def test_error_names_the_fault_in_one_line(fault):
     change, words = FAULTS[fault]
     with pytest.raises(CheckpointError) as error:
         lora.attach(Transformer.abstract(tiny.TRANSFORMER), {"a": lora.from_arrays(broken(change))})
@@ -114,7 +114,7 @@ def test_peft_s_config_scales():
         lora.from_arrays(ARRAYS, {**config, "use_dora": True})
 
 
-def test_changes_of_norms_are_ignored_aloud():
+def test_changes_of_norms_are_ignored_with_a_warning():
     arrays = {**ARRAYS, "diffusion_model.blocks.0.norm3.diff": np.zeros(32, np.float32)}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -158,7 +158,7 @@ def test_a_file_is_found_in_folders_and_repositories(tmp_path, monkeypatch):
 # --- on a model ------------------------------------------------------------------------------------------------------
 
 
-def test_adapters_are_apart_from_the_base(tmp_path):
+def test_adapters_are_separate_from_base_parameters(tmp_path):
     base = model()
     adapted = lora.attach(base, {"a": lora.from_arrays(ARRAYS)})
     assert lora.names(adapted) == ["a"]
@@ -173,7 +173,7 @@ def test_adapters_are_apart_from_the_base(tmp_path):
     assert jax.tree.structure(lora.remove(adapted)) == jax.tree.structure(base)
 
 
-def test_scales_change_without_compiling_and_add_up():
+def test_scales_change_without_recompilation_and_add_up():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 32)), jnp.float32)
     compiled = []
 
@@ -195,7 +195,7 @@ def test_scales_change_without_compiling_and_add_up():
     assert_close(run(both), np.asarray(run(base)) + a + b)  # its own scales stayed
 
 
-def test_unknown_and_taken_names_are_told():
+def test_unknown_and_taken_names_are_errors():
     adapted = lora.attach(model(), {"a": lora.from_arrays(ARRAYS)})
     for call in (
         lambda: lora.set_scale(adapted, "b", 1.0),
@@ -214,7 +214,7 @@ def test_unknown_and_taken_names_are_told():
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("stacked", [False, True])
-def test_unmerging_gives_the_weights_back_to_rounding(stacked, dtype):
+def test_unmerging_restores_weights_up_to_rounding(stacked, dtype):
     files = {"a": lora.from_arrays(ARRAYS), "b": lora.from_arrays(pair(Q, rank=2, seed=2))}
     base = model(stacked, dtype)
     merged = lora.merge(lora.attach(base, files, {"a": 0.3}))
@@ -317,7 +317,7 @@ def test_gradients_reach_adapters_and_nothing_else():
 # --- several devices -------------------------------------------------------------------------------------------------
 
 
-def test_eight_devices_hold_adapters_as_they_hold_weights(tmp_path):
+def test_adapters_are_sharded_like_weights(tmp_path):
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",

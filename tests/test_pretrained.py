@@ -83,7 +83,7 @@ def assert_same(a, b):
     ("kind", "small"),
     [("listed", 0), ("listed", 2**20), ("stacked", 0), ("stacked", 2**20), ("text", 0), ("vae", 2**20)],
 )
-def test_values_are_those_of_the_files(folder, tmp_path, monkeypatch, kind, small):
+def test_values_equal_the_files(folder, tmp_path, monkeypatch, kind, small):
     """Laid out on the host and on the device, which the sizes of parameters decide."""
     monkeypatch.setattr(load, "SMALL", small)
     monkeypatch.setattr(save, "SMALL", small)
@@ -95,7 +95,7 @@ def test_values_are_those_of_the_files(folder, tmp_path, monkeypatch, kind, smal
     assert_same(tensors(tmp_path), expected)
 
 
-def test_casts_in_pieces_but_for_float32_islands(folder, monkeypatch):
+def test_casts_in_pieces_except_float32_islands(folder, monkeypatch):
     monkeypatch.setattr(files, "PIECE", 96)
     expected = tensors(folder / "listed")
     for kind in ("listed", "stacked"):
@@ -116,7 +116,7 @@ def test_rows_of_a_tensor_are_read_alone(tmp_path):
     assert found["scalar"].read() == 2
 
 
-def test_what_is_read_belongs_to_nobody_else(folder):
+def test_loaded_values_are_copies(folder):
     """On a CPU an array may share memory with what it was made of, when that is aligned."""
     arrays = to_arrays(load_model(abstract("text"), folder / "text"))
     memory = np.empty(arrays["shared.weight"].nbytes + 64, np.uint8)
@@ -129,7 +129,7 @@ def test_what_is_read_belongs_to_nobody_else(folder):
 
 
 @pytest.mark.parametrize(("size", "at_a_time"), [(2**20, load.READERS), (load.IN_FLIGHT // 2, 2), (2**40, 1)])
-def test_few_bytes_are_read_at_a_time_and_come_in_order(size, at_a_time):
+def test_reads_are_limited_and_ordered(size, at_a_time):
     running, most, lock = 0, 0, threading.Lock()
 
     def job(i):
@@ -147,7 +147,7 @@ def test_few_bytes_are_read_at_a_time_and_come_in_order(size, at_a_time):
     assert (most > 1) == (at_a_time > 1)
 
 
-def test_fewer_files_replace_more(folder, tmp_path):
+def test_fewer_files_replace_more_files(folder, tmp_path):
     """Shards and an index that stayed would be loaded in place of the new weights."""
     model = load_model(abstract("listed"), folder / "listed")
     save_model(model, tiny.TRANSFORMER, tmp_path, max_shard_size="20KB")
@@ -196,7 +196,7 @@ def abstract_to_zeros() -> nnx.Module:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), abstract("stacked"))
 
 
-def test_two_hosts_of_four_devices_load_and_save_what_one_does(folder, tmp_path):
+def test_two_hosts_load_and_save_the_same_as_one(folder, tmp_path):
     """Every shard is its part of the whole, a host reads the rows of its own, and the two write one folder."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -303,7 +303,7 @@ def test_saving_holds_one_tensor(tmp_path):
 
 @pytest.mark.reference
 @pytest.mark.parametrize("stacked", [False, True])
-def test_bfloat16_files_are_those_that_diffusers_writes(folder, tmp_path, stacked):
+def test_bfloat16_files_equal_diffusers(folder, tmp_path, stacked):
     """The same keys and values, each in the dtype that diffusers keeps it in: float32 for the islands."""
     torch = pytest.importorskip("torch")
     from diffusers import HeliosTransformer3DModel

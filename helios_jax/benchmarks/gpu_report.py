@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m helios_jax.benchmarks.gpu_report", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--minutes", type=float, default=9, help="after which all has ended (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder of the files")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/benchmarks"), help="folder of the files")
     parser.add_argument("--size", choices=SIZES, default="14b", help="of the model (default: %(default)s)")
     parser.add_argument("--only", nargs="+", metavar="PHASE", help="phases to run, by the first word of their names")
     parser.add_argument("--write", action="store_true", help="make what is fastest this device's default")

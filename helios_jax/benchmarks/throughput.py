@@ -3,9 +3,9 @@
     python -m helios_jax.benchmarks.throughput               # 14B on a GPU or TPU, a small model on a CPU
     python -m helios_jax.benchmarks.throughput --size tiny   # is the benchmark itself in order?
 
-Prints a table and writes JSON and Markdown (docs/benchmarks/README.md says how to read them). No weights are needed and
-nothing is downloaded. Both sides run in one process, in turn; without torch and diffusers ours is measured alone, which
-the report says. Rounds end when `--budget` seconds are spent. The compilation cache is off: first calls compile.
+Prints a table and writes JSON and Markdown (docs/results/benchmarks/README.md explains them). It needs no weights and
+downloads nothing. Both sides run in one process, in turn; without torch and diffusers only ours is measured, and the
+report says so. Rounds end when `--budget` seconds are spent. The compilation cache is off: first calls compile.
 """
 
 import argparse
@@ -153,7 +153,7 @@ def measure(
     implementations: Implementations,
     save: Callable[[dict[str, Any]], Any] = lambda report: None,
 ) -> dict[str, Any]:
-    """The report of a run: see `docs/benchmarks/README.md`. `save` gets it after each round, with what is known."""
+    """The report of a run (see docs/results/benchmarks/README.md). `save` gets it after each round."""
     begin = time.monotonic()
 
     def say(text: str) -> None:
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--chunks", type=int, help="chunks of 33 frames a call")
     parser.add_argument("--budget", type=float, default=450, help="seconds after which no further round begins")
     parser.add_argument("--alone", action="store_true", help="without the reference")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"), help="folder of the two files")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/benchmarks"), help="folder of the two files")
     args = parser.parse_args(argv)
     if args.repeats < 1 or (args.chunks is not None and args.chunks < 1):
         parser.error("--repeats and --chunks must be at least 1")

@@ -1,9 +1,9 @@
-"""Datasets that take long to make: written shard by shard, so that a process that dies loses at most a shard's work.
+"""Datasets that take long to make: written shard by shard, so that a process that dies loses at most one shard.
 
-A dataset is planned whole before it begins: its items in a fixed order, cut into shards. A shard is a file that appears
-under its name when it is complete, and a manifest that says so; whoever comes next makes the shards without a manifest.
-What is in a shard depends on its items alone, so the result is that of a run that was never interrupted, and several
-hosts can share the shards. `NAME.partial` holds what there is; it becomes `NAME` when the last shard is done.
+The whole dataset is planned first: its items in a fixed order, cut into shards. A complete shard is a file under its
+final name, and a manifest. A later run makes the shards without a manifest. A shard depends on its items alone, so the
+result equals that of an uninterrupted run, and several hosts can share the shards. `NAME.partial` holds the dataset
+until the last shard is done; then it becomes `NAME`.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ Tick = Callable[[], None]
 
 @dataclass(frozen=True)
 class Rejected:
-    """An item that gives no example, and why."""
+    """An item that gives no example, and the reason."""
 
     id: str
     reason: str
@@ -38,7 +38,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Shard:
-    """Some items of a split, whose examples have the sizes of one bucket ("" where there are none)."""
+    """Some items of a split, whose examples have the sizes of one bucket ("": no buckets)."""
 
     split: str
     index: int
@@ -50,7 +50,7 @@ class Shard:
         return f"{self.split}-{self.index:05d}"
 
 
-# Makes a shard's items in their order: the examples of each, or why there are none.
+# Makes a shard's items in order: the examples of each, or the reason for none.
 Make = Callable[[Sequence[Any]], Iterable[Sequence[records.Example] | Rejected]]
 
 
@@ -65,11 +65,11 @@ def plan(split: str, buckets: Mapping[str, Sequence[Any]], size: int) -> list[Sh
 
 
 class Build:
-    """A dataset in the making, begun or found begun.
+    """A dataset that is being made, by this run or since an earlier one.
 
-    `settings` are what the examples follow from beside the items, ready for JSON. `rejected` are items that were
-    refused before the plan was made. Host `host` of `hosts` makes every `hosts`-th shard. Raises FileExistsError when
-    `out` is there already, ValueError when what was begun is another dataset or when there is no item at all.
+    `settings`, ready for JSON, and the items determine the examples. `rejected` are items that were refused before the
+    plan was made. Host `host` of `hosts` makes every `hosts`-th shard. Raises FileExistsError if `out` already exists,
+    and ValueError if the unfinished dataset has other settings or if there are no items.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Build:
         return (self.folder / name).is_file()
 
     def save(self, name: str, array: np.ndarray) -> None:
-        """A file beside the records."""
+        """Writes `array` to a file beside the records."""
         path = self.folder / name
         part = _part(path)
         with part.open("wb") as file:
@@ -135,7 +135,7 @@ class Build:
         return [shard for shard in self._mine if self._manifest(shard) is None]
 
     def write(self, shard: Shard, made: Iterable[Sequence[records.Example] | Rejected], tick: Tick) -> None:
-        """Writes a shard of what its items gave; calls `tick` after each item."""
+        """Writes the results of a shard's items; calls `tick` after each item."""
         path = self._path(shard)
         part = _part(path)
         count = size = 0
@@ -155,14 +155,14 @@ class Build:
                 tick()
         finally:
             writer.close()
-        with part.open("rb") as file:  # the manifest must not reach the disk before what it speaks of
+        with part.open("rb") as file:  # the manifest must not reach the disk before its shard
             os.fsync(file.fileno())
         part.replace(path)
         facts = {"records": count, "bytes": size, "file": path.stat().st_size, "rejected": rejected}
         _write(self.folder / MANIFESTS / f"{shard.name}.json", json.dumps(facts))
 
     def finish(self) -> dict[str, Any] | None:
-        """Makes the dataset complete when all shards of all hosts are, and says what it holds; else None.
+        """Completes the dataset if all shards of all hosts are done, and returns its figures; else None.
 
         Several hosts may call it at once. Raises ValueError when a split has no example.
         """
@@ -170,7 +170,7 @@ class Build:
             return self._finish()
         except FileNotFoundError:
             if self.out.is_dir():
-                return None  # another host was first
+                return None  # another host completed it
             raise
 
     def missing(self) -> list[str]:
@@ -207,7 +207,7 @@ class Build:
         for left in self.folder.rglob(".*"):
             left.unlink(missing_ok=True)
         if self.out.is_dir():
-            self.out.rmdir()  # empty, as was checked
+            self.out.rmdir()  # checked to be empty
         os.rename(self.folder, self.out)
         return {
             "records": sum(manifest["records"] for manifest in done),
@@ -221,7 +221,7 @@ class Build:
         return Path(template.sharded_filepath(shard_index=shard.index, num_shards=total))
 
     def _manifest(self, shard: Shard) -> dict[str, Any] | None:
-        """Reads a shard's manifest; None while the shard's file is not there as the manifest says."""
+        """Reads a shard's manifest; None unless the shard's file exists with the manifest's size."""
         try:
             manifest = json.loads((self.folder / MANIFESTS / f"{shard.name}.json").read_text())
             return manifest if self._path(shard).stat().st_size == manifest["file"] else None
@@ -230,9 +230,9 @@ class Build:
 
 
 def run(build: Build, make: Make, unit: str, *, every: float = 10.0) -> None:
-    """Makes this host's pending shards one after the other, and the dataset complete if no shard is missing then.
+    """Makes this host's pending shards one after another, and completes the dataset if no shard is missing.
 
-    Prints a line of progress every `every` seconds and a line of figures at the end; `unit` is what its items are.
+    Prints a progress line every `every` seconds and a line of figures at the end; `unit` names the items.
     """
     pending = build.pending
     total = sum(len(shard.items) for shard in pending)
@@ -272,7 +272,7 @@ def _clock(seconds: float) -> str:
 
 
 def _part(path: Path) -> Path:
-    """A name of this process for a file that is being written; hidden files are never part of a dataset."""
+    """The hidden name, unique to this process, of a file that is being written; datasets have no hidden files."""
     return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
 
 

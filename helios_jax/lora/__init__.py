@@ -1,14 +1,14 @@
-"""LoRA: files of diffusers, PEFT and Wan beside a model's weights, merged into them, or made to be trained.
+"""LoRA adapters: read from diffusers, PEFT and Wan files, attached, merged, trained and saved.
 
 ```python
 model = lora.attach(model, {"style": "style.safetensors", "fast": "owner/repository"}, {"style": 0.8})
-model = lora.set_scale(model, "style", 0.5)  # nothing is compiled anew
+model = lora.set_scale(model, "style", 0.5)  # no recompilation
 model = lora.merge(model)  # the same model without adapters, its weights changed
 
 model = lora.add(model, LoRAConfig(rank=128), key)  # trained as nnx.state(model, LoRAWeight)
 lora.save(model, "folder")  # diffusers' pipe.load_lora_weights("folder") reads it
 ```
-Every function returns another model; its argument stays as it is.
+Every function returns a new model and leaves its argument unchanged.
 """
 
 from helios_jax.lora import adapters

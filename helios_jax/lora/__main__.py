@@ -1,4 +1,4 @@
-"""Merges LoRA files into a transformer and writes it, as a release is made from what training saved.
+"""Merges LoRA files into a transformer and writes the result, for example to release a trained model.
 
     python -m helios_jax.lora MODEL OUT --lora a.safetensors --lora owner/repository=0.8
 
@@ -22,10 +22,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("model", help="a diffusers folder or a hub name")
     parser.add_argument("out", type=Path, help="the folder to write the transformer to")
     parser.add_argument(
-        "--lora", action="append", required=True, metavar="FILE[=SCALE]", help="may be given repeatedly"
+        "--lora", action="append", required=True, metavar="FILE[=SCALE]", help="file or hub name; may be repeated"
     )
     parser.add_argument("--transformer", default="transformer", help="the subfolder of the transformer in MODEL")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of what is written")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="dtype of the written weights"
+    )
     args = parser.parse_args(argv)
     try:
         files, scales = {}, {}
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> int:
         folder = pretrained.resolve(args.model, (".", args.transformer))
         folder = folder / args.transformer if (folder / args.transformer).is_dir() else folder
         config = pretrained.read_config(folder, TransformerConfig)
-        abstract = Transformer.abstract(config, stacked=True)  # one program for all layers
+        abstract = Transformer.abstract(config, stacked=True)  # stacked: one program for all layers
         lora.check(abstract, files)
         model = pretrained.load_model(abstract, folder, dtype=args.dtype)
         model = lora.merge(lora.attach(model, files, scales), donate=True)

@@ -1,7 +1,7 @@
-"""Low-rank adapters beside a model's weights: what they are, where they can be, their names and scales.
+"""Low-rank adapters beside a model's weights: their variables, places, names and scales.
 
-A model is never changed: each function returns another one, which shares what stays the same. Adapters are variables
-of their own kind, so what is said of `nnx.Param` (counts, files of the base model) does not concern them.
+A model is never changed: each function returns a new one, which shares the unchanged parts. Adapters are variables of
+their own kind, so statements about `nnx.Param` (counts, files of the base model) exclude them.
 """
 
 from collections.abc import Collection, Iterable, Iterator
@@ -25,22 +25,22 @@ Path = tuple[Any, ...]
 
 
 class LoRAWeight(nnx.Variable):
-    """A matrix or bias of an adapter: what is trained."""
+    """A trained matrix or bias of an adapter."""
 
 
 class FrozenLoRAWeight(LoRAWeight):
-    """A weight of an adapter that stays as it is while others are trained (`freeze`)."""
+    """An adapter weight that stays constant while others are trained (`freeze`)."""
 
 
 class LoRAScale(nnx.Variable):
-    """A factor of an adapter: what is not trained."""
+    """A factor of an adapter, which is not trained."""
 
 
 class LoRA(nnx.Module):
-    """`weight * (scaling * (x a) b + bias)`: `scaling` is alpha / rank, `weight` how strongly the adapter is felt.
+    """`weight * (scaling * (x a) b + bias)`: `scaling` is alpha / rank, `weight` the strength of the adapter.
 
-    `a` is laid out as the layer's weight, [*kernel, in, rank], and `b` is [rank, out]. All parts of a stacked layer's
-    adapter have its leading layer dimension.
+    `a` has the layout of the layer's weight, [*kernel, in, rank], and `b` is [rank, out]. All parts of a stacked
+    layer's adapter have its leading layer dimension.
     """
 
     def __init__(self, name: str, a: LoRAWeight, b: LoRAWeight, bias: LoRAWeight | None, scaling: Any, weight: Any):
@@ -60,7 +60,7 @@ class LoRA(nnx.Module):
 
 @dataclass(frozen=True)
 class Target:
-    """A layer that can have adapters: its module's path, and the `shape` of its weight in a file."""
+    """A layer that can have adapters: the path of its module, and the `shape` of its weight in a file."""
 
     path: Path
     layer: int | None
@@ -69,7 +69,7 @@ class Target:
 
 
 def targets(model: nnx.Module) -> dict[str, Target]:
-    """The layers of `model` that can have adapters, by diffusers' names of their modules."""
+    """Maps diffusers' module names to the layers of `model` that can have adapters."""
     found = {}
     for key, entry in file_entries(model).items():
         if entry.path[-1] == "weight" and hasattr(module_at(model, entry.path[:-1]), "adapters"):
@@ -93,7 +93,7 @@ def adapted(model: nnx.Module) -> Iterator[tuple[Path, Any]]:
 
 
 def names(model: nnx.Module) -> list[str]:
-    """The names of the adapters of `model`, in the order in which they came."""
+    """The names of the adapters of `model`, in the order of attaching."""
     return list(dict.fromkeys(adapter.name for _, module in adapted(model) for adapter in module.adapters))
 
 
@@ -104,22 +104,22 @@ def check_names(asked: Iterable[str], known: Collection[str]) -> None:
 
 
 def copy(model: Model) -> Model:
-    """Another model of the same arrays, whose parts can be replaced."""
+    """A new model of the same arrays, whose parts can be replaced."""
     return nnx.merge(*nnx.split(model))
 
 
 def set_adapters(module: Any, adapters: Iterable[LoRA]) -> None:
-    """Puts `adapters` on a layer, None when there are none."""
+    """Puts `adapters` on a layer; None if there are none."""
     adapters = list(adapters)
-    # Static as in a new layer: two models without adapters have the same tree.
+    # Static as in a new layer, so that two models without adapters have the same tree.
     module.adapters = nnx.data(nnx.List(adapters)) if adapters else nnx.static(None)
 
 
 def set_scale(model: Model, name: str, scale: float) -> Model:
-    """`model` with the adapter `name` felt `scale` times as strongly as trained; nothing is compiled anew.
+    """`model` with the adapter `name` at strength `scale` (1: as trained), without recompilation.
 
-    What was computed with it before, such as the keys and values of a text, has the scale of its time.
-    Raises ValueError for an unknown name.
+    Results that were computed before, such as the keys and values of a text, keep the old scale. Raises ValueError for
+    an unknown name.
     """
     check_names([name], names(model))
     model = copy(model)
@@ -132,7 +132,7 @@ def set_scale(model: Model, name: str, scale: float) -> Model:
 
 
 def remove(model: Model, name: str | None = None) -> Model:
-    """`model` without the adapter `name`, or without any. Raises ValueError for an unknown name."""
+    """`model` without the adapter `name`, or without all adapters. Raises ValueError for an unknown name."""
     if name is not None:
         check_names([name], names(model))
     model = copy(model)
@@ -142,12 +142,12 @@ def remove(model: Model, name: str | None = None) -> Model:
 
 
 def freeze(model: Model, name: str) -> Model:
-    """`model` with the adapter `name` taken out of what is trained. Raises ValueError for an unknown name."""
+    """`model` with the adapter `name` excluded from training. Raises ValueError for an unknown name."""
     return set_kind(model, name, FrozenLoRAWeight)
 
 
 def set_kind(model: Model, name: str, kind: type[LoRAWeight]) -> Model:
-    """`model` with variables of another kind in the adapter `name`. Raises ValueError for an unknown name."""
+    """`model` with the variables of the adapter `name` in another class. Raises ValueError for an unknown name."""
     check_names([name], names(model))
     model = copy(model)
     for _, module in adapted(model):
@@ -160,9 +160,9 @@ def set_kind(model: Model, name: str, kind: type[LoRAWeight]) -> Model:
 
 
 def like(weight: Any, values: Any, axes: tuple[int | None, ...]) -> jax.Array:
-    """`values` on the devices of a layer's `weight`, their last dimensions split as its dimensions `axes` are.
+    """`values` on the devices of a layer's `weight`; their last dimensions are split as its dimensions `axes` are.
 
-    What is before them is the layers of a stacked one, and whole. Where the weight is traced, so is the placement.
+    The dimensions before are a stack's layers and are not split. If the weight is traced, the placement is traced too.
     """
     sharding = None if isinstance(weight, Tracer) else weight.sharding
     if isinstance(sharding, NamedSharding):

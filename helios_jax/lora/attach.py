@@ -1,4 +1,4 @@
-"""Adapters onto a model: those of files, and new ones to be trained."""
+"""Attaches adapters to a model: from files, or new ones for training."""
 
 import math
 import warnings
@@ -90,7 +90,7 @@ def attach(
 
 
 def check(model: nnx.Module, adapters: Mapping[str, LoRAFile]) -> None:
-    """Raises what `attach` would, for an abstract `model`, too: before its weights are loaded."""
+    """Raises the errors of `attach`, also for an abstract `model`, before weights are loaded."""
     if taken := [name for name in names(model) if name in adapters]:
         raise ValueError(f"adapter {', '.join(taken)} is attached already: choose another name, or remove it first")
     layers = targets(model)
@@ -112,12 +112,12 @@ def check(model: nnx.Module, adapters: Mapping[str, LoRAFile]) -> None:
 
 
 def _taken(file: LoRAFile, layers: Mapping[str, Target]) -> dict[str, Change]:
-    """The changes of `file` without those that only files of Wan have: of norms and modulation, by difference."""
+    """The changes of `file`, without the differences of norms and modulation that only Wan files have."""
     return {n: c for n, c in file.changes.items() if n in layers or c.rank or c.bias is not None}
 
 
 def _warn_of_the_rest(file: LoRAFile, layers: Mapping[str, Target]) -> None:
-    """Says what is not taken, but for zeros, which most files have there."""
+    """Warns of changes that are ignored. Zeros, which most files have there, give no warning."""
     left = {n: c for n, c in file.changes.items() if n not in _taken(file, layers)}
     felt = [n for n, c in left.items() if any(x is not None and x.read().any() for x in (c.diff, c.diff_b))]
     if felt:
@@ -125,7 +125,7 @@ def _warn_of_the_rest(file: LoRAFile, layers: Mapping[str, Target]) -> None:
 
 
 def _from_files(name: str, module: Any, group: list[tuple[Target, Change]], weight: float, dtype: Any) -> LoRA:
-    """The adapter of one layer, or of all layers of a stacked one, of which some may have none."""
+    """The adapter of one layer, or of all layers of a stack, some of which may have none."""
     base = module.weight
     dtype = np.dtype(base.dtype if dtype is None else dtype)
     stack = base.shape[: base.ndim - len(base.axes)]
@@ -140,7 +140,7 @@ def _from_files(name: str, module: Any, group: list[tuple[Target, Change]], weig
             a[(*layer, ..., slice(r))] = from_file(down.read(dtype=dtype), target.layout, (*inner, r))
             b[(*layer, slice(r))] = up.read(dtype=dtype).reshape(out, r).T
             scaling[layer] = change.scaling
-        elif change.diff is not None:  # the whole difference as A, and B the identity
+        elif change.diff is not None:  # the whole difference as A, and the identity as B
             a[(*layer, ..., slice(out))] = from_file(change.diff.read(dtype=dtype), target.layout, (*inner, out))
             b[(*layer, slice(out))] = np.eye(out, dtype=dtype)
         if change.bias is not None:
@@ -152,7 +152,7 @@ def _from_files(name: str, module: Any, group: list[tuple[Target, Change]], weig
 
 
 def _adapter(name: str, module: Any, a: Any, b: Any, bias: Any, scaling: np.ndarray, weight: float) -> LoRA:
-    """An adapter whose arrays are where the layer's weight is, split as it is but for the rank."""
+    """An adapter whose arrays are placed and split as the layer's weight is, except for the rank."""
     *inner, out = module.weight.axes
     base, last = module.weight[...], len(module.weight.shape) - 1
     first = last - len(inner)
@@ -167,10 +167,10 @@ def _adapter(name: str, module: Any, a: Any, b: Any, bias: Any, scaling: np.ndar
 
 
 def add(model: Model, config: LoRAConfig, key: jax.Array, *, dtype: Any = jnp.float32) -> Model:
-    """`model` with a new adapter to be trained: A random, B zero, so that nothing changes yet. Can be traced.
+    """`model` with a new adapter for training: A random, B zero, so that outputs do not change yet. Can be traced.
 
-    The values are the same for stacked and listed blocks. Raises ValueError when the name is taken or when
-    `target_modules` fit no layer.
+    The values are the same for stacked and listed blocks. Raises ValueError if the name is taken or `target_modules`
+    match no layer.
     """
     if config.name in names(model):
         raise ValueError(f"adapter {config.name} is attached already: choose another name, or remove it first")
@@ -194,7 +194,7 @@ def _chosen(name: str, layer: Target, config: LoRAConfig) -> bool:
 
 
 def _new(module: Any, config: LoRAConfig, keys: Mapping[int | None, jax.Array], dtype: Any) -> LoRA:
-    """The adapter of one layer, or of all layers of a stacked one; those that have no key get zeros, and keep them."""
+    """The adapter of one layer, or of all layers of a stack; layers without a key get zeros that stay zero."""
     base, rank = module.weight, config.rank
     stack = base.shape[: base.ndim - len(base.axes)]
     *inner, out = base.shape[len(stack) :]

@@ -19,13 +19,13 @@ from helios_jax.pretrained.folder import check_hub_name, from_hub, read_json
 from helios_jax.pretrained.layout import some
 from helios_jax.pretrained.load import InMemory, Stored
 
-WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' name, then PEFT's
+WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' name, then PEFT's name
 PEFT_CONFIG = "adapter_config.json"
-METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's config in a file's header
+METADATA = "lora_adapter_metadata"  # key of PEFT's config in the header of diffusers' files
 PREFIX = re.compile(r"(base_model\.model\.|transformer\.|diffusion_model\.|lora_unet_)+")
 KEY = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)"
-    r"(\.(?!weight$|bias$)[^.]+)?\.(?P<kind>weight|bias)"  # PEFT may put the adapter's name before the last word
+    r"(\.(?!weight$|bias$)[^.]+)?\.(?P<kind>weight|bias)"  # PEFT may insert the adapter's name before the last word
 )
 DOWN = ("lora_A", "lora_down", "lora.down")
 # Wan's names (or musubi's, where _ joins them) and diffusers'.
@@ -57,9 +57,9 @@ class Change:
 
     down: Stored | None = None
     up: Stored | None = None
-    bias: Stored | None = None  # PEFT's lora_B.bias, scaled as the weights are
+    bias: Stored | None = None  # PEFT's lora_B.bias, scaled like the weights
     diff: Stored | None = None
-    diff_b: Stored | None = None  # a change of the bias that no alpha scales
+    diff_b: Stored | None = None  # a change of the bias without the alpha scale
     scaling: float = 1.0
 
     @property
@@ -69,7 +69,7 @@ class Change:
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """The changes of one file, by module; what is large is read when a model asks for it."""
+    """The changes of one file, by module; large tensors are read when a model needs them."""
 
     source: str
     changes: dict[str, Change] = field(default_factory=dict)
@@ -100,7 +100,7 @@ def read(name: str | Path, *, weight_name: str | None = None, revision: str | No
 
 
 def file_and_scale(text: str) -> tuple[str, float]:
-    """Splits what a person types: a file or a repository, and =SCALE behind it unless it is 1."""
+    """Splits a command-line value: a file or a repository, and an optional =SCALE."""
     name, _, scale = text.partition("=")
     try:
         return name, float(scale or "1")
@@ -109,12 +109,12 @@ def file_and_scale(text: str) -> tuple[str, float]:
 
 
 def from_arrays(arrays: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> LoRAFile:
-    """As `read`, from arrays under the keys of a file; `config` is what PEFT's would be (r, lora_alpha, ...)."""
+    """Like `read`, from arrays under the keys of a file; `config` has PEFT's keys (r, lora_alpha, ...)."""
     return _parse({key: InMemory(value) for key, value in arrays.items()}, dict(config or {}), "the mapping")
 
 
 def _find(name: str | Path, weight_name: str | None, revision: str | None) -> Path:
-    """The file that `name` means, downloaded when it is on the hub."""
+    """The file of `name`, downloaded if it is on the hub."""
     path = Path(name)
     if path.is_file():
         return path
@@ -183,7 +183,7 @@ def _parse(tensors: Mapping[str, Stored], config: dict[str, Any], source: str) -
 
 
 def _check_pairs(file: LoRAFile) -> None:
-    """Raises `CheckpointError` unless every lora_A has its lora_B, of the same rank."""
+    """Raises `CheckpointError` unless every lora_A has a lora_B of the same rank."""
     halves = [name for name, change in file.changes.items() if (change.down is None) != (change.up is None)]
     if halves:
         raise CheckpointError(f"{file.source} has one half only, lora_A or lora_B, for {some(halves)}")
@@ -202,7 +202,7 @@ def _check_pairs(file: LoRAFile) -> None:
 
 
 def module_name(name: str) -> str:
-    """diffusers' name of a module that is written with a prefix, in Wan's naming or in musubi's."""
+    """diffusers' name of a module that has a prefix and Wan's or musubi's name."""
     name = name[match.end() :] if (match := PREFIX.match(name)) else name
     for pattern, theirs in WAN:
         if match := pattern.fullmatch(name):

@@ -1,4 +1,4 @@
-"""Adapters into a model's weights, and out of them again."""
+"""Merges adapters into a model's weights, and removes them again."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,7 +70,7 @@ def unmerge(
 
 
 def _merged(weight: jax.Array, bias: Any, adapters: tuple[LoRA, ...], stacked: bool) -> tuple[jax.Array, Any]:
-    """Weight and bias with what `adapters` change; the layers of a stacked one in turn, to need little memory."""
+    """Weight and bias with the changes of `adapters`; a stack's layers in turn, to need little memory."""
 
     def layer(parts: Any) -> tuple[jax.Array, Any]:
         weight, bias, adapters = parts
@@ -84,7 +84,7 @@ def _merged(weight: jax.Array, bias: Any, adapters: tuple[LoRA, ...], stacked: b
 
 
 def _change(adapter: LoRA, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """An adapter's change to a weight of `shape`, in float32."""
+    """An adapter's change of a weight of `shape`, in float32."""
     a, b = (x[...].astype(jnp.float32) for x in (adapter.a, adapter.b))
     product = jnp.matmul(a.reshape(-1, a.shape[-1]), b, precision=jax.lax.Precision.HIGHEST)
     return adapter.scaling[...] * adapter.weight[...] * product.reshape(shape)

@@ -1,4 +1,4 @@
-"""Adapters into files that diffusers and PEFT load."""
+"""Writes adapters to files that diffusers and PEFT can load."""
 
 import json
 import re
@@ -72,7 +72,7 @@ def save(model: nnx.Module, path: Path | str, name: str | None = None, *, dtype:
 
 
 def _concerned(adapter: LoRA) -> np.ndarray:
-    """Numbers of the stacked layers that an adapter changes: the others are zeros."""
+    """Numbers of the stacked layers that an adapter changes; the others are zeros."""
     layers = adapter.scaling.ndim
     parts = [x[...] for x in (adapter.a, adapter.b, adapter.bias) if x is not None]
     used = [np.asarray(jnp.any(part != 0, axis=tuple(range(layers, part.ndim)))) for part in parts]
@@ -93,18 +93,18 @@ def _shape(adapter: LoRA, part: str, target: Target) -> tuple[int, ...]:
 
 
 def _value(adapter: LoRA, part: str, target: Target, dtype: np.dtype) -> np.ndarray:
-    """A part of an adapter as it lies in a file."""
+    """A part of an adapter in the file's layout."""
     if part == "lora_A.weight":
         return fetch(adapter.a[...], target.layer, target.layout, dtype)
     if part == "lora_B.weight":
         return fetch(adapter.b[...], target.layer, "linear", dtype).reshape(_shape(adapter, part, target))
     assert adapter.bias is not None
     bias = fetch(adapter.bias[...], target.layer, "same", np.dtype(np.float32))
-    return (bias / _scaling(adapter, target.layer)).astype(dtype)  # PEFT scales it with the rest
+    return (bias / _scaling(adapter, target.layer)).astype(dtype)  # PEFT scales it like the rest
 
 
 def _peft_config(found: dict[str, tuple[Target, LoRA]]) -> dict[str, Any]:
-    """The settings that PEFT needs, under the keys that diffusers gives it."""
+    """The settings that PEFT needs, under diffusers' keys."""
     ranks = {module: adapter.a.shape[-1] for module, (_, adapter) in found.items()}
     alphas = {m: _scaling(adapter, target.layer) * ranks[m] for m, (target, adapter) in found.items()}
     rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))

@@ -7,14 +7,14 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-# What Pillow raises for files that begin well.
+# Pillow's exceptions for damaged files whose header is valid.
 DAMAGED = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
-    """The RGB picture in a file, upright, without its alpha channel (diffusers' `load_image`); the first of several.
+    """The RGB picture in a file (the first of several), upright, without alpha, as diffusers' `load_image`.
 
-    Raises FileNotFoundError for a missing file and ValueError, in one line, for one that is damaged or no image.
+    Raises FileNotFoundError for a missing file and ValueError, in one line, for a file that is damaged or not an image.
     """
     path = Path(path)
     if not path.is_file():
@@ -23,7 +23,7 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
-        raise ValueError(f"{path}: is no image that can be read; name a PNG or JPEG file") from None
+        raise ValueError(f"{path}: is not a readable image; name a PNG or JPEG file") from None
     except DAMAGED as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: does not decode ({reason}); copy or save the image again") from None
@@ -31,7 +31,7 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    """8-bit RGB, an alpha channel dropped; 16-bit grey is scaled, where Pillow would make it white.
+    """8-bit RGB without alpha. 16-bit grey is scaled; Pillow alone would make it white.
 
     Raises ValueError, in one line that begins with `name`, for pixels without a known range.
     """
@@ -45,7 +45,7 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
 def resize(
     image: UInt8[np.ndarray, "h w 3"] | Float[np.ndarray, "h w 3"], height: int, width: int
 ) -> Float[np.ndarray, "height width 3"]:
-    """Lanczos to a size, whatever the proportions, as diffusers does with PIL images; values in [0, 1].
+    """Resizes with Lanczos to a size, ignoring proportions, as diffusers does with PIL images; values in [0, 1].
 
     uint8 pixels are resized as Pillow does, with integers. Floats in [0, 1] are resized in float32.
     """

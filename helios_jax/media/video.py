@@ -1,7 +1,7 @@
 """Video files: an mp4 that plays while it grows, and strict reading.
 
-Everything that a writer cannot do is refused before the file is touched; a reader refuses a damaged file where a
-decoder would by default fill in what is missing. PyAV is imported by the first file: without files nothing needs it.
+A writer refuses unsupported arguments before it touches the file. A reader refuses a damaged file; by default a decoder
+would invent the missing content. PyAV is imported when the first file is opened.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ if TYPE_CHECKING:
     import av
 
 CODEC, SUFFIX = "libx264", ".mp4"
-# A fragment for each frame behind an empty index: whatever has been written so far is a complete file.
+# An empty index, then one fragment per frame: the file is complete after every frame.
 CONTAINER_OPTIONS = {"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
-# zerolatency: the encoder gives back each frame at once instead of looking ahead.
+# zerolatency: the encoder returns each frame at once, without look-ahead.
 CODEC_OPTIONS = {"crf": "17", "preset": "veryfast", "tune": "zerolatency"}
-FAR = 250  # frames: a file's key frames are seldom further apart
+FAR = 250  # frames: key frames are seldom further apart
 ROUNDING = 1e-3  # seconds: many containers keep times in milliseconds
 
 
 class VideoWriter:
     """Writes H.264 into an mp4, frame by frame: `with VideoWriter(path, 24, 384, 640) as video: video.write(frames)`.
 
-    Missing folders of `path` are made, an existing file is replaced by the first frame. If the process dies, what was
-    written so far (but for the newest frame) plays. Raises ValueError, in one line and before anything is written,
-    for a suffix that is not .mp4, an odd or non-positive size, a rate that is not positive, and a place that cannot be
-    written.
+    Missing folders of `path` are created. The first frame replaces an existing file. If the process dies, it plays
+    up to the frame before the newest. Raises ValueError, in one line and before anything is written, for a suffix that
+    is not .mp4, an odd or non-positive size, a rate that is not positive, and a path that cannot be written.
     """
 
     takes = "np"
@@ -60,10 +59,10 @@ class VideoWriter:
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
         self._time_base = 1 / rate
         self._closed = False
-        self.frames = 0  # written so far
+        self.frames = 0  # number of frames written
 
     def write(self, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
-        """Appends RGB frames; when it returns they are in the file. Raises ValueError for another shape or dtype."""
+        """Appends RGB frames; they are in the file on return. Raises ValueError for another shape or dtype."""
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self._size, 3):
             expected = f"uint8 [t, {self._size[0]}, {self._size[1]}, 3]"
             raise ValueError(f"{self.path}: got frames of {frames.dtype} {list(frames.shape)}; they must be {expected}")
@@ -96,32 +95,32 @@ class VideoWriter:
 
 
 def read_video(path: str | os.PathLike, fps: float | None = None) -> tuple[UInt8[np.ndarray, "t h w 3"], float]:
-    """All RGB frames of a file's first video stream, upright, and its frames a second.
+    """All RGB frames of a file's first video stream, upright, and its frames per second.
 
-    With `fps` it is read at that rate: of every instant 0, 1 / fps, ... the frame shown nearest to it.
+    With `fps` the file is read at that rate: the frame nearest to each instant 0, 1 / fps, ...
 
     Raises FileNotFoundError for a missing file and ValueError, in one line, for a rate that is not positive, for a
     file without a video stream and for one that is damaged: data that does not decode, or fewer frames than it
-    declares. (Changed bits that still decode cannot be noticed: H.264 has no checksum.)
+    declares. (Changed bits that still decode cannot be detected: H.264 has no checksum.)
     """
     frames = list(_at_rate(path, fps))
     return np.stack([frame for frame, _ in frames]), frames[-1][1]
 
 
 def iterate_video(path: str | os.PathLike, fps: float | None = None) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """The frames of `read_video` one by one, for files that are too long for memory; raises what it raises."""
+    """The frames of `read_video` one by one, for files too long for memory. Raises the errors of `read_video`."""
     return (frame for frame, _ in _at_rate(path, fps))
 
 
 def frames_at(path: str | os.PathLike, numbers: Iterable[int]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """The frames of a file with these numbers, counted from 0, in increasing order; a number may be repeated.
 
-    Reads no further than the last of them, from the start or, where the first is far, from a key frame before it.
-    Raises what `read_video` raises, and ValueError for a number that the file has not.
+    Reads up to the last number: from the start or, if the first number is large, from a key frame before it.
+    Raises the errors of `read_video`, and ValueError for a number past the file's end.
     """
     path, wanted, done = Path(path), list(numbers), 0
     if wanted and wanted[0] >= FAR:
-        # Whatever goes wrong here, reading from the start decides.
+        # On any error, the loop below reads from the start instead.
         with contextlib.suppress(ValueError):
             for frame in _pick(path, _numbered(path, wanted[0]), wanted):
                 yield frame
@@ -144,7 +143,7 @@ def _pick(path: Path, frames: Iterable[tuple[int, av.VideoFrame]], wanted: list[
 
 
 def _numbered(path: Path, near: int) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Frames from a key frame before number `near` on; ValueError unless their times show which they are."""
+    """Frames and their numbers, from a key frame before `near`. Raises ValueError if the times are not even."""
     first = 0
     for i, (frame, time, rate) in enumerate(_decode(path, near)):
         number = round(time * rate)
@@ -166,7 +165,7 @@ def _at_rate(path: str | os.PathLike, fps: float | None) -> Iterator[tuple[np.nd
     for frame, time, rate in _decode(Path(path)):
         if not rate:
             raise ValueError(f"{path}: names no rate of its own; read all of its frames, without fps")
-        # Halfway between two frames it is the earlier one, whatever the rounding.
+        # Halfway between two frames the earlier one is taken, despite rounding.
         while last is not None and tick / fps <= (shown + time) / 2 + ROUNDING:
             yield _upright(last), float(fps)
             tick += 1
@@ -177,14 +176,14 @@ def _at_rate(path: str | os.PathLike, fps: float | None) -> Iterator[tuple[np.nd
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """RGB as it is meant to be seen: phones store how they were held beside the picture."""
+    """The RGB frame turned upright: phones store the orientation as metadata."""
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
 
 
 def _decode(path: Path, near: int = 0) -> Iterator[tuple[av.VideoFrame, float, float]]:
-    """Each frame, the second it is shown at (the first at 0), and the average rate, 0 when the file has none.
+    """Each frame, its time in seconds (the first at 0), and the average rate, 0 if the file has none.
 
-    With `near` they begin at the last key frame before the time that this frame has if all are evenly spaced.
+    With `near`, starts at the last key frame before frame number `near`, if frames are evenly spaced.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; name a video file, such as clip{SUFFIX}")
@@ -200,12 +199,12 @@ def _decode(path: Path, near: int = 0) -> Iterator[tuple[av.VideoFrame, float, f
                 holds = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
                 raise ValueError(f"{path}: holds no video, {holds}; name a file with a video stream")
             stream = streams[0]
-            # By default a decoder guesses what is missing, and the damage looks like content.
+            # By default a decoder guesses missing content, which hides the damage.
             stream.codec_context.options = {"err_detect": "explode"}
             stream.thread_type = "AUTO"
             rate = float(stream.average_rate or stream.guessed_rate or 0)
             declared = stream.frames
-            # A file in fragments declares only how long it is.
+            # A fragmented file declares only its duration.
             if not declared and stream.duration and stream.time_base:
                 declared = round(float(stream.duration * stream.time_base) * rate)
             if near and rate:

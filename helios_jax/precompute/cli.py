@@ -1,4 +1,4 @@
-"""Makes what training reads: latents and text embeddings of videos, ODE pairs of a teacher, embeddings of prompts.
+"""Makes the data of training: latents and text embeddings of videos, ODE pairs of a teacher, embeddings of prompts.
 
     python -m helios_jax.precompute clips --json data/clips.json --model BestWishYsh/Helios-Base --out data/latents
     python -m helios_jax.precompute ode --prompts prompts.txt --model BestWishYsh/Helios-Mid --out data/ode
@@ -6,9 +6,8 @@
     python -m helios_jax.precompute videos --videos data/toy --vae helios_jax/assets/toy/vae \\
         --text helios_jax/assets/toy --out data/toy-latents
 
-`videos`, a dataset of `helios_jax.toy.build`, is what is meant when no task is named. A command that was killed
-goes on where it stopped when it is given again; until it is done its work lies in OUT.partial. docs/training.md says
-what is written.
+`videos` (a dataset of `helios_jax.toy.build`) is the default task. A killed command continues when it is given again;
+OUT.partial holds its work until it is done. docs/training.md describes the output.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from helios_jax.sharding import join_hosts
 
 
 def build(videos: Path, vae: Path, text: Path, out: Path, max_length: int | None = None) -> None:
-    """Writes the dataset `out` from one of pixels; raises ValueError or FileNotFoundError for what cannot be."""
+    """Writes the dataset `out` from one of pixels; raises ValueError or FileNotFoundError for unusable input."""
     tasks.encode_videos(videos, VideoEncoder(vae), TextEmbedder(text, max_length), out)
 
 
@@ -136,7 +135,7 @@ def _size(text: str) -> Size:
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Names defaults, where there are any and they are short."""
+    """Shows short defaults in the help text."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         short = action.default is not None and len(str(action.default)) < 40
@@ -154,14 +153,18 @@ def _parser() -> argparse.ArgumentParser:
     def task(name: str, run, text: str, *, shard_size: int = 64, batch: str | None = None) -> argparse.ArgumentParser:
         sub = found.add_parser(name, help=text, description=text, formatter_class=_Help)
         sub.set_defaults(run=run)
-        sub.add_argument("--out", type=Path, required=True, help="folder to make; it must not hold anything")
-        sub.add_argument("--negative-prompt", default=NEGATIVE_PROMPT, help=f"embedded into {NEGATIVE_TEXT}")
+        sub.add_argument("--out", type=Path, required=True, help="folder to make; it must be empty or absent")
+        sub.add_argument(
+            "--negative-prompt", default=NEGATIVE_PROMPT, help=f"text whose embedding is written to {NEGATIVE_TEXT}"
+        )
         if batch is not None:
             sub.add_argument("--batch", type=int, default=1, help=batch)
-        sub.add_argument("--shard-size", type=int, default=shard_size, help="items of a file; a kill loses their work")
+        sub.add_argument(
+            "--shard-size", type=int, default=shard_size, help="items per file; a killed command loses at most one file"
+        )
         hosts = sub.add_mutually_exclusive_group()
         hosts.add_argument("--shard", default="0/1", metavar="I/N", help="make the I-th of N shares of the work")
-        hosts.add_argument("--processes", type=int, default=1, help="hosts that run this command, one share each")
+        hosts.add_argument("--processes", type=int, default=1, help="number of hosts that run this command")
         return sub
 
     def networks(sub: argparse.ArgumentParser, vae: bool = True) -> None:
@@ -171,54 +174,71 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--text", type=Path, help="folder with text_encoder/ and tokenizer/")
         sub.add_argument("--max-length", type=int, help="tokens of a caption (default: what the tokenizer allows)")
 
-    sub = task("clips", _clips, "latents and embeddings of clips that JSON lists", batch="chunks at a time on a device")
+    sub = task(
+        "clips", _clips, "latents and embeddings of the clips in JSON lists", batch="chunks per device at a time"
+    )
     sub.add_argument("--json", type=Path, required=True, nargs="+", help="upstream's lists: cut, crop, fps, cap, path")
     sub.add_argument("--root", type=Path, help="folder that paths are relative to (default: each list's own)")
     networks(sub)
-    sub.add_argument("--size", nargs="+", default=["384x640"], help="HEIGHTxWIDTH to sort clips into; all: upstream's")
-    sub.add_argument("--fps", type=float, help="frames a second to take (default: all of the file's)")
-    sub.add_argument("--chunk-frames", type=int, default=33, help="frames that are encoded together")
+    sub.add_argument(
+        "--size", nargs="+", default=["384x640"], help="HEIGHTxWIDTH of the buckets; all: upstream's sizes"
+    )
+    sub.add_argument("--fps", type=float, help="frames per second to sample (default: all frames)")
+    sub.add_argument("--chunk-frames", type=int, default=33, help="frames per chunk")
     sub.add_argument("--min-frames", type=int, default=121, help="shorter clips are skipped")
-    sub.add_argument("--max-frames", type=int, help="of longer clips the first frames are taken")
-    sub.add_argument("--caption-key", default="cap", help="field with the caption, or captions: the first is taken")
-    sub.add_argument("--posterior", choices=("sample", "mean"), default="sample", help="what of the VAE's to store")
-    sub.add_argument("--seed", type=int, default=0, help="of the posterior's samples")
-    sub.add_argument("--readers", type=int, default=2, help="clips that are decoded at a time")
+    sub.add_argument("--max-frames", type=int, help="longer clips are cut to this many frames")
+    sub.add_argument(
+        "--caption-key", default="cap", help="field with the caption or a list of captions; the first is used"
+    )
+    sub.add_argument(
+        "--posterior",
+        choices=("sample", "mean"),
+        default="sample",
+        help="store a sample or the mean of the VAE's posterior",
+    )
+    sub.add_argument("--seed", type=int, default=0, help="seed of the posterior's samples")
+    sub.add_argument("--readers", type=int, default=2, help="number of clips decoded at a time")
 
-    sub = task("videos", _videos, "latents and embeddings of a dataset of pixels", batch="chunks at a time on a device")
+    sub = task("videos", _videos, "latents and embeddings of a dataset of pixels", batch="chunks per device at a time")
     sub.add_argument("--videos", type=Path, required=True, help="a dataset of pixels and captions")
     networks(sub)
 
     sub = task("text", _prompts, "embeddings of prompts alone")
-    sub.add_argument("--prompts", type=Path, required=True, nargs="+", help=".txt, a prompt a line, or .csv")
+    sub.add_argument("--prompts", type=Path, required=True, nargs="+", help=".txt with one prompt per line, or .csv")
     networks(sub, vae=False)
 
-    sub = task("ode", _ode, "ODE pairs of a teacher", shard_size=8, batch="prompts at a time for each model")
+    sub = task("ode", _ode, "ODE pairs of a teacher", shard_size=8, batch="prompts per copy of the model at a time")
     default = Settings()
-    sub.add_argument("--prompts", type=Path, required=True, nargs="+", help=".txt, a prompt a line, or .csv")
+    sub.add_argument("--prompts", type=Path, required=True, nargs="+", help=".txt with one prompt per line, or .csv")
     sub.add_argument("--model", required=True, help="diffusers folder or hub name of the teacher, such as Helios-Mid")
-    sub.add_argument("--transformer", default="transformer", help="its subfolder with the transformer")
+    sub.add_argument("--transformer", default="transformer", help="subfolder of the transformer")
     sub.add_argument("--size", default=f"{default.height}x{default.width}", help="HEIGHTxWIDTH of the videos")
-    sub.add_argument("--num-frames", type=int, default=default.num_frames, help="of each video")
+    sub.add_argument("--num-frames", type=int, default=default.num_frames, help="frames of each video")
     sub.add_argument("--num-latent-frames-per-chunk", type=int, default=default.num_latent_frames_per_chunk)
-    sub.add_argument("--steps", type=int, nargs="+", default=default.steps, help="the teacher's, coarsest level first")
     sub.add_argument(
-        "--student-steps", type=int, nargs="+", default=default.student_steps, help="of each level, where pairs are"
+        "--steps", type=int, nargs="+", default=default.steps, help="teacher's steps per level, coarsest first"
+    )
+    sub.add_argument(
+        "--student-steps",
+        type=int,
+        nargs="+",
+        default=default.student_steps,
+        help="student's steps per level, whose times are stored",
     )
     sub.add_argument(
         "--amplify-first-chunk",
         action=argparse.BooleanOptionalAction,
         default=default.amplify_first_chunk,
-        help="twice the student's steps in the first chunk",
+        help="double the student's steps in the first chunk",
     )
     sub.add_argument(
         "--time-shift-type",
         choices=("linear", "exponential", "none"),
         default=default.time_shift_type,
-        help="dynamic shift that teacher and student share",
+        help="dynamic shift of teacher and student",
     )
     sub.add_argument("--guidance-scale", type=float, default=default.guidance_scale)
-    sub.add_argument("--cfg-zero-star", action="store_true", help="guide as CFG-Zero* does")
-    sub.add_argument("--seed", type=int, default=default.seed, help="of the first prompt; the others count on")
-    sub.add_argument("--tensor", type=int, default=1, help="devices that hold one model together")
+    sub.add_argument("--cfg-zero-star", action="store_true", help="use CFG-Zero* guidance")
+    sub.add_argument("--seed", type=int, default=default.seed, help="seed of the first prompt; each next prompt adds 1")
+    sub.add_argument("--tensor", type=int, default=1, help="devices that share one copy of the model")
     return parser

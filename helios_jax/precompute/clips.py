@@ -1,12 +1,12 @@
-"""Folders of video clips, as upstream's JSON lists them: which part of which file, at which size, with which caption.
+"""Video clips from upstream's JSON lists: the file, the part of it, the size and the caption.
 
-A list holds an object per clip:
+A list holds one object per clip:
 
     {"path": "videos/1.mp4", "cut": [0, 129], "crop": [0, 832, 0, 480], "fps": 24.0, "num_frames": 129,
      "resolution": {"height": 480, "width": 832}, "cap": ["A cat ..."]}
 
-`cut` are the frames from and to (exclusive), by default all `num_frames`; `crop` is left, right, top, bottom in pixels,
-by default all of `resolution`; of several captions the first is taken. `path` is relative to the list's folder.
+`cut` holds the first frame and the end (exclusive); default: all `num_frames`. `crop` is left, right, top, bottom in
+pixels; default: all of `resolution`. The first of several captions is used. `path` is relative to the list's folder.
 """
 
 import json
@@ -29,19 +29,19 @@ SIZES: tuple[Size, ...] = (
     (768, 320), (768, 384), (640, 384), (768, 512), (576, 448), (512, 512),
     (448, 576), (512, 768), (384, 640), (384, 768), (320, 768),
 )  # fmt: skip
-# 23.976 frames a second pass for 24.
+# 23.976 frames per second count as 24.
 RATE_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Rules by which clips are taken from a list.
+    """Rules that select clips from a list.
 
     Attributes:
-        sizes: (height, width) that a clip may get; one whose shape is nearer to another of `SIZES` is refused.
-        fps: frames a second, taken from a faster clip; None takes every frame.
-        chunk_frames: frames of a chunk; what a clip has beyond its last whole chunk is not used.
-        min_frames, max_frames: clips with fewer are refused, of longer ones the first are used.
+        sizes: allowed (height, width); a clip whose shape is nearer to another of `SIZES` is refused.
+        fps: frames per second, sampled from a faster clip; None takes every frame.
+        chunk_frames: frames per chunk; frames after the last whole chunk are not used.
+        min_frames, max_frames: shorter clips are refused; of longer clips the first frames are used.
         caption_key: the field of a clip that holds its caption or captions.
     """
 
@@ -84,7 +84,7 @@ class Clip:
 
 
 def read_lists(lists: Sequence[Path], root: Path | None, selection: Selection) -> tuple[list[Clip], list[Rejected]]:
-    """The clips of JSON files in their order, and those that cannot be used by what the file says of them.
+    """The clips of JSON files in order, and the entries that are unusable according to the file.
 
     `root` is the folder that paths are relative to, by default each file's own. Raises FileNotFoundError or ValueError
     for a file that is not such a list.
@@ -102,7 +102,7 @@ def read_lists(lists: Sequence[Path], root: Path | None, selection: Selection) -
 
 
 def read_clip(clip: Clip) -> UInt8[np.ndarray, "k f h w 3"]:
-    """A clip's chunks at its size. Raises FileNotFoundError or ValueError, in one line, for a file that cannot be."""
+    """A clip's chunks at its size. Raises FileNotFoundError or ValueError, in one line, for an unusable file."""
     count = clip.chunks * clip.chunk_frames
     out = np.empty((count, *clip.size, 3), np.uint8)
     for i, frame in enumerate(frames_at(clip.file, _numbers(clip.first, clip.step, count))):
@@ -113,7 +113,7 @@ def read_clip(clip: Clip) -> UInt8[np.ndarray, "k f h w 3"]:
 def fit(
     frame: UInt8[np.ndarray, "h w 3"], crop: tuple[int, int, int, int], size: Size
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """The middle of the crop with the proportions of `size`, resized bilinearly (with antialiasing) to it."""
+    """The centre of the crop, cut to the proportions of `size` and resized to it bilinearly (with antialiasing)."""
     left, right, top, bottom = crop
     height, width = frame.shape[:2]
     if right > width or bottom > height:
@@ -132,14 +132,14 @@ def fit(
 
 
 def nearest_size(height: int, width: int, sizes: Sequence[Size] = SIZES) -> Size:
-    """The size whose proportions are nearest, by upstream's measure; the last of equals."""
+    """The size with the nearest proportions, by upstream's measure; the last on a tie."""
     return min(reversed(sizes), key=lambda size: abs(height * size[1] - width * size[0]))
 
 
 def _clip(entry: Any, root: Path, selection: Selection) -> Clip:
     """Raises ValueError for an entry that cannot be used."""
     if not isinstance(entry, dict):
-        raise ValueError(f"is no object, but {json.dumps(entry)[:50]}")
+        raise ValueError(f"is not an object but {json.dumps(entry)[:50]}")
     path = entry.get("path")
     if not isinstance(path, str) or not path:
         raise ValueError("has no path")
@@ -176,7 +176,7 @@ def _clip(entry: Any, root: Path, selection: Selection) -> Clip:
 
 
 def _size(height: int, width: int, sizes: tuple[Size, ...]) -> Size:
-    """One of `sizes`. They are a choice from upstream's table, or a table of the user's own."""
+    """One of `sizes`, which are a choice from upstream's table or the user's own table."""
     table = SIZES if set(sizes) <= set(SIZES) else sizes
     size = nearest_size(height, width, table)
     if size not in sizes:
@@ -185,7 +185,7 @@ def _size(height: int, width: int, sizes: tuple[Size, ...]) -> Size:
 
 
 def _step(clip_fps: Any, fps: float | None) -> float:
-    """Frames of the file to one that is taken."""
+    """Frames of the file per sampled frame."""
     if fps is None:
         return 1.0
     if not isinstance(clip_fps, int | float) or not math.isfinite(clip_fps) or clip_fps <= 0:
@@ -197,7 +197,7 @@ def _step(clip_fps: Any, fps: float | None) -> float:
 
 
 def _numbers(first: int, step: float, count: int) -> list[int]:
-    """The frame nearest to each instant, the earlier one halfway."""
+    """The number of the frame nearest to each instant; the earlier frame on a tie."""
     return [first + math.ceil(k * step - 0.5 - 1e-6) for k in range(count)]
 
 
@@ -226,7 +226,7 @@ def _read_json(path: Path) -> list[Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; name a JSON list of clips") from None
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: is no JSON list of clips ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{path}: is not a JSON list of clips ({' '.join(str(error).split())})") from None
     if not isinstance(entries, list):
         raise ValueError(f"{path}: must be a JSON list of clips, not {type(entries).__name__}")
     return entries

@@ -1,7 +1,7 @@
 """Weights between diffusers folders (config.json + safetensors) and parameter trees.
 
-`load_model` and `save_model` move tensors one by one: the host never holds a model. Every key in a file is used exactly
-once and every parameter is filled exactly once, or `CheckpointError` names them.
+`load_model` and `save_model` move tensors one by one: the host never holds a whole model. Every key in a file is used
+exactly once and every parameter is filled exactly once, or `CheckpointError` names them.
 """
 
 from helios_jax.pretrained.folder import (

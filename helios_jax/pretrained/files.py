@@ -1,7 +1,7 @@
-"""safetensors files, tensor by tensor: rows of one read into memory, a file written without holding it.
+"""safetensors files, tensor by tensor: reads rows of a tensor, and writes a file without holding it in memory.
 
-The safetensors library validates what is read. It maps a file to read from it, and every page it touched counts as
-resident until the file is closed: plain reads need half the memory and are two to four times as fast.
+The safetensors library validates what is read. It maps a file into memory, and every page that was touched counts as
+resident until the file is closed. Plain reads need half the memory and are two to four times as fast.
 """
 
 import json
@@ -46,7 +46,7 @@ class Tensor:
     dtype: np.dtype
 
     def read(self, rows: slice = slice(None), dtype: Any = None) -> np.ndarray:
-        """Rows of it (slices of the first dimension) as a new array, cast piece by piece to `dtype`."""
+        """The tensor's rows (a slice of the first dimension) as a new array, cast piece by piece to `dtype`."""
         dtype = self.dtype if dtype is None else np.dtype(dtype)
         start, stop, _ = rows.indices(self.shape[0]) if self.shape else (0, 1, 1)
         inner = int(np.prod(self.shape[1:], dtype=np.int64))
@@ -66,7 +66,7 @@ class Tensor:
 
     def _fill(self, file: Any, values: np.ndarray) -> None:
         left = values.view(np.uint8).data if values.size else b""
-        while left:  # a read of more than 2 GB comes in parts
+        while left:  # a read of more than 2 GB returns in parts
             if not (n := file.readinto(left)):
                 raise CheckpointError(f"{self.path} ended while it was read: something is writing to it")
             left = left[n:]
@@ -100,7 +100,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_headers(folder: Path) -> dict[str, Tensor]:
-    """Each key of a component's weight files; reads headers only."""
+    """Maps each key of a component's weight files to its tensor; reads headers only."""
     found: dict[str, Tensor] = {}
     for path in weight_files(folder):
         for key, tensor in read_header(path)[0].items():
@@ -114,12 +114,12 @@ Spec = tuple[Any, tuple[int, ...]]  # the dtype and shape of a tensor to be writ
 
 
 def order(tensors: Mapping[str, Spec]) -> list[str]:
-    """The order of values in a file: wide dtypes first, as the library does, so that every tensor is aligned."""
+    """The order of values in a file: wide dtypes first, as in the library, so that every tensor is aligned."""
     return sorted(tensors, key=lambda key: (-np.dtype(tensors[key][0]).itemsize, key))
 
 
 def write_header(file: Any, tensors: Mapping[str, Spec], metadata: Mapping[str, str]) -> int:
-    """Writes the head of a safetensors file; returns how many bytes of values belong after it."""
+    """Writes the header of a safetensors file; returns the number of bytes of values after it."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for key in order(tensors):
@@ -136,9 +136,9 @@ def write_header(file: Any, tensors: Mapping[str, Spec], metadata: Mapping[str, 
 def write(
     path: Path, tensors: Mapping[str, Spec], value: Callable[[str], np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """A safetensors file of `tensors`, each asked for with `value(key)` in its turn.
+    """Writes a safetensors file of `tensors`; `value(key)` gives each tensor when its turn comes.
 
-    Where several hosts share the values, all must call: each asks for them, and the first writes.
+    If several hosts share the values, all must call: each calls `value`, and the first writes.
     """
     writes = jax.process_index() == 0
     with path.open("wb") if writes else nullcontext() as file:

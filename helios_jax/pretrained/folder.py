@@ -1,4 +1,4 @@
-"""diffusers folders: found or downloaded, their JSON files read and written."""
+"""diffusers folders: found or downloaded, with their JSON files read and written."""
 
 import dataclasses
 import json
@@ -12,11 +12,11 @@ Config = TypeVar("Config")
 
 PACKAGE = Path(__file__).parent.parent
 
-WEIGHTS = ("diffusion_pytorch_model", "model")  # what diffusers and transformers call a component's weights
+WEIGHTS = ("diffusion_pytorch_model", "model")  # weight files as diffusers and transformers name them
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: the message is one line that names the file, the rule and the remedy."""
+    """A checkpoint that cannot be used. The one-line message names the file, the rule and the remedy."""
 
 
 def local(name: str | Path) -> Path:
@@ -55,7 +55,7 @@ def resolve(name: str | Path, parts: Sequence[str] | None = None, revision: str 
 
 
 def _patterns(part: str) -> list[str]:
-    """Patterns of the files of a component's folder, without other variants (fp16) and formats of its weights."""
+    """Patterns of a component's files, without other variants (fp16) and formats of its weights."""
     names = ["config.json"] if part == "." else ["*.json", "*.model"]
     names += [f"{stem}{end}" for stem in WEIGHTS for end in (".safetensors", "-*-of-*.safetensors")]
     names += [f"{stem}.safetensors.index.json" for stem in WEIGHTS]
@@ -63,7 +63,7 @@ def _patterns(part: str) -> list[str]:
 
 
 def check_hub_name(name: str | Path) -> None:
-    """Raises `CheckpointError` when `name`, which is no folder, cannot be that of a hub repository either."""
+    """Raises `CheckpointError` if `name`, which is not a folder, cannot be a hub repository either."""
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         raise CheckpointError(
             f"no folder {name}: give a diffusers folder or a hub name such as BestWishYsh/Helios-Base"
@@ -71,7 +71,7 @@ def check_hub_name(name: str | Path) -> None:
 
 
 def from_hub(name: str | Path, ask: Any) -> Any:
-    """Returns what `ask()` gets from the hub; raises `CheckpointError` with the reason when it fails."""
+    """Calls `ask()`, which talks to the hub. Raises `CheckpointError` with the reason if it fails."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
@@ -82,7 +82,7 @@ def from_hub(name: str | Path, ask: Any) -> Any:
 
 
 def subfolders(name: str | Path, revision: str | None = None) -> list[str]:
-    """The subfolders with a config.json, of a folder or of a hub repository."""
+    """The subfolders of a folder or a hub repository that hold a config.json."""
     folder = local(name)
     if folder.is_dir():
         return sorted(path.parent.name for path in folder.glob("*/config.json"))
@@ -93,7 +93,7 @@ def subfolders(name: str | Path, revision: str | None = None) -> list[str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; `CheckpointError` when it is missing or is not JSON."""
+    """The object in a JSON file. Raises `CheckpointError` if it is missing or not JSON."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -105,8 +105,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(folder: Path, cls: type[Config], name: str = "config.json") -> Config:
     """The config dataclass `cls` from `folder`/`name`.
 
-    Keys that it does not know are ignored with a warning, as in diffusers; the weights must fit what is known. A class
-    with a `MODEL_TYPE` is transformers', whose files repeat every default of a base class: there the rest is silent.
+    Unknown keys are ignored with a warning, as in diffusers; the weights must fit the known ones. A class with a
+    `MODEL_TYPE` is from transformers, whose files repeat every default of a base class, so it gives no warning.
     """
     values = {k: v for k, v in read_json(folder / name).items() if not k.startswith("_")}
     names = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
@@ -120,16 +120,16 @@ def read_config(folder: Path, cls: type[Config], name: str = "config.json") -> C
 
 
 def write_config(config: Any, folder: Path, name: str = "config.json") -> None:
-    """Writes a config dataclass as diffusers does, its `CLASS_NAME` first."""
+    """Writes a config dataclass in diffusers' format, with `CLASS_NAME` first."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {"_class_name": config.CLASS_NAME, **dataclasses.asdict(config)}
-    if hasattr(config, "MODEL_TYPE"):  # transformers finds its classes by these two
+    if hasattr(config, "MODEL_TYPE"):  # transformers finds its classes by these two keys
         values = {"architectures": [config.CLASS_NAME], "model_type": config.MODEL_TYPE, **dataclasses.asdict(config)}
     (folder / name).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component; those that its index names may be missing."""
+    """The safetensors files of a component. Files that its index names may be missing."""
     for name in (f"{stem}.safetensors" for stem in WEIGHTS):
         index = folder / f"{name}.index.json"
         if index.exists():

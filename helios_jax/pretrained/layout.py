@@ -1,8 +1,8 @@
-"""The map from tensors of files to parameters, and how the same values are laid out in both.
+"""The map from tensors of files to parameters, and the layouts of their values.
 
-A parameter's path, joined with dots, is its key in the file; a class whose attributes are named otherwise says so in
+A parameter's path, joined with dots, is its key in the file. A class whose attributes have other names lists them in
 `FILE_NAMES`, pairs of (our path segments, the file's). `FLOAT32` holds the path segments that stay float32 in every
-precision, as diffusers' `_keep_in_fp32_modules` does; `TIED` maps a key that files may repeat to the key it repeats.
+precision, as diffusers' `_keep_in_fp32_modules` does. `TIED` maps a key that files may repeat to the key it repeats.
 """
 
 import re
@@ -32,7 +32,7 @@ class Entry:
 
 
 def file_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
-    """The shape in a file of a parameter of `shape`."""
+    """The shape, in a file, of a parameter of `shape`."""
     if layout == "same":
         return shape
     if layout == "linear":
@@ -44,7 +44,7 @@ def file_shape(shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
 
 
 def to_file(value: Any, layout: Layout) -> Any:
-    """A parameter's values (numpy or jax) as they lie in a file."""
+    """A parameter's values (numpy or jax) in the file's layout."""
     if layout == "linear":
         return value.T
     if layout == "conv":
@@ -62,7 +62,7 @@ def from_file(value: Any, layout: Layout, shape: tuple[int, ...]) -> Any:
 
 
 def file_key(path: Path, names: tuple[tuple[str, str], ...]) -> str:
-    """The key of the parameter at `path`, for the `FILE_NAMES` of its model."""
+    """The file key of the parameter at `path`, by the `FILE_NAMES` of its model."""
     key = ".".join(str(p) for p in path)
     for ours, theirs in names:
         key = re.sub(rf"(?<![^.]){re.escape(ours)}(?![^.])", theirs, key)
@@ -70,10 +70,10 @@ def file_key(path: Path, names: tuple[tuple[str, str], ...]) -> str:
 
 
 def file_entries(model: nnx.Module) -> dict[str, Entry]:
-    """Each safetensors key of `model` (concrete or abstract) with the parameter it fills.
+    """Maps each safetensors key of `model` (concrete or abstract) to the parameter it fills.
 
-    A parameter with one dimension more than it has axis names is stacked over layers; it owns one key per layer, the
-    layer's number put after the stack's name.
+    A parameter with one dimension more than it has axis names is stacked over layers. It has one key per layer, with
+    the layer's number after the stack's name.
     """
     names = getattr(type(model), "FILE_NAMES", ())
     entries = {}
@@ -89,7 +89,7 @@ def file_entries(model: nnx.Module) -> dict[str, Entry]:
 
 
 def dtype_of(model: nnx.Module, path: Path, dtype: Any) -> Any:
-    """The dtype of the parameter at `path` when the model runs in `dtype` (None: as the file has it)."""
+    """The dtype of the parameter at `path` when the model runs in `dtype` (None: the file's dtype)."""
     if dtype is None:
         return None
     islands = getattr(type(model), "FLOAT32", ())
@@ -97,14 +97,14 @@ def dtype_of(model: nnx.Module, path: Path, dtype: Any) -> Any:
 
 
 def used_keys(model: nnx.Module, present: Iterable[str]) -> dict[str, str]:
-    """Our key -> its name in the file; a tied key counts once, whichever of its names the file holds."""
+    """Maps our key to the file's name. A tied key counts once, whichever of its names the file holds."""
     tied = getattr(type(model), "TIED", {})
     present = list(present)
     return {tied.get(name, name): name for name in present if name not in tied or tied[name] not in present}
 
 
 def check_shapes(entries: Mapping[str, Entry], found: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Raises `CheckpointError` unless exactly the tensors of `entries` were `found`, in their shapes."""
+    """Raises `CheckpointError` unless `found` holds exactly the tensors of `entries`, with their shapes."""
     missing, extra = entries.keys() - found.keys(), found.keys() - entries.keys()
     wrong = [
         f"{k} is {list(found[k])}, not {list(entries[k].shape)}"
@@ -123,7 +123,7 @@ def check_shapes(entries: Mapping[str, Entry], found: Mapping[str, tuple[int, ..
 
 
 def some(names: Iterable[str]) -> str:
-    """The first few of `names`, and how many more there are."""
+    """The first few of `names`, and the number of the others."""
     names = sorted(names)
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 

@@ -1,4 +1,4 @@
-"""Weights into a model: each tensor goes from its file to its devices, and the host forgets it.
+"""Weights into a model: each tensor goes from its file to its devices, and the host frees it.
 
 Every key in a file is used exactly once and every parameter is filled exactly once, or `CheckpointError` names them.
 """
@@ -25,9 +25,9 @@ Model = TypeVar("Model", bound=nnx.Module)
 Result = TypeVar("Result")
 Placed = tuple[layout.Path, int | None, jax.Array]  # a parameter, or a layer of a stacked one, on its devices
 
-READERS = 4  # tensors that are read and put at a time
-IN_FLIGHT = 2**29  # bytes of them, unless one alone is larger
-# A stacked parameter of fewer bytes is stacked on the host: a program for its shape takes longer to compile.
+READERS = 4  # tensors that are read and placed at a time
+IN_FLIGHT = 2**29  # bytes on the host at a time, unless one tensor is larger
+# Smaller stacked parameters (bytes) are stacked on the host: compiling a program for their shape takes longer.
 SMALL = 2**20
 
 
@@ -42,13 +42,13 @@ class Stored(Protocol):
 
 
 class InMemory:
-    """An array as a tensor to be read."""
+    """An array in memory with the interface of a stored tensor."""
 
     def __init__(self, values: Any):
         self.values, self.shape, self.dtype = values, tuple(values.shape), np.dtype(values.dtype)
 
     def read(self, rows: slice = slice(None), dtype: Any = None) -> np.ndarray:
-        # A copy: on a CPU the parameter could be these very values, which belong to the caller.
+        # A copy: on a CPU the parameter could share memory with these values, which belong to the caller.
         return np.array(np.asarray(self.values)[rows] if self.shape else self.values, dtype or self.dtype)
 
 
@@ -82,7 +82,7 @@ def check_weights(model: nnx.Module, folder: Path) -> None:
 
 
 def _keys(model: nnx.Module, stored: Mapping[str, Stored], source: str) -> dict[str, str]:
-    """Each of the model's keys with the name that `stored` has for it, after checking that they fit."""
+    """Maps each of the model's keys to its name in `stored`, after checking that they fit."""
     keys = used_keys(model, stored)
     check_shapes(file_entries(model), {key: stored[name].shape for key, name in keys.items()}, source)
     return keys
@@ -104,7 +104,7 @@ def stream(
         groups.setdefault(entry.path, []).append((entry, stored[keys[key]]))
 
     jobs: list[tuple[tuple[str, int], int, Callable[[], Placed]]] = []
-    # Worker threads do not see what a caller set with `jax.default_device`.
+    # Worker threads do not see the caller's `jax.default_device`.
     device = default_device()
     for path, tensors in groups.items():
         shape, layered = parameters[path].shape, tensors[0][0].layer is not None
@@ -128,7 +128,7 @@ def stream(
 
 
 def _position(tensor: Stored) -> tuple[str, int]:
-    """A tensor's place in its file: disks and networks read fastest in that order."""
+    """A tensor's position in its file: disks and networks read fastest in this order."""
     return (str(tensor.path), tensor.offset) if isinstance(tensor, Tensor) else ("", 0)
 
 
@@ -137,7 +137,7 @@ def _named(path: layout.Path, layer: int | None, job: Callable[[], jax.Array]) -
 
 
 def _in_order(jobs: Iterable[tuple[int, Callable[[], Result]]]) -> Iterator[Result]:
-    """The results of jobs (bytes, call) in their order, while the next ones run in threads."""
+    """The results of jobs (bytes, call) in order, while threads run the next jobs."""
     running: deque = deque()
     with ThreadPoolExecutor(READERS) as pool:
         for size, job in jobs:
@@ -191,9 +191,9 @@ def place(
     axis: int | None = None,
     start: int = 0,
 ) -> jax.Array:
-    """`values` on their devices; along `axis` they are those of the array of `shape` from `start` on.
+    """`values` on their devices. Along `axis` they are the part of an array of `shape` that begins at `start`.
 
-    Waits until they are there: the caller then lets go of them.
+    Waits until the copy is done, so that the caller can free the values.
     """
     if sharding is None:
         with jax.default_device(device):
@@ -210,7 +210,7 @@ def place(
 
 
 def _assemble(model: Model, arrays: Iterator[Placed]) -> Model:
-    """`model` with the parameters that `stream` gives; those that come layer by layer are filled in place."""
+    """`model` with the parameters from `stream`. A parameter that comes layer by layer is filled in place."""
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
     flat = dict(nnx.to_flat_state(parameters))
     made: dict[layout.Path, jax.Array] = {}

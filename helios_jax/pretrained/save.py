@@ -1,4 +1,4 @@
-"""A model into a diffusers component: config.json and safetensors, written tensor by tensor."""
+"""Writes a model as a diffusers component: config.json and safetensors, tensor by tensor."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from helios_jax.pretrained import files
 from helios_jax.pretrained.folder import write_config
 from helios_jax.pretrained.layout import dtype_of, file_entries, to_file
 
-# A parameter of fewer bytes is laid out on the host: a program for its shape takes longer to compile.
+# Smaller parameters (bytes) are laid out on the host: compiling a program for their shape takes longer.
 SMALL = 2**20
 
 
@@ -75,7 +75,7 @@ def plan_shards(
 
 
 def write_index(folder: Path, config: Any, shards: Mapping[str, Mapping[str, files.Spec]]) -> None:
-    """Writes which of several files holds which tensor; one file needs no index."""
+    """Writes the index that maps tensors to files; a single file needs none."""
     if len(shards) == 1:
         return
     size = sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for s in shards.values() for dtype, shape in s.values())
@@ -85,7 +85,7 @@ def write_index(folder: Path, config: Any, shards: Mapping[str, Mapping[str, fil
 
 
 def _remove_weights(folder: Path, stem: str) -> None:
-    """An index or a shard that stayed would be loaded with the new weights, or in their place."""
+    """Removes old weights: a leftover index or shard would be loaded with the new weights, or instead of them."""
     pattern = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
     for path in folder.iterdir():
         if pattern.fullmatch(path.name):
@@ -93,7 +93,7 @@ def _remove_weights(folder: Path, stem: str) -> None:
 
 
 def to_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
-    """The parameters of `model` under their file keys and in their file layout."""
+    """The parameters of `model` under their file keys, in the file's layout."""
     values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     return {
         key: fetch(values[entry.path].get_value(), entry.layer, entry.layout, values[entry.path].dtype)
@@ -102,9 +102,10 @@ def to_arrays(model: nnx.Module) -> dict[str, np.ndarray]:
 
 
 def fetch(value: Any, layer: int | None, layout: Layout, dtype: Any) -> np.ndarray:
-    """A parameter, or a layer of a stacked one, on the host as it lies in a file.
+    """A parameter, or one layer of a stacked one, on the host in the file's layout.
 
-    It is cut, transposed and cast where it is: numpy is slow at that. All hosts that share it must call.
+    Large ones are cut, transposed and cast on the device, because numpy is slow at it. All hosts that share the
+    parameter must call.
     """
     if isinstance(value, np.ndarray) and layer is not None:
         value, layer = value[layer], None

@@ -1,9 +1,9 @@
 """Report of `make chain`: loss curves, samples and scores of each stage.
 
-    python -m helios_jax.toy.chain_report --chain runs/toy-chain --out docs/chain.md
+    python -m helios_jax.toy.chain_report --chain runs/toy-chain --out docs/results/chain.md
 
-Beside the Markdown file: a picture of the curves, from the runs' metrics.jsonl, and one of the first held-out captions'
-videos after every stage.
+It writes two pictures beside the Markdown file: the curves of the runs' metrics.jsonl, and videos of the first held-out
+captions after every stage.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from helios_jax.toy.report import generate, held_out, machine
 BASE: dict[str, Any] = {"num_inference_steps": 50, "guidance_scale": 3.0}
 MID: dict[str, Any] = {"pyramid_num_inference_steps_list": [20, 20, 20], "guidance_scale": 3.0}
 STUDENT: dict[str, Any] = {"pyramid_num_inference_steps_list": [2, 2, 2], "is_amplify_first_chunk": True}
-# Each stage, how its model samples, and how often that calls the transformer for a chunk that is not the first.
+# Each stage, its sampling options, and the transformer calls per chunk after the first chunk.
 STAGES = {
     "stage1_init": (BASE, 100),
     "stage1_post": (BASE, 100),
@@ -37,12 +37,12 @@ STAGES = {
     "stage3_distill": (STUDENT, 6),
 }
 SCORES = ("shape", "colour", "background", "direction", "speed", "colour_error", "contrast", "chunk_jump")
-# What is drawn of a run; the players' losses of the last stage say more than their sum.
+# Curves of the last stage: the loss of each network says more than their sum.
 PLAYERS = ("dmd_distance", "critic_loss", "gan_generator", "gan_critic", "gan_penalty")
 
 
 def curves(chain: Path, path: Path) -> None:
-    """One panel a stage: its loss over steps, and of the last stage each player's."""
+    """One panel per stage: its loss over steps. The last stage shows the loss of each network."""
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for axis, name in zip(axes.flat, STAGES):
         rows = [json.loads(line) for line in (chain / name / "metrics.jsonl").read_text().splitlines()]
@@ -57,7 +57,7 @@ def curves(chain: Path, path: Path) -> None:
 
 
 def strips(videos: dict[str, list[np.ndarray]], captions: list[str], path: Path, columns: int = 12) -> None:
-    """For each caption a row a stage, frames evenly over the video's length."""
+    """One row per caption and stage, with frames at even distances over the video."""
     rows = []
     for number, caption in enumerate(captions):
         rows.append(_label(caption, 140 + 66 * columns))
@@ -76,16 +76,16 @@ def _label(text: str, width: int, height: int = 18) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parses the command line, samples every stage's model, scores, writes."""
+    """Parses the command line, samples the model of every stage, scores the videos and writes the report."""
     parser = argparse.ArgumentParser(prog="python -m helios_jax.toy.chain_report", description="Report `make chain`.")
-    parser.add_argument("--chain", type=Path, default=Path("runs/toy-chain"), help="the folder with every stage's run")
+    parser.add_argument("--chain", type=Path, default=Path("runs/toy-chain"), help="folder with the runs of all stages")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file; the pictures go beside it")
     parser.add_argument("--videos", type=int, default=24, help="held-out captions, one video each")
     parser.add_argument("--chunks", type=int, default=4)
-    parser.add_argument("--shown", type=int, default=3, help="captions in the picture")
+    parser.add_argument("--shown", type=int, default=3, help="number of captions in the picture")
     args = parser.parse_args(argv)
     if missing := [name for name in STAGES if not (args.chain / name / "pipeline" / "model_index.json").exists()]:
-        parser.error(f"--chain: {args.chain} has no {', '.join(missing)}; make chain makes them")
+        parser.error(f"--chain: {args.chain} has no {', '.join(missing)}; run make chain first")
     enable_cache()
     scenes = held_out(args.videos)
     captions = [toy.caption(scene) for scene in scenes]
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     frames = args.chunks * toy.CHUNK_FRAMES
     videos: dict[str, list[np.ndarray]] = {}
     lines = [
-        f"| after | transformer calls a chunk | seconds | {' | '.join(SCORES)} |",
+        f"| after | transformer calls per chunk | seconds | {' | '.join(SCORES)} |",
         "| --- |" + " --- |" * (len(SCORES) + 2),
     ]
     for name, (options, calls) in STAGES.items():
@@ -110,12 +110,13 @@ def main(argv: list[str] | None = None) -> None:
     strips({name: made[: args.shown] for name, made in videos.items()}, captions[: args.shown], samples)
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax"))
     text = [
-        "# The toy's three stages, each from the one before",
+        "# The toy's three stages",
         "",
-        f"`make chain`, and this page by `python -m helios_jax.toy.chain_report --out {args.out}`: {args.videos}",
-        f"captions kept out of training, {frames} frames each, on {machine()}; Python",
-        f"{platform.python_version()}, {versions}. `seconds` are those of all videos, with compilation. The scores are",
-        "explained in `helios_jax/toy/metrics.py`: the first five and `contrast` are best at 1, errors and jumps at 0.",
+        f"`make chain`, then `python -m helios_jax.toy.chain_report --out {args.out}`: {args.videos}",
+        f"held-out captions, {frames} frames each, on {machine()}; Python",
+        f"{platform.python_version()}, {versions}. `seconds` covers all videos and includes compilation.",
+        "`helios_jax/toy/metrics.py` defines the scores: the first five and `contrast` are best at 1, errors and",
+        "jumps at 0.",
         "",
         *lines,
         "",

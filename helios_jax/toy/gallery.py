@@ -1,6 +1,6 @@
-"""Every task of the sampler with the toy model, as pictures, and what a long stream holds in memory.
+"""Every task of the sampler with the toy model, as pictures, and the memory of a long stream.
 
-python -m helios_jax.toy.gallery --out docs/tasks.md
+python -m helios_jax.toy.gallery --out docs/results/tasks.md
 """
 
 import argparse
@@ -91,16 +91,16 @@ def main(argv: list[str] | None = None) -> int:
     lines = [
         "# The sampler's tasks with the toy model",
         "",
-        f"`{words}` on {machine()}, jax {version('jax')}; {args.steps} steps a chunk, guidance 3.",
+        f"`{words}` on {machine()}, jax {version('jax')}; {args.steps} steps per chunk, guidance 3.",
         "",
         f"![frames of each task's video]({image.name})",
         "",
-        "Frames are evenly spread over each video. The model learnt videos that show one thing all the time; what a",
-        "switch of the prompt does to it is shown as it is.",
+        "Each row shows frames at even distances over one video. The training videos show one shape throughout, so the",
+        "model never saw a prompt switch in training.",
         "",
         "## A stream without end",
         "",
-        f"One stream of {CHECKS[-1]} chunks ({CHECKS[-1] * toy.CHUNK_FRAMES} frames), one step a chunk, a new prompt"
+        f"One stream of {CHECKS[-1]} chunks ({CHECKS[-1] * toy.CHUNK_FRAMES} frames), one step per chunk, a new prompt"
         " every 50 chunks.",
         "",
         "| chunks | seconds | arrays held, MiB | peak host memory, MiB |",

@@ -1,8 +1,9 @@
-"""Samples videos for captions that training never saw, scores them, and writes the table and a picture.
+"""Samples videos of held-out captions, scores them, and writes a table and a picture.
 
-    python -m helios_jax.toy.report --model helios_jax/assets/toy --out docs/toy.md
+    python -m helios_jax.toy.report --model helios_jax/assets/toy --out docs/results/toy.md
 
-Beside the model stand the world's own renderings (the metrics' ceiling) and the same after the VAE (the model's).
+The table also scores the world's renderings (the limit of the metrics) and their VAE reconstructions (the limit of the
+model).
 """
 
 import argparse
@@ -77,7 +78,7 @@ def reconstruct(pipe: HeliosPipeline, video: np.ndarray) -> np.ndarray:
 
 
 def picture(videos: list[np.ndarray], captions: list[str], path: Path, columns: int = 12, scale: int = 2) -> None:
-    """One row a video, frames evenly over its length, the caption above."""
+    """One row per video: its caption above frames at even distances."""
     rows = []
     for video, caption in zip(videos, captions):
         index = np.linspace(0, len(video) - 1, columns).round().astype(int)
@@ -90,7 +91,7 @@ def picture(videos: list[np.ndarray], captions: list[str], path: Path, columns: 
 
 
 def table(columns: dict[str, dict[str, float]]) -> list[str]:
-    """Rows of metrics, one column for each way the videos came about."""
+    """Rows of metrics, one column for each set of videos."""
     lines = [f"| metric | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
     names = list(SHOWN)
     names += [f"{name}_{part}" for name in DRIFTING for part in ("start", "end")]
@@ -139,13 +140,13 @@ def main(argv: list[str] | None = None) -> int:
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax"))
     words = " ".join(["python -m helios_jax.toy.report", *(sys.argv[1:] if argv is None else argv)])
     lines = [
-        "# The toy model on captions kept out of training",
+        "# The toy model on held-out captions",
         "",
         f"`{words}`: {args.videos} captions, {frames} frames each ({args.chunks} chunks), {args.steps} UniPC steps,",
-        f"guidance {args.guidance:g}, {seconds:.0f} s in all on {machine()}; Python"
+        f"guidance {args.guidance:g}, {seconds:.0f} s in total on {machine()}; Python"
         f" {platform.python_version()}, {versions}.",
-        "What each metric means stands in `helios_jax/toy/metrics.py`. The first group is best at 1, errors, jumps and",
-        "shifts are best at 0; `_start` and `_end` are the first and the last sixth of the frames.",
+        "`helios_jax/toy/metrics.py` defines the metrics. Errors, jumps and shifts are best at 0, all others at 1.",
+        "`_start` and `_end` are the first and the last sixth of the frames.",
         "",
         *table(columns),
         "",

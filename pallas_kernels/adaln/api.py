@@ -1,8 +1,8 @@
 """Layer norm with a shift and a scale chosen by each token's run (adaLN): values and gradients.
 
-Values: XLA for an H100 reads and writes once, as the kernel does; XLA for TPUs reads three times, but leaves the
-writing out where a product follows, so that bytes moved are equal there, too. Gradients: XLA moves 904 MB on a TPU and
-1477 MB on an H100 where the kernel moves 339 MB (11040 tokens of 5120 features in bfloat16, as compiled).
+Values: on an H100, XLA reads and writes once, as the kernel does. On TPUs, XLA reads three times, but does not write
+if a product follows, so the same number of bytes moves. Gradients: XLA moves 904 MB on a TPU and 1477 MB on an H100;
+the kernel moves 339 MB (11040 tokens of 5120 features in bfloat16, as compiled).
 """
 
 from functools import partial
@@ -21,9 +21,9 @@ from pallas_kernels.core.rows import Implementation, Runs
 def reference(
     x: Float[Array, "b n d"], shift: Float[Array, "#b runs d"], scale: Float[Array, "#b runs d"], runs: Runs, eps: float
 ) -> Float[Array, "b n d"]:
-    """(x - mean) / sqrt(var + eps) * (1 + scale) + shift in float32, in the dtype of `x`.
+    """(x - mean) / sqrt(var + eps) * (1 + scale) + shift in float32, cast to the dtype of `x`.
 
-    `runs` are numbers of tokens: the first `runs[0]` take row 0 of `shift` and `scale`, and so on.
+    `runs` are numbers of tokens: the first `runs[0]` tokens take row 0 of `shift` and `scale`, and so on.
     """
     return (layer_norm(x, eps) * (1 + rows.spread(scale, runs)) + rows.spread(shift, runs)).astype(x.dtype)
 
@@ -36,7 +36,7 @@ def layer_norm(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch 
 
 
 def unsupported(x: Array) -> str | None:
-    """The reason that the kernel cannot run here for such tokens, or None."""
+    """The reason why the kernel cannot run here for these tokens, or None."""
     return rows.unsupported("adaLN", x, x.shape[-1])
 
 
@@ -49,9 +49,10 @@ def adaln(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "b n d"]:
-    """`reference`. Without `implementation` values are XLA's and gradients the kernel's, where it can run, else XLA's.
+    """`reference` by a chosen implementation.
 
-    Raises ValueError when "pallas", for both, is asked for and cannot run, and when `runs` are not those of the tokens.
+    Without `implementation`, XLA computes the values, and the kernel the gradients where it can run. Raises ValueError
+    if "pallas" is asked for (values and gradients) and cannot run, and if `runs` do not add up to the tokens.
     """
     rows.check("adaLN", x, runs, shift, scale)
     if not rows.by_kernel(implementation, unsupported(x), default=True):

@@ -1,7 +1,7 @@
-"""adaLN on Hopper GPUs in Mosaic GPU: a warpgroup holds a token in registers, and no shared memory is needed.
+"""adaLN on Hopper GPUs in Mosaic GPU: a warpgroup holds a token in registers, without shared memory.
 
-Tensor cores have nothing to do here, and neither has the copying engine: a block of the grid goes over tokens of one
-run, whose row of the tables stays in registers, and the other blocks on its multiprocessor hide what it waits for.
+The kernel needs neither tensor cores nor the copy engine. A block of the grid covers tokens of one run, whose row of
+the tables stays in registers. The other blocks on the same multiprocessor hide the latency.
 """
 
 from functools import partial
@@ -48,7 +48,7 @@ def backward(
     *,
     interpret: Any = None,
 ) -> tuple[Float[Array, "b n d"], Float[Array, "b runs d"], Float[Array, "b runs d"]]:
-    """Gradients of `x`, and of each sample's `shift` and `scale` in float32: blocks' sums, which XLA adds up."""
+    """Gradients of `x`, and of each sample's `shift` and `scale` in float32; XLA adds up the sums of the blocks."""
     blocks = spans(runs, sizes["block"])
     sums = jax.ShapeDtypeStruct((x.shape[0], len(blocks), x.shape[2]), jnp.float32)
     dx, *parts = launch(

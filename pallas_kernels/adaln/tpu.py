@@ -50,7 +50,7 @@ def backward(
     *,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "b n d"], Float[Array, "b runs d"], Float[Array, "b runs d"]]:
-    """Gradients of `x`, and of each sample's `shift` and `scale` in float32: a row's is the sum over its tokens."""
+    """Gradients of `x`, and of each sample's `shift` and `scale` in float32: each row is a sum over its tokens."""
     b, n, d = x.shape
     block = fitting(n, sizes["block"])
     tokens = pl.BlockSpec((1, block, d), lambda i, j: (i, j, 0))
@@ -77,7 +77,7 @@ def _forward(x, shift, scale, out, *, runs: Runs, eps: float):
 def _backward(x, scale, gradient, dx, dshift, dscale, *, runs: Runs, eps: float):
     block, bounds = x.shape[1], starts(runs)
     token = numbers(block)
-    inside = token < bounds[-1]  # what lies beyond the last token is anything, NaN included
+    inside = token < bounds[-1]  # values beyond the last token are arbitrary and may be NaN
     y, rate = normed(jnp.where(inside, x[0].astype(jnp.float32), 0), eps)
     upper = jnp.where(inside, gradient[0].astype(jnp.float32), 0)
     inner = upper * (1 + select(scale[0], token, runs))

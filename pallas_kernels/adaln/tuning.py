@@ -1,4 +1,4 @@
-"""Block sizes of adaLN for the tuner: of its values, and of its gradients."""
+"""Block sizes of adaLN for the tuner: of the values and of the gradients."""
 
 from collections.abc import Callable
 from typing import Any

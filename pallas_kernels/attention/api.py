@@ -29,7 +29,7 @@ def reference(
 
 
 def unsupported(query: Array | jax.ShapeDtypeStruct) -> str | None:
-    """The reason that the kernel cannot run here for such queries, or None."""
+    """The reason why the kernel cannot run here for these queries, or None."""
     platform, head_dim = device.platform(), query.shape[-1]
     if platform not in ("tpu", "gpu"):
         return f"Pallas attention has kernels for TPUs and NVIDIA GPUs (Hopper), and this runs on {platform}"
@@ -50,10 +50,10 @@ def attention(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "b n heads head_dim"]:
-    """`reference`, in as many keys of each row as `key_lengths` says (at least one; without it all).
+    """`reference` over the first `key_lengths` keys of each row (at least one; None: all keys).
 
-    Without `implementation` the kernel runs where there is one for these inputs and XLA elsewhere. Raises ValueError
-    when "pallas" is asked for and cannot run.
+    Without `implementation` the kernel runs if one exists for these inputs, else XLA. Raises ValueError if "pallas" is
+    asked for and cannot run.
     """
     reason = None if implementation == "xla" else unsupported(query)
     if implementation == "xla" or (implementation is None and reason):

@@ -1,9 +1,9 @@
 """Attention on Hopper GPUs in Mosaic GPU, after FlashAttention-3 (arXiv 2407.08608).
 
-A block of the grid has two warpgroups that compute, each for rows of its own, and one that copies the keys and values
-that both read into a ring of slots in shared memory. Tensor cores multiply from there (`wgmma`); sums and the softmax
-stay in float32 registers. Tiles need not divide a length: what is copied from beyond an end is zeros, and what is
-written there is dropped. The gradient is in `attention_gpu_backward`.
+A block of the grid has two warpgroups that compute, each for its own rows, and one that copies keys and values for
+both into a ring of slots in shared memory. Tensor cores read them from there (`wgmma`); sums and the softmax stay in
+float32 registers. Tiles need not divide a length: TMA reads zeros beyond an end and drops writes there. The gradient
+is in `attention_gpu_backward`.
 """
 
 import math
@@ -26,7 +26,7 @@ OPS = ("attention", "attention_dq", "attention_dkv")
 
 
 def tables(dtype: Any) -> dict[str, str]:
-    """The entry of tiles.json that each of `OPS` has its sizes from."""
+    """The entry of tiles.json with the sizes of each of `OPS`."""
     return {op: op + "_float32" * (dtype == jnp.float32) for op in OPS}
 
 
@@ -41,9 +41,9 @@ def attention(
 ) -> Float[Array, "b n heads head_dim"]:
     """`pallas_kernels.attention.reference` of bfloat16 or float32, with its gradients.
 
-    `tiles` has sizes for each of `OPS`: a warpgroup has `block_q` queries, a slot `block_k` keys, and there are `slots`
-    slots; for the gradients of keys and values ("attention_dkv") a warpgroup has `block_k` keys, a slot `block_q`
-    queries.
+    `tiles` has sizes for each of `OPS`: a warpgroup has `block_q` queries, a slot has `block_k` keys, and there are
+    `slots` slots. For the gradients of keys and values ("attention_dkv") a warpgroup has `block_k` keys and a slot has
+    `block_q` queries.
     """
     n, m = query.shape[1], key.shape[1]
     lengths = jnp.full((query.shape[0],), m, jnp.int32) if key_lengths is None else key_lengths.astype(jnp.int32)
@@ -71,9 +71,9 @@ def attention(
 def forward(
     query: Array, key: Array, value: Array, lengths: Array, tiles: Tiles, *, log_sums: bool, interpret: Any = None
 ) -> tuple[Array, ...]:
-    """Attention's values and, if asked for, log2(sum of exp(logits)) of each row, float32 [b, heads, n and more].
+    """Attention's values and, if asked for, log2(sum of exp(logits)) of each row, float32 [b, heads, padded n].
 
-    Numbers of queries and keys are multiples of `hopper.ROWS`.
+    The numbers of queries and keys are multiples of `hopper.ROWS`.
     """
     (b, n, heads, head_dim), m, dtype = query.shape, key.shape[1], query.dtype
     count, rows, columns = parts.COUNT[dtype], tiles["block_q"], tiles["block_k"]
@@ -118,7 +118,7 @@ def _kernel(
         query_tile = hopper.at(query_tiles, group)
         hopper.load(hopper.of_head(query, sample, mine, head), query_tile, query_in.at[group])
         gpu.barrier_wait(query_in.at[group])
-        # The groups take turns: one has its products under way while the other computes a softmax.
+        # The groups take turns: one group's products run while the other computes a softmax.
         pl.when(group == 1)(take_turns)
 
         def step(i, carry):

@@ -1,11 +1,10 @@
-"""The gradient of attention on Hopper GPUs: a kernel for the queries' and one for the keys' and values'.
+"""The gradient of attention on Hopper GPUs: one kernel for the queries, one for the keys and values.
 
-As in FlashAttention-3 (arXiv 2407.08608, appendix B.1) a row's softmax is exp2(logits - sum) with the sum that the
-forward pass kept, and its gradient needs but dots = out . cotangent of that row. The gradients of queries and of keys
-add up along different axes: two kernels multiply seven times where one would five times, but need no atomic sums, and
-give the same numbers every time.
-
-Rows beyond the last query are copied as zeros, cotangents, sums and dots too, and add nothing to a gradient.
+As in FlashAttention-3 (arXiv 2407.08608, appendix B.1), a row's softmax is exp2(logits - sum) with the sum from the
+forward pass. Its gradient also needs dots = out . cotangent of the row. The gradients of queries and keys add up along
+different axes. Two kernels need seven products where one would need five, but no atomic sums, and the result is the
+same every time. Rows beyond the last query are copied as zeros, with zero cotangents, sums and dots, and add nothing
+to a gradient.
 """
 
 from typing import Any
@@ -34,7 +33,7 @@ def query_gradient(
     *,
     interpret: Any = None,
 ) -> Array:
-    """The gradient of the queries, of whom a warpgroup has `block_q`; a slot has `block_k` keys."""
+    """The gradient of the queries: a warpgroup has `block_q` queries and a slot `block_k` keys."""
     (b, n, heads, head_dim), m, dtype = query.shape, key.shape[1], query.dtype
     count, rows, columns = parts.COUNT[dtype], tiles["block_q"], tiles["block_k"]
     slots, tile_count = min(tiles["slots"], pl.cdiv(m, columns)), pl.cdiv(n, GROUPS * rows)
@@ -121,7 +120,7 @@ def key_value_gradients(
     *,
     interpret: Any = None,
 ) -> tuple[Array, Array]:
-    """The gradients of the keys and values, of whom a warpgroup has `block_k`; a slot has `block_q` queries."""
+    """The gradients of the keys and values: a warpgroup has `block_k` keys and a slot `block_q` queries."""
     (b, n, heads, head_dim), m, dtype = query.shape, key.shape[1], key.dtype
     count, rows, columns = parts.COUNT[dtype], tiles["block_k"], tiles["block_q"]
     slots, tile_count = min(tiles["slots"], pl.cdiv(n, columns)), pl.cdiv(m, GROUPS * rows)
@@ -153,11 +152,11 @@ def _key_value_kernel(
     query, key, value, cotangent, sums, dots, lengths, key_out, value_out, *, key_tiles, value_tiles, loaded,
     queries: Ring, cotangents: Ring, row_sums: Ring, row_dots: Ring, say: Dialect,
 ):  # fmt: skip
-    """Logits, and what is of their shape, lie transposed here: a row for each key, a column for each query."""
+    """Logits, and arrays of their shape, are transposed here: one row per key, one column per query."""
     head, tile, sample, group = (lax.axis_index(name) for name in ("head", "tile", "sample", "group"))
     count, (_, rows, head_dim), columns = len(key_tiles), key_tiles[0].shape, queries.tiles[0].shape[1]
     length = lengths[sample]
-    # Of a tile of hidden keys only, the gradients are the zeros that the sums start with.
+    # For a tile of hidden keys only, the gradients stay at their initial zeros.
     steps = jnp.where(tile * GROUPS * rows < length, pl.cdiv(query.shape[1], columns), 0)
 
     @pl.when(group < GROUPS)

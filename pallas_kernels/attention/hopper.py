@@ -1,11 +1,11 @@
 """Parts of attention's kernels for Hopper in Mosaic GPU: rings of tiles in shared memory, products on tensor cores.
 
-A block of the grid has `GROUPS` warpgroups that compute and one more that copies for them. `COMPILED` and `INTERPRETED`
-hold what a kernel says differently to the compiler and to the interpreter, which knows neither layouts of registers nor
-products into them.
+A block of the grid has `GROUPS` warpgroups that compute and one more that copies for them. `COMPILED` and
+`INTERPRETED` hold the operations that differ between compiler and interpreter; the interpreter has neither register
+layouts nor products into registers.
 
-A tile is a tuple of its parts (`parts`), which are bfloat16: as many as its array's dtype has. Each part is memory of
-its own, not a row of an array: from 0.11 on jax cannot lower a product of what a constant index chooses.
+A tile is a tuple of bfloat16 parts (`parts`), as many as its array's dtype has. Each part has its own memory instead
+of a row of one array, because from 0.11 on jax cannot lower a product whose operand a constant index selects.
 """
 
 import math
@@ -24,14 +24,14 @@ from pallas_kernels.attention import parts
 
 GROUPS = 2  # warpgroups that compute
 ROWS = 8  # TMA copies tiled arrays whose length is a multiple of this
-VECTOR = 32  # a warpgroup copies no fewer float32 numbers
+VECTOR = 32  # smallest number of float32 values that a warpgroup copies
 
 
 Tile = tuple[Any, ...]
 
 
 class Ring(NamedTuple):
-    """Slots in shared memory, which one warpgroup fills while the others use what they were filled with before.
+    """Slots in shared memory: one warpgroup fills a slot while the others use the slots filled before.
 
     `tiles` are the parts of all slots, [slots, ...] each.
     """
@@ -60,18 +60,18 @@ def ring(slots: int, tile: Tile) -> Ring:
 
 
 def wait(ring: Ring, i: Array) -> Tile:
-    """The `i`th tile that is copied into `ring`, as soon as it is there."""
+    """The `i`th tile copied into `ring`; waits until it has arrived."""
     gpu.barrier_wait(ring.filled.at[_slot(ring, i)])
     return at(ring.tiles, _slot(ring, i))
 
 
 def done(ring: Ring, i: Array) -> None:
-    """This warpgroup needs the `i`th tile no more."""
+    """Marks the `i`th tile as no longer needed by this warpgroup."""
     gpu.barrier_arrive(ring.free.at[_slot(ring, i)])
 
 
 def fill(steps: Array, *rings: tuple[Ring, Callable[[Array], tuple[Any, ...]]]) -> None:
-    """For `i` of `steps` copies the parts that its function gives for `i` into each ring."""
+    """Copies, for each `i` of `steps`, the parts that each ring's function gives into that ring."""
     slots = _slots(rings[0][0])
 
     def step(i, _):
@@ -85,7 +85,7 @@ def fill(steps: Array, *rings: tuple[Ring, Callable[[Array], tuple[Any, ...]]]) 
             gpu.barrier_wait(ring.free.at[_slot(ring, i)])
 
     lax.fori_loop(0, steps, step, None)
-    lax.fori_loop(jnp.maximum(steps - slots, 0), steps, drain, None)  # no barrier ends unobserved
+    lax.fori_loop(jnp.maximum(steps - slots, 0), steps, drain, None)  # every barrier must be observed before the end
 
 
 def _slots(ring: Ring) -> int:
@@ -97,12 +97,12 @@ def _slot(ring: Ring, i: Array) -> Array:
 
 
 def at(tiles: Tile, i: Array) -> Tile:
-    """The `i`th of the tiles whose parts are [..., rows, head_dim]."""
+    """The `i`th tile, whose parts are [..., rows, head_dim]."""
     return tuple(part.at[i] for part in tiles)
 
 
 def load(sources: tuple[Any, ...], tile: Tile, barrier: Any) -> None:
-    """Copies the parts of a tile into shared memory; each arrives at `barrier`."""
+    """Copies the parts of a tile into shared memory; each signals `barrier` on arrival."""
     for source, part in zip(sources, tile, strict=True):
         gpu.copy_gmem_to_smem(source, part, barrier)
 
@@ -120,7 +120,7 @@ def save(tile: Tile, destinations: tuple[Any, ...]) -> None:
 
 
 def of_head(array: Any, sample: Array, rows: Any, head: Array) -> tuple[Any, ...]:
-    """The parts of some rows of a head of queries, keys or values that `parts.split` wrote, in global memory."""
+    """The parts of some rows of one head in global memory, as `parts.split` wrote them."""
     heads = lax.axis_size("head")
     return tuple(array.at[sample, rows, head + first] for first in range(0, array.shape[2], heads))
 
@@ -199,7 +199,7 @@ INTERPRETED = Dialect(
 
 
 def exponent(head_dim: int) -> float:
-    """exp(query key^T / sqrt(head_dim)) is exp2(this query key^T), which is what the hardware has."""
+    """exp(query key^T / sqrt(head_dim)) is exp2(this query key^T); the hardware has exp2 only."""
     return head_dim**-0.5 * math.log2(math.e)
 
 
@@ -243,5 +243,5 @@ def padded(x: Array) -> Array:
 
 
 def room(length: int, tile: int, interpret: Any) -> int:
-    """The rows of an output that is written in tiles: TMA drops what is beyond an end, the interpreter would not."""
+    """The valid rows of an output written in tiles: TMA drops writes beyond an end, but the interpreter does not."""
     return length if interpret is None else -(-length // tile) * tile

@@ -1,4 +1,4 @@
-"""Attention on TPUs: jax's splash attention, fed with padded, head-major arrays."""
+"""Attention on TPUs: jax's splash attention on padded, head-major arrays."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.core.tiles import Tiles
 
-OPS = ("attention", "attention_dkv")  # the backward kernel computes the queries' gradient too
+OPS = ("attention", "attention_dkv")  # the backward kernel also computes the queries' gradient
 LANES = 128
 
 
 def tables(dtype: Any) -> dict[str, str]:
-    """The entry of tiles.json that each of `OPS` has its sizes from: one for all dtypes."""
+    """The entry of tiles.json with the sizes of each of `OPS`; one for all dtypes."""
     return {op: op for op in OPS}
 
 
@@ -29,9 +29,10 @@ def attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "b n heads head_dim"]:
-    """`pallas_kernels.attention.reference`. `tiles` has sizes for each of `OPS`: lengths are padded to blocks of at
-    most `block_q` queries and `block_k` keys, multiplied `block_k_compute` at a time; padded keys are a segment of
-    their own.
+    """`pallas_kernels.attention.reference` with blocks from `tiles`, which has sizes for each of `OPS`.
+
+    Lengths are padded to blocks of at most `block_q` queries and `block_k` keys, multiplied `block_k_compute` at a
+    time. Padded keys form a segment of their own.
     """
     (b, n, heads, head_dim), m = query.shape, key.shape[1]
     sizes = _sizes(n, m, tiles)
@@ -52,7 +53,7 @@ def attention(
 def _sizes(n: int, m: int, tiles: Mapping[str, Tiles]) -> splash.BlockSizes:
     forward, backward = (tiles[op] for op in OPS)
     block_q, block_k = block(n, forward["block_q"]), block(m, forward["block_k"])
-    # What the forward kernel's blocks pad is what the backward kernel's have to divide.
+    # The backward kernel's blocks must divide the lengths that the forward kernel's blocks pad to.
     block_q_dkv = _divisor(n + -n % block_q, backward["block_q"])
     block_k_dkv = _divisor(m + -m % block_k, backward["block_k"])
     return splash.BlockSizes(
@@ -72,7 +73,7 @@ def _divisor(whole: int, largest: int) -> int:
 
 
 def block(length: int, largest: int) -> int:
-    """The multiple of 128 from `largest` / 2 to `largest` whose blocks pad `length` least; the larger of equals."""
+    """The multiple of 128 from `largest` / 2 to `largest` whose blocks pad `length` least; the largest on a tie."""
     whole = -(-length // LANES) * LANES
     if whole <= largest:
         return whole

@@ -1,4 +1,4 @@
-"""Block sizes of attention for the tuner: of its values, and of the kernels of its gradients."""
+"""Block sizes of attention for the tuner: of the forward kernel and of the gradient kernels."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from pallas_kernels.core import device, tiles
 from pallas_kernels.core.tiles import Tiles
 from pallas_kernels.tools.tunable import Op, Shape
 
-# The 14B model's self-attention at full size: 2400 tokens of history, 8640 noisy ones.
+# The 14B model's self-attention at full size: 2400 history tokens and 8640 noisy tokens.
 AXES = {"b": 1, "n": 11040, "heads": 40, "head_dim": 128}
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 TPU_SIZES = {"block_q": (512, 1024, 2048), "block_k": (512, 1024, 2048), "block_k_compute": (256, 512, 1024)}
@@ -23,7 +23,7 @@ GPU_SIZES = {
     "attention": {"block_q": (64, 128), "block_k": (64, 128, 192, 256), "slots": (2, 3, 4)},
     "attention_dq": {"block_q": (64, 128), "block_k": (64, 128), "slots": (2, 3, 4)},
     "attention_dkv": {"block_q": (64, 128), "block_k": (64, 128), "slots": (2, 3, 4)},
-    # Three parts of each tile leave room for no more.
+    # Three parts per tile leave no room for more slots.
     "attention_float32": {"block_q": (64,), "block_k": (16, 32, 64), "slots": (1, 2, 3, 4)},
     "attention_dq_float32": {"block_q": (64,), "block_k": (16, 32), "slots": (1, 2)},
     "attention_dkv_float32": {"block_q": (16, 32), "block_k": (64,), "slots": (1, 2)},
@@ -50,7 +50,7 @@ def _candidates(op: str, dtype: Any, platform: str, shape: Shape) -> list[Tiles]
 
 
 def _kernel(op: str, chosen: Tiles) -> Callable[..., Any]:
-    """With `chosen` for `op`, and what the table has for the other kernels."""
+    """Attention with the sizes `chosen` for `op`, and the table's sizes for the other kernels."""
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         if reason := attention.unsupported(query):
@@ -75,7 +75,7 @@ def _values(attend: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Cal
 
 
 def _gradients(attend: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The whole backward pass, after a forward pass that is not timed."""
+    """The whole backward pass; the forward pass before it is not timed."""
     *inputs, cotangent = arguments
     _, backward = jax.jit(partial(jax.vjp, attend))(*inputs)
     return lambda backward, cotangent: backward(cotangent), (backward, cotangent)

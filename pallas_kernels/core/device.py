@@ -12,7 +12,9 @@ _TARGET: ContextVar[Any] = ContextVar("target", default=None)
 
 @contextmanager
 def compiling_for(device: Any) -> Iterator[None]:
-    """Inside, kernels are traced for `device` (a `jax.Device`, or one of a topology), not for where jax runs."""
+    """Context in which kernels are traced for `device` (a `jax.Device`, also of a topology) instead of jax's own
+    devices.
+    """
     token = _TARGET.set(device)
     try:
         yield
@@ -31,5 +33,5 @@ def platform() -> str:
 
 
 def kind() -> str:
-    """The name of the device's kind, such as "TPU v5" or "NVIDIA H100 80GB HBM3"."""
+    """The name of the kind of device, such as "TPU v5" or "NVIDIA H100 80GB HBM3"."""
     return _device().device_kind

@@ -1,4 +1,4 @@
-"""Parts of all kernels over rows: the row of a table that each token takes, by runs, and what can run."""
+"""Parts of all kernels over rows: the table row of each token, by runs, and checks of the inputs."""
 
 from typing import Literal
 
@@ -10,13 +10,13 @@ from jaxtyping import Array, Float
 from pallas_kernels.core import device
 
 Implementation = Literal["xla", "pallas"]
-# Numbers of tokens: the first run takes the first row of a table, the second run the next.
+# Numbers of tokens: the first run takes the table's first row, the second run the next.
 Runs = tuple[int, ...]
 LANES = 128
 
 
 def spread(table: Float[Array, "b runs d"], runs: Runs) -> Float[Array, "b n d"]:
-    """Each token's row, as a select that fuses into its consumer; [b, 1, d] where there is one run."""
+    """Each token's row, as a select that fuses into its consumer; [b, 1, d] if there is one run."""
     token, out = jnp.arange(sum(runs))[None, :, None], table[:, :1]
     for i, start in enumerate(np.cumsum(runs)[:-1], 1):
         out = jnp.where(token >= start, table[:, i : i + 1], out)
@@ -24,12 +24,12 @@ def spread(table: Float[Array, "b runs d"], runs: Runs) -> Float[Array, "b n d"]
 
 
 def as_given(gradient: Float[Array, "b runs d"], table: Float[Array, "#b runs d"]) -> Float[Array, "#b runs d"]:
-    """A table's gradient in its own shape and dtype: summed over the samples that share it."""
+    """A table's gradient in the table's shape and dtype, summed over the samples that share it."""
     return (gradient if table.shape[0] != 1 else gradient.sum(0, keepdims=True)).astype(table.dtype)
 
 
 def check(op: str, x: Float[Array, "b n d"], runs: Runs, *tables: Array) -> None:
-    """Raises ValueError where `runs` or `tables` are not those of the tokens."""
+    """Raises ValueError if `runs` or `tables` do not fit the tokens."""
     if sum(runs) != x.shape[1] or min(runs) < 1:
         raise ValueError(f"{op}: runs {runs} must be positive and have the sum {x.shape[1]}, the number of tokens")
     for table in tables:
@@ -39,7 +39,7 @@ def check(op: str, x: Float[Array, "b n d"], runs: Runs, *tables: Array) -> None
 
 
 def unsupported(op: str, x: Array | jax.ShapeDtypeStruct, width: int) -> str | None:
-    """The reason that a kernel over rows of `width` features cannot run here, or None."""
+    """The reason why a kernel over rows of `width` features cannot run here, or None."""
     platform = device.platform()
     if platform not in ("tpu", "gpu"):
         return f"Pallas {op} has kernels for TPUs and NVIDIA GPUs (Hopper), and this runs on {platform}"
@@ -53,9 +53,9 @@ def unsupported(op: str, x: Array | jax.ShapeDtypeStruct, width: int) -> str | N
 
 
 def by_kernel(asked: Implementation | None, reason: str | None, *, default: bool) -> bool:
-    """True if the kernel runs: it is asked for, or nothing is and it is the `default` and no `reason` is against it.
+    """True if the kernel runs: it is asked for, or it is the `default`, nothing is asked for and there is no `reason`.
 
-    Raises ValueError when it is asked for and cannot run.
+    Raises ValueError if it is asked for and cannot run.
     """
     if asked == "pallas" and reason:
         raise ValueError(f"{reason}: implementation='xla' runs everywhere")
@@ -63,5 +63,5 @@ def by_kernel(asked: Implementation | None, reason: str | None, *, default: bool
 
 
 def fitting(n: int, largest: int) -> int:
-    """Tokens in a block on a TPU: `largest`, or fewer where there are fewer, in whole tiles of 16-bit numbers."""
+    """Tokens per block on a TPU: at most `largest` and about the number of tokens, in whole tiles of 16-bit numbers."""
     return min(largest, -(-n // 16) * 16)

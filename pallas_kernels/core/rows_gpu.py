@@ -15,7 +15,7 @@ THREADS = 128
 
 
 def spans(runs: Runs, block: int) -> np.ndarray:
-    """[blocks, 3]: first token, one past the last, and run of each block; none has tokens of two runs."""
+    """[blocks, 3]: first token, one past the last token, and run of each block. No block holds tokens of two runs."""
     ends = np.cumsum(runs)
     return np.asarray(
         [
@@ -28,7 +28,7 @@ def spans(runs: Runs, block: int) -> np.ndarray:
 
 
 def launch(body: Any, out: Any, grid: tuple[int, int], interpret: Any) -> Any:
-    """`body` for each block ("tile") of each "sample", a warpgroup each."""
+    """Runs `body` for each block ("tile") of each "sample", one warpgroup each."""
     return gpu.kernel(
         body,
         out_type=out,
@@ -40,7 +40,7 @@ def launch(body: Any, out: Any, grid: tuple[int, int], interpret: Any) -> Any:
 
 
 def row(ref: Any, index: tuple, interpret: bool) -> Array:
-    """A row of features, as float32 in registers, each thread with neighbours that it loads at once."""
+    """A row of features as float32 in registers; each thread holds neighbouring features, which it loads at once."""
     d = ref.shape[-1]
     vector = max(size for size in (1, 2, 4, 8) if d % (size * THREADS) == 0)
     value = ref[index] if interpret else mosaic.load(ref, index, gpu.Layout.WG_STRIDED((d,), vec_size=vector))
@@ -48,7 +48,7 @@ def row(ref: Any, index: tuple, interpret: bool) -> Array:
 
 
 def normed(x: Float[Array, " d"], eps: float) -> tuple[Float[Array, " d"], Float[Array, ""]]:
-    """The layer norm of `x`, and what it was multiplied by."""
+    """The layer norm of `x`, and the factor 1 / deviation."""
     d = x.shape[0]
     x = x - jnp.sum(x) / d
     rate = lax.rsqrt(jnp.sum(x * x) / d + eps)

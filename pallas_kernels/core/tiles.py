@@ -1,4 +1,4 @@
-"""Block sizes, by op, kind of device and length: data in tiles.json, which `make tune` fills."""
+"""Block sizes by op, kind of device and length. They are data in tiles.json, written by `make tune`."""
 
 import json
 from functools import cache
@@ -6,7 +6,7 @@ from pathlib import Path
 
 PATH = Path(__file__).with_name("tiles.json")
 Tiles = dict[str, int]
-# op -> the beginning of a device kind's name ("" is any) -> longest length they are for ("" is any) -> sizes
+# op -> start of a device kind's name ("": any) -> longest length of these sizes ("": any) -> sizes
 Table = dict[str, dict[str, dict[str, Tiles]]]
 
 
@@ -30,7 +30,7 @@ def lookup(op: str, kind: str, length: int) -> Tiles:
 
 
 def write(op: str, kind: str, length: int, sizes: Tiles) -> None:
-    """Puts `sizes` for lengths up to `length` into the table and its file, beside what is there."""
+    """Stores `sizes` for lengths up to `length` in the table and its file; other entries stay."""
     whole: Table = json.loads(PATH.read_text())
     whole.setdefault(op, {}).setdefault(kind, {})[str(length)] = sizes
     PATH.write_text(text(whole))
@@ -38,7 +38,7 @@ def write(op: str, kind: str, length: int, sizes: Tiles) -> None:
 
 
 def text(whole: Table) -> str:
-    """The table as its file has it: the sizes of a length on one line, shorter lengths first."""
+    """The table as text: one line per length, shorter lengths first."""
 
     def nested(items: dict[str, str], indent: str) -> str:
         lines = ",\n".join(f"{indent}  {json.dumps(name)}: {item}" for name, item in items.items())

@@ -1,9 +1,9 @@
-"""A gated residual and the norm that follows it: x + gate * y, and that normed, shifted and scaled.
+"""A gated residual and the norm that follows it: x + gate * y, then normed, shifted and scaled.
 
-It pays on GPUs after self-attention, where the sum of the noisy tokens is normed for the text's attention: XLA writes
-the sum and reads it again, 88 MB of 516 a block at 11040 tokens of 5120 features in bfloat16. Elsewhere XLA adds in
-the product before, which is better: after the text's attention on GPUs, and everywhere on TPUs. A sum that no norm
-follows at once (the block's end) is one pass in XLA, too, and needs no kernel.
+The kernel pays on GPUs after self-attention, where the text's attention norms the sum of the noisy tokens. XLA writes
+the sum and reads it again: 88 MB of 516 per block at 11040 tokens of 5120 features in bfloat16. In the other places
+XLA adds in the product before, which is better: after the text's attention on GPUs, and everywhere on TPUs. A sum
+without a norm directly after it (the block's end) is one pass in XLA and needs no kernel.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ from pallas_kernels.core.rows import Implementation, Runs
 from pallas_kernels.gated_residual import gpu as gated_residual_gpu
 from pallas_kernels.gated_residual import tpu as gated_residual_tpu
 
-# The sum, and what its norm makes of it.
+# The sum, and its shifted and scaled norm.
 Sums = tuple[Float[Array, "b m d"], Float[Array, "b m d"]]
 
 
@@ -34,8 +34,10 @@ def reference(
     runs: Runs,
     eps: float,
 ) -> Sums:
-    """z = x + gate * y of the last sum(runs) tokens in float32, in the dtype of `x`; and its layer norm times
-    `gain` plus `shift`. `gate`, `shift` and `gain` have a row for each of `runs`, which are numbers of tokens.
+    """z = x + gate * y of the last sum(runs) tokens, in float32, cast to the dtype of `x`; and layer_norm(z) * gain +
+    shift.
+
+    `gate`, `shift` and `gain` have one row for each of `runs`, which are numbers of tokens.
     """
     first = x.shape[1] - sum(runs)
     gated = y[:, first:].astype(jnp.float32) * rows.spread(gate, runs)
@@ -45,7 +47,7 @@ def reference(
 
 
 def unsupported(x: Float[Array, "b n d"], first: int) -> str | None:
-    """The reason that the kernel cannot run here for the tokens from `first` on, or None."""
+    """The reason why the kernel cannot run here for the tokens from `first` on, or None."""
     if device.platform() == "tpu" and first % gated_residual_tpu.TILE:
         tile = gated_residual_tpu.TILE
         return f"Pallas gated_residual on a TPU is for a first token that is a multiple of {tile}, not {first}"
@@ -63,10 +65,10 @@ def gated_residual(
     *,
     implementation: Implementation | None = None,
 ) -> Sums:
-    """`reference`, which reads the last sum(runs) tokens where they lie.
+    """`reference`, which reads the last sum(runs) tokens in place.
 
-    Without `implementation` the kernel runs on GPUs where it can, and XLA elsewhere. Raises ValueError when "pallas" is
-    asked for and cannot run, and when `runs` or the tables are not those of the tokens.
+    Without `implementation` the kernel runs on GPUs if it can, else XLA. Raises ValueError if "pallas" is asked for
+    and cannot run, and if `runs` or the tables do not fit the tokens.
     """
     first = x.shape[1] - sum(runs)
     if first < 0:

@@ -39,7 +39,7 @@ def forward(
 
 def _kernel(x, y, gate, shift, gain, spans, z, out, *, first: int, eps: float, interpret: bool):
     sample, start, stop, _ = block(spans, gate)
-    # The rows of the norm are read for each token, from a cache: registers hold no more than one of the three.
+    # Each token reads the rows of the norm again, from a cache: registers hold only one of the three rows.
     gates = row(gate, block(spans, gate)[3], interpret)
 
     def step(token, _):

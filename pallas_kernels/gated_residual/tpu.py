@@ -12,7 +12,7 @@ from pallas_kernels.core.rows import Runs, fitting
 from pallas_kernels.core.rows_tpu import normed, numbers, select, table_spec
 from pallas_kernels.core.tiles import Tiles
 
-TILE = 16  # tokens of 16-bit numbers that lie together
+TILE = 16  # tokens of 16-bit numbers in one tile
 
 
 def forward(
@@ -27,8 +27,9 @@ def forward(
     *,
     interpret: bool | None = None,
 ) -> tuple[Float[Array, "b m d"], Float[Array, "b m d"]]:
-    """`pallas_kernels.gated_residual.reference`, at most `sizes["block"]` tokens at a time: as many as divide what the
-    first token is, a multiple of `TILE`.
+    """`pallas_kernels.gated_residual.reference`, at most `sizes["block"]` tokens at a time.
+
+    The block must divide the number of the first token, which is a multiple of `TILE`.
     """
     (b, n, d), m = x.shape, sum(runs)
     first = n - m

@@ -1,7 +1,7 @@
-"""Queries and keys on their way to attention: RMS norm across all heads, rotary position embedding, split into heads.
+"""Queries and keys before attention: RMS norm across all heads, rotary position embedding, split into heads.
 
-XLA takes two passes for the norm and the rotation, and on TPUs four more to turn the result to the layout that
-attention reads; the kernel reads and writes once.
+XLA takes two passes for the norm and the rotation. On TPUs it takes four more to change to the layout that attention
+reads. The kernel reads and writes once.
 """
 
 from functools import partial
@@ -49,7 +49,7 @@ def reference(
 
 
 def unsupported(x: Array | jax.ShapeDtypeStruct, heads: int) -> str | None:
-    """The reason that the kernel cannot run here for such features, or None."""
+    """The reason why the kernel cannot run here for these features, or None."""
     head_dim = x.shape[-1] // heads
     if reason := rows.unsupported("norm_rope", x, x.shape[-1]):
         return reason
@@ -71,10 +71,10 @@ def norm_rope(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "b n heads head_dim"]:
-    """`reference`; the kernels round once, at the end, and their gradient is the reference's, by XLA.
+    """`reference`. The kernels round once, at the end; their gradient is the reference's, by XLA.
 
-    Without `implementation` the kernel runs where it can and saves something, which on a GPU needs a `table`, and XLA
-    elsewhere. Raises ValueError when "pallas" is asked for and cannot run.
+    Without `implementation` the kernel runs if it can and saves memory traffic, which on a GPU requires a `table`;
+    else XLA. Raises ValueError if "pallas" is asked for and cannot run.
     """
     pays = table is not None or device.platform() == "tpu"
     if not rows.by_kernel(implementation, unsupported(x, heads), default=pays):
@@ -88,11 +88,11 @@ def by(
     forward, x: Array, weight: Array, heads: int, eps: float, table: Rotary | None, history_scale: Array | None,
     num_history: int,
 ) -> Array:  # fmt: skip
-    """`norm_rope` by `forward`: that of `norm_rope_tpu` or `norm_rope_gpu`, with its block sizes."""
+    """`norm_rope` by `forward` of `norm_rope_tpu` or `norm_rope_gpu`, with its block sizes."""
 
     @jax.custom_vjp
     def run(x: Array, weight: Array, table: Rotary | None, history_scale: Array | None) -> Array:
-        # The rotation is linear, so what scales a head may as well scale its weights: those of the history are a row.
+        # The rotation is linear, so a head's factor can be part of its weights. The history's weights are a row.
         table_of_weights, runs = weight.astype(jnp.float32)[None], (x.shape[1],)
         if history_scale is not None and num_history:
             scale = jnp.broadcast_to(history_scale.astype(jnp.float32), (heads,))

@@ -1,4 +1,4 @@
-"""RMS norm and rotary embedding on Hopper GPUs in Mosaic GPU: a warpgroup turns a token's heads in registers."""
+"""RMS norm and rotary embedding on Hopper GPUs in Mosaic GPU: a warpgroup rotates a token's heads in registers."""
 
 from functools import partial
 from typing import Any
@@ -43,7 +43,7 @@ def forward(
 
 
 def layout(heads: int, head_dim: int) -> Any:
-    """Of [heads, head_dim]: a head to a warp, neighbouring features to a lane."""
+    """Layout of [heads, head_dim]: one head per warp, neighbouring features in one lane."""
     tiling = gpu.Tiling(((WARPS, head_dim), (head_dim // LANES,)))
     return gpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
@@ -66,7 +66,7 @@ def _kernel(x, x_heads, weight, *rest, eps: float, interpret: bool):
     def step(token, _):
         features = row(x, (sample, token), interpret)
         rate = lax.rsqrt(jnp.sum(features * features) / features.shape[0] + eps)
-        y = load(x_heads, (sample, token), laid) * rate * weights  # a second look, which its cache answers
+        y = load(x_heads, (sample, token), laid) * rate * weights  # a second read, which the cache serves
         if tables:
             cos, sin = (
                 across(load(t, (sample if t.shape[0] > 1 else jnp.int32(0), token), laid.reduce(0))) for t in tables
@@ -78,5 +78,5 @@ def _kernel(x, x_heads, weight, *rest, eps: float, interpret: bool):
 
 
 def _swap_pairs(y: Array) -> Array:
-    """`mosaic.swap_pairs` where Mosaic GPU is interpreted."""
+    """`mosaic.swap_pairs` for the interpreter."""
     return y.reshape(*y.shape[:-1], -1, 2)[..., ::-1].reshape(y.shape)

@@ -1,4 +1,4 @@
-"""RMS norm and rotary embedding on TPUs, written head by head, which is how attention reads."""
+"""RMS norm and rotary embedding on TPUs, written head by head, in the order that attention reads."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ def forward(
 ) -> Float[Array, "b n heads head_dim"]:
     """`pallas_kernels.norm_rope.by`, `sizes["block"]` tokens at a time; `table` is `pallas_kernels.norm_rope.signed`.
 
-    It is written [b, heads, n, head_dim]; that the result is [b, n, heads, head_dim] moves nothing.
+    The kernel writes [b, heads, n, head_dim]; viewing it as [b, n, heads, head_dim] moves no data.
     """
     b, n, d = x.shape
     head_dim, block = d // heads, fitting(n, sizes["block"])

@@ -1,1 +1,1 @@
-"""Commands that run every op's kernels on the device at hand: check and tune."""
+"""Commands that run the kernels of all ops on this machine's device: check and tune."""

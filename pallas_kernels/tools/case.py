@@ -1,16 +1,16 @@
-"""A case of an op for `check`: our kernel and its reference, and the shapes of their inputs."""
+"""A case of an op for `check`: the kernel, its reference, and the shapes of their inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 EPS = 1e-6
-DTYPES = {"bfloat16": 0.01, "float32": 1e-5}  # how far a result may be, as a part of its root mean square
+DTYPES = {"bfloat16": 0.01, "float32": 1e-5}  # largest error allowed, relative to the root mean square
 
 
 @dataclass(frozen=True)
 class Case:
-    """`ours` and the `reference` of the same float inputs, of which `tokens` have the dtype and the others float32."""
+    """`ours` and the `reference` of the same float inputs. `tokens` have the case's dtype; the others are float32."""
 
     op: str
     what: str

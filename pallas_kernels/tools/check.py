@@ -24,15 +24,15 @@ from pallas_kernels.tools import isolated
 from pallas_kernels.tools.case import DTYPES, Case
 from pallas_kernels.tools.tunable import add_line, distance, modules, word
 
-STILL = 0.1  # part of that by which results may move from run to run: XLA's own sums over rows are not ordered
+STILL = 0.1  # allowed share of that tolerance between runs: XLA's own sums over rows have no fixed order
 RUNS = 3
 LIMIT = 90  # seconds
 
 
 def cases() -> Iterator[Case]:
-    """The cases of every op that has a module `cases`, in the order of their names.
+    """The cases of every op that has a module `cases`, sorted by name.
 
-    Makes no array: the device is left to the process that runs them.
+    Makes no array: only the process that runs the cases uses the device.
     """
     for module in modules("cases"):
         yield from module.cases()
@@ -47,7 +47,7 @@ def measure(case: Case) -> dict[str, Any]:
     begin = time.monotonic()
     try:
         found, moved = _error(case)
-    except Exception as failure:  # whatever a case raises is its row, and the others are run
+    except Exception as failure:  # an exception of a case becomes its row, and the other cases run
         result = {"why": word(failure)}
     else:
         allowed = DTYPES[case.dtype]

@@ -1,4 +1,4 @@
-"""Jobs on a device that they may hang or spoil, in a worker process that is replaced when one does."""
+"""Jobs that may hang or break a device, in a worker process that is replaced if one does."""
 
 import argparse
 import contextlib
@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-START = 180.0  # seconds that a worker has to import jax and find its device
+START = 180.0  # seconds for a worker to import jax and find its device
 Answer = dict[str, Any]
 
 
 class Here:
-    """Jobs that run in this process, by number: easy to debug, and a job that hangs is not ended."""
+    """Jobs that run in this process: easy to debug, but a job that hangs is not ended."""
 
     def __init__(self, greeting: Answer, job: Callable[[int], Answer]):
         self.greeting, self._job = greeting, job
@@ -28,13 +28,13 @@ class Here:
         return self._job(number)
 
     def close(self) -> None:
-        """Nothing is left to be done."""
+        """Does nothing: there is no worker."""
 
 
 class Apart:
     """Jobs that run in a worker process, `command`, which calls `serve`.
 
-    `greeting` is what the worker says first. Raises RuntimeError if no worker can be started.
+    `greeting` is the worker's first message. Raises RuntimeError if no worker can be started.
     """
 
     def __init__(self, command: Sequence[str]):
@@ -42,9 +42,9 @@ class Apart:
         self.greeting = self._worker.greeting
 
     def ask(self, number: int, limit: float) -> Answer:
-        """The answer of job `number`: `{"why": ...}` if its process dies, or is killed after `limit` seconds.
+        """The answer of job `number`: `{"why": ...}` if its process dies or is killed after `limit` seconds.
 
-        The next job then has a new process, and so has the one after a job that spoiled the device.
+        The next job then gets a new process. So does the job after one that broke the device.
         """
         if self._worker.ended:
             self._worker.close()
@@ -75,7 +75,7 @@ class _Worker:
 
     def ask(self, number: int, limit: float) -> Answer:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died, as the end of its answers says
+        with contextlib.suppress(BrokenPipeError):  # the worker died: its output has ended
             print(number, file=self._process.stdin, flush=True)
         return self._answer(limit)
 
@@ -95,7 +95,7 @@ class _Worker:
 
     def close(self) -> None:
         self._process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold a process for ever
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may never release a process
             self._process.wait(10)
 
 
@@ -108,10 +108,10 @@ def limit(text: str) -> float:
 
 
 def serve(greeting: Answer, job: Callable[[int], Answer]) -> None:
-    """The worker's side: says `greeting`, then answers each number on stdin by `job`, as a line of JSON on stdout.
+    """The worker's side: prints `greeting`, then answers each number on stdin by `job`, one JSON line on stdout.
 
-    What else is printed goes to stderr. After a job that failed it tries the device: an illegal access, for one, spoils
-    it for all later jobs of the process.
+    All other output goes to stderr. After a job that failed it tests the device: an illegal access, for example,
+    breaks the device for all later jobs of the process.
     """
     out, sys.stdout = sys.stdout, sys.stderr
     print(json.dumps(greeting), file=out, flush=True)

@@ -1,4 +1,4 @@
-"""Parts of the tuning of kernels over rows: inputs of the 14B model's size, and numbers of tokens for a block."""
+"""Parts of the tuning of kernels over rows: inputs of the 14B model's size, and candidate block sizes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ BLOCKS = {"tpu": (16, 32, 64, 96, 128, 160, 256), "gpu": (1, 2, 4, 8, 16, 32, 64
 
 
 def candidates(platform: str, shape: Shape) -> list[Tiles]:
-    """Numbers of tokens that a block may have."""
+    """Candidate numbers of tokens per block."""
     return [{"block": block} for block in BLOCKS[platform]]
 
 
@@ -44,7 +44,7 @@ def runs(x: jax.Array) -> tuple[int, int]:
 
 
 def row_op(arguments: Callable[[Shape], Any], passes: float, kernel: Any, reference: Any) -> Op:
-    """An op that reads and writes its tokens `passes` times in all."""
+    """An op that reads and writes its tokens `passes` times in total."""
 
     def work(shape: Shape) -> float:
         return passes * 2 * shape["b"] * shape["n"] * shape["heads"] * shape["head_dim"]

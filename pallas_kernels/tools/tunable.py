@@ -1,4 +1,4 @@
-"""An op as the tuner sees it; the seconds of a call on the device at hand, and the error of its result."""
+"""An op for the tuner; the seconds of a call on this machine's device, and the error of its result."""
 
 import importlib
 import importlib.util
@@ -52,13 +52,13 @@ class Op:
     prepared: Callable[[Callable[..., Any], tuple[Any, ...]], tuple[Callable[..., Any], tuple[Any, ...]]] = (
         lambda function, arguments: (function, arguments)
     )
-    tolerance: float = 0.02  # bfloat16 and another order of sums make a few thousandths
+    tolerance: float = 0.02  # bfloat16 and another order of sums cause a few thousandths
 
 
 def seconds(function: Callable[..., Any], *arguments: Any) -> float:
     """Seconds of one call of `function`, compiled: the median of several measurements after a first call.
 
-    A measurement queues programs of several calls each, for the device is not to wait for the host to start them.
+    A measurement queues programs of several calls each, so that the device does not wait for the host.
     """
     program = jax.jit(lambda *arguments: repeated(function, *arguments))
 
@@ -79,14 +79,14 @@ def repeated(function: Callable[..., Any], *arguments: Any) -> Any:
     """`function` of the same `arguments`, `IN_A_PROGRAM` times over."""
 
     def again(i: Any, _: Any) -> Any:
-        same, _ = lax.optimization_barrier((arguments, i))  # or it would be computed once, before the loop
+        same, _ = lax.optimization_barrier((arguments, i))  # without this, XLA would compute it once, before the loop
         return function(*same)
 
     return lax.fori_loop(1, IN_A_PROGRAM, again, function(*arguments))
 
 
 def distance(got: Any, expected: Any) -> float:
-    """The largest root mean square of a difference of two arrays, over that of the expected one; NaN is infinite."""
+    """The largest root mean square of a difference of two arrays, relative to the expected array; infinite for NaN."""
     distances = []
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
@@ -96,7 +96,7 @@ def distance(got: Any, expected: Any) -> float:
 
 
 def add_line(path: Path, facts: dict[str, Any]) -> None:
-    """Adds `facts` to a file of JSON lines, below a line that a killed process may have left unfinished."""
+    """Adds `facts` to a file of JSON lines, after a line that a killed process may have left unfinished."""
     with path.open("a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -106,7 +106,7 @@ def add_line(path: Path, facts: dict[str, Any]) -> None:
 
 
 def word(error: Exception) -> str:
-    """The reason that a kernel did not run, in few words."""
+    """A short reason why a kernel did not run."""
     message = str(error)
     if "shared memory" in message:
         return "shared memory"
@@ -116,7 +116,7 @@ def word(error: Exception) -> str:
 
 
 def modules(name: str) -> list[Any]:
-    """The module `name` of each op that has one: ops are the packages beside `core` and `tools`."""
+    """The module `name` of each op that has one. Ops are the packages besides `core` and `tools`."""
     found = []
     for op in sorted(info.name for info in pkgutil.iter_modules(pallas_kernels.__path__) if info.ispkg):
         if importlib.util.find_spec(f"pallas_kernels.{op}.{name}") is not None:

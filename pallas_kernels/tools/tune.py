@@ -32,7 +32,7 @@ LIMIT = 60  # seconds
 
 @dataclass(frozen=True)
 class Result:
-    """`seconds` of a call, or `why` there are none. `sizes` are those of the kernel; alternatives have none."""
+    """`seconds` of a call, or `why` there are none. `sizes` are the kernel's; alternatives have none."""
 
     name: str
     sizes: Tiles | None
@@ -41,25 +41,25 @@ class Result:
 
 
 class Trials:
-    """The alternatives to an op's kernel and then its candidates, in the order in which they are timed."""
+    """The alternatives to an op's kernel, then its candidates, in the order of timing."""
 
     def __init__(self, op: Op, shape: Shape, platform: str, *, short: bool = False):
         self.op, self.shape = op, shape
         others = op.alternatives(platform)
-        if short:  # the first is what kernels are checked with
+        if short:  # kernels are checked against the first
             others = dict(list(others.items())[:1])
         self._functions = [(name, None, function) for name, function in others.items()]
         self._functions += [(_label(sizes), sizes, op.kernel(sizes)) for sizes in op.candidates(platform, shape)]
         self.names = [(name, sizes) for name, sizes, _ in self._functions]
 
-        self._expected: Any = None  # what kernels are compared with
+        self._expected: Any = None  # kernels are compared with these
 
     @cached_property
     def _arguments(self) -> Any:
         return self.op.arguments(self.shape)
 
     def measure(self, number: int) -> Result:
-        """Times one of them; whatever it raises is its result."""
+        """Times one trial; an exception becomes its result."""
         name, sizes, function = self._functions[number]
         try:
             timed, arguments, got = self._run(function)
@@ -76,17 +76,17 @@ class Trials:
         return timed, arguments, jax.block_until_ready(jax.jit(timed)(*arguments))
 
     def _first_before(self, number: int, got: Any) -> Any:
-        """The result of the first trial that runs, where `got` is that of `number`."""
+        """The result of the first trial that runs; `got` is the result of trial `number`."""
         for _, _, function in self._functions[:number]:
             try:
                 return self._run(function)[2]
-            except Exception:  # its own row said why
+            except Exception:  # its own row holds the reason
                 continue
         return got
 
 
 def fastest(results: Iterable[Result]) -> Result | None:
-    """The kernel's fastest; the first of equals."""
+    """The kernel's fastest trial; the first on a tie."""
     timed = [result for result in results if result.sizes is not None and result.seconds is not None]
     return min(timed, key=lambda result: result.seconds or 0.0, default=None)
 
@@ -158,7 +158,7 @@ def _greeting() -> isolated.Answer:
 
 
 def row(op: Op, shape: Shape, result: Result) -> str:
-    """A line of the table: seconds and TFLOP/s or GB/s, or why not."""
+    """A line of the table: seconds and TFLOP/s or GB/s, or the reason for none."""
     if result.seconds is None:
         return f"{result.name:48} {result.why}"
     scale, unit = (1e12, "TFLOP/s") if op.unit == "FLOP" else (1e9, "GB/s")

@@ -30,7 +30,7 @@ sizes = {"length": st.integers(1, 40), "seed": st.integers(0, 2**32 - 1), "threa
 
 @given(done=st.integers(0, 9), batch_size=st.integers(1, 9), **sizes)
 @settings(max_examples=25, deadline=None)
-def test_resuming_is_not_having_stopped(done, batch_size, **kwargs):
+def test_resumed_loader_equals_uninterrupted_one(done, batch_size, **kwargs):
     whole = take(make(batch_size=batch_size, **kwargs), done + 4)
     first = make(batch_size=batch_size, **kwargs)
     assert take(first, done) == whole[:done]
@@ -80,7 +80,7 @@ def test_epochs_and_seeds_have_their_own_order():
         ({"batch_size": 0}, "batch of 0"),
     ],
 )
-def test_what_cannot_be_loaded_is_refused_in_one_line(change, message):
+def test_invalid_arguments_are_refused_in_one_line(change, message):
     with pytest.raises(ValueError, match=message) as error:
         make(**change)
     assert "\n" not in str(error.value)
@@ -105,7 +105,7 @@ def test_clips_are_consecutive_frames_from_anywhere_in_the_video():
     sizes=st.lists(st.integers(0, 16), min_size=1, max_size=3),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
-def test_a_chunk_comes_with_what_was_before_it(chunks, frames, seed, sizes):
+def test_chunk_has_its_history_and_anchor(chunks, frames, seed, sizes):
     # Latent frame f of the video holds f + 1 everywhere, so that zero means "before the video".
     flat = np.arange(1, chunks * frames + 1, dtype=np.float32)
     latents = np.broadcast_to(flat.reshape(chunks, frames, 1, 1, 1), (chunks, frames, 2, 3, 4))

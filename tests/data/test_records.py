@@ -24,7 +24,7 @@ def example(i: int) -> records.Example:
 
 @given(num=st.integers(1, 20), shard_bytes=st.sampled_from([1, 100, 2**20]))
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_examples_come_back_in_order_from_any_number_of_files(tmp_path_factory, num, shard_bytes):
+def test_examples_keep_their_order_over_any_number_of_files(tmp_path_factory, num, shard_bytes):
     folder = tmp_path_factory.mktemp("records") / "My Data-1"
     records.write(folder, FEATURES, {"train": map(example, range(num))}, shard_bytes=shard_bytes)
     source = records.open_source(folder, "train")
@@ -128,7 +128,7 @@ def test_the_toy_dataset_holds_renderings_of_its_scenes(tmp_path, capsys):
     ("arguments", "message"),
     [(["--videos", "0"], "--videos is 0"), (["--seed", "-1"], "--seed is -1"), (["--chunks", "x"], "invalid int")],
 )
-def test_the_command_refuses_what_it_cannot_build(tmp_path, capsys, arguments, message):
+def test_command_refuses_invalid_arguments(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as error:
         toy_build.main(["--out", str(tmp_path / "toy"), *arguments])
     assert error.value.code == 2

@@ -55,7 +55,7 @@ def whole(tmp_path_factory):
     return out
 
 
-def test_a_dataset_holds_what_its_items_gave_bucket_by_bucket(whole):
+def test_dataset_holds_the_examples_of_its_items_by_bucket(whole):
     source = records.open_source(whole, "train")
     order = [*range(1, 20, 2), *range(0, 20, 2)]  # 4x8 before 8x4
     assert [example["id"] for example in source] == expected(order)
@@ -69,7 +69,7 @@ def test_a_dataset_holds_what_its_items_gave_bucket_by_bucket(whole):
 
 @given(deaths=st.lists(st.integers(0, 24), max_size=4))
 @settings(max_examples=12, deadline=None)
-def test_a_run_that_died_anywhere_ends_as_one_that_did_not(tmp_path_factory, whole, deaths):
+def test_interrupted_run_gives_the_same_dataset(tmp_path_factory, whole, deaths):
     out = tmp_path_factory.mktemp("died") / "data"
     made = 0
 
@@ -119,7 +119,7 @@ def test_no_shard_is_made_twice(tmp_path):
     assert set(done) & set(again) == {7, 9}  # of the shard (7, 9, 11) that was under way
 
 
-def test_a_killed_process_loses_its_shard_only(tmp_path, whole):
+def test_killed_process_loses_at_most_one_shard(tmp_path, whole):
     code = f"""
 import sys, time
 from pathlib import Path
@@ -144,7 +144,7 @@ run(begin(Path({str(tmp_path / "data")!r})), slow)
 
 @given(order=st.permutations(range(3)))
 @settings(max_examples=4, deadline=None)
-def test_hosts_together_make_what_one_makes(tmp_path_factory, whole, order):
+def test_several_hosts_make_the_same_dataset_as_one(tmp_path_factory, whole, order):
     out = tmp_path_factory.mktemp("hosts") / "data"
     for host in order[:-1]:
         run(begin(out, host=host, hosts=3))
@@ -174,7 +174,7 @@ def test_two_hosts_may_finish_at_once(tmp_path):
     assert second.finish() is None
 
 
-def test_a_shard_that_is_not_as_it_was_written_is_made_again(tmp_path, whole):
+def test_changed_shard_is_made_again(tmp_path, whole):
     build = begin(tmp_path / "data")
     for shard in build.pending:
         build.write(shard, make(shard.items), lambda: None)
@@ -186,7 +186,7 @@ def test_a_shard_that_is_not_as_it_was_written_is_made_again(tmp_path, whole):
     assert content(tmp_path / "data") == content(whole)
 
 
-def test_other_arguments_do_not_continue_what_was_begun(tmp_path):
+def test_other_arguments_do_not_continue_an_unfinished_dataset(tmp_path):
     begin(tmp_path / "data")
     for change, what in (
         ({"settings": {"vae": "b"}}, "vae"), ({"num": 21}, "items"), ({"size": 4}, "shards"),
@@ -197,7 +197,7 @@ def test_other_arguments_do_not_continue_what_was_begun(tmp_path):
     begin(tmp_path / "data", host=1, hosts=3)  # the shares may change
 
 
-def test_nothing_is_overwritten_and_nothing_empty_is_made(tmp_path, whole):
+def test_existing_and_empty_datasets_are_refused(tmp_path, whole):
     with pytest.raises(FileExistsError, match="never overwritten"):
         begin(whole)
     with pytest.raises(ValueError, match="nothing to make, 1 items were refused; the first: a: is broken"):
@@ -207,7 +207,7 @@ def test_nothing_is_overwritten_and_nothing_empty_is_made(tmp_path, whole):
         run(build)
 
 
-def test_progress_and_figures(tmp_path, capsys, monkeypatch):
+def test_progress_and_final_figures_are_printed(tmp_path, capsys, monkeypatch):
     shards.run(begin(tmp_path / "data"), make, "clips", every=0.0)
     out, err = capsys.readouterr()
     lines = out.splitlines()

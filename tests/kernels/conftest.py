@@ -1,4 +1,4 @@
-"""Mosaic GPU's interpreter in jax 0.10 compiles a kernel for each warpgroup of each block; here only once, as later."""
+"""Mosaic GPU's interpreter in jax 0.10 compiles a kernel per warpgroup and block; this fixture compiles it once."""
 
 import jax
 import pytest

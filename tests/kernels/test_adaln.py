@@ -40,7 +40,7 @@ def agree(ours, theirs, dtype, *, of: str):
         (2, (3, 5, 33), 128, jnp.bfloat16, 1),  # one table for both samples, several runs in one block
     ],
 )
-def test_values_and_gradients_are_the_references(kernel, b, runs, d, dtype, samples):
+def test_values_and_gradients_equal_the_reference(kernel, b, runs, d, dtype, samples):
     module, interpret, sizes = KERNELS[kernel]
     *inputs, cotangent = draw(b, runs, d, dtype, samples=samples)
     forward, backward = (partial(f, sizes=sizes, interpret=interpret) for f in (module.forward, module.backward))
@@ -62,11 +62,11 @@ def test_32k_tokens():
     assert_close(got_vjp(cotangent), expected_vjp(cotangent))
 
 
-def test_blocks_of_a_gpu_lie_in_one_run():
+def test_gpu_blocks_hold_tokens_of_one_run():
     assert adaln_gpu.spans((5, 1, 4), 4).tolist() == [[0, 4, 0], [4, 5, 0], [5, 6, 1], [6, 10, 2]]
 
 
-def test_what_cannot_be_says_why():
+def test_invalid_calls_give_the_reason():
     x, shift, scale, _ = draw(1, (2, 3), 128, jnp.float32, samples=1)
     with pytest.raises(ValueError, match=r"runs on cpu.*implementation='xla'"):
         adaln(x, shift, scale, (2, 3), EPS, implementation="pallas")

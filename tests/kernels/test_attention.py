@@ -30,7 +30,7 @@ def draw(n: int, m: int, head_dim: int, dtype=jnp.float32):
         (200, 300, 64, jnp.bfloat16, (70, 300)),
     ],
 )
-def test_values_and_gradients_are_the_references(n, m, head_dim, dtype, lengths):
+def test_values_and_gradients_equal_the_reference(n, m, head_dim, dtype, lengths):
     *inputs, cotangent = draw(n, m, head_dim, dtype)
     lengths = None if lengths is None else jnp.asarray(lengths)
     expected, expected_vjp = jax.vjp(lambda q, k, v: reference(q, k, v, lengths), *inputs)
@@ -56,7 +56,7 @@ def test_every_kind_of_device_has_sizes():
     assert lookup("attention", "NVIDIA H100 80GB HBM3", 1) == table()["attention"]["NVIDIA"][""]
 
 
-def test_what_cannot_run_says_why():
+def test_unsupported_calls_give_the_reason():
     q, k, v, _ = draw(3, 3, 64)
     with pytest.raises(ValueError, match=r"runs on cpu.*implementation='xla'"):
         attention(q, k, v, implementation="pallas")

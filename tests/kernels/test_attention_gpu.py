@@ -11,9 +11,9 @@ from pallas_kernels.core.tiles import lookup
 from tests.closeness import assert_close
 from tests.kernels.interpreted import InterpretGPUParams
 
-# As TMA does, the interpreter takes what lies beyond an end for zeros.
+# Like TMA, the interpreter reads zeros beyond an end.
 INTERPRET = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
-# Far below what the hardware takes.
+# Far below the hardware's sizes.
 TILES = {
     "attention": {"block_q": 8, "block_k": 8, "slots": 2},
     "attention_dq": {"block_q": 16, "block_k": 8, "slots": 2},
@@ -31,11 +31,11 @@ TILES = {
         (1, 21, 40, 2, 64, (17,), jnp.float32),
     ],
 )
-def test_values_and_gradients_are_the_references(b, n, m, heads, head_dim, lengths, dtype):
+def test_values_and_gradients_equal_the_reference(b, n, m, heads, head_dim, lengths, dtype):
     rng = np.random.default_rng(0)
     q, k, v, cotangent = (rng.standard_normal((b, length, heads, head_dim)) for length in (n, m, m, n))
     if lengths is not None:
-        k[0, lengths[0] :] *= 1000  # what is hidden does not matter, whatever it is
+        k[0, lengths[0] :] *= 1000  # hidden values must not matter
         lengths = jnp.asarray(lengths)
     inputs = [jnp.asarray(x, dtype) for x in (q, k, v)]
     got, vjp = jax.vjp(lambda *x: attention_gpu.attention(*x, lengths, TILES, interpret=INTERPRET), *inputs)

@@ -1,4 +1,4 @@
-"""The check of kernels on a device, here on a TPU that is interpreted."""
+"""The check of kernels on a device, here an interpreted TPU."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5")
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """The cases of a token: interpreted, none is fast."""
+    """Cases of one token: larger ones are slow in interpret mode."""
     tokens = [case for case in check.cases() if " 1 tokens" in case.what or " 1 queries" in case.what]
     few = [case for case in tokens if case.dtype == "float32" or case.op == "adaln"]
     monkeypatch.setattr(check, "cases", lambda: iter(few))
@@ -30,7 +30,7 @@ def run(*ops: str) -> int:
         return check.main([*ops, "--limit", "0"])
 
 
-def test_right_kernels_pass(capsys):
+def test_correct_kernels_pass(capsys):
     assert run() == 0
     first, *lines, last = capsys.readouterr().out.splitlines()
     assert first.startswith("TPU v5, jax ")
@@ -49,7 +49,7 @@ def test_each_case_is_a_line_of_json(tmp_path, capsys):
     assert all(0 < row["error"] < 1e-2 and row["moved"] == 0 and row["seconds"] > 0 for row in rows)
 
 
-def test_results_that_move_are_told():
+def test_results_that_differ_between_runs_are_reported():
     """Another result of the same program and inputs: some of its sums were read before they were ready."""
     (case,) = (c for c in check.cases() if c.op == "adaln" and c.dtype == "float32")
     factors = iter((1.0, 1.0 + 1e-5, 1.0))
@@ -64,7 +64,7 @@ def test_results_that_move_are_told():
     assert check.measure(dataclasses.replace(case, ours=case.reference))["verdict"] == "ok"
 
 
-def test_a_wrong_kernel_and_one_that_fails_are_told(capsys, monkeypatch):
+def test_wrong_and_failing_kernels_are_reported(capsys, monkeypatch):
     forward = adaln_tpu.forward
 
     def broken(x, *args, **kwargs):
@@ -80,7 +80,7 @@ def test_a_wrong_kernel_and_one_that_fails_are_told(capsys, monkeypatch):
     assert last == "2 are not right"
 
 
-def test_elsewhere_it_says_so(capsys):
+def test_exits_with_2_without_an_accelerator(capsys):
     assert check.main([]) == 2
     assert capsys.readouterr().err == "check: there is nothing to check on a CPU: kernels run on GPUs and TPUs\n"
     assert run("atention") == 2

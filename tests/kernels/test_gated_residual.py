@@ -45,7 +45,7 @@ def draw(b: int, first: int, runs: tuple[int, ...], d: int, dtype):
         (1, 16, (20,), 256, jnp.bfloat16),
     ],
 )
-def test_values_and_gradients_are_the_references(kernel, b, first, runs, d, dtype):
+def test_values_and_gradients_equal_the_reference(kernel, b, first, runs, d, dtype):
     inputs, cotangents = draw(b, first, runs, d, dtype)
     expected, expected_vjp = jax.vjp(lambda *args: reference(*args, runs, EPS), *inputs)
     got, got_vjp = jax.vjp(lambda *args: by(*KERNELS[kernel], *args, runs, EPS), *inputs)
@@ -60,7 +60,7 @@ def test_32k_tokens():
     assert_close(by(forward, None, *inputs, (24576,), EPS), reference(*inputs, (24576,), EPS))
 
 
-def test_what_cannot_be_says_why():
+def test_invalid_calls_give_the_reason():
     inputs, _ = draw(1, 0, (5,), 128, jnp.float32)
     with pytest.raises(ValueError, match=r"runs on cpu.*implementation='xla'"):
         gated_residual(*inputs, (5,), EPS, implementation="pallas")

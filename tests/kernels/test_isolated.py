@@ -1,4 +1,4 @@
-"""Jobs in a process of their own: one that hangs, dies or spoils the device costs itself only."""
+"""Jobs in a separate process: a job that hangs, dies or breaks the device affects only itself."""
 
 import sys
 from contextlib import closing
@@ -26,7 +26,7 @@ isolated.serve({"device": "an abacus"}, job)
 """
 
 
-def test_each_job_is_answered_and_a_process_that_is_lost_is_replaced():
+def test_every_job_is_answered_and_a_lost_process_is_replaced():
     with closing(isolated.Apart([sys.executable, "-c", JOBS])) as jobs:
         assert jobs.greeting == {"device": "an abacus"}
         first, second = jobs.ask(0, 60), jobs.ask(4, 60)
@@ -41,7 +41,7 @@ def test_each_job_is_answered_and_a_process_that_is_lost_is_replaced():
     assert len({first["process"], third["process"], fourth["process"]}) == 3
 
 
-def test_a_worker_that_cannot_start_is_told_in_a_line():
+def test_worker_that_cannot_start_gives_a_one_line_error():
     with pytest.raises(RuntimeError, match="no worker process could be started: its process ended with exit code 7"):
         isolated.Apart([sys.executable, "-c", "raise SystemExit(7)"])
 
@@ -54,7 +54,7 @@ def test_a_limit_below_zero_is_refused(command, capsys):
     assert "--limit: must be at least 0 seconds, got -1" in capsys.readouterr().err
 
 
-def test_a_failed_job_leaves_a_sound_device_to_the_next(monkeypatch):
+def test_job_after_a_failed_one_has_a_working_device(monkeypatch):
     assert isolated._works()
     here = isolated.Here({}, lambda number: {"seconds": number})
     assert here.ask(3, 0) == {"seconds": 3}

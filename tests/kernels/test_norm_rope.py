@@ -42,7 +42,7 @@ def draw(b: int, n: int, heads: int, head_dim: int, dtype, *, samples: int = 1, 
         (1, 20, 2, 64, jnp.float32, 0, 0, 0),  # no positions: queries to the text
     ],
 )
-def test_values_are_the_references(kernel, b, n, heads, head_dim, dtype, samples, scales, num_history):
+def test_values_equal_the_reference(kernel, b, n, heads, head_dim, dtype, samples, scales, num_history):
     x, weight, table, scale = draw(b, n, heads, head_dim, dtype, samples=samples, scales=scales)
     got = by(KERNELS[kernel], x, weight, heads, EPS, table, scale, num_history)
     expected = reference(x, weight, heads, EPS, table, scale, num_history)
@@ -57,7 +57,7 @@ def test_32k_tokens():
     assert_close(got, reference(x, weight, 1, EPS, table, scale, 9000))
 
 
-def test_gradients_are_the_references():
+def test_gradients_equal_the_reference():
     x, weight, table, scale = draw(1, 5, 2, 64, jnp.float32, scales=2)
     cotangent = jnp.asarray(np.random.default_rng().standard_normal((1, 5, 2, 64)), jnp.float32)
     _, expected = jax.vjp(lambda *args: reference(*args[:2], 2, EPS, *args[2:], 3), x, weight, table, scale)
@@ -65,7 +65,7 @@ def test_gradients_are_the_references():
     assert_close(got(cotangent), expected(cotangent))
 
 
-def test_what_cannot_run_says_why():
+def test_unsupported_calls_give_the_reason():
     x, weight, table, _ = draw(1, 2, 2, 64, jnp.float32)
     with pytest.raises(ValueError, match=r"runs on cpu.*implementation='xla'"):
         norm_rope(x, weight, 2, EPS, table, implementation="pallas")

@@ -1,4 +1,4 @@
-"""Float32 by bfloat16 parts: nothing is lost, and a product of them is a float32 product."""
+"""Float32 as bfloat16 parts: the sum is exact, and products of parts equal a float32 product."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ def draw(*shape: int, seed: int = 0):
     return (rng.standard_normal(shape) * 10.0 ** rng.integers(-20, 20, shape)).astype(np.float32)
 
 
-def test_parts_are_the_array_again():
+def test_parts_sum_to_the_array():
     x = draw(2, 3, 5, 64)
     split = jax.jit(parts.split)(x)
     assert split.dtype == jnp.bfloat16
@@ -24,13 +24,13 @@ def test_parts_are_the_array_again():
     assert np.all(np.abs(third) <= np.abs(first) * 2.0**-16)
 
 
-def test_bfloat16_is_its_own_part():
+def test_bfloat16_has_one_part():
     x = jnp.asarray(draw(1, 2, 3, 64), jnp.bfloat16)
     np.testing.assert_array_equal(parts.split(x), x)
     np.testing.assert_array_equal(parts.joined(x, jnp.bfloat16), x)
 
 
-def test_six_products_are_one_of_float32():
+def test_six_part_products_equal_a_float32_product():
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal(64).astype(np.float32) for _ in range(2))
     ours = [np.asarray(x, np.float64) for x in parts.of(jnp.asarray(a), 3)]

@@ -1,4 +1,4 @@
-"""The tuner, with an op whose sizes are a delay: what it picks, leaves out, writes and refuses."""
+"""The tuner, with an op whose sizes are a delay: its choice, omissions, writes and refusals."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ OP = Op(
 
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    """A copy of the table to be written to, the fake op, and the time of one call."""
+    """A copy of the table for writing, the fake op, and the time of one call."""
     path = tmp_path / "tiles.json"
     path.write_text(tiles.PATH.read_text())
     monkeypatch.setattr(tiles, "PATH", path)
@@ -71,7 +71,7 @@ def run(*arguments: str):
         tune.main([*arguments, "--limit", "0"])
 
 
-def test_the_fastest_is_written_beside_what_there_was(table, capsys):
+def test_fastest_sizes_are_added_to_the_table(table, capsys):
     before = json.loads(table.read_text())
     run("fake", "--shape", "n=16", "--write")
     lines = capsys.readouterr().out.splitlines()
@@ -87,7 +87,7 @@ def test_the_fastest_is_written_beside_what_there_was(table, capsys):
         tiles.lookup("fake", "NVIDIA Abacus", 17)
 
 
-def test_nothing_is_written_unasked(table, capsys):
+def test_nothing_is_written_without_the_option(table, capsys):
     before = table.read_text()
     run("fake")
     assert table.read_text() == before
@@ -102,11 +102,11 @@ def test_other_lengths_and_kinds_stay(table):
     assert '      "512": {"block_q": 2},\n      "11040": {"block_q": 1}\n' in table.read_text()
 
 
-def test_the_tables_file_is_as_the_tuner_writes_it():
+def test_committed_table_has_the_tuner_format():
     assert tiles.text(json.loads(tiles.PATH.read_text())) == tiles.PATH.read_text()
 
 
-def test_of_equals_the_first_is_the_fastest():
+def test_first_candidate_wins_a_tie():
     results = [tune.Result(name, sizes, 1.0) for name, sizes in (("xla", None), ("a", {"x": 1}), ("b", {"x": 2}))]
     assert tune.fastest(results) == results[1]
     assert tune.fastest(results[:1]) is None
@@ -121,7 +121,7 @@ def test_of_equals_the_first_is_the_fastest():
         (["fake", "--shape", "dim=3", "--write"], "tiles.json is for dim=4"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_line(table, arguments, line):
+def test_invalid_arguments_are_refused_in_one_line(table, arguments, line):
     with pytest.raises(SystemExit) as refused:
         run(*arguments)
     message = str(refused.value)
@@ -147,8 +147,8 @@ def test_a_cpu_has_nothing_to_tune(capsys):
 
 
 @pytest.mark.parametrize("name", ["attention", "attention_dq", "attention_dkv", "attention_float32"])
-def test_attentions_are_timed_as_they_are(name):
-    """What is timed for gradients is the backward pass alone, of the same function."""
+def test_attention_trials_compute_the_same_function(name):
+    """For gradients, only the backward pass of the same function is timed."""
     op = tune.OPS[name]
     arguments = op.arguments({"b": 1, "n": 3, "heads": 2, "head_dim": 8})
     attend = op.alternatives("tpu")["xla"]
@@ -163,8 +163,8 @@ def test_attentions_are_timed_as_they_are(name):
 
 
 @pytest.mark.parametrize("name", ["adaln", "adaln_backward", "norm_rope", "gated_residual"])
-def test_norms_are_timed_as_they_are(name):
-    """The kernel computes what the alternative does, here on a TPU that is interpreted."""
+def test_norm_trials_compute_the_same_function(name):
+    """The kernel computes the same as the alternative, on an interpreted TPU."""
     op = tune.OPS[name]
     arguments = op.arguments({"b": 1, "n": 33, "heads": 2, "head_dim": 64})
     sizes = op.candidates("tpu", op.axes)[0]

@@ -17,7 +17,7 @@ def save(path, pixels=PIXELS, **options):
     return path
 
 
-def test_a_png_comes_back(tmp_path):
+def test_png_round_trips(tmp_path):
     np.testing.assert_array_equal(read_image(save(tmp_path / "a.png")), PIXELS)
 
 
@@ -25,7 +25,7 @@ def test_a_png_comes_back(tmp_path):
     ("orientation", "seen"),
     [(1, PIXELS), (2, PIXELS[:, ::-1]), (3, PIXELS[::-1, ::-1]), (6, np.rot90(PIXELS, -1)), (8, np.rot90(PIXELS))],
 )
-def test_it_is_upright(tmp_path, orientation, seen):
+def test_image_is_upright(tmp_path, orientation, seen):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     np.testing.assert_array_equal(read_image(save(tmp_path / "a.png", exif=exif)), seen)
@@ -44,11 +44,11 @@ def test_every_mode_becomes_rgb(tmp_path):
         to_rgb(Image.fromarray(grey.astype(np.float32)), "photo")
 
 
-def test_what_is_no_image_is_refused_in_one_line(tmp_path):
+def test_file_without_image_is_refused_in_one_line(tmp_path):
     (tmp_path / "text.png").write_text("no image " * 99)
     (tmp_path / "empty.jpg").touch()
     for name in ("text.png", "empty.jpg"):
-        with pytest.raises(ValueError, match=rf"{name}: is no image that can be read; name a PNG or JPEG file"):
+        with pytest.raises(ValueError, match=rf"{name}: is not a readable image; name a PNG or JPEG file"):
             read_image(tmp_path / name)
     for path in (tmp_path / "nothing.png", tmp_path):
         with pytest.raises(FileNotFoundError, match="no such file; name an image file"):
@@ -57,7 +57,7 @@ def test_what_is_no_image_is_refused_in_one_line(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "tiff", "bmp", "avif"])
-def test_damage_is_refused_in_one_line_if_it_is_noticed(tmp_path, kind):
+def test_detected_damage_is_refused_in_one_line(tmp_path, kind):
     buffer = io.BytesIO()
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
@@ -77,7 +77,7 @@ def test_damage_is_refused_in_one_line_if_it_is_noticed(tmp_path, kind):
     assert all(line.startswith(f"{path}: ") and "\n" not in line for line in lines)
 
 
-def test_floats_and_bytes_are_resized_alike():
+def test_floats_and_bytes_resize_equally():
     y, x = np.mgrid[:24, :40] / 40
     smooth = np.stack([x, y, (x + y) / 2], -1)
     for height, width in ((16, 16), (48, 64), (24, 40)):

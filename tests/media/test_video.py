@@ -1,4 +1,4 @@
-"""Video files: what is written plays while it grows, and a damaged file is refused instead of half read."""
+"""Video files: a file plays while it is written, and a damaged file is refused."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def write(path, frames=FRAMES, fps=24):
     fps=st.sampled_from([8, 24, 30, 29.97, 12.5]),
 )
 @settings(max_examples=25, deadline=None)
-def test_every_even_size_comes_back_with_all_its_frames(tmp_path_factory, num, height, width, fps):
+def test_every_even_size_round_trips_with_all_frames(tmp_path_factory, num, height, width, fps):
     levels = np.linspace(40, 210, num).astype(np.uint8)
     frames = np.broadcast_to(levels[:, None, None, None], (num, height, width, 3))
     got, rate = read_video(write(tmp_path_factory.mktemp("video") / "a.mp4", frames, fps))
@@ -111,7 +111,7 @@ def test_an_error_while_writing_still_completes_the_file(tmp_path):
         ("folder.mp4", 24, (64, 64), "is a folder; name a file in it"),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path, name, fps, size, message):
+def test_invalid_arguments_are_refused_before_writing(tmp_path, name, fps, size, message):
     (tmp_path / "file").touch()
     (tmp_path / "folder.mp4").mkdir()
     before = sorted(tmp_path.rglob("*"))
@@ -129,7 +129,7 @@ def test_a_folder_without_permission_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("frames", [FRAMES.astype(np.float32), FRAMES[0], FRAMES[:, :32], FRAMES[..., :1]])
-def test_frames_of_another_kind_are_refused(tmp_path, frames):
+def test_wrong_dtype_or_shape_is_refused(tmp_path, frames):
     with (
         VideoWriter(tmp_path / "a.mp4", 24, 64, 64) as video,
         pytest.raises(ValueError, match=r"they must be uint8 \[t, 64, 64, 3\]"),
@@ -137,7 +137,7 @@ def test_frames_of_another_kind_are_refused(tmp_path, frames):
         video.write(frames)
 
 
-def test_what_holds_no_video_is_refused_in_one_line(tmp_path):
+def test_file_without_video_is_refused_in_one_line(tmp_path):
     with wave.open(str(tmp_path / "sound.wav"), "wb") as sound:
         sound.setparams((1, 2, 8000, 0, "NONE", ""))
         sound.writeframes(bytes(16000))
@@ -178,7 +178,7 @@ def sound(path: Path, codec: str, *, cover: bool):
 
 
 @pytest.mark.parametrize(("name", "codec", "cover"), [("a.mp4", "aac", False), ("a.mp3", "mp3", True)])
-def test_sound_is_no_video(tmp_path, name, codec, cover):
+def test_sound_only_file_is_refused(tmp_path, name, codec, cover):
     sound(tmp_path / name, codec, cover=cover)
     with pytest.raises(ValueError, match="holds no video, only audio; name a file with a video stream") as error:
         read_video(tmp_path / name)
@@ -221,7 +221,7 @@ def test_a_rate_picks_the_nearest_frames(tmp_path):
             read_video(path, fps)
 
 
-def test_frames_come_one_by_one_too(tmp_path):
+def test_iterate_video_equals_read_video(tmp_path):
     path = ramp(tmp_path / "a.mp4", [i / 30 for i in range(12)])
     for fps in (None, 24):
         np.testing.assert_array_equal(np.stack(list(iterate_video(path, fps))), read_video(path, fps)[0])
@@ -233,7 +233,7 @@ def test_frames_come_one_by_one_too(tmp_path):
         list(iterate_video(tmp_path / "b.mp4", 24))
 
 
-def test_a_phone_held_upright_gives_upright_frames(tmp_path):
+def test_rotation_metadata_gives_upright_frames(tmp_path):
     frames = np.zeros((4, 32, 64, 3), np.uint8)
     frames[:, :8] = 250
     data = bytearray(write(tmp_path / "a.mp4", frames).read_bytes())
@@ -252,7 +252,7 @@ def fragments(data):
     return [i - 4 for i in range(len(data)) if data[i : i + 4] == b"moof"]
 
 
-def test_lost_frames_are_noticed(tmp_path):
+def test_lost_frames_are_detected(tmp_path):
     data = write(tmp_path / "a.mp4").read_bytes()
     starts = fragments(data)
     assert len(starts) == 33

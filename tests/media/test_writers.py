@@ -1,4 +1,4 @@
-"""Chunks written in a thread: nothing waits for a slow writer, nothing is lost, errors come through."""
+"""Chunks written in a thread: a slow writer delays nothing, no chunk is lost, and errors are raised."""
 
 import threading
 from contextlib import nullcontext
@@ -31,7 +31,7 @@ class Gate:
         self.closed += 1
 
 
-def test_a_slow_writer_holds_nothing_up_until_two_chunks_wait():
+def test_slow_writer_blocks_only_when_two_chunks_wait():
     gate = Gate()
     writer = ThreadedWriter(gate)
     writer.write(0)
@@ -48,7 +48,7 @@ def test_a_slow_writer_holds_nothing_up_until_two_chunks_wait():
     assert gate.written == [0, 1, 2]
 
 
-def test_what_follows_a_chunk_follows_it_in_the_file():
+def test_callback_runs_after_its_chunk_is_written():
     gate, seen = Gate(), []
     writer = ThreadedWriter(gate)
     for chunk in range(2):
@@ -59,7 +59,7 @@ def test_what_follows_a_chunk_follows_it_in_the_file():
     assert seen == [(0, 1), (1, 2)]
 
 
-def test_closing_waits_for_all_of_it():
+def test_close_waits_for_all_chunks():
     gate = Gate()
     writer = ThreadedWriter(gate)
     writer.write(0)
@@ -71,7 +71,7 @@ def test_closing_waits_for_all_of_it():
 
 @pytest.mark.parametrize("error", [ValueError("frames of another size"), OSError(28, "No space left on device")])
 @pytest.mark.parametrize("call", [lambda writer: writer.write(2), lambda writer: writer.close()])
-def test_an_error_is_raised_once_and_ends_the_writing(error, call):
+def test_error_is_raised_once_and_stops_writing(error, call):
     gate, after = Gate(error, at=0), []
     writer = ThreadedWriter(gate)
     for chunk in range(2):
@@ -85,7 +85,7 @@ def test_an_error_is_raised_once_and_ends_the_writing(error, call):
     assert gate.closed >= 1
 
 
-def test_what_follows_a_chunk_may_fail_too():
+def test_callback_error_is_raised():
     def full():
         raise OSError(28, "No space left on device")
 
@@ -99,7 +99,7 @@ def test_what_follows_a_chunk_may_fail_too():
 
 
 @pytest.mark.parametrize("error", [None, OSError(28, "No space left on device")])
-def test_an_interrupt_loses_no_chunk_that_was_taken_and_no_error(monkeypatch, error):
+def test_interrupt_loses_no_queued_chunk_and_no_error(monkeypatch, error):
     def interrupt(_):
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Runs the parity tests and writes what they measured: python -m tests.parity.report docs/parity.md"""
+"""Runs the parity tests and writes their errors: python -m tests.parity.report docs/results/parity.md"""
 
 import importlib.metadata
 import platform
@@ -21,22 +21,22 @@ def main(path: str) -> int:
     lines = [
         "# Parity with diffusers and transformers",
         "",
-        "Made by `make parity` on CPU, with weights, inputs and architectures drawn anew by each run. An error is",
-        "norm(ours - reference) / norm(reference); the worst of all draws is shown, beside the bar of the tests.",
-        "Everything is float32 unless the row says otherwise.",
+        "`make parity` on CPU. Every run draws new weights, inputs and architectures. An error is",
+        "norm(ours - reference) / norm(reference). The table shows the largest error of all draws and",
+        "the limit of the tests. Everything is float32 unless the row says otherwise.",
         "",
         f"Python {platform.python_version()}, {versions}; {platform.machine()}.",
         "",
-        "| compared | draws | largest error | bar |",
+        "| compared | draws | largest error | limit |",
         "| --- | --- | --- | --- |",
     ]
     for what, values in sorted(MEASURED.items()):
         lines.append(f"| {what} | {len(values)} | {max(v for v, _ in values):.1e} | {values[0][1]:.0e} |")
     lines += [
         "",
-        "Also held by the tests: token ids equal to transformers' for hard strings; names and shapes of the 14B",
-        "transformer, UMT5-XXL and the Wan 2.1 VAE equal to those on the meta device, each used exactly once;",
-        "a folder written by diffusers' `save_pretrained` loads as it is.",
+        "The tests also compare token ids with transformers' on hard strings, and the names and shapes of the 14B",
+        "transformer, UMT5-XXL and the Wan 2.1 VAE with the references on the meta device. Each name is used exactly",
+        "once. A folder written by diffusers' `save_pretrained` loads unchanged.",
         "",
     ]
     Path(path).write_text("\n".join(lines))

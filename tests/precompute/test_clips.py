@@ -96,7 +96,7 @@ def test_an_entry_becomes_a_clip(tmp_path):
         ({"fps": ...}, {"fps": 24}, "its fps is None"),
     ],
 )
-def test_what_cannot_be_used_is_refused_alone_with_the_reason(tmp_path, change, selection, message):
+def test_unusable_entry_is_refused_with_its_reason(tmp_path, change, selection, message):
     good = entry(path="good.mp4", short=["s"])
     clips, refused = parse(tmp_path, good, entry(**change), good, **selection)
     (bad,) = refused
@@ -106,8 +106,8 @@ def test_what_cannot_be_used_is_refused_alone_with_the_reason(tmp_path, change, 
         raise AssertionError(bad.reason)
 
 
-def test_a_file_that_is_no_list_is_one_line(tmp_path):
-    for text, message in (("{}", "must be a JSON list of clips, not dict"), ("[", "is no JSON list")):
+def test_file_that_is_not_a_list_gives_a_one_line_error(tmp_path):
+    for text, message in (("{}", "must be a JSON list of clips, not dict"), ("[", "is not a JSON list")):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(ValueError, match=message) as error:
             read_lists([tmp_path / "a.json"], None, Selection())
@@ -121,7 +121,7 @@ def test_a_file_that_is_no_list_is_one_line(tmp_path):
             Selection(**wrong)
 
 
-def test_sizes_are_upstream_s():
+def test_sizes_equal_upstream():
     # Computed with find_nearest_resolution_bucket of dataloader_mp4_dist.py.
     for shape, size in {
         (480, 832): (384, 640), (832, 480): (640, 384), (512, 512): (512, 512), (720, 1280): (384, 640),
@@ -156,7 +156,7 @@ def test_a_clip_is_the_frames_nearest_to_its_instants(long, first, frames, fps):
         assert abs(number - (first + k * step)) <= 0.5 + 1e-6
 
 
-def test_chunks_leave_out_what_is_no_whole_chunk(long):
+def test_incomplete_last_chunk_is_dropped(long):
     clip = one(long, {"path": "a.mp4", "cut": [3, 38], "crop": [0, 64, 0, 32]},
                sizes=((16, 32),), chunk_frames=9, min_frames=9)  # fmt: skip
     pixels = read_clip(clip)
@@ -164,7 +164,7 @@ def test_chunks_leave_out_what_is_no_whole_chunk(long):
     assert numbers(pixels) == list(range(3, 30))
 
 
-def test_files_that_are_not_what_the_list_says_are_one_line(tmp_path):
+def test_file_that_contradicts_its_list_gives_a_one_line_error(tmp_path):
     write(tmp_path / "a.mp4", range(20))
     small = {"path": "a.mp4", "crop": [0, 64, 0, 32]}
     options = {"sizes": ((16, 16),), "chunk_frames": 9, "min_frames": 9}
@@ -194,7 +194,7 @@ def test_the_middle_of_the_crop_is_kept_in_its_proportions():
 @pytest.mark.reference
 @given(height=st.integers(20, 90), width=st.integers(20, 90), seed=st.integers(0, 99), size=st.sampled_from(SIZES))
 @settings(max_examples=10, deadline=None)
-def test_pixels_are_upstream_s_but_for_rounding(height, width, seed, size):
+def test_pixels_equal_upstream_up_to_rounding(height, width, seed, size):
     """read_cut_crop_and_resize of dataloader_mp4_dist.py; torchvision's resize of tensors is this interpolation."""
     import torch
 
@@ -213,7 +213,7 @@ def test_pixels_are_upstream_s_but_for_rounding(height, width, seed, size):
     np.testing.assert_allclose(ours, theirs[0].permute(1, 2, 0).numpy(), atol=1.5 / 127.5)
 
 
-def test_frames_far_into_a_file_are_those_that_reading_from_its_start_gives(long, monkeypatch):
+def test_seeking_gives_the_same_frames_as_reading_from_the_start(long, monkeypatch):
     decoded, decode = 0, video._decode
 
     def count(*arguments):

@@ -58,7 +58,7 @@ def whole(tmp_path_factory, folder, model):
     return out
 
 
-def test_every_good_clip_is_there_and_every_bad_one_is_named(whole, folder):
+def test_good_clips_are_written_and_bad_ones_named(whole, folder):
     source = records.open_source(whole, "train")
     assert {key: len(x) for key, x in source.buckets.items()} == {"16x32": 2, "32x16": 3}
     got = {x["id"]: x for x in source}
@@ -89,7 +89,7 @@ def test_latents_are_drawn_from_each_chunk_s_posterior(whole, folder, model, tmp
     np.testing.assert_allclose(mean_only, mean, atol=3e-3)
 
 
-def test_texts_are_the_pipeline_s(whole, model):
+def test_text_embeddings_equal_the_pipeline(whole, model):
     pipe = tiny.pipeline()
     example = records.open_source(whole, "train")[0]
     texts = np.asarray(pipe.encode_prompt([example["caption"], "", precompute.NEGATIVE_PROMPT]))
@@ -98,7 +98,7 @@ def test_texts_are_the_pipeline_s(whole, model):
         np.testing.assert_allclose(got, text, atol=2e-3)
 
 
-def test_an_interrupted_command_goes_on_and_hosts_share_it(whole, folder, model, tmp_path, monkeypatch, capsys):
+def test_interrupted_command_continues_and_hosts_share_the_work(whole, folder, model, tmp_path, monkeypatch, capsys):
     out, read = tmp_path / "latents", tasks._read
 
     def interrupted(clip):
@@ -116,7 +116,7 @@ def test_an_interrupted_command_goes_on_and_hosts_share_it(whole, folder, model,
     assert content(out) == content(whole)
 
 
-def test_nothing_is_loaded_when_nothing_is_left_to_do(whole, folder, model, tmp_path, monkeypatch):
+def test_finished_dataset_loads_no_weights(whole, folder, model, tmp_path, monkeypatch):
     for host in ("0/2", "1/2"):
         assert run(folder, model, tmp_path / host[0] / "latents", "--shard", host) == 0
     partial = tmp_path / "0" / "latents.partial"
@@ -128,7 +128,7 @@ def test_nothing_is_loaded_when_nothing_is_left_to_do(whole, folder, model, tmp_
     assert content(tmp_path / "0" / "latents") == content(whole)
 
 
-def test_prompts_alone(model, tmp_path, capsys):
+def test_text_task_embeds_prompts(model, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("a red plus\n\n  a blue bar  \n")
     (tmp_path / "b.csv").write_text('id,prompt,refined_prompt\n1,short,"a long, long text"\n2,other,\n')
     arguments = ["text", "--prompts", f"{tmp_path}/a.txt", f"{tmp_path}/b.csv", "--model", str(model)]
@@ -159,7 +159,7 @@ def test_prompts_alone(model, tmp_path, capsys):
         (["text", "--max-length", "-1"], "--max-length is -1"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_one_line_before_weights_are_read(
+def test_invalid_input_gives_a_one_line_error_before_weights_are_read(
     folder, model, tmp_path, arguments, message, monkeypatch, capsys
 ):
     monkeypatch.setattr(pretrained, "load_model", None)
@@ -174,7 +174,7 @@ def test_what_cannot_be_is_one_line_before_weights_are_read(
         raise AssertionError(error)
 
 
-def test_files_of_prompts_that_hold_none_are_refused(tmp_path, model, capsys):
+def test_empty_prompt_files_are_refused(tmp_path, model, capsys):
     for name, text, message in (
         ("a.txt", "\n \n", "holds no prompt"), ("b.csv", "id,text\n1,a\n", "has no column prompt; it has id, text"),
     ):  # fmt: skip

@@ -63,7 +63,7 @@ def test_the_average_of_renderings_is_perfect_from_start_to_end():
         metrics.aggregate(VIDEOS, SCENES[:1])
 
 
-def test_noise_has_nothing_right():
+def test_noise_scores_zero():
     rng = np.random.default_rng(0)
     got = metrics.aggregate([rng.integers(0, 256, v.shape).astype(np.uint8) for v in VIDEOS], SCENES)
     assert got["shape"] == got["background"] == got["colour"] == got["speed"] == 0
@@ -82,7 +82,7 @@ def test_an_empty_frame_has_only_its_background():
     assert max(got["contrast"], got["shape_correlation"]) < 1e-3
 
 
-def test_another_shape_costs_the_shape_only():
+def test_wrong_shape_lowers_only_the_shape_score():
     videos = []
     for scene in SCENES:
         shape = another("shape", scene)
@@ -92,7 +92,7 @@ def test_another_shape_costs_the_shape_only():
     check(metrics.aggregate(videos, SCENES), shape=0, shape_correlation=0.8, position_error=0)
 
 
-def test_another_colour_costs_the_colour_only():
+def test_wrong_colour_lowers_only_the_colour_score():
     videos = []
     for scene in SCENES:
         colour = another("colour", scene)
@@ -100,12 +100,12 @@ def test_another_colour_costs_the_colour_only():
     check(metrics.aggregate(videos, SCENES), colour=0, colour_error=0.1, contrast=2)
 
 
-def test_another_background_costs_the_background_only():
+def test_wrong_background_lowers_only_the_background_score():
     videos = [toy.render(replace(scene, background=another("background", scene)), FRAMES) for scene in SCENES]
     check(metrics.aggregate(videos, SCENES), background=0, background_error=0.15, contrast=2)
 
 
-def test_a_frozen_video_costs_the_motion_only():
+def test_frozen_video_lowers_only_the_motion_scores():
     videos = [np.repeat(video[:1], FRAMES, 0) for video in VIDEOS]
     check(metrics.aggregate(videos, SCENES), direction=0, speed=0, speed_error=0.7, position_error=5)
 
@@ -119,7 +119,7 @@ def test_a_reversed_video_moves_the_other_way():
 
 
 @pytest.mark.parametrize(("factor", "direction"), [(2, 1), (0.5, 1)])
-def test_another_speed_costs_the_speed_only(factor, direction):
+def test_wrong_speed_lowers_only_the_speed_score(factor, direction):
     videos = [toy.render(scene, 2 * FRAMES)[::2] if factor == 2 else np.repeat(v, 2, 0) for scene, v in
               zip(SCENES, VIDEOS)]  # fmt: skip
     got = metrics.aggregate(videos, SCENES)
@@ -180,6 +180,6 @@ def test_other_sizes_are_measured_in_the_same_pixels(size):
 
 
 @pytest.mark.parametrize("video", [VIDEOS[0][:1], VIDEOS[0][..., :1], VIDEOS[0].astype(float), VIDEOS[0][0]])
-def test_what_is_no_video_is_refused(video):
+def test_array_that_is_not_a_video_is_refused(video):
     with pytest.raises(ValueError, match=r"a video is uint8 \[t >= 2, h, w, 3\], got"):
         metrics.score(video, SCENES[0])

@@ -94,7 +94,7 @@ def test_a_frame_holds_exactly_the_shape_and_the_background(seed):
     np.testing.assert_allclose(centroid, centres, atol=1e-3)
 
 
-def test_coverage_is_what_supersampling_converges_to():
+def test_coverage_is_the_limit_of_supersampling():
     centre, fine = np.array([[30.37, 25.81]]), 32
     exact = toy.coverage("plus", centre)
     points = (np.arange(64 * fine) + 0.5) / fine
