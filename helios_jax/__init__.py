@@ -15,15 +15,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from helios_jax.sampling.options import Options, Switch
+    from helios_jax.sampling.options import PromptSwitch, SamplingOptions
     from helios_jax.sampling.pipeline import HeliosPipeline, HeliosPipelineOutput
 
-__all__ = ["HeliosPipeline", "HeliosPipelineOutput", "Options", "Switch"]
+__all__ = ["HeliosPipeline", "HeliosPipelineOutput", "PromptSwitch", "SamplingOptions"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports the pipeline when it is asked for: a config can then be checked without waiting for jax."""
     if name in __all__:
-        module = "options" if name in ("Options", "Switch") else "pipeline"
+        module = "options" if name in ("SamplingOptions", "PromptSwitch") else "pipeline"
         return getattr(importlib.import_module(f"helios_jax.sampling.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

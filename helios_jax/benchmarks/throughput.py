@@ -32,7 +32,7 @@ from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.transformer.block import check_implementations
 from helios_jax.models.vae import denormalize
 from helios_jax.sampling import sampler
-from helios_jax.sampling.options import Options
+from helios_jax.sampling.options import SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline, decode
 
 STEPS = ([1, 1, 1], [2, 2, 2])
@@ -43,7 +43,7 @@ class Ours:
 
     def __init__(self, pipe: HeliosPipeline, size: Size, chunks: int):
         self.pipe, self.size, self.chunks = pipe, size, chunks
-        options = Options(height=size.height, width=size.width, pyramid_num_inference_steps_list=[1, 1, 1])
+        options = SamplingOptions(height=size.height, width=size.width, pyramid_num_inference_steps_list=[1, 1, 1])
         self.plan = pipe.plan(options)
         self.call = pipe.prepare(PROMPT, None, self.plan)
         self.frames = self.plan.chunk_frames

@@ -5,6 +5,7 @@ streams (`sampling.sampler`), recorded for a teacher's trajectories (`record_chu
 gradient step in each level for the student of stage 3 (`denoise_to_exits`).
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -222,7 +223,7 @@ def denoise_to_exits(
         def step(k: Array, state: SolverState) -> SolverState:
             row = jax.tree.map(lambda x: x[k], table)
             after = denoise_step(fixed_model, state, row, history, fixed_conditioning, memory, dtype=dtype)
-            return after.replace(sample=jnp.where(_aligned(k < count), after.sample, state.sample))
+            return dataclasses.replace(after, sample=jnp.where(_aligned(k < count), after.sample, state.sample))
 
         before = jax.lax.stop_gradient(state)
         if not with_gradient or len(table.steps.sigma) > 1:
@@ -231,7 +232,7 @@ def denoise_to_exits(
             yield before
             return
         # Where the first step is the last one, the level below gets a gradient through it.
-        before = before.replace(sample=jnp.where(_aligned(last == 0), state.sample, before.sample))
+        before = dataclasses.replace(before, sample=jnp.where(_aligned(last == 0), state.sample, before.sample))
         row = jax.tree.map(lambda x: x[last, jnp.arange(len(last))], table)
         yield denoise_step(model, before, row, history, conditioning, memory, dtype=dtype, remat=remat)
 

@@ -5,6 +5,7 @@ the last one renoise it with the level's first sample: the DMD solver of `diffus
 the tables that `end_at` makes (paper section 3.5).
 """
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -62,11 +63,12 @@ def end_at(
         steps = jax.tree.map(choose, level.steps, first_level.steps)
         at_exit = jnp.arange(count)[:, None] == stop
         prediction = jnp.zeros(steps.predictor.shape[-1]).at[1].set(1.0)
-        steps = steps.replace(
+        steps = dataclasses.replace(
+            steps,
             predictor=jnp.where(at_exit[..., None], prediction, steps.predictor),
             restart=jnp.where(at_exit, 0.0, steps.restart),
         )
-        tables.append(level.replace(steps=steps))
+        tables.append(dataclasses.replace(level, steps=steps))
     return tables
 
 

@@ -5,6 +5,7 @@ in sampling, as diffusers counts before it upsamples, and of its "own" size in t
 whole numbers where the sampler or the teacher hands them to the model, and not rounded where the student learns.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -135,7 +136,7 @@ def _assembled(
         for i, (stage, table) in enumerate(zip(stages(scheduler), tables))
     ]
     if stand:
-        levels[0] = levels[0].replace(moves=(jnp.arange(len(tables[0][0])) >= stand).astype(jnp.float32))
+        levels[0] = dataclasses.replace(levels[0], moves=(jnp.arange(len(tables[0][0])) >= stand).astype(jnp.float32))
     return tuple(levels)
 
 

@@ -27,7 +27,7 @@ from helios_jax.precompute.prompt_files import Prompt
 from helios_jax.runtime.program import program
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.fingerprint import weights_hash
-from helios_jax.sampling.options import Options
+from helios_jax.sampling.options import SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.sampling.plan import Plan
 
@@ -116,7 +116,7 @@ class Teacher:
             self._scheduler,
             dataclasses.replace(checkpoint.variant, is_cfg_zero_star=settings.cfg_zero_star),
         )
-        options = Options(
+        options = SamplingOptions(
             height=settings.height,
             width=settings.width,
             num_frames=settings.num_frames,

@@ -17,7 +17,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from helios_jax import config as configs
-from helios_jax.sampling.options import FILES, MAKE, METHOD, NOISE, Options, SampleConfig
+from helios_jax.sampling.options import FILES, MAKE, METHOD, NOISE, SampleConfig, SamplingOptions
 
 # Fields that have a flag of another form.
 OTHERWISE = ("switches", "loras")
@@ -34,7 +34,7 @@ def parse(argv: Sequence[str]) -> SampleConfig:
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config")
     fields = [f for f in dataclasses.fields(SampleConfig) if f.name not in OTHERWISE]
-    shared = {f.name for f in dataclasses.fields(Options)}
+    shared = {f.name for f in dataclasses.fields(SamplingOptions)}
     fields.sort(key=lambda f: f.name in shared)  # the prompt before the number of frames
     lists = [name for name, hint in get_type_hints(SampleConfig).items() if _is_list(hint)]
     for title in (MAKE, METHOD, NOISE, FILES):

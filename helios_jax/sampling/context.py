@@ -4,6 +4,7 @@ The host part (`read_context`) reads, checks and resizes, and needs no weights; 
 encodes and adds noise, with the draws of diffusers' Helios pipelines in their order.
 """
 
+import dataclasses
 import os
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -247,7 +248,7 @@ def _history(memory: MemoryConfig, anchor: Array, latents: Array) -> History:
     batch, _, *size = latents.shape
     blank = empty(memory, batch, *size)
     latents = jnp.concatenate([blank.latents, latents], 1)[:, -memory.frames :]
-    return blank.replace(latents=latents, anchor=anchor, anchored=jnp.asarray(True))
+    return dataclasses.replace(blank, latents=latents, anchor=anchor, anchored=jnp.asarray(True))
 
 
 def _chunk_frames(memory: MemoryConfig, vae: VAEConfig) -> int:

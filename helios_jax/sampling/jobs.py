@@ -10,7 +10,7 @@ from typing import Any
 
 from helios_jax.config import ConfigError, nearest, to_dict
 from helios_jax.media.writers import Format, file_format, read_sidecar, sidecar
-from helios_jax.sampling.options import SampleConfig, Switch
+from helios_jax.sampling.options import PromptSwitch, SampleConfig
 
 COLUMNS = ("id", "prompt_index", "prompt", "refined_prompt", "negative_prompt", "seed", "num_frames", "duration")
 INPUTS = {"image": "image", "image_name": "image", "video": "video", "video_name": "video"}
@@ -135,7 +135,7 @@ def _one(config: SampleConfig, path: Path, group: list[dict[str, Any]], chunk_fr
             given["num_frames"] = _number(path, first, column, int)
     if len(group) > 1:
         length = config.interpolate_time
-        given["switches"] = [Switch(prompt, chunk=(i + 1) * length) for i, prompt in enumerate(prompts[1:])]
+        given["switches"] = [PromptSwitch(prompt, chunk=(i + 1) * length) for i, prompt in enumerate(prompts[1:])]
         given["num_frames"] = len(prompts) * length * chunk_frames
     return dataclasses.replace(config, prompt=prompts[0], csv=None, ids=None, naming="id", **given)
 

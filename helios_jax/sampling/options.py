@@ -1,4 +1,4 @@
-"""Options of sampling, stated once: Python arguments, YAML configs and the command line all derive from these classes.
+"""Options of sampling, stated once: Python arguments, YAML configs and the command line all derive from them.
 
 A field says its name, type, default and help text; its type and default decide how a flag is read.
 """
@@ -37,7 +37,7 @@ def _at_least(least: int, **values: int | None) -> None:
 
 
 @dataclass
-class Switch:
+class PromptSwitch:
     """A prompt that takes over at a chunk (counted from 0) or in the chunk that a second falls into.
 
     `crossfade` is the number of chunks over which the text's embedding moves linearly from the prompt before; 0 changes
@@ -94,7 +94,7 @@ class ContextConfig:
 
 
 @dataclass
-class Options(ContextConfig):
+class SamplingOptions(ContextConfig):
     """Options of a video beside its prompts and inputs; names and meanings are diffusers' where it has them."""
 
     height: int = option(384, "pixels; a multiple of 16 for Base and of 64 for the released pyramid weights", MAKE)
@@ -136,9 +136,9 @@ class Options(ContextConfig):
         if len(self.history_sizes) != 3:
             raise ValueError(f"history_sizes must be three numbers (long, mid, short), got {list(self.history_sizes)}")
 
-    def changed(self, changes: Mapping[str, Any]) -> "Options":
+    def changed(self, changes: Mapping[str, Any]) -> "SamplingOptions":
         """A copy with `changes`; raises TypeError, in one line, for a name that is no option."""
-        names = [f.name for f in dataclasses.fields(Options)]
+        names = [f.name for f in dataclasses.fields(SamplingOptions)]
         for name in changes:
             if name not in names:
                 raise TypeError(f"{name} is no option of sampling{nearest(name, names)}")
@@ -149,7 +149,7 @@ def takes_options(function: Function) -> Function:
     """A decorator: `**changes` of `function` become keyword arguments of all options in its signature and its help."""
     signature = inspect.signature(function)
     kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    fields = sorted(dataclasses.fields(Options), key=lambda f: f.metadata["group"] == NOISE)
+    fields = sorted(dataclasses.fields(SamplingOptions), key=lambda f: f.metadata["group"] == NOISE)
     added = [
         inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type) for f in fields
     ]
@@ -160,8 +160,8 @@ def takes_options(function: Function) -> Function:
 
 
 @dataclass
-class SampleConfig(Options):
-    """One run of sample.py: a video, or with `csv` many; it adds prompts, inputs and files to `Options`.
+class SampleConfig(SamplingOptions):
+    """One run of sample.py: a video, or with `csv` many; it adds prompts, inputs and files to `SamplingOptions`.
 
     A CSV has a row per video with columns prompt (or refined_prompt), and as far as wanted id, negative_prompt, image
     (or image_name), video (or video_name), seed and num_frames (or duration). With a column prompt_index the rows of an
@@ -173,7 +173,7 @@ class SampleConfig(Options):
     negative_prompt: str = option("", "what the video keeps away from", MAKE)
     image: str | None = option(None, "a picture that the video begins with", MAKE)
     video: str | None = option(None, "a video to continue, at least a chunk long", MAKE)
-    switches: list[Switch] = option([], "prompts that take over later", MAKE)
+    switches: list[PromptSwitch] = option([], "prompts that take over later", MAKE)
     seed: int = option(0, "the same seed makes the same video", MAKE)
     num_videos_per_prompt: int = option(1, "videos of each prompt, with seeds seed, seed + 1, ...", MAKE)
     csv: str | None = option(None, "many videos: a CSV with a column prompt (docs/sampling.md)", MAKE)
@@ -218,6 +218,6 @@ class SampleConfig(Options):
         if self.csv is None and (self.ids or self.naming != "id"):
             raise ValueError("ids and naming are for a csv of prompts: give csv, or leave them out")
 
-    def options(self) -> Options:
+    def options(self) -> SamplingOptions:
         """The options of each video."""
-        return Options(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Options)})
+        return SamplingOptions(**{f.name: getattr(self, f.name) for f in dataclasses.fields(SamplingOptions)})

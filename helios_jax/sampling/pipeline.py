@@ -27,7 +27,7 @@ from helios_jax.sampling.checkpoint import Checkpoint, write_index
 from helios_jax.sampling.context import Context, encode_context, read_context
 from helios_jax.sampling.frames import decode, decode_video
 from helios_jax.sampling.noise import Noise, SeededNoise
-from helios_jax.sampling.options import Options, Switch, takes_options
+from helios_jax.sampling.options import PromptSwitch, SamplingOptions, takes_options
 from helios_jax.sampling.plan import Plan, Variant, make_plan
 from helios_jax.sampling.prompts import make_schedule
 from helios_jax.sampling.stream import Call, Stream, read_state
@@ -121,7 +121,7 @@ class HeliosPipeline:
         """Text embeddings, zero past each prompt's end; as many positions as the tokenizer allows unless given."""
         return encode_prompts(self.text_encoder, self.tokenizer, prompts, max_sequence_length)
 
-    def plan(self, options: Options) -> Plan:
+    def plan(self, options: SamplingOptions) -> Plan:
         """The plan of `options` for this checkpoint; raises ValueError for an option that cannot be."""
         return make_plan(self.transformer.config, self.vae.config, self.scheduler, self.variant, options)
 
@@ -133,12 +133,12 @@ class HeliosPipeline:
         *,
         image: Any = None,
         video: Any = None,
-        switches: Sequence[Switch] = (),
+        switches: Sequence[PromptSwitch] = (),
         num_videos_per_prompt: int = 1,
         output_type: str = "np",
         seed: int | Sequence[int] = 0,
         noise: Noise | None = None,
-        options: Options | None = None,
+        options: SamplingOptions | None = None,
         **changes: Any,
     ) -> HeliosPipelineOutput:
         """Videos of all prompts, all chunks in one program. Names and meanings are as in diffusers' pipelines.
@@ -162,7 +162,7 @@ class HeliosPipeline:
             ValueError: an argument cannot be used; the message names it, the rule and the remedy.
         """
         check_output_type(output_type)
-        plan = self.plan((options or Options()).changed(changes))
+        plan = self.plan((options or SamplingOptions()).changed(changes))
         if plan.num_chunks is None:
             raise ValueError("num_frames must be given: a video without end is a stream, see HeliosPipeline.stream")
         call = self.prepare(
@@ -189,13 +189,13 @@ class HeliosPipeline:
         *,
         image: Any = None,
         video: Any = None,
-        switches: Sequence[Switch] = (),
+        switches: Sequence[PromptSwitch] = (),
         num_videos_per_prompt: int = 1,
         output_type: str = "np",
         seed: int | Sequence[int] = 0,
         noise: Noise | None = None,
         progress: sampler.Progress | None = None,
-        options: Options | None = None,
+        options: SamplingOptions | None = None,
         **changes: Any,
     ) -> Stream:
         """Makes a video chunk by chunk: an iterator of uint8 frames [b, t, h, w, 3] (or of latents).
@@ -206,7 +206,7 @@ class HeliosPipeline:
         step, which then is waited for.
         """
         check_output_type(output_type)
-        plan = self.plan((options or Options()).changed(changes))
+        plan = self.plan((options or SamplingOptions()).changed(changes))
         call = self.prepare(
             prompt,
             negative_prompt,
@@ -279,7 +279,7 @@ class HeliosPipeline:
         plan: Plan,
         *,
         context: Context = None,
-        switches: Sequence[Switch] = (),
+        switches: Sequence[PromptSwitch] = (),
         num_videos_per_prompt: int = 1,
         seed: int | Sequence[int] = 0,
         noise: Noise | None = None,
@@ -332,7 +332,7 @@ class HeliosPipeline:
         self._stream = Stream(self.transformer, call, finish, progress)
         return self._stream
 
-    def _texts(self, negatives: Sequence[str], options: Options) -> Texts:
+    def _texts(self, negatives: Sequence[str], options: SamplingOptions) -> Texts:
         embed = partial(self.encode_prompt, max_sequence_length=options.max_sequence_length)
         return Texts(embed, self.transformer, negatives)
 

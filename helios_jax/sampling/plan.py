@@ -11,7 +11,7 @@ from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
-from helios_jax.sampling.options import Options
+from helios_jax.sampling.options import SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Plan:
     """A video's sizes and steps: `latent_shape` [t, h, w, c] and `chunk_frames` pixel frames of a chunk, the levels of
     all chunks and `first_levels` of the first. Without end `num_chunks` is None. It is made once and passed on."""
 
-    options: Options
+    options: SamplingOptions
     num_chunks: int | None
     chunk_frames: int
     latent_shape: tuple[int, int, int, int]
@@ -57,7 +57,11 @@ class Plan:
 
 
 def make_plan(
-    transformer: TransformerConfig, vae: VAEConfig, scheduler: SchedulerConfig, variant: Variant, options: Options
+    transformer: TransformerConfig,
+    vae: VAEConfig,
+    scheduler: SchedulerConfig,
+    variant: Variant,
+    options: SamplingOptions,
 ) -> Plan:
     """The plan of `options` for a checkpoint. Raises ValueError that names the option that cannot be.
 
@@ -113,7 +117,7 @@ def make_plan(
     )
 
 
-def chunk_frames(options: Options, vae: VAEConfig) -> int:
+def chunk_frames(options: SamplingOptions, vae: VAEConfig) -> int:
     """Pixel frames of a chunk."""
     return (options.num_latent_frames_per_chunk - 1) * vae.scale_factor_temporal + 1
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from helios_jax.sampling.options import Options, Switch
+from helios_jax.sampling.options import PromptSwitch, SamplingOptions
 
 # Prompts of a batch, one per video.
 Prompts = tuple[str, ...]
@@ -57,7 +57,9 @@ class Schedule:
         return Schedule((replace(last, crossfade=0), *self.entries[past[-1] + 1 :]))
 
 
-def make_schedule(prompts: Sequence[str], switches: Sequence[Switch], options: Options, chunk_frames: int) -> Schedule:
+def make_schedule(
+    prompts: Sequence[str], switches: Sequence[PromptSwitch], options: SamplingOptions, chunk_frames: int
+) -> Schedule:
     """The schedule of a call whose videos begin with `prompts` and all follow `switches`; a chunk is `chunk_frames`.
 
     Raises ValueError for two switches in one chunk and for one after the video's end.

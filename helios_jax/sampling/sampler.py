@@ -1,5 +1,6 @@
 """The autoregressive loop over chunks, in one program (`generate`) or chunk by chunk (`stream`)."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -59,7 +60,7 @@ def generate(
         noise, text = chunk
         if text is not None:
             kv = jax.lax.cond(text.changed, lambda: model.text_kv(text.embeddings.astype(model.dtype)), lambda: kv)
-        now = conditioning if kv is None else conditioning.replace(text=kv)
+        now = conditioning if kv is None else dataclasses.replace(conditioning, text=kv)
         latents = denoise_chunk(model, history, noise, now, levels, memory)
         return (push(history, latents, memory), kv), latents
 

@@ -19,7 +19,7 @@ from helios_jax.diffusion.memory import History
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling import sampler
 from helios_jax.sampling.noise import Noise, SeededNoise, draw
-from helios_jax.sampling.options import Options
+from helios_jax.sampling.options import SamplingOptions
 from helios_jax.sampling.plan import Plan
 from helios_jax.sampling.prompts import Entry, Schedule
 from helios_jax.sampling.text import Texts
@@ -188,7 +188,7 @@ class State:
     """The state that `Stream.save_state` wrote."""
 
     identity: dict[str, Any]
-    options: Options
+    options: SamplingOptions
     prompts: Schedule
     negatives: tuple[str, ...]
     noise: SeededNoise
@@ -212,7 +212,7 @@ def read_state(path: str | os.PathLike) -> State:
     entries = tuple(Entry(e["chunk"], tuple(e["prompts"]), e["crossfade"]) for e in meta["prompts"])
     return State(
         identity=meta["identity"],
-        options=Options(**(meta["options"] | {"history_sizes": tuple(meta["options"]["history_sizes"])})),
+        options=SamplingOptions(**(meta["options"] | {"history_sizes": tuple(meta["options"]["history_sizes"])})),
         prompts=Schedule(entries),
         negatives=tuple(meta["negatives"]),
         noise=SeededNoise(*meta["seeds"], asked=meta["asked"]),

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from helios_jax.runtime.compilation import enable_cache
-from helios_jax.sampling.options import Options, Switch
+from helios_jax.sampling.options import PromptSwitch, SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.toy import world as toy
 from helios_jax.toy.report import machine, picture
@@ -39,7 +39,7 @@ def tasks(pipe: HeliosPipeline, steps: int) -> dict[str, np.ndarray]:
     """uint8 videos [t, h, w, 3] by their description."""
 
     def make(prompt: str, **arguments) -> np.ndarray:
-        options = Options(**SIZE, num_frames=4 * toy.CHUNK_FRAMES, num_inference_steps=steps)
+        options = SamplingOptions(**SIZE, num_frames=4 * toy.CHUNK_FRAMES, num_inference_steps=steps)
         return np.concatenate(list(pipe.stream(prompt, options=options, **arguments)), 1)[0]
 
     plus, bar, square = scene("plus slowly", 0), scene("bar slowly", 10), scene("square slowly", 20)
@@ -53,14 +53,14 @@ def tasks(pipe: HeliosPipeline, steps: int) -> dict[str, np.ndarray]:
             [video, make(toy.caption(square), video=video, seed=3)]
         ),
         f"prompt switch at chunk 2, at once: {first} / {second}": make(
-            first, switches=[Switch(second, chunk=2, crossfade=0)], seed=4
+            first, switches=[PromptSwitch(second, chunk=2, crossfade=0)], seed=4
         ),
     }
 
 
 def stream_memory(pipe: HeliosPipeline) -> list[tuple[int, float, float, float]]:
     """(chunks, seconds, MiB of live arrays, MiB of peak host memory) along one stream without end."""
-    options = Options(**{**SIZE, "guidance_scale": 1.0}, num_frames=None, num_inference_steps=1)
+    options = SamplingOptions(**{**SIZE, "guidance_scale": 1.0}, num_frames=None, num_inference_steps=1)
     rows, begin = [], time.monotonic()
     stream = pipe.stream("a red square moves right fast on a black background", options=options)
     for _ in itertools.islice(stream, CHECKS[-1]):

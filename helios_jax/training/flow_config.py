@@ -140,6 +140,11 @@ class StudentTrainConfig(FlowTrainConfig):
             levels == steps,
             f"distill.steps has {steps} levels, flow.pyramid {levels or 'is null'}: give as many",
         )
+        shift = 1.0 if self.flow.pyramid is None else self.flow.pyramid.timestep_shift
+        require(
+            self.distill.shift is None or shift == 1.0,
+            f"distill.shift {self.distill.shift} replaces flow.pyramid.timestep_shift {shift}: set shift to null",
+        )
 
     @property
     def pyramid(self) -> PyramidConfig:

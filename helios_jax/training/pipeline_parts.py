@@ -87,6 +87,7 @@ def student_scheduler(config: StudentTrainConfig) -> DMDSchedulerConfig:
         stages=len(distill.steps),
         stage_range=pyramid.stage_range,
         gamma=pyramid.gamma,
+        shift=pyramid.timestep_shift,
         use_dynamic_shifting=distill.shift is not None,
         time_shift_type=distill.shift or "linear",
     )

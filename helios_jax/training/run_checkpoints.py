@@ -6,6 +6,7 @@ the run began, and a digest tells when they have changed. Orbax writes into a te
 is on disk: a save that was killed leaves no checkpoint, and the ones before it stay.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Checkpoints:
             )
         parts = jax.tree.unflatten(jax.tree.structure(_parts(state)), [got.state[name] for name in target])
         done, params, opt_state, ema = (parts[name] for name in ("step", "model", "opt_state", "ema"))
-        return state.replace(step=done, params=params, opt_state=opt_state, ema=ema), got.data, got.config
+        return dataclasses.replace(state, step=done, params=params, opt_state=opt_state, ema=ema), got.data, got.config
 
     def _check(self, target: dict[str, Any], step: int | None) -> None:
         where = f"{self.folder}/{step}"

@@ -1,5 +1,6 @@
 """State of a training run: one pytree, made straight into its shardings."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -116,7 +117,7 @@ def abstract(
 def abstract_like(state: TrainState) -> TrainState:
     """Shapes, dtypes and shardings of a state, for restoring another one in its place; what is frozen stays."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    return abstract.replace(frozen=state.frozen, frozen_digest=state.frozen_digest)
+    return dataclasses.replace(abstract, frozen=state.frozen, frozen_digest=state.frozen_digest)
 
 
 def update(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, ema: EMAConfig | None) -> TrainState:
@@ -130,7 +131,7 @@ def update(state: TrainState, grads: Any, optimizer: optax.GradientTransformatio
         flat = dict(nnx.to_flat_state(params))
         now = nnx.from_flat_state([(path, flat[path]) for path, _ in nnx.to_flat_state(state.ema)])
         average = jax.tree.map(lambda a, x: keep * a + (1 - keep) * x.astype(jnp.float32), state.ema, now)
-    return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=average)
+    return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=average)
 
 
 def digest(frozen: Any) -> jax.Array | None:

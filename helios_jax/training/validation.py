@@ -10,7 +10,7 @@ from helios_jax.config import ConfigError
 from helios_jax.media.video import VideoWriter
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling.frames import decode_video
-from helios_jax.sampling.options import Options
+from helios_jax.sampling.options import SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.sampling.plan import make_plan
 from helios_jax.sharding import gather
@@ -37,13 +37,13 @@ def check_validation(config: FlowTrainConfig) -> None:
         raise ConfigError(f"validation: {error}") from None
 
 
-def sampling_options(validation: ValidationConfig, config: FlowTrainConfig) -> Options:
+def sampling_options(validation: ValidationConfig, config: FlowTrainConfig) -> SamplingOptions:
     """The sampling options of validation videos: a student's own steps unless others are given."""
     memory, levels, student = config.flow.memory, validation.pyramid_num_inference_steps_list, None
     if isinstance(config, StudentTrainConfig):
         student = config.distill
         levels = levels or student.steps
-    return Options(
+    return SamplingOptions(
         height=validation.height,
         width=validation.width,
         num_frames=validation.num_frames,

@@ -8,10 +8,10 @@ import yaml
 
 from helios_jax import HeliosPipeline
 from helios_jax.sampling import cli, run
-from helios_jax.sampling.options import Options, SampleConfig
+from helios_jax.sampling.options import SampleConfig, SamplingOptions
 from tests import tiny
 
-NAMES = [f.name for f in dataclasses.fields(Options)]
+NAMES = [f.name for f in dataclasses.fields(SamplingOptions)]
 # A value of each kind of field, as a person types it.
 TYPED = {"pyramid_num_inference_steps_list": "2, 1,3", "history_sizes": "4,2,1", "use_zero_init": "false", "fps": "8"}
 
@@ -19,9 +19,9 @@ TYPED = {"pyramid_num_inference_steps_list": "2, 1,3", "history_sizes": "4,2,1",
 @pytest.mark.parametrize("method", [HeliosPipeline.__call__, HeliosPipeline.stream])
 def test_python_s_arguments_are_all_options_with_their_defaults_and_help(method):
     parameters = inspect.signature(method).parameters
-    assert {name: parameters[name].default for name in NAMES} == dataclasses.asdict(Options())
+    assert {name: parameters[name].default for name in NAMES} == dataclasses.asdict(SamplingOptions())
     assert not [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]
-    assert all(f"{f.name}: {f.metadata['help']}" in method.__doc__ for f in dataclasses.fields(Options))
+    assert all(f"{f.name}: {f.metadata['help']}" in method.__doc__ for f in dataclasses.fields(SamplingOptions))
 
 
 def test_an_unknown_argument_is_one_line():

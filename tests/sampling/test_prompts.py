@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helios_jax.sampling.options import Options, Switch
+from helios_jax.sampling.options import PromptSwitch, SamplingOptions
 from helios_jax.sampling.prompts import Entry, Schedule, make_schedule
 
 A, B, C = (("a",), ("b",), ("c",))
@@ -61,8 +61,8 @@ def test_a_switch_replaces_what_was_planned_later():
 
 
 def test_seconds_mean_the_chunk_they_fall_into():
-    options = Options(num_frames=330, fps=24)
-    switches = [Switch("b", seconds=2.0), Switch("c", seconds=5.6, crossfade=0), Switch("d", chunk=9)]
+    options = SamplingOptions(num_frames=330, fps=24)
+    switches = [PromptSwitch("b", seconds=2.0), PromptSwitch("c", seconds=5.6, crossfade=0), PromptSwitch("d", chunk=9)]
     entries = make_schedule(["a", "x"], switches, options, 33).entries
     assert entries == (
         Entry(0, ("a", "x")),
@@ -75,16 +75,24 @@ def test_seconds_mean_the_chunk_they_fall_into():
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Switch("", chunk=2), ["empty"]),
-        (lambda: Switch("b"), ["chunk or seconds", "'b'"]),
-        (lambda: Switch("b", chunk=1, seconds=2.0), ["chunk or seconds"]),
-        (lambda: Switch("b", chunk=0), ["chunk", "at least 1"]),
-        (lambda: Switch("b", seconds=-1.0), ["seconds", "-1.0"]),
-        (lambda: Switch("b", chunk=1, crossfade=-1), ["crossfade"]),
-        (lambda: make_schedule(["a"], [Switch("b", chunk=4)], Options(num_frames=132), 33), ["'b'", "4 chunks"]),
-        (lambda: make_schedule(["a"], [Switch("b", seconds=1.0)], Options(), 33), ["'b'", "'a'", "chunk 0"]),
+        (lambda: PromptSwitch("", chunk=2), ["empty"]),
+        (lambda: PromptSwitch("b"), ["chunk or seconds", "'b'"]),
+        (lambda: PromptSwitch("b", chunk=1, seconds=2.0), ["chunk or seconds"]),
+        (lambda: PromptSwitch("b", chunk=0), ["chunk", "at least 1"]),
+        (lambda: PromptSwitch("b", seconds=-1.0), ["seconds", "-1.0"]),
+        (lambda: PromptSwitch("b", chunk=1, crossfade=-1), ["crossfade"]),
         (
-            lambda: make_schedule(["a"], [Switch("b", chunk=2), Switch("c", seconds=3.0)], Options(), 33),
+            lambda: make_schedule(["a"], [PromptSwitch("b", chunk=4)], SamplingOptions(num_frames=132), 33),
+            ["'b'", "4 chunks"],
+        ),
+        (
+            lambda: make_schedule(["a"], [PromptSwitch("b", seconds=1.0)], SamplingOptions(), 33),
+            ["'b'", "'a'", "chunk 0"],
+        ),
+        (
+            lambda: make_schedule(
+                ["a"], [PromptSwitch("b", chunk=2), PromptSwitch("c", seconds=3.0)], SamplingOptions(), 33
+            ),
             ["'c'", "chunk 2", "'b'"],
         ),
     ],

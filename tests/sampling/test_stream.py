@@ -11,13 +11,13 @@ import pytest
 from helios_jax.diffusion.denoise import denoise_step
 from helios_jax.runtime.program import program
 from helios_jax.sampling import pipeline, sampler, text
-from helios_jax.sampling.options import Options, Switch
+from helios_jax.sampling.options import PromptSwitch, SamplingOptions
 from tests import tiny
 
 SMALL = {"height": 32, "width": 48, "num_latent_frames_per_chunk": 3, "history_sizes": (4, 2, 1)}
 STEPS = {"num_inference_steps": 2, "guidance_scale": 3.0}
 WINDOW = 9  # frames of a chunk of 3 latents
-SWITCHES = (Switch("a blue bar", chunk=1, crossfade=0), Switch("a green plus", chunk=3, crossfade=3))
+SWITCHES = (PromptSwitch("a blue bar", chunk=1, crossfade=0), PromptSwitch("a green plus", chunk=3, crossfade=3))
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_each_text_is_encoded_once_and_projected_once_in_a_row(pipe, monkeypatch
     encode, project = pipe.encode_prompt, text.text_kv
     monkeypatch.setattr(pipe, "encode_prompt", lambda prompts, **kw: encoded.extend(prompts) or encode(prompts, **kw))
     monkeypatch.setattr(text, "text_kv", lambda *args: projected.append(1) or project(*args))
-    again = (*SWITCHES, Switch("a blue bar", chunk=7, crossfade=0))
+    again = (*SWITCHES, PromptSwitch("a blue bar", chunk=7, crossfade=0))
     assert len(list(start(pipe, 9, switches=again))) == 9
     assert sorted(encoded) == ["a bar", "a blue bar", "a green plus", "a red plus"]
     assert len(projected) == 5  # red; blue; the fade's middle; green; blue
@@ -119,7 +119,7 @@ def test_a_resumed_stream_is_bit_identical(pipe, tmp_path, stop):
 
 
 def test_live_prompts_are_those_of_a_plan(pipe):
-    planned = list(start(pipe, 5, switches=[Switch("a blue bar", chunk=2, crossfade=2)], seed=1))
+    planned = list(start(pipe, 5, switches=[PromptSwitch("a blue bar", chunk=2, crossfade=2)], seed=1))
     stream = start(pipe, None, seed=1)
     got = [next(stream)]  # chunk 1 has begun by now
     assert stream.set_prompt("a blue bar", crossfade=2) == 2
@@ -205,4 +205,4 @@ def other(path):
 
 def test_sizes_that_were_never_trained_warn(pipe):
     with pytest.warns(UserWarning, match="64 x 48.*trained at 32 x 48"):
-        pipe.plan(Options(height=64, width=48))
+        pipe.plan(SamplingOptions(height=64, width=48))

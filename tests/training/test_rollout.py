@@ -1,9 +1,12 @@
-"""Numbers of chunks that the student makes in a row."""
+"""Numbers of chunks that the student makes in a row, and the shift of their times."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from helios_jax.config import ConfigError
+from helios_jax.training.pipeline_parts import student_scheduler
+from helios_jax.training.stage_table import load_config
 from helios_jax.training.stages.distill.distill_config import RolloutConfig
 
 
@@ -27,3 +30,11 @@ def test_rollouts_grow_with_the_steps():
 def test_rollouts_that_cannot_be_are_one_line(values, rule):
     with pytest.raises(ValueError, match=rule):
         RolloutConfig(**values)
+
+
+def test_a_student_s_shift_is_one_of_two():
+    own = ["flow.pyramid.timestep_shift=2.0", "distill.shift=null"]
+    config = load_config("configs/stage3_ode.yaml", own)
+    assert student_scheduler(config).shift == 2.0
+    with pytest.raises(ConfigError, match=r"distill\.shift linear replaces flow.pyramid.timestep_shift 2\.0"):
+        load_config("configs/stage3_ode.yaml", own[:1])
