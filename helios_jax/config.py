@@ -41,7 +41,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[T], flags: Map
     merged = OmegaConf.structured(schema)
     sources: dict[str, str] = {}
     typed = [(f"--{name.replace('_', '-')}", {name: _literal(value)}) for name, value in (flags or {}).items()]
-    for source, values in [*_files(find(path)), *map(_override, overrides), *typed]:
+    for source, values in [*_sources(path, overrides), *typed]:
         for key, value in _leaves(values):
             merged = _merge(merged, key, value, source, schema)
             sources[key] = source
@@ -80,7 +80,7 @@ def peek(path: str | Path, overrides: Sequence[str], key: str) -> tuple[Any, str
     Raises ConfigError for files and overrides that cannot be read.
     """
     found = None
-    for source, values in [*_files(Path(path)), *map(_override, overrides)]:
+    for source, values in _sources(path, overrides):
         if key in values:
             found = values[key], source
     return found
@@ -113,6 +113,11 @@ def _literal(value: Any) -> Any:
     if isinstance(value, list):
         return [_literal(v) for v in value]
     return value.replace("${", "\\${") if isinstance(value, str) else value
+
+
+def _sources(path: str | Path, overrides: Sequence[str]) -> list[tuple[str, dict]]:
+    """(file or override, its values), the later winning."""
+    return [*_files(find(path)), *map(_override, overrides)]
 
 
 def _files(path: Path) -> list[tuple[str, dict]]:

@@ -14,6 +14,7 @@ PROBE = """
 import json, os, sys
 from helios_jax import config, pretrained
 from helios_jax.sampling.options import SampleConfig
+from helios_jax.training.stage_table import load_config
 
 error = ""
 try:
@@ -26,6 +27,7 @@ print(json.dumps({
     "base": str(config.find("configs/released/stage1_init.yaml")),
     "model": str(pretrained.resolve(loaded.model)),
     "subfolders": pretrained.subfolders(loaded.model),
+    "stage": load_config("toy/vae").stage,
     "error": error,
 }))
 """
@@ -79,6 +81,7 @@ def test_configs_and_the_embedded_model_are_found_from_any_folder(installed, tmp
     assert got["base"] == str(package / "configs" / "released" / "stage1_init.yaml")
     assert got["model"] == str(package / "assets" / "toy")
     assert "transformer" in got["subfolders"]
+    assert got["stage"] == "vae"
     assert got["error"].startswith("toy/sampel: no such file; did you mean toy/sample.yaml")
 
 

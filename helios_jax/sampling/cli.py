@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from helios_jax import config as configs
+from helios_jax.runtime.command import program_name
 from helios_jax.sampling.options import FILES, MAKE, METHOD, NOISE, SampleConfig, SamplingOptions
 
 # Fields that have a flag of another form.
@@ -26,8 +27,8 @@ OTHERWISE = ("switches", "loras")
 def parse(argv: Sequence[str]) -> SampleConfig:
     """The command line over the config; raises ConfigError."""
     parser = argparse.ArgumentParser(
-        prog="sample.py",
-        usage="sample.py CONFIG [--flag X ...] [key=value ...]",
+        prog=program_name("sample.py"),
+        usage="%(prog)s CONFIG [--flag X ...] [key=value ...]",
         description="Make a video from a prompt, an image or a video.",
         epilog="Every flag is also a key of the config, and key=value sets one, as in zero_steps=0.",
     )
@@ -86,10 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
 
     def show(message, category, filename, lineno, file=None, line=None):
-        print(f"sample.py: warning: {message}", file=sys.stderr)
+        print(f"{program_name('sample.py')}: warning: {message}", file=sys.stderr)
 
     ours, handler = logging.getLogger("helios_jax"), logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("sample.py: %(message)s"))
+    handler.setFormatter(logging.Formatter(f"{program_name('sample.py')}: %(message)s"))
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     with warnings.catch_warnings():
@@ -104,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             enable_cache()
             return run(config)
         except (ValueError, FileNotFoundError) as error:  # ConfigError, CheckpointError, ...: one line each
-            print(f"sample.py: {error}", file=sys.stderr)
+            print(f"{program_name('sample.py')}: {error}", file=sys.stderr)
             return 2
         finally:
             ours.removeHandler(handler)

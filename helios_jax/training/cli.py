@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from helios_jax import config as configs
 from helios_jax.config import ConfigError
 from helios_jax.pretrained import CheckpointError
+from helios_jax.runtime.command import program_name
 from helios_jax.runtime.compilation import precise
 from helios_jax.sharding import check_batch, join_hosts, make_mesh
 from helios_jax.training import loop
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done, or ended by SIGTERM after saving. 130: ended by Ctrl-C after saving. 1: the loss stopped being finite.
     2: input that cannot be used.
     """
-    parser = argparse.ArgumentParser(prog="train.py", description="Train one stage of Helios.")
+    parser = argparse.ArgumentParser(prog=program_name("train.py"), description="Train one stage of Helios.")
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in optim.lr=1e-4 run=runs/mine")
     args = parser.parse_args(argv)
@@ -117,5 +118,5 @@ def say(message: str) -> None:
 
 def fail(error: Exception, code: int) -> int:
     """Prints the error as one line on stderr; returns the exit code."""
-    print(f"train.py: {error}", file=sys.stderr)
+    print(f"{program_name('train.py')}: {error}", file=sys.stderr)
     return code
