@@ -92,7 +92,7 @@ class Ours:
         # A step takes the place of its state.
         state = jax.tree.map(jnp.copy, solvers.start(self.latents[i], level.steps))
         arguments = self.pipe.transformer, state, row, self.call.history, self.conditioning
-        return lambda: sampler._step(*arguments, memory=self.plan.memory)
+        return lambda: sampler.step_program(*arguments, memory=self.plan.memory)
 
     def work(self) -> dict[str, float]:
         """TFLOP by part, and of the text's keys and values."""

@@ -75,7 +75,7 @@ def generate(
 AHEAD = 8
 
 # A step's state takes the place of the one before.
-_step = program(static_argnames="memory", donate_argnames="state")(denoise_step)
+step_program = program(static_argnames="memory", donate_argnames="state")(denoise_step)
 _push = jax.jit(push, static_argnums=2)
 
 
@@ -94,7 +94,7 @@ def stream(
     the host handles frames. `progress(chunk, step)` is called when a step has been computed, steps counted over all
     levels; with it, as every step is waited for, a chunk is yielded after the first step of the next.
     """
-    step = _step.bind(model)
+    step = step_program.bind(model)
     ahead = AHEAD if progress is None else 1
     known: Sequence[Level] = ()
     tables: list[list[Level]] = []

@@ -62,13 +62,13 @@ def test_with_progress_a_chunk_waits_for_one_step_only(pipe, monkeypatch):
 
 def recorded(monkeypatch) -> list[str]:
     """Names of the programs that a stream queues, from here on."""
-    queued, step, decode = [], sampler._step, pipeline.decode
+    queued, step, decode = [], sampler.step_program, pipeline.decode
 
     def bind(model):
         call = step.bind(model)
         return lambda *args, **kwargs: queued.append("step") or call(*args, **kwargs)
 
-    monkeypatch.setattr(sampler, "_step", SimpleNamespace(bind=bind))
+    monkeypatch.setattr(sampler, "step_program", SimpleNamespace(bind=bind))
     monkeypatch.setattr(pipeline, "decode", lambda *args, **kw: queued.append("decode") or decode(*args, **kw))
     return queued
 
@@ -80,7 +80,7 @@ def test_a_second_stream_compiles_nothing(pipe, monkeypatch):
         traced.append(state.sample.shape)
         return denoise_step(model, state, level, history, conditioning, memory)
 
-    monkeypatch.setattr(sampler, "_step", program(static_argnames="memory", donate_argnames="state")(step))
+    monkeypatch.setattr(sampler, "step_program", program(static_argnames="memory", donate_argnames="state")(step))
     for same in (pipe, pipe, tiny.pipeline(seed=1)):
         assert len(list(start(same, 2))) == 2
         assert len(traced) == 1
