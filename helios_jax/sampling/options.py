@@ -122,9 +122,6 @@ class SamplingOptions(ContextConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.history_sizes = tuple(self.history_sizes)
-        if self.pyramid_num_inference_steps_list is not None:
-            self.pyramid_num_inference_steps_list = list(self.pyramid_num_inference_steps_list)
         _at_least(
             1,
             num_frames=self.num_frames,
@@ -137,12 +134,19 @@ class SamplingOptions(ContextConfig):
             raise ValueError(f"history_sizes must be three numbers (long, mid, short), got {list(self.history_sizes)}")
 
     def changed(self, changes: Mapping[str, Any]) -> "SamplingOptions":
-        """A copy with `changes`; raises TypeError, in one line, for a name that is no option."""
+        """A copy with `changes`, of which sequences may be lists or tuples.
+
+        Raises TypeError, in one line, for a name that is no option.
+        """
         names = [f.name for f in dataclasses.fields(SamplingOptions)]
         for name in changes:
             if name not in names:
                 raise TypeError(f"{name} is no option of sampling{nearest(name, names)}")
-        return dataclasses.replace(self, **changes)
+        given = dict(changes)
+        for name, kind in {"history_sizes": tuple, "pyramid_num_inference_steps_list": list}.items():
+            if given.get(name) is not None:
+                given[name] = kind(given[name])
+        return dataclasses.replace(self, **given)
 
 
 def takes_options(function: Function) -> Function:

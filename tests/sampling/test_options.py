@@ -24,6 +24,11 @@ def test_python_s_arguments_are_all_options_with_their_defaults_and_help(method)
     assert all(f"{f.name}: {f.metadata['help']}" in method.__doc__ for f in dataclasses.fields(SamplingOptions))
 
 
+def test_sequences_may_be_lists_or_tuples():
+    changed = SamplingOptions().changed({"history_sizes": [4, 2, 1], "pyramid_num_inference_steps_list": (1, 2)})
+    assert changed == SamplingOptions(history_sizes=(4, 2, 1), pyramid_num_inference_steps_list=[1, 2])
+
+
 def test_an_unknown_argument_is_one_line():
     with pytest.raises(TypeError, match="guidence_scale is no option of sampling; did you mean guidance_scale"):
         tiny.pipeline().stream("a red plus", guidence_scale=3.0)
