@@ -221,10 +221,11 @@ def _build(cls: Any, node: Any, values: dict, prefix: str, sources: dict[str, st
     except ValueError as e:
         message = _one_line(e)
         first = message.split(" ")[0].split("=")[0].rstrip(":,")
-        key = prefix + first if first in arguments else prefix.rstrip(".") or cls.__name__
+        key = prefix + first if first in arguments else prefix.rstrip(".")
         set_by = [s for k, s in sources.items() if k == key or k.startswith(f"{key}.")]
         near = [s for k, s in sources.items() if k.startswith(prefix)] if prefix else []
-        raise ConfigError(f"{(set_by or near or [default])[-1]}: {key}: {message}") from None
+        place = [(set_by or near or [default])[-1], *([key] if key else [])]
+        raise ConfigError(f"{': '.join(place)}: {message}") from None
 
 
 def _tuples(value: Any, hint: Any, error: str) -> Any:

@@ -166,7 +166,7 @@ def denoise_chunk(
     memory: MemoryConfig,
 ) -> Float[Array, "b t h w c"]:
     """The latents of the next chunk, each level in one scan over its steps."""
-    return record_chunk(model, history, noise, conditioning, levels, memory, [()] * len(levels))[0]
+    return record_chunk(model, history, noise, conditioning, levels, memory)[0]
 
 
 def record_chunk(
@@ -176,19 +176,22 @@ def record_chunk(
     conditioning: Conditioning,
     levels: Sequence[Level],
     memory: MemoryConfig,
-    places: Sequence[Sequence[int]],
+    places: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Float[Array, "b t h w c"], list[Float[Array, "steps b t _h _w c"]]]:
-    """`denoise_chunk`, and of each level the samples that its steps at `places` began with, then its result."""
+    """`denoise_chunk`, and of each level the samples that its steps at `places` began with, then its result.
+
+    Without `places` nothing is recorded.
+    """
     kept = []
 
     def solve(i: int, level: Level, state: SolverState) -> Iterator[SolverState]:
         def step(state: SolverState, row: Level) -> tuple[SolverState, Any]:
             after = denoise_step(model, state, row, history, conditioning, memory)
-            return after, state.sample if places[i] else None
+            return after, None if places is None else state.sample
 
         after, began = jax.lax.scan(step, state, rows(level))
-        if places[i]:
-            kept.append(jnp.concatenate([began[jnp.array(places[i])], after.sample[None]]))
+        if places is not None:
+            kept.append(jnp.concatenate([began[jnp.array(places[i], int)], after.sample[None]]))
         yield after
 
     *_, last = through_levels(noise, levels, solve)

@@ -9,14 +9,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import jax
 import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from helios_jax.config import ConfigError
+from helios_jax.data.loader import Transform, loader
+from helios_jax.data.records import Source
 from helios_jax.training import optim
-from helios_jax.training.run_config import TrainConfig
+from helios_jax.training.run_config import DataConfig, TrainConfig
 
 # A number of a step, or a sum and its divisor: those are added up over the steps of a report before the division.
 Metrics = Mapping[str, Any]
@@ -32,6 +35,19 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
     def get_state(self) -> dict[str, Any]: ...
     def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+def host_batches(source: Source, transform: Transform, data: DataConfig) -> Batches:
+    """This host's part of shuffled batches of `source`, each sample cut by `transform`."""
+    return loader(
+        source,
+        seed=data.seed,
+        batch_size=data.batch_size,
+        transform=transform,
+        num_hosts=jax.process_count(),
+        host=jax.process_index(),
+        workers=data.workers,
+    )
 
 
 class Stage(ABC, Generic[ConfigT, ModelT]):

@@ -153,7 +153,7 @@ def test_half_a_line_of_a_killed_process_is_left_out(tmp_path):
 
 
 def test_the_device_is_left_to_the_phases():
-    """Where there is no device at all: the report and `check` only plan what other processes run."""
+    """A machine without any device: the report and `check` only plan what other processes run."""
     code = "from pathlib import Path; from helios_jax.benchmarks import gpu_report; "
     code += "print(len(gpu_report.phases('14b', Path('rows'))), end='')"
     environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from helios_jax.config import ConfigError
-from helios_jax.data.loader import chunk_transform, loader
+from helios_jax.data.loader import chunk_transform
 from helios_jax.data.records import open_source
 from helios_jax.diffusion.corruption import corrupt_history, drop_history
 from helios_jax.diffusion.memory import History, window
@@ -24,7 +24,7 @@ from helios_jax.diffusion.targets import FlowSample, draw_quantile, flow_loss, p
 from helios_jax.models.transformer import Transformer
 from helios_jax.precompute.encode import EMPTY_TEXT
 from helios_jax.training.flow_config import FlowConfig, FlowTrainConfig
-from helios_jax.training.stage import Batches, Metrics
+from helios_jax.training.stage import Batches, Metrics, host_batches
 from helios_jax.training.stages.transformer_stage import TransformerStage
 from helios_jax.training.start import transformer_config
 from helios_jax.training.validation import check_validation
@@ -101,15 +101,7 @@ def chunks(config: FlowTrainConfig, num_chunks: int = 1, constant: str | None = 
         known = {"id": f"{example['id']} chunk {example['chunk']}"} if "id" in example else {}
         return {**arrays, "text": text.astype(np.float32), "chunk": example["chunk"], **known, **more}
 
-    return loader(
-        source,
-        seed=config.data.seed,
-        batch_size=config.data.batch_size,
-        transform=transform,
-        num_hosts=jax.process_count(),
-        host=jax.process_index(),
-        workers=config.data.workers,
-    )
+    return host_batches(source, transform, config.data)
 
 
 def check_size(size: tuple[int, ...], config: FlowTrainConfig) -> None:

@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from helios_jax.config import ConfigError
-from helios_jax.data.loader import loader, ode_transform
+from helios_jax.data.loader import ode_transform
 from helios_jax.data.records import open_source
 from helios_jax.diffusion.distillation import ode_loss
 from helios_jax.diffusion.memory import History, window
 from helios_jax.models.transformer import Transformer
 from helios_jax.training.flow_config import StudentTrainConfig
-from helios_jax.training.stage import Batches, Metrics
+from helios_jax.training.stage import Batches, Metrics, host_batches
 from helios_jax.training.stages.transformer_stage import TransformerStage
 from helios_jax.training.start import transformer_config
 from helios_jax.training.validation import check_validation
@@ -58,15 +58,7 @@ class ODEStage(TransformerStage[ODETrainConfig]):
             arrays = jax.tree.map(lambda x: np.asarray(x, np.float32), {name: example[name] for name in names})
             return {**arrays, "chunk": example["chunk"], "id": example["id"]}
 
-        return loader(
-            source,
-            seed=config.data.seed,
-            batch_size=config.data.batch_size,
-            transform=transform,
-            num_hosts=jax.process_count(),
-            host=jax.process_index(),
-            workers=config.data.workers,
-        )
+        return host_batches(source, transform, config.data)
 
     def loss(
         self, model: Transformer, batch: dict[str, Any], keys: Key[Array, " b"]

@@ -21,7 +21,7 @@ from PIL import Image
 
 from helios_jax import pretrained
 from helios_jax.config import ConfigError, require
-from helios_jax.data.loader import Example, Transform, clip_transform, loader
+from helios_jax.data.loader import Example, Transform, clip_transform
 from helios_jax.data.records import open_source
 from helios_jax.models.layers import Conv
 from helios_jax.models.vae import (
@@ -34,7 +34,7 @@ from helios_jax.models.vae import (
 )
 from helios_jax.sharding import gather
 from helios_jax.training.run_config import DataConfig, TrainConfig
-from helios_jax.training.stage import Batches, Metrics, Stage
+from helios_jax.training.stage import Batches, Metrics, Stage, host_batches
 
 CHUNK = 33  # frames that are encoded together when videos are made; latents are measured on as many
 STATISTICS_CLIPS = 256
@@ -121,15 +121,7 @@ class VAEStage(Stage[VAETrainConfig, AutoencoderKLWan]):
             source = open_source(data.folder, "train")
         except (FileNotFoundError, ValueError) as error:
             raise ConfigError(f"data.folder: {error}") from None
-        return loader(
-            source,
-            seed=data.seed,
-            batch_size=data.batch_size,
-            transform=_clips(data.frames, data.crop),
-            num_hosts=jax.process_count(),
-            host=jax.process_index(),
-            workers=data.workers,
-        )
+        return host_batches(source, _clips(data.frames, data.crop), data)
 
     def loss(
         self, model: AutoencoderKLWan, batch: dict[str, Any], keys: Key[Array, " b"]
