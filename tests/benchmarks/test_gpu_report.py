@@ -190,6 +190,7 @@ def test_a_report_becomes_the_devices_defaults(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.heavy
 def test_it_runs_on_a_cpu(tmp_path, capsys):
     asked = ["--size", "tiny", "--out", str(tmp_path), "--minutes", "5", "--only", "machine", "check", "blocks", "vae"]
     assert gpu_report.main([*asked, "end_to_end"]) == 0

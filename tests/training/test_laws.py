@@ -86,6 +86,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(config):
         assert_close({name: b}, {name: a}, ulps=60)
 
 
+@pytest.mark.heavy
 def test_bfloat16_trains_as_float32_does(config):
     losses = {}
     for precision in ("float32", "bfloat16"):

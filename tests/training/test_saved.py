@@ -18,9 +18,9 @@ from tests.training import recipe
 
 PATCHES = ("patch_short", "patch_mid", "patch_long")
 STAGES = (
-    "stage1_init",
+    pytest.param("stage1_init", marks=pytest.mark.heavy),
     "stage1_post",
-    "stage2_init",
+    pytest.param("stage2_init", marks=pytest.mark.heavy),
     "stage2_post",
     "stage3_ode",
     pytest.param("stage3_gan", marks=pytest.mark.heavy),
