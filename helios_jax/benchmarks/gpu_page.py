@@ -39,8 +39,8 @@ def conclusions(rows: list[Row]) -> Conclusions:
     bad |= {op for op, why in ended.items() if why and op not in {row["op"] for row in checks}}
     unsafe = {choice for choice, ops in KERNELS.items() if bad & set(ops)}
     pairs: defaultdict[tuple[str, str], list[float]] = defaultdict(list)
-    for row in rows:
-        if row["phase"] == "blocks" and "seconds" in row and row["from_first_pair"] < 0.05:
+    for row in _last_of_blocks(rows):
+        if "seconds" in row and row["from_first_pair"] < 0.05:
             pairs[row["attention"], row["norms"]].append(row["seconds"])
     levels = max((len(seconds) for seconds in pairs.values()), default=0)
     allowed = {
@@ -70,6 +70,12 @@ def conclusions(rows: list[Row]) -> Conclusions:
     )
 
 
+def _last_of_blocks(rows: list[Row]) -> list[Row]:
+    """The rows of blocks, one for each pair and length: those timed in turn come later and count."""
+    last = {(row["attention"], row["norms"], row["noisy"]): row for row in rows if row["phase"] == "blocks"}
+    return list(last.values())
+
+
 def page(rows: list[Row], size: str) -> str:
     """The whole page, as Markdown."""
     by_phase: defaultdict[str, list[Row]] = defaultdict(list)
@@ -83,8 +89,9 @@ def page(rows: list[Row], size: str) -> str:
         memory = "" if device["memory_gib"] is None else f", {device['memory_gib']:.1f} GiB of device memory for XLA"
         lines += [f"Host {device['processor']}; Python {device['python']}, {versions}{memory}.", ""]
     lines += _rates(by_phase["machine"])
-    lines += _blocks(by_phase["blocks"])
+    lines += _blocks(_last_of_blocks(by_phase["blocks"]))
     lines += _whole(by_phase["end_to_end"], by_phase["reference"], by_phase["reference_compiled"])
+    lines += _table("Kernels of three chunks, 1+1+1", by_phase["profile"], ("what", "seconds", "calls", "wall_s"))
     lines += _table("VAE", by_phase["vae"], ("what", "seconds", "first_call_s", "psnr_of_bfloat16_db", "peak_gib"))
     lines += _table("Kernels beside their references", by_phase["check"], (
         "op", "dtype", "what", "error", "moved", "verdict", "why", "seconds"

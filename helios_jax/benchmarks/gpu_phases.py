@@ -7,8 +7,12 @@ Weights are random, of the sizes of `throughput_model`. `gpu_report` runs them o
 
 import argparse
 import dataclasses
+import itertools
+import re
 import sys
+import tempfile
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -36,7 +40,9 @@ from pallas_kernels.tools.tunable import add_line
 Say = Callable[..., None]
 CHUNKS = 8
 REFERENCE_CHUNKS = 3
+KERNELS = 40  # that a profile names
 CALLS = 20  # blocks that are queued at a time
+ROUNDS = 5  # in which blocks are timed in turn
 TEXT = 512  # tokens
 
 
@@ -76,37 +82,47 @@ def blocks(size: Size, say: Say) -> None:
     heads, head_dim = config.num_attention_heads, config.attention_head_dim
     draw = partial(_normal, dtype=dtype)
     text = (draw(1, TEXT, heads, head_dim), draw(1, TEXT, heads, head_dim))
+    levels = []
     for down in (0, 1, 2):
         noisy = 9 // pt * (h >> down) * (w >> down)
         packing = Packing(history, (noisy,)).padded()
         tokens = packing.num_tokens + packing.padding
         angles = _normal(1, tokens, head_dim // 2, dtype=jnp.float32)
         time_rows = _normal(1, 2, 6, config.dim, dtype=jnp.float32)
-        rest = time_rows, (jnp.cos(angles), jnp.sin(angles)), text
+        levels.append((noisy, tokens, packing, (time_rows, (jnp.cos(angles), jnp.sin(angles)), text)))
+    expected: dict[int, np.ndarray] = {}  # by noisy tokens: the output of the first pair that ran
+    # Timed one after the other first: a kernel that hangs ends the phase, and what ran before it is known.
+    steps = {}
+    for pair, (noisy, tokens, packing, rest) in itertools.product(_pairs(), levels):
         # A last block returns no history, so the difference of two models is a block that does.
         one, two = (
             throughput_flops.transformer_pass(dataclasses.replace(config, num_layers=n), noisy, history, TEXT)
             for n in (1, 2)
         )
-        expected = None
-        for attention, norms in _pairs():
-            row = {"attention": attention, "norms": norms, "noisy": noisy, "tokens": tokens}
-            try:
-                x = draw(1, tokens, config.dim)
-                seconds, out, temporaries = _time_block(block, x, rest, packing, attention, norms)
-            except Exception as error:  # one that cannot run says so, and the others are run
-                say(**row, why=f"{type(error).__name__}: {error}".splitlines()[0][:200])
-                continue
-            expected = out if expected is None else expected
-            apart = np.linalg.norm(out - expected) / np.linalg.norm(expected)
-            say(
-                **row,
-                seconds=seconds,
-                pass_s=config.num_layers * seconds,
-                tflop_per_s=(two - one) / seconds / 1e12,
-                from_first_pair=float(apart),
-                temporaries_gib=temporaries,
-            )
+        x, row = draw(1, tokens, config.dim), {"attention": pair[0], "norms": pair[1], "noisy": noisy, "tokens": tokens}
+        try:
+            step = _compiled_block(block, x, rest, packing, Implementations(*pair))
+            out = np.asarray(step(block, jnp.copy(x), *rest), np.float32)
+        except Exception as error:  # one that cannot run says so, and the others are run
+            say(**row, why=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            continue
+        first = expected.setdefault(noisy, out)
+        row["from_first_pair"] = float(np.linalg.norm(out - first) / np.linalg.norm(first))
+        row["temporaries_gib"] = memory(step).temporaries / 2**30
+        run = partial(_seconds_of_block, step, block, x, rest)
+        steps[pair, noisy] = run, row, (two - one) / 1e12
+        _say_block(say, row, run(), (two - one) / 1e12, config.num_layers)
+    # Then in turn, since a GPU that is warm is slower: these rows take the place of the earlier ones.
+    for _, noisy_rows in itertools.groupby(sorted(steps, key=lambda key: -key[1]), key=lambda key: key[1]):
+        keys = list(noisy_rows)
+        taken = [[steps[key][0]() for key in keys] for _ in range(ROUNDS)]
+        for key, seconds in zip(keys, np.median(taken, axis=0)):
+            _, row, tflop = steps[key]
+            _say_block(say, row | {"in_turn": True}, float(seconds), tflop, config.num_layers)
+
+
+def _say_block(say: Say, row: dict[str, Any], seconds: float, tflop: float, layers: int) -> None:
+    say(**row, seconds=seconds, pass_s=layers * seconds, tflop_per_s=tflop / seconds)
 
 
 def _pairs() -> Iterator[tuple[Attention, Norms]]:
@@ -117,26 +133,24 @@ def _pairs() -> Iterator[tuple[Attention, Norms]]:
             yield attention, norms
 
 
-def _time_block(
-    block: Block, x: jax.Array, rest: tuple[Any, ...], packing: Packing, attention: Attention, norms: Norms
-) -> tuple[float, np.ndarray, float]:
-    """Seconds of a block among others, its output, and GiB of temporaries of its program."""
-
+def _compiled_block(
+    block: Block, x: jax.Array, rest: tuple[Any, ...], packing: Packing, implementations: Implementations
+) -> Any:
     def run(block: Block, x: jax.Array, time: Any, table: Any, text: Any) -> jax.Array:
-        return block(x, time, table, text, packing, implementations=Implementations(attention, norms))
+        return block(x, time, table, text, packing, implementations=implementations)
 
     jitted = jax.jit(run, donate_argnums=1, compiler_options=compiler_options() or None)
-    step = jitted.lower(block, x, *rest).compile()
-    out = np.asarray(step(block, jnp.copy(x), *rest), np.float32)
-    taken = []
-    for _ in range(3):
-        y = jnp.copy(x).block_until_ready()
-        begin = time.perf_counter()
-        for _ in range(CALLS):
-            y = step(block, y, *rest)
-        y.block_until_ready()
-        taken.append((time.perf_counter() - begin) / CALLS)
-    return min(taken), out, memory(step).temporaries / 2**30
+    return jitted.lower(block, x, *rest).compile()
+
+
+def _seconds_of_block(step: Any, block: Block, x: jax.Array, rest: tuple[Any, ...]) -> float:
+    """Seconds of a block among others."""
+    y = jnp.copy(x).block_until_ready()
+    begin = time.perf_counter()
+    for _ in range(CALLS):
+        y = step(block, y, *rest)
+    y.block_until_ready()
+    return (time.perf_counter() - begin) / CALLS
 
 
 def vae(size: Size, say: Say) -> None:
@@ -172,9 +186,46 @@ def end_to_end(size: Size, say: Say, implementations: Implementations) -> None:
         say(what=key, seconds=min(throughput.seconds(call()) for _ in range(3)))
 
 
+def profile(size: Size, say: Say, implementations: Implementations) -> None:
+    """The kernels in which three chunks of 1+1+1 steps spend their time: seconds and calls, the longest first.
+
+    A profiler's trace of a video of three chunks.
+    """
+    pipe = make(size, _dtype(), stacked=jax.default_backend() == "tpu", implementations=implementations)
+    ours = throughput.Ours(pipe, size, CHUNKS)
+    ours.arrivals(throughput.STEPS[0], 1)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            times = ours.arrivals(throughput.STEPS[0], 3)
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        total: defaultdict[str, float] = defaultdict(float)
+        calls: Counter[str] = Counter()
+        for name, seconds in device_events(path):
+            total[name] += seconds
+            calls[name] += 1
+    say(what="all kernels", seconds=sum(total.values()), calls=sum(calls.values()), wall_s=times[-1], chunks=3)
+    for name in sorted(total, key=lambda name: -total[name])[:KERNELS]:
+        say(what=name, seconds=total[name], calls=calls[name])
+
+
+def device_events(path: Path) -> Iterator[tuple[str, float]]:
+    """Name and seconds of each kernel and copy in a profiler's trace; the numbers that XLA appends are left out."""
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        if not plane.name.startswith("/device:"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith("Stream"):  # the other lines repeat the kernels, by module and by operation
+                continue
+            for event in line.events:
+                yield re.sub(r"[_.]\d+", "", event.name), event.duration_ns / 1e9
+
+
 def _pace(times: list[float], frames: int) -> dict[str, Any]:
-    """Speeds from the times at which chunks arrived. Only the first chunk waits for the text encoder."""
-    a_chunk = (times[-1] - times[0]) / (len(times) - 1)
+    """Speeds from the times at which chunks arrived: `seconds_a_chunk` is the median between two.
+
+    The first is later by the text encoder, the last is earlier: there is no next chunk to work on.
+    """
+    a_chunk = float(np.median(np.diff(times)))
     return {
         "seconds": times[-1],
         "seconds_to_first_chunk": times[0],
@@ -220,8 +271,12 @@ def _normal(*sizes: int, dtype: Any) -> jax.Array:
     return jax.random.normal(jax.random.key(len(sizes)), sizes, dtype)
 
 
-PHASES = ("machine", "blocks", "vae", "end_to_end", "reference", "reference_compiled")
-CHOSEN = ("end_to_end", "reference")  # whose attention and norms are those that were the fastest
+PHASES = ("machine", "blocks", "end_to_end", "profile", "reference", "vae", "reference_compiled")
+CHOSEN = ("end_to_end", "profile", "reference")  # whose attention and norms are those that were the fastest
+
+
+def _words(names: tuple[str, ...]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -232,12 +287,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("phase", choices=PHASES)
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--rows", type=Path, required=True, help="rows are added to this file, as JSON lines")
-    parser.add_argument("--attention", choices=("xla", "cudnn", "pallas"), help="of end_to_end and reference")
-    parser.add_argument("--norms", choices=("xla", "pallas"), help="of end_to_end and reference")
+    parser.add_argument("--attention", choices=("xla", "cudnn", "pallas"), help=f"of {_words(CHOSEN)}")
+    parser.add_argument("--norms", choices=("xla", "pallas"), help=f"of {_words(CHOSEN)}")
     args = parser.parse_args(argv)
     implementations = Implementations(args.attention, args.norms)
     if implementations != DEVICE and args.phase not in CHOSEN:
-        parser.error(f"--attention and --norms are of {' and '.join(CHOSEN)}: leave them out of {args.phase}")
+        parser.error(f"--attention and --norms are of {_words(CHOSEN)}: leave them out of {args.phase}")
     enable_cache()
     begin, size = time.monotonic(), SIZES[args.size]
 
@@ -248,6 +303,8 @@ def main(argv: list[str] | None = None) -> int:
 
     if args.phase == "end_to_end":
         end_to_end(size, say, implementations)
+    elif args.phase == "profile":
+        profile(size, say, implementations)
     elif args.phase.startswith("reference"):
         try:
             reference(size, say, implementations, compiled=args.phase == "reference_compiled")

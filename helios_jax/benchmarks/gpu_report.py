@@ -7,8 +7,9 @@
 
 Each phase is a process of its own with a time limit, and its rows are in gpu-report-rows.jsonl of `--out` the moment
 they are known; JSON and a page beside it are made anew after each phase. Phases, in this order: the machine's rates;
-each kernel beside its reference; the tuner, for attention and the norms; blocks of the model by each pair of attention
-and norms; the VAE; whole videos; diffusers as it comes, and by torch.compile. Needs no weights and no network.
+blocks of the model by each pair of attention and norms; whole videos, and their kernels; diffusers as it comes; each
+kernel beside its reference; the tuner, for attention and the norms; the VAE; diffusers by torch.compile. Needs no
+weights and no network.
 """
 
 import argparse
@@ -64,12 +65,13 @@ def phases(size: str, rows: Path) -> list[Phase]:
     ]
     return [
         measured("machine", 40),
+        measured("blocks", 120),
+        measured("end_to_end", 240),
+        measured("profile", 60),
+        measured("reference", 120),
         *checks,
         *tunes,
-        measured("blocks", 120),
-        measured("vae", 75),
-        measured("end_to_end", 240),
-        measured("reference", 100),
+        measured("vae", 90),
         measured("reference_compiled", 200),
     ]
 

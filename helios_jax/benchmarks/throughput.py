@@ -26,7 +26,6 @@ from helios_jax.benchmarks.throughput_model import PROMPT, SIZES, Size, make
 from helios_jax.benchmarks.throughput_reference import Reference
 from helios_jax.benchmarks.throughput_report import Comparison, facts, peak_gib, table, write
 from helios_jax.diffusion import solvers
-from helios_jax.diffusion.denoise import rows
 from helios_jax.diffusion.memory import window
 from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.transformer.block import check_implementations
@@ -88,11 +87,12 @@ class Ours:
     def _step(self, i: int) -> Callable[[], Any]:
         """The first step of a level, set up."""
         level = self.plan.levels[i]
-        row = jax.tree.map(lambda x: x[0], rows(level))
         # A step takes the place of its state.
         state = jax.tree.map(jnp.copy, solvers.start(self.latents[i], level.steps))
-        arguments = self.pipe.transformer, state, row, self.call.history, self.conditioning
-        return lambda: sampler.step_program(*arguments, memory=self.plan.memory)
+        step, row = sampler.step_program.bind(self.pipe.transformer), sampler.split(level)[0]
+        # By the names that the sampler gives: other ones are another program, compiled for minutes.
+        rest = {"history": self.call.history, "conditioning": self.conditioning, "memory": self.plan.memory}
+        return lambda: step(state, row, **rest)
 
     def work(self) -> dict[str, float]:
         """TFLOP by part, and of the text's keys and values."""
@@ -118,7 +118,10 @@ class Ours:
         latents, steps = self.latents[-1], self.plan.levels[-1].steps
         after = self._step(len(self.sizes) - 1)()
         velocity = (latents - after.predictions[0]) / steps.sigma[0]  # of the prediction, latents - sigma velocity
-        frames = decode(self.pipe.vae, latents, dtype="float32")
+        if self.pipe.vae.post_quant_conv.weight.dtype == jnp.float32:
+            frames = decode(self.pipe.vae, latents, dtype="float32")
+        else:  # whose own error is above that of 8 bits
+            frames = decode(self.pipe.vae, latents, dtype="uint8") / 255
         text, timestep = np.asarray(self.text, np.float32), float(steps.timestep[0])
         video = reference.decode(np.asarray(denormalize(latents, self.size.vae)))
         return {

@@ -3,7 +3,8 @@
 import zlib
 from collections import Counter
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -42,16 +43,22 @@ class SeededNoise:
     def _draw(self, kind, site: str, shape: tuple[int, ...]) -> jax.Array:
         index = self._asked[site]
         self._asked[site] += 1
-        keys = [jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(site.encode())), index) for root in self._roots]
-        if len(keys) == 1 or shape[0] != len(keys):
-            return kind(keys[0], shape)
-        return jnp.concatenate([kind(key, (1, *shape[1:])) for key in keys])
+        number: Any = np.array([zlib.crc32(site.encode()), index], np.uint32)
+        if len(self._roots) == 1 or shape[0] != len(self._roots):
+            return _drawn(kind, shape, self._roots[0], number)
+        return jnp.concatenate([_drawn(kind, (1, *shape[1:]), root, number) for root in self._roots])
 
     def normal(self, site: str, shape: tuple[int, ...]) -> jax.Array:
         return self._draw(jax.random.normal, site, shape)
 
     def uniform(self, site: str, shape: tuple[int, ...]) -> jax.Array:
         return self._draw(jax.random.uniform, site, shape)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _drawn(kind: Any, shape: tuple[int, ...], root: jax.Array, number: jax.Array) -> jax.Array:
+    """One draw of `kind`, in one program."""
+    return kind(jax.random.fold_in(jax.random.fold_in(root, number[0]), number[1]), shape)
 
 
 def draw(values: ArrayLike, shape: tuple[int, ...], site: str) -> np.ndarray | jax.Array:

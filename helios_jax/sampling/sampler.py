@@ -1,6 +1,7 @@
 """The autoregressive loop over chunks, in one program (`generate`) or chunk by chunk (`stream`)."""
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -70,9 +71,10 @@ def generate(
     return history, rearrange(chunks, "k b t h w c -> b (k t) h w c")
 
 
-# Steps of the next chunk that are queued before one is handed out. No more: after 32 programs that have not run, those
-# around the steps included, the runtime makes the host wait, and the chunk that is done would wait with it.
+# Steps of the next chunk that are queued, at most, before one is handed out.
 AHEAD = 8
+# Seconds: a launch that takes longer waits for room in the device's queue. A GPU's has room for about one step at 14B.
+SLOW_LAUNCH = 0.01
 
 # A step's state takes the place of the one before.
 step_program = program(static_argnames="memory", donate_argnames="state")(denoise_step)
@@ -91,27 +93,30 @@ def stream(
     """Yields `finish(latents)` of each chunk and the history after it; `chunks` gives noise, levels and text of each.
 
     A chunk is yielded once the next one is queued, all of it or its first `AHEAD` steps, so that the device works while
-    the host handles frames. `progress(chunk, step)` is called when a step has been computed, steps counted over all
-    levels; with it, as every step is waited for, a chunk is yielded after the first step of the next.
+    the host handles frames. Where launches wait, it is yielded as soon as it is computed and one step is queued.
+    `progress(chunk, step)` is called when a step has been computed, steps counted over all levels.
     """
     step = step_program.bind(model)
-    ahead = AHEAD if progress is None else 1
+    ahead = AHEAD if progress is None else 1  # progress waits for every step: a chunk must not wait with it
     known: Sequence[Level] = ()
     tables: list[list[Level]] = []
     done: list[tuple[Chunk, History]] = []
     for chunk, (noise, levels, conditioning) in enumerate(chunks):
         if levels is not known:
-            known, tables = levels, [_split(rows(level)) for level in levels]
+            known, tables = levels, [split(level) for level in levels]
         one = partial(step, history=history, conditioning=conditioning, memory=memory)
         sample = noise.latents
+        launched = time.monotonic()
         for count, state in enumerate(through_levels(noise, levels, partial(_by_step, one, tables)), 1):
             sample = state.sample
-            if count == ahead:
+            waited = time.monotonic() - launched > SLOW_LAUNCH
+            if count == ahead or (waited and _computed(done)):
                 yield from done
                 done = []
             if progress is not None:
                 jax.block_until_ready(sample)
                 progress(chunk, count - 1)
+            launched = time.monotonic()
         history = _push(history, sample, memory)
         now = (finish(sample), history)
         yield from done
@@ -132,7 +137,12 @@ def _by_step(
         yield state
 
 
-def _split(level: Level) -> list[Level]:
+def _computed(arrays: Any) -> bool:
+    found: list[Any] = [array for array in jax.tree.leaves(arrays) if isinstance(array, jax.Array)]
+    return all(array.is_ready() for array in found)
+
+
+def split(level: Level) -> list[Level]:
     """Its steps one by one, cut on the host: on the device each number would be a program of its own."""
-    host = jax.tree.map(np.asarray, level)
+    host = jax.tree.map(np.asarray, rows(level))
     return [jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), host) for i in range(len(level.steps.sigma))]

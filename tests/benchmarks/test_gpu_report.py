@@ -61,6 +61,14 @@ def test_the_fastest_pair_is_right_and_has_all_levels():
     assert found.device == H100
 
 
+def test_blocks_that_were_timed_in_turn_take_the_place_of_earlier_ones():
+    in_turn = [block("cudnn", "xla", 8640, 0.010), block("cudnn", "xla", 540, 0.004)]
+    assert gpu_page.conclusions([DEVICE, *BLOCKS, *in_turn]).implementations["norms"] == "xla"
+    text = gpu_page.page([DEVICE, *BLOCKS, *in_turn], "14b")
+    assert "| 540 | 2940 | cudnn | xla | 0.004 |" in text
+    assert "| 540 | 2940 | cudnn | xla | 0.005 |" not in text
+
+
 @pytest.mark.parametrize("result", [{"verdict": "wrong"}, {"verdict": "moves"}, {"why": "no answer in 45 s"}])
 def test_kernels_that_are_not_right_are_no_choice(result):
     rows = [DEVICE, *BLOCKS, check("adaln", **result)]
@@ -158,14 +166,14 @@ def test_the_device_is_left_to_the_phases():
     code += "print(len(gpu_report.phases('14b', Path('rows'))), end='')"
     environment = {**os.environ, "JAX_PLATFORMS": "nowhere"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert found.stdout == "14"  # four ops are checked and tuned, and six phases measure
+    assert found.stdout == "15"  # four ops are checked and tuned, and seven phases measure
 
 
 def test_a_choice_that_a_phase_does_not_have_is_refused(capsys, tmp_path):
     with pytest.raises(SystemExit) as end:
         gpu_phases.main(["machine", "--size", "tiny", "--rows", str(tmp_path / "rows"), "--norms", "xla"])
     assert end.value.code == 2
-    assert "are of end_to_end and reference: leave them out of machine" in capsys.readouterr().err
+    assert "are of end_to_end, profile and reference: leave them out of machine" in capsys.readouterr().err
 
 
 def test_a_report_becomes_the_devices_defaults(tmp_path, monkeypatch, capsys):
@@ -220,7 +228,7 @@ def test_what_makes_no_sense_is_refused(capsys, tmp_path):
         assert rows.read_text() == "{}", "an earlier run's rows are gone"
 
 
-def test_the_pace_leaves_the_text_encoder_to_the_first_chunk():
-    pace = gpu_phases._pace([3.0, 4.0, 5.0], 33)
+def test_the_pace_is_that_between_chunks():
+    pace = gpu_phases._pace([3.0, 4.0, 5.0, 6.0, 6.5], 33)  # the first waits for text, the last for no other
     assert (pace["seconds_a_chunk"], pace["frames_per_s"]) == (1.0, 33.0)
-    assert pace["frames_per_s_in_all"] == pytest.approx(99 / 5)
+    assert pace["frames_per_s_in_all"] == pytest.approx(165 / 6.5)

@@ -42,12 +42,22 @@ def test_the_one_program_and_the_stream_give_the_same_latents(pipe):
 def test_the_next_chunk_is_queued_before_one_is_handed_out(pipe, monkeypatch, steps):
     """However slow the caller is, the device has a chunk to work on, or the first steps of a long one."""
     queued = recorded(monkeypatch)
+    monkeypatch.setattr(sampler, "SLOW_LAUNCH", 1000)  # the first launch compiles
     whole, ahead = ["step"] * steps + ["decode"], ["step"] * sampler.AHEAD
     arguments = {**SMALL, "num_inference_steps": steps, "num_frames": 3 * WINDOW}
     for chunk, _ in enumerate(pipe.stream("a red plus", **arguments), 1):
         rest = whole if steps < sampler.AHEAD else ahead
         assert queued == (whole * 3 if chunk == 3 else whole * chunk + rest)
     assert chunk == 3
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_where_launches_wait_a_computed_chunk_does_not(pipe, monkeypatch, computed):
+    queued = recorded(monkeypatch)
+    monkeypatch.setattr(sampler, "SLOW_LAUNCH", 0)
+    monkeypatch.setattr(sampler, "_computed", lambda arrays: computed)
+    next(pipe.stream("a red plus", **SMALL, num_inference_steps=4, num_frames=2 * WINDOW))
+    assert queued == [*["step"] * 4, "decode", *(["step"] if computed else [*["step"] * 4, "decode"])]
 
 
 def test_with_progress_a_chunk_waits_for_one_step_only(pipe, monkeypatch):
