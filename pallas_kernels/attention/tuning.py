@@ -50,7 +50,10 @@ def _candidates(op: str, dtype: Any, platform: str, shape: Shape) -> list[Tiles]
 
 
 def _kernel(op: str, chosen: Tiles) -> Callable[..., Any]:
-    """Attention with the sizes `chosen` for `op`, and the table's sizes for the other kernels."""
+    """Attention with the sizes `chosen` for `op`, and the table's sizes for the other kernels.
+
+    The forward kernel stores what gradients need, as in training: its sizes must leave shared memory for that.
+    """
 
     def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         if reason := attention.unsupported(query):
@@ -60,7 +63,7 @@ def _kernel(op: str, chosen: Tiles) -> Callable[..., Any]:
         sizes = {part: tiles.lookup(name, device.kind(), query.shape[1]) for part, name in names.items()}
         return kernels.attention(query, key, value, None, sizes | {op: chosen})
 
-    return attend
+    return (lambda *inputs: jax.vjp(attend, *inputs)[0]) if op == "attention" else attend
 
 
 def _alternatives(dtype: Any, platform: str) -> dict[str, Callable[..., Any]]:

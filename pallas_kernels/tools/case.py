@@ -10,7 +10,10 @@ DTYPES = {"bfloat16": 0.01, "float32": 1e-5}  # largest error allowed, relative 
 
 @dataclass(frozen=True)
 class Case:
-    """`ours` and the `reference` of the same float inputs. `tokens` have the case's dtype; the others are float32."""
+    """`ours` and the `reference` of the same float inputs. `tokens` have the case's dtype; the others are float32.
+
+    `allowed` is the largest error, where that of the dtype does not do.
+    """
 
     op: str
     what: str
@@ -19,6 +22,7 @@ class Case:
     reference: Callable[..., Any]
     tokens: tuple[tuple[int, ...], ...]
     others: tuple[tuple[int, ...], ...] = ()
+    allowed: float | None = None
 
 
 def both(
