@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from helios_jax.runtime.seeds import checked
+
 # A prompt of one video, or one per video of a batch.
 Prompt = str | Sequence[str]
 
@@ -14,11 +18,11 @@ def check_output_type(output_type: str) -> None:
 
 def make_seeds(seed: int | Sequence[int], prompts: int, videos: int) -> list[int]:
     """One seed per video: each prompt's videos count on from `seed`, unless every video has its own."""
-    if isinstance(seed, int):
-        return [seed + i for i in range(videos)] * prompts
+    if not isinstance(seed, Sequence | np.ndarray):
+        return [checked(checked(seed) + i) for i in range(videos)] * prompts
     if len(seed) != prompts * videos:
         raise ValueError(f"seed has {len(seed)} numbers for {prompts * videos} videos: give as many, or one number")
-    return list(seed)
+    return [checked(one) for one in seed]
 
 
 def make_negatives(negative_prompt: Prompt | None, count: int) -> list[str]:

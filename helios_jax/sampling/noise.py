@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
 
+from helios_jax.runtime import seeds
+
 
 @runtime_checkable
 class Noise(Protocol):
@@ -31,9 +33,9 @@ class SeededNoise:
     and in a batch; a draw that all videos share, with another first dimension, comes from the first seed.
     """
 
-    def __init__(self, *seeds: int, asked: Mapping[str, int] | None = None):
-        self.seeds = seeds
-        self._roots = [jax.random.key(seed) for seed in seeds]
+    def __init__(self, *numbers: int, asked: Mapping[str, int] | None = None):
+        self.seeds = tuple(seeds.checked(number) for number in numbers)
+        self._roots = [seeds.key(seed) for seed in self.seeds]
         self._asked: Counter[str] = Counter(asked)
 
     def asked(self) -> dict[str, int]:

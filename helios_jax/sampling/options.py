@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from helios_jax.config import nearest
+from helios_jax.runtime.seeds import checked
 
+MOST_VIDEOS = 10_000  # of a prompt: more are planned at once than anyone waits for
 WEIGHTS_FPS = 24  # the rate of the clips that the released weights were trained on
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -209,8 +211,10 @@ class SampleConfig(SamplingOptions):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(0, seed=self.seed)
         _at_least(1, num_videos_per_prompt=self.num_videos_per_prompt, interpolate_time=self.interpolate_time)
+        if self.num_videos_per_prompt > MOST_VIDEOS:
+            raise ValueError(f"num_videos_per_prompt must be at most {MOST_VIDEOS}, got {self.num_videos_per_prompt}")
+        checked(checked(self.seed) + self.num_videos_per_prompt - 1, "the last video's seed")
         if self.csv is None and self.resume is None and not self.prompt.strip():
             raise ValueError('prompt must say what to show, as in --prompt "a red square moves right"')
         if self.image is not None and self.video is not None:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from helios_jax import config as configs
 from helios_jax.config import ConfigError
 from helios_jax.pretrained import CheckpointError
+from helios_jax.runtime import seeds
 from helios_jax.runtime.command import program_name
 from helios_jax.runtime.compilation import precise
 from helios_jax.sharding import check_batch, join_hosts, make_mesh
@@ -51,7 +52,7 @@ def train(stage: Stage[Any, Any]) -> int:
     with jax.set_mesh(mesh), precise(config.precision):
         state = init_sharded(
             stage.init,
-            jax.random.key(config.seed),
+            seeds.key(config.seed),
             optimizer,
             config.optim.ema,
             mesh,

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tensorboardX import SummaryWriter
 
+from helios_jax.runtime import seeds
 from helios_jax.sharding import BATCH, put_batch, shardings
 from helios_jax.training.optim import learning_rate
 from helios_jax.training.run_checkpoints import Checkpoints
@@ -101,7 +102,7 @@ def run(
     `validate` runs at its interval.
     """
     config: TrainConfig = stage.config
-    seed_key = jax.random.key(config.seed)
+    seed_key = seeds.key(config.seed)
     first = done = int(state.step)
     window: list[tuple[Metrics, list[str]]] = []
     reporter = Reporter(Path(config.run), first, config)

@@ -6,6 +6,7 @@ from typing import Literal
 from helios_jax.config import require
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
+from helios_jax.runtime.seeds import checked
 from helios_jax.sharding import MeshConfig
 from helios_jax.training.optim import OptimConfig
 
@@ -98,7 +99,7 @@ class TrainConfig:
         require(self.steps > 0, f"steps must be at least 1, got {self.steps}")
         require(self.log_every > 0, f"log_every must be at least 1, got {self.log_every}")
         require(bool(self.run), "run must name a folder")
-        require(self.seed >= 0, f"seed must not be negative, got {self.seed}")
+        checked(self.seed)
         require(bool(self.trainable), "trainable must name something: all, adapters or parameters")
         parts = self.optim.accumulate
         require(

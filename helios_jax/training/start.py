@@ -12,6 +12,7 @@ from helios_jax.config import ConfigError
 from helios_jax.models.transformer import MEMORY_PATCHES, Transformer, TransformerConfig, init_memory_patches
 from helios_jax.models.transformer.embeddings import Patches, coarser
 from helios_jax.pretrained import CheckpointError
+from helios_jax.runtime import seeds
 from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.trainable import AdapterConfig
 
@@ -110,6 +111,6 @@ def _load_wan(model: Transformer, folder: Path, shardings: Any) -> Transformer:
 def _add_adapters(model: Transformer, config: AdapterConfig, seed: int) -> Transformer:
     adapter = lora.LoRAConfig(config.rank, config.alpha, config.target_modules, init="gaussian")
     try:
-        return lora.add(model, adapter, jax.random.fold_in(jax.random.key(seed), 1), dtype=jnp.float32)
+        return lora.add(model, adapter, jax.random.fold_in(seeds.key(seed), 1), dtype=jnp.float32)
     except ValueError as error:
         raise ConfigError(f"lora: {error}") from None

@@ -28,6 +28,7 @@ from helios_jax.models.discriminator import Head
 from helios_jax.models.transformer import Transformer
 from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_TEXT
 from helios_jax.pretrained import CheckpointError
+from helios_jax.runtime import seeds
 from helios_jax.training import optim
 from helios_jax.training.export import export_pipeline
 from helios_jax.training.stage import Batches, Metrics, Stage
@@ -90,7 +91,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         config, distill, step = self.config, self.config.distill, batch["step"]
         scene = make_scene(batch, fold(keys, 0), config)
         # One draw for all samples, of all parts of a batch: it takes as many passes as its longest rollout.
-        common = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), COMMON), step)
+        common = jax.random.fold_in(jax.random.fold_in(seeds.key(config.seed), COMMON), step)
         chunks = distill.rollout.draw(jax.random.fold_in(common, 0), step)
 
         critic = _learning(model, lambda path, x: not of_student(path, x))

@@ -11,6 +11,7 @@ from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.models.discriminator import Discriminator
 from helios_jax.models.transformer import Transformer
+from helios_jax.runtime import seeds
 from helios_jax.sharding import shardings as placements
 from helios_jax.training import start
 from helios_jax.training.flow_config import FlowTrainConfig
@@ -87,7 +88,7 @@ def _add_critic(model: Transformer, config: DistillTrainConfig) -> Transformer:
     asked = config.distill.critic.lora
     adapter = lora.LoRAConfig(asked.rank, asked.alpha, asked.target_modules, init="gaussian", name=CRITIC)
     try:
-        model = lora.add(model, adapter, jax.random.fold_in(jax.random.key(config.seed), 2), dtype=jnp.float32)
+        model = lora.add(model, adapter, jax.random.fold_in(seeds.key(config.seed), 2), dtype=jnp.float32)
     except ValueError as error:
         raise ConfigError(f"distill.critic.lora: {error}") from None
     return lora.adapters.set_kind(model, CRITIC, CriticWeight)
@@ -96,7 +97,7 @@ def _add_critic(model: Transformer, config: DistillTrainConfig) -> Transformer:
 def _discriminator(config: DistillTrainConfig, model: Transformer) -> Discriminator | None:
     if config.distill.gan is None:
         return None
-    sizes, key = model.config, jax.random.fold_in(jax.random.key(config.seed), 3)
+    sizes, key = model.config, jax.random.fold_in(seeds.key(config.seed), 3)
     return Discriminator(
         config.distill.gan.discriminator, sizes.dim, sizes.out_channels or sizes.in_channels, rngs=nnx.Rngs(key)
     )
