@@ -288,7 +288,7 @@ def test_a_csv_makes_all_it_can_and_goes_on(config, tmp_path, capsys):
 def test_interactive_csv_and_benchmark_names(config, tmp_path):
     (tmp_path / "p.csv").write_text("id,prompt_index,prompt\n6,1,a blue bar\n6,0,a red plus\n12,0,a bar\n12,1,a plus\n")
     arguments = ["--csv", tmp_path / "p.csv", "--out", tmp_path / "all", "ids=[6]", "interpolate_time=1"]
-    assert run(config, *arguments, "--naming", "heliosbench", "interpolation_steps=0") == 0
+    assert run(config, *arguments, "--naming", "heliosbench", "interpolation_steps=0", "num_frames=9") == 0
     (path,) = (tmp_path / "all").glob("*.mp4")
     assert path.name == "6_18_ori18.mp4"
     assert len(read_video(path)[0]) == 18
@@ -304,13 +304,13 @@ def test_interactive_csv_and_benchmark_names(config, tmp_path):
         ("text\na\n", [], ["'text'"]),
         ("id,seed\n1,2\n", [], ["no column prompt"]),
         ("id,promt\n1,2\n", [], ["'promt'", "prompt"]),
-        ("id,prompt\n1,a\n1,b\n", [], ["id 1", "2 rows"]),
+        ("id,prompt\n1,a\n1,b\n", [], ["id 1", "line 3", "line 2"]),
         ("id,prompt\n../x,a\n", [], ["'../x'"]),
-        ("id,prompt,seed\n1,a,many\n", [], ["id 1", "seed", "'many'"]),
+        ("id,prompt,seed\n1,a,many\n", [], ["line 2", "seed", "'many'"]),
         ("id,prompt\n1,\n", [], ["id 1", "prompt"]),
         ("id,prompt\n1,a\n", ["ids=[2]"], ["no id 2"]),
         ("id,prompt\n", [], ["no row"]),
-        (None, [], ["cannot be read"]),
+        (None, [], ["is no file"]),
     ],
 )
 def test_a_bad_csv_is_one_line(config, tmp_path, capsys, text, arguments, words):

@@ -22,7 +22,7 @@ def checked(seed: Any, name: str = "seed") -> int:
     return value
 
 
-def key(seed: int) -> "jax.Array":
+def key(seed: Any) -> "jax.Array":
     """The random key of a seed. All 64 bits count, of which `jax.random.key` takes 32; below 2^32 the keys are its."""
     import jax  # takes seconds, and most callers only check
 

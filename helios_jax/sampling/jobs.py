@@ -1,19 +1,16 @@
 """The videos of one run of sample.py: one, several seeds of one, or all rows of a CSV file."""
 
-import csv
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from helios_jax.config import ConfigError, nearest, to_dict
+from helios_jax.config import ConfigError, to_dict
 from helios_jax.media.writers import Format, file_format, read_sidecar, sidecar
+from helios_jax.sampling import table
 from helios_jax.sampling.options import PromptSwitch, SampleConfig
 
-COLUMNS = ("id", "prompt_index", "prompt", "refined_prompt", "negative_prompt", "seed", "num_frames", "duration")
-INPUTS = {"image": "image", "image_name": "image", "video": "video", "video_name": "video"}
 # Fields that say where a video goes; all others decide what is in it.
 ELSEWHERE = ("csv", "ids", "interpolate_time", "naming", "num_videos_per_prompt", "out", "format", "state", "resume")
 
@@ -84,69 +81,38 @@ def _out(config: SampleConfig, one: SampleConfig, row: str, seed: int, kind: For
 def _rows(config: SampleConfig, chunk_frames: int) -> Iterator[tuple[str, SampleConfig]]:
     """Each video of the CSV: its id and its config."""
     assert config.csv is not None
-    path = Path(config.csv)
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            names = list(reader.fieldnames or [])
-            rows = [{"id": str(i), **row} for i, row in enumerate(reader)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"csv: {path} cannot be read: {error}") from None
-    if unknown := [name for name in names if name not in (*COLUMNS, *INPUTS)]:
-        raise ConfigError(
-            f"csv: {path} has a column {unknown[0]!r} that means nothing here{nearest(unknown[0], COLUMNS)}"
-        )
-    if not {"prompt", "refined_prompt"} & set(names):
-        raise ConfigError(f"csv: {path} has no column prompt; it has {', '.join(names) or 'none'}")
-    interactive = "prompt_index" in names
-    if interactive:
-        rows.sort(key=lambda row: (_order(row["id"]), _number(path, row, "prompt_index", int)))
-    groups = [(row, list(group)) for row, group in groupby(rows, key=lambda row: row["id"])]
-    for row, group in groups:
-        if not row.strip() or Path(row).name != row:
-            raise ConfigError(f"csv: {path}: id {row!r} cannot be part of a file's name; use letters and digits")
-        if len(group) > 1 and not interactive:
-            raise ConfigError(f"csv: {path}: id {row} stands in {len(group)} rows; ids must differ")
+    videos = {rows[0].fields["id"]: rows for rows in table.read(Path(config.csv))}
     if config.ids is not None:
-        if missing := set(config.ids) - {row for row, _ in groups}:
-            raise ConfigError(f"ids: {path} has no id {sorted(missing)[0]}")
-        groups = [(row, group) for row, group in groups if row in config.ids]
-    if not groups:
-        raise ConfigError(f"csv: {path} holds no row")
-    for row, group in groups:
+        if missing := set(config.ids) - set(videos):
+            raise ConfigError(f"ids: {config.csv} has no id {sorted(missing)[0]}")
+        videos = {name: rows for name, rows in videos.items() if name in config.ids}
+    for name, rows in videos.items():
         try:
-            yield row, _one(config, path, group, chunk_frames)
+            yield name, _one(config, rows, chunk_frames)
+        except ConfigError:
+            raise
         except ValueError as error:
-            raise ConfigError(f"csv: {path}: id {row}: {error}") from None
+            raise rows[0].error(f"id {name}: {error}") from None
 
 
-def _one(config: SampleConfig, path: Path, group: list[dict[str, Any]], chunk_frames: int) -> SampleConfig:
-    first = group[0]
-    prompts = [row.get("refined_prompt") or row.get("prompt") or "" for row in group]
+def _one(config: SampleConfig, rows: list[table.Row], chunk_frames: int) -> SampleConfig:
+    first = rows[0]
+    prompts = [row.get("refined_prompt", "prompt") for row in rows]
     given: dict[str, Any] = {
-        name: str(path.parent / first[column]) for column, name in INPUTS.items() if first.get(column)
+        name: str(first.path.parent / first.get(column)) for column, name in table.INPUTS.items() if first.get(column)
     }
     if first.get("negative_prompt"):
-        given["negative_prompt"] = first["negative_prompt"]
-    if first.get("seed"):
-        given["seed"] = _number(path, first, "seed", int)
+        given["negative_prompt"] = first.get("negative_prompt")
+    if (seed := first.number("seed")) is not None:
+        given["seed"] = seed
+    frames = config.num_frames
     for column in ("num_frames", "duration"):
-        if first.get(column):
-            given["num_frames"] = _number(path, first, column, int)
-    if len(group) > 1:
+        if (number := first.number(column)) is not None:
+            frames = number
+    if len(rows) > 1:
         length = config.interpolate_time
         given["switches"] = [PromptSwitch(prompt, chunk=(i + 1) * length) for i, prompt in enumerate(prompts[1:])]
-        given["num_frames"] = len(prompts) * length * chunk_frames
-    return dataclasses.replace(config, prompt=prompts[0], csv=None, ids=None, naming="id", **given)
-
-
-def _number(path: Path, row: dict[str, Any], column: str, kind: type) -> Any:
-    try:
-        return kind(row[column])
-    except ValueError:
-        raise ConfigError(f"csv: {path}: id {row['id']}: {column} must be a number, got {row[column]!r}") from None
-
-
-def _order(row: str) -> tuple[int, int | str]:
-    """Numbers in their order, then words."""
-    return (0, int(row)) if row.isdigit() else (1, row)
+        frames = max(frames or 0, len(prompts) * length * chunk_frames)
+    if frames is None:
+        raise ValueError("num_frames must be a number: the next video would never begin")
+    return dataclasses.replace(config, prompt=prompts[0], csv=None, ids=None, naming="id", num_frames=frames, **given)
