@@ -243,11 +243,12 @@ def test_a_full_disk_ends_the_run_and_what_was_written_stays(config, tmp_path, m
 
     monkeypatch.setattr(runs, "open_writer", lambda path, *_: Full(path))
     arguments = ["--num-frames", 90, "--state", tmp_path / "state"]
-    with pytest.raises(OSError, match="No space left"):
-        run(config, *arguments, "--out", tmp_path / "x.npz")
+    assert run(config, *arguments, "--out", tmp_path / "x.npz") == 1
     assert np.load(tmp_path / "x.npz")["latents"].shape[0] == 3
     assert read_state(tmp_path / "state").chunk == 1
-    assert "chunk 2/" not in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "chunk 2/" not in printed.out
+    assert printed.err.count("No space left") == 1
 
 
 CSV = """id,prompt,image,seed
@@ -346,6 +347,59 @@ def test_bad_tasks_are_one_line(config, arguments, words, capsys, tmp_path):
     assert error.count("\n") == 1
     assert all(word in error for word in words), error
     assert not list(tmp_path.glob("*.mp4"))
+
+
+@pytest.mark.parametrize(
+    ("there", "arguments", "words"),
+    [
+        ("video.mp4", [], ["out", "is there already", "--overwrite"]),
+        ("video.json", [], ["video.json", "another file"]),
+        ("s.state", ["--state", "s.state"], ["state", "--resume"]),
+        (None, ["--video", "video.mp4"], ["out", "is the run's video"]),
+        (None, ["--state", "video.mp4"], ["state", "is also out"]),
+        (None, ["--state", "video.json"], ["state", "is also the JSON"]),
+        (None, ["--resume", "video.mp4", "--state", "s.state"], ["out", "is the run's resume"]),
+    ],
+)
+def test_nothing_that_is_there_is_overwritten_unasked(config, tmp_path, capsys, monkeypatch, there, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    if there is not None:
+        (tmp_path / there).write_text("{}")
+    assert run(config, *arguments, "--out", tmp_path / "video.mp4", "--num-frames", 9) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+    if there is not None:
+        assert (tmp_path / there).read_text() == "{}"
+        assert run(config, *arguments, "--out", tmp_path / "video.mp4", "--num-frames", 9, "--overwrite") == 0
+        assert len(read_video(tmp_path / "video.mp4")[0]) == 9
+
+
+@pytest.mark.parametrize("out", ["x.mp4", "x.npz", "x"])
+def test_a_video_that_was_begun_is_made_again(config, tmp_path, capsys, monkeypatch, out):
+    """A killed run leaves half a video and its facts: the same command makes it whole, another does not touch it."""
+    arguments = ["--out", tmp_path / out, "--num-frames", 27]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_figures", lambda *_: (_ for _ in ()).throw(SystemExit(137)))
+        with pytest.raises(SystemExit):
+            run(config, *arguments)
+    assert json.loads((tmp_path / "x.json").read_text())["complete"] is False
+    assert run(config, *arguments, "--seed", 1) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert run(config, *arguments) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["complete"] is True
+    assert run(config, *arguments) == 2
+
+
+def test_latents_that_are_not_finite_end_the_run(config, tmp_path, capsys, monkeypatch):
+    finish = pipeline.SeededNoise.normal
+    monkeypatch.setattr(
+        pipeline.SeededNoise, "normal", lambda self, site, shape: finish(self, site, shape) * float("nan")
+    )
+    assert run(config, "--out", tmp_path / "x.mp4", "--num-frames", 9) == 1
+    error = capsys.readouterr().err
+    assert "chunk 0: latents are NaN or infinite" in error
+    assert error.count("\n") == 1
 
 
 def test_a_size_that_was_never_trained_warns_once(config, tmp_path, capsys):

@@ -44,7 +44,10 @@ def parse(argv: Sequence[str]) -> SampleConfig:
             if f.metadata["group"] == title:
                 flag, many = f"--{f.name.replace('_', '-')}", f.name in lists
                 text = f.metadata["help"].replace("%", "%%") + _default(f)
-                group.add_argument(flag, help=text, metavar="X,X" if many else "X")
+                if f.name == "overwrite":
+                    group.add_argument(flag, help=text, action="store_const", const="true")
+                else:
+                    group.add_argument(flag, help=text, metavar="X,X" if many else "X")
         if title == METHOD:
             group.add_argument("--lora", action="append", metavar="FILE[=SCALE]", help="to merge in; may be repeated")
         if title == MAKE:
@@ -107,6 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, FileNotFoundError) as error:  # ConfigError, CheckpointError, ...: one line each
             print(f"{program_name('sample.py')}: {error}", file=sys.stderr)
             return 2
+        except (OSError, FloatingPointError) as error:  # a disk that is full, say: what was written stays
+            print(f"{program_name('sample.py')}: {error}", file=sys.stderr)
+            return 1
         finally:
             ours.removeHandler(handler)
 

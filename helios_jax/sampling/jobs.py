@@ -12,7 +12,10 @@ from helios_jax.sampling import table
 from helios_jax.sampling.options import PromptSwitch, SampleConfig
 
 # Fields that say where a video goes; all others decide what is in it.
-ELSEWHERE = ("csv", "ids", "interpolate_time", "naming", "num_videos_per_prompt", "out", "format", "state", "resume")
+ELSEWHERE = (
+    *("csv", "ids", "interpolate_time", "naming", "num_videos_per_prompt"),
+    *("out", "format", "overwrite", "state", "resume"),
+)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ A field says its name, type, default and help text; its type and default decide 
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -15,6 +16,8 @@ from helios_jax.runtime.seeds import checked
 MOST_VIDEOS = 10_000  # of a prompt: more are planned at once than anyone waits for
 WEIGHTS_FPS = 24  # the rate of the clips that the released weights were trained on
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+PATHS = ("image", "video", "csv", "model", "out", "state", "resume", "profile")  # ~ is the home folder in all
 
 MAKE, METHOD, NOISE, FILES = (
     "what to make",
@@ -205,12 +208,17 @@ class SampleConfig(SamplingOptions):
     naming: Literal["id", "heliosbench"] = option(
         "id", "names of a CSV's files: id (7.mp4) or heliosbench (7_240_ori240.mp4)", FILES
     )
+    overwrite: bool = option(False, "replace files that are there already", FILES)
     state: str | None = option(None, "a file to keep up to date while the video grows, to go on from", FILES)
     resume: str | None = option(None, "such a file: make the rest of that video", FILES)
     profile: str | None = option(None, "a folder for a trace of the second chunk, for Perfetto or XProf", FILES)
 
     def __post_init__(self):
         super().__post_init__()
+        for name in PATHS:
+            if (path := getattr(self, name)) is not None:
+                setattr(self, name, os.path.expanduser(path))
+        self.loras = [os.path.expanduser(text) for text in self.loras]
         _at_least(1, num_videos_per_prompt=self.num_videos_per_prompt, interpolate_time=self.interpolate_time)
         if self.num_videos_per_prompt > MOST_VIDEOS:
             raise ValueError(f"num_videos_per_prompt must be at most {MOST_VIDEOS}, got {self.num_videos_per_prompt}")

@@ -14,8 +14,9 @@ import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from helios_jax import lora
-from helios_jax.media.writers import ThreadedWriter, open_writer, write_sidecar
+from helios_jax.media.writers import ThreadedWriter, open_writer, sidecar, write_sidecar
 from helios_jax.models.transformer import Transformer
+from helios_jax.sampling import outputs
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.context import Context, read_context
 from helios_jax.sampling.fingerprint import weights_hash
@@ -72,7 +73,7 @@ def run(config: SampleConfig) -> int:
             context = _read_context(job, plan, checkpoint) if config.csv is not None else context
             if make(pipe, job, plan, context, checkpoint, begin if i == 0 else time.monotonic()):
                 return 130
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             if config.csv is None:
                 raise
             failed.append(f"{job.name}: {error}")
@@ -92,7 +93,8 @@ def _check(job: Job, plan: Plan, *, alone: bool) -> None:
         )
     if config.resume is None:
         make_schedule([config.prompt], config.switches, config, plan.chunk_frames)
-    if alone:
+    outputs.check(job)
+    if alone and not job.out.is_dir():
         open_writer(job.out, config.fps, config.height, config.width).close()
 
 
@@ -107,11 +109,14 @@ def make(pipe: HeliosPipeline, job: Job, plan: Plan, context: Context, checkpoin
     times: list[float] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     interrupted = False
+    outputs.clear(job.out)
     with (
         Progress(*columns, disable=not sys.stderr.isatty()) as bars,
         ExitStack() as trace,
         closing(ThreadedWriter(open_writer(job.out, config.fps, config.height, config.width))) as writer,
     ):
+        # A run that is killed leaves it, so that the next one knows whose file it is.
+        write_sidecar(job.out, {"settings": job.settings(), "complete": False})
         first = 0
         chunks = bars.add_task("chunks", total=plan.num_chunks)
         steps = bars.add_task("steps", total=plan.num_steps(0))
@@ -154,7 +159,9 @@ def make(pipe: HeliosPipeline, job: Job, plan: Plan, context: Context, checkpoin
         print(f"profile: {config.profile}" if len(times) > 1 else "profile: none, no second chunk was made")
     if interrupted:
         print(f"interrupted: {writer.path} holds the {len(times)} of {plan.num_chunks} chunks that were done")
-    if times:
+    if not times:
+        sidecar(job.out).unlink()
+    else:
         write_sidecar(job.out, _facts(job, checkpoint, figures, writer.frames, first, len(times), not interrupted))
     return interrupted
 

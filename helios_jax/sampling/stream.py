@@ -102,6 +102,7 @@ class Stream:
         """The next chunk; the last one ends where `num_frames` says."""
         (latents, out), self._history = next(self._chunks)
         out, self.latents = np.asarray(out), np.asarray(latents)
+        check_finite(self.latents, self.chunk)
         del self._asked[self.chunk]
         left = None
         if self.plan.options.num_frames is not None:
@@ -222,6 +223,14 @@ def read_state(path: str | os.PathLike) -> State:
 
 
 _HISTORY = [field.name for field in dataclasses.fields(History)]
+
+
+def check_finite(latents: np.ndarray, first: int = 0) -> None:
+    """Raises FloatingPointError for latents [b, t, h, w, c] of chunk `first` that are NaN or infinite."""
+    if not np.isfinite(latents).all():
+        raise FloatingPointError(
+            f"chunk {first}: latents are NaN or infinite; check the weights, the LoRAs and guidance_scale"
+        )
 
 
 def _to_host(arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
