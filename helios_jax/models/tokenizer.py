@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import ftfy
@@ -72,11 +73,17 @@ class Tokenizer:
     def __call__(self, prompts: list[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int32, 0 after the end) and mask (bool) of the cleaned `prompts`, both [b, max_length].
 
-        A prompt that is too long loses its last tokens, not its `</s>`.
+        A prompt that is too long loses its last tokens, not its `</s>`, with a warning.
         """
         ids = np.full((len(prompts), max_length), PAD, np.int32)
         mask = np.zeros((len(prompts), max_length), bool)
         for i, encoding in enumerate(self._backend.encode_batch([prompt_clean(p) for p in prompts])):
+            if len(encoding.ids) > max_length:
+                warnings.warn(
+                    f"prompt {prompts[i][:30]!r}... has {len(encoding.ids)} tokens, of which {max_length} are used:"
+                    " make it shorter",
+                    stacklevel=2,
+                )
             row = encoding.ids if len(encoding.ids) <= max_length else [*encoding.ids[: max_length - 1], END]
             ids[i, : len(row)] = row
             mask[i, : len(row)] = True

@@ -1,6 +1,7 @@
 """Checks the arguments of a call and brings them into one form."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,14 @@ def check_output_type(output_type: str) -> None:
     """Raises ValueError for an unknown output type."""
     if output_type not in ("np", "latent"):
         raise ValueError(f'output_type must be "np" or "latent", got {output_type!r}')
+
+
+def make_prompts(prompt: Any) -> list[str]:
+    """The prompts as a list; raises ValueError for what is no string and no list of strings."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, Sequence) or not prompts or not all(isinstance(text, str) for text in prompts):
+        raise ValueError(f"prompt must be a string or a list of at least one, got {prompt!r}")
+    return list(prompts)
 
 
 def make_seeds(seed: int | Sequence[int], prompts: int, videos: int) -> list[int]:

@@ -22,7 +22,7 @@ from helios_jax.models.transformer.block import check_implementations
 from helios_jax.models.umt5 import UMT5Encoder
 from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.sampling import sampler
-from helios_jax.sampling.arguments import Prompt, check_output_type, make_negatives, make_seeds
+from helios_jax.sampling.arguments import Prompt, check_output_type, make_negatives, make_prompts, make_seeds
 from helios_jax.sampling.checkpoint import Checkpoint, write_index
 from helios_jax.sampling.context import Context, encode_context, read_context
 from helios_jax.sampling.frames import decode, decode_video
@@ -117,9 +117,9 @@ class HeliosPipeline:
         self.tokenizer.save_pretrained(folder / "tokenizer")
         write_index(folder, self.scheduler, self.variant)
 
-    def encode_prompt(self, prompts: Sequence[str], max_sequence_length: int | None = None) -> Float[Array, "b m d"]:
+    def encode_prompt(self, prompts: Prompt, max_sequence_length: int | None = None) -> Float[Array, "b m d"]:
         """Text embeddings, zero past each prompt's end; as many positions as the tokenizer allows unless given."""
-        return encode_prompts(self.text_encoder, self.tokenizer, prompts, max_sequence_length)
+        return encode_prompts(self.text_encoder, self.tokenizer, make_prompts(prompts), max_sequence_length)
 
     def plan(self, options: SamplingOptions) -> Plan:
         """The plan of `options` for this checkpoint; raises ValueError for an option that cannot be."""
@@ -287,12 +287,10 @@ class HeliosPipeline:
         noise: Noise | None = None,
     ) -> Call:
         """Checks all arguments, encodes the prompts and the context; `generate` and `start` take what it returns."""
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = make_prompts(prompt)
         negatives = make_negatives(negative_prompt, len(prompts))
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}")
-        if not prompts:
-            raise ValueError("prompt must be a string or a list of at least one, got an empty list")
         seeds = make_seeds(seed, len(prompts), num_videos_per_prompt)
         prompts, negatives = ([p for p in some for _ in range(num_videos_per_prompt)] for some in (prompts, negatives))
         schedule = make_schedule(prompts, switches, plan.options, plan.chunk_frames)

@@ -156,3 +156,11 @@ def test_wrong_folders_are_told_in_one_line(tmp_path):
     write(tmp_path, "T5Tokenizer")
     (tmp_path / "tokenizer_config.json").unlink()
     assert Tokenizer.from_pretrained(tmp_path).max_length == 512
+
+
+def test_a_prompt_that_is_cut_warns_with_count_and_limit(folder):
+    tokenizer = Tokenizer.from_pretrained(folder)
+    with pytest.warns(UserWarning, match=r"prompt 'a red square.*'.* has \d+ tokens, of which 4 are used"):
+        ids, mask = tokenizer(["a red square moves right fast", "a"], 4)
+    assert ids[0, -1] == 1
+    assert mask[0].all()

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from helios_jax.sampling.arguments import make_prompts
 from helios_jax.sampling.noise import SeededNoise
 from tests import tiny
 from tests.closeness import assert_close
@@ -133,3 +134,13 @@ def test_a_stream_leaves_the_caller_s_noise_as_it_was(pipe):
     for _ in range(2):  # a step's state is overwritten; the noise that it began with must not be
         stream(pipe, WINDOW, noise=Fixed())
     assert not value.is_deleted()
+
+
+@pytest.mark.parametrize("prompt", [None, [], [None], 3])
+def test_what_is_no_prompt_is_refused(prompt):
+    with pytest.raises(ValueError, match=r"^prompt must be a string or a list of at least one, got "):
+        make_prompts(prompt)
+
+
+def test_one_prompt_is_encoded_as_a_list_of_one(pipe):
+    np.testing.assert_array_equal(pipe.encode_prompt("a bar"), pipe.encode_prompt(["a bar"]))
