@@ -5,10 +5,21 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from helios_jax.media.files import check_readable
 
 # Pillow's exceptions for damaged files whose header is valid.
 DAMAGED = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
 
 
 def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
@@ -17,17 +28,29 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
     Raises FileNotFoundError for a missing file and ValueError, in one line, for a file that is damaged or not an image.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; name an image file, such as photo.png")
+    check_readable(path, "an image file, such as photo.png")
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
+            image.load()
+            upright = _upright(image)
     except UnidentifiedImageError:
         raise ValueError(f"{path}: is not a readable image; name a PNG or JPEG file") from None
     except DAMAGED as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path}: does not decode ({reason}); copy or save the image again") from None
     return np.asarray(to_rgb(upright, str(path)))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned by its EXIF orientation.
+
+    By hand: Pillow's `exif_transpose` also writes the other tags anew, which fails if one of them is broken.
+    """
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # broken EXIF data raises anything; the picture itself is whole
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:

@@ -18,24 +18,72 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import UInt8
 
+from helios_jax.media.files import check_readable, check_writable, kind_of, write_error
+from helios_jax.media.pictures import is_webp, read_folder, read_webp
+
 if TYPE_CHECKING:
     import av
+    from av.container import InputContainer
 
 CODEC, SUFFIX = "libx264", ".mp4"
 # An empty index, then one fragment per frame: the file is complete after every frame.
 CONTAINER_OPTIONS = {"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
 # zerolatency: the encoder returns each frame at once, without look-ahead.
 CODEC_OPTIONS = {"crf": "17", "preset": "veryfast", "tune": "zerolatency"}
+BUFFER = 1 << 18  # bytes read at once
 FAR = 250  # frames: key frames are seldom further apart
+# ITU-R BT.709 and limited range, as players assume of H.264. FFmpeg's numbers: AVCOL_..._BT709, AVCOL_RANGE_MPEG.
+BT709 = LIMITED = 1
+MAX_RATE = 2**31 - 1  # frames a second: mp4 and FFmpeg keep 32-bit numbers
+EXACT = 0x2 | 0x40000 | 0x2000  # BILINEAR, ACCURATE_RND and FULL_CHR_H_INT; the default darkens colours by up to 2
 ROUNDING = 1e-3  # seconds: many containers keep times in milliseconds
+
+
+class _Output:
+    """A file for the muxer, opened at the first byte. After an error it drops what comes, so that closing cannot fail.
+
+    The muxer gets an object, not a name, as FFmpeg takes names such as `take:1.mp4` for protocols.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._file, self._failed = path, None, False
+        self._size = self._whole = 0
+
+    def write(self, data: bytes) -> int:
+        if self._failed:
+            return len(data)
+        if self._file is None:
+            self._file = self._path.open("wb", buffering=0)
+        left = memoryview(data)
+        while left:
+            left = left[self._file.write(left) :]
+        self._size += len(data)
+        return len(data)
+
+    def mark(self) -> None:
+        """Declares what was written so far to be whole."""
+        self._whole = self._size
+
+    def fail(self) -> None:
+        """Cuts the file to its whole part and drops all that is written later."""
+        self._failed = True
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._whole)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 class VideoWriter:
     """Writes H.264 into an mp4, frame by frame: `with VideoWriter(path, 24, 384, 640) as video: video.write(frames)`.
 
     Missing folders of `path` are created. The first frame replaces an existing file. If the process dies, it plays
-    up to the frame before the newest. Raises ValueError, in one line and before anything is written, for a suffix that
-    is not .mp4, an odd or non-positive size, a rate that is not positive, and a path that cannot be written.
+    up to the frame before the newest. If the disk is full, the frames before stay, and OSError names the path.
+    Colours are BT.709 in limited range, and tagged so. Raises ValueError, in one line and before anything is written,
+    for a suffix that is not .mp4, an odd or non-positive size, a rate that the file cannot hold, and a path that is not
+    a regular file or cannot be written.
     """
 
     takes = "np"
@@ -48,17 +96,23 @@ class VideoWriter:
             even = f"{max(2, height + height % 2)}x{max(2, width + width % 2)}"
             raise ValueError(f"{path}: frames of {height}x{width}; H.264 needs even height and width, such as {even}")
         rate = Fraction(fps).limit_denominator(1001) if math.isfinite(fps) else Fraction(0)
-        if rate <= 0:
-            raise ValueError(f"{path}: {fps} frames a second; the rate must be positive, such as 24")
+        if rate <= 0 or rate.numerator > MAX_RATE:
+            raise ValueError(
+                f"{path}: {fps} frames a second; the rate must be positive and at most {MAX_RATE}, such as 24"
+            )
         check_writable(self.path)
         import av
+        from av.video.reformatter import VideoReformatter
 
-        self._size = (height, width)
-        self._container = av.open(str(self.path), "w", format="mp4", options=CONTAINER_OPTIONS)
+        self._size, self._output, self._reformatter = (height, width), _Output(self.path), VideoReformatter()
+        self._container = av.open(self._output, "w", format="mp4", options=CONTAINER_OPTIONS)
         self._stream = self._container.add_stream(CODEC, rate=rate, options=CODEC_OPTIONS)
         self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
+        context = self._stream.codec_context
+        context.color_primaries = context.color_trc = context.colorspace = BT709
+        context.color_range = LIMITED
         self._time_base = 1 / rate
-        self._closed = False
+        self._closed = self._failed = False
         self.frames = 0  # number of frames written
 
     def write(self, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
@@ -69,10 +123,24 @@ class VideoWriter:
         from av import VideoFrame
 
         for array in frames:
-            frame = VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+            rgb = VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
+            frame = self._reformatter.reformat(
+                rgb, format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED, threads=1
+            )
+            frame.color_primaries = frame.color_trc = BT709
             frame.pts, frame.time_base = self.frames, self._time_base
-            self._container.mux(self._stream.encode(frame))
+            self._mux(frame)
             self.frames += 1
+
+    def _mux(self, frame: av.VideoFrame | None) -> None:
+        """Encodes a frame, or with None completes the stream; what is then in the file is whole."""
+        try:
+            self._container.mux(self._stream.encode(frame))
+        except OSError as error:
+            self._output.fail()
+            self._failed = True
+            raise write_error(error, self.path) from None
+        self._output.mark()
 
     def close(self) -> None:
         """Completes the file. Later calls do nothing."""
@@ -80,10 +148,16 @@ class VideoWriter:
             return
         self._closed = True
         try:
-            if self.frames:
-                self._container.mux(self._stream.encode(None))
+            if self.frames and not self._failed:
+                self._mux(None)
+            self._container.close()
+        except OSError as error:
+            failed = self._failed
+            self._output.fail()
+            raise error if failed else write_error(error, self.path) from None
         finally:
             self._container.close()
+            self._output.close()
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -99,9 +173,13 @@ def read_video(path: str | os.PathLike, fps: float | None = None) -> tuple[UInt8
 
     With `fps` the file is read at that rate: the frame nearest to each instant 0, 1 / fps, ...
 
+    The tags of the file tell its colours (matrix and range); one without tags is taken as BT.601 in limited range. A
+    folder of PNG frames, 000000.png and on, is a video without a rate (0).
+
     Raises FileNotFoundError for a missing file and ValueError, in one line, for a rate that is not positive, for a
-    file without a video stream and for one that is damaged: data that does not decode, or fewer frames than it
-    declares. (Changed bits that still decode cannot be detected: H.264 has no checksum.)
+    file without a video stream and for one that is damaged: data that does not decode, or data that its index names
+    and that is missing. Frames that an edit list hides are not read. (Changed bits that still decode cannot be
+    detected: H.264 has no checksum.)
     """
     frames = list(_at_rate(path, fps))
     return np.stack([frame for frame, _ in frames]), frames[-1][1]
@@ -128,7 +206,9 @@ def frames_at(path: str | os.PathLike, numbers: Iterable[int]) -> Iterator[UInt8
     yield from _pick(path, enumerate(frame for frame, _, _ in _decode(path)), wanted[done:])
 
 
-def _pick(path: Path, frames: Iterable[tuple[int, av.VideoFrame]], wanted: list[int]) -> Iterator[np.ndarray]:
+def _pick(
+    path: Path, frames: Iterable[tuple[int, av.VideoFrame | np.ndarray]], wanted: list[int]
+) -> Iterator[np.ndarray]:
     left = iter(wanted)
     number, count = next(left, None), 0
     if number is None:
@@ -142,7 +222,7 @@ def _pick(path: Path, frames: Iterable[tuple[int, av.VideoFrame]], wanted: list[
     raise ValueError(f"{path}: has {count + 1} frames, frame {number} is asked for; cut the clip shorter")
 
 
-def _numbered(path: Path, near: int) -> Iterator[tuple[int, av.VideoFrame]]:
+def _numbered(path: Path, near: int) -> Iterator[tuple[int, av.VideoFrame | np.ndarray]]:
     """Frames and their numbers, from a key frame before `near`. Raises ValueError if the times are not even."""
     first = 0
     for i, (frame, time, rate) in enumerate(_decode(path, near)):
@@ -175,43 +255,53 @@ def _at_rate(path: str | os.PathLike, fps: float | None) -> Iterator[tuple[np.nd
         tick += 1
 
 
-def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """The RGB frame turned upright: phones store the orientation as metadata."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+def _upright(frame: av.VideoFrame | np.ndarray) -> np.ndarray:
+    """The RGB frame turned upright, mirrored ones too: phones store the orientation as metadata."""
+    if isinstance(frame, np.ndarray):
+        return frame
+    rgb = frame.to_ndarray(format="rgb24", interpolation=EXACT)
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV does not know the kind of some other side data
+        return np.rot90(rgb, frame.rotation // 90)
+    if data is None:
+        return rgb
+    # (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].astype(int)
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        rgb, a, d = rgb.swapaxes(0, 1), c, b
+    return rgb[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]
 
 
-def _decode(path: Path, near: int = 0) -> Iterator[tuple[av.VideoFrame, float, float]]:
+def _decode(path: Path, near: int = 0) -> Iterator[tuple[av.VideoFrame | np.ndarray, float, float]]:
     """Each frame, its time in seconds (the first at 0), and the average rate, 0 if the file has none.
 
     With `near`, starts at the last key frame before frame number `near`, if frames are evenly spaced.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; name a video file, such as clip{SUFFIX}")
+    if kind_of(path) == "folder":
+        yield from read_folder(path)
+        return
+    check_readable(path, f"a video file, such as clip{SUFFIX}")
+    if is_webp(path):
+        yield from read_webp(path)
+        return
     import av
-    from av.stream import Disposition
 
-    count, size, start, declared = 0, None, None, 0
+    count, size, start = 0, None, None
     try:
-        with av.open(str(path), options={"err_detect": "explode"}) as container:
-            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-            if not streams:
-                kinds = sorted({stream.type for stream in container.streams} - {"video"})
-                holds = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
-                raise ValueError(f"{path}: holds no video, {holds}; name a file with a video stream")
-            stream = streams[0]
+        # An object, as FFmpeg takes some names for protocols. A playlist must not open other files or the network.
+        options = {"err_detect": "explode", "protocol_whitelist": "none"}
+        with path.open("rb") as file, av.open(file, "r", options=options, buffer_size=BUFFER) as container:
+            stream = _video_stream(path, container)
             # By default a decoder guesses missing content, which hides the damage.
             stream.codec_context.options = {"err_detect": "explode"}
             stream.thread_type = "AUTO"
             rate = float(stream.average_rate or stream.guessed_rate or 0)
-            declared = stream.frames
-            # A fragmented file declares only its duration.
-            if not declared and stream.duration and stream.time_base:
-                declared = round(float(stream.duration * stream.time_base) * rate)
             if near and rate:
                 first = next(container.decode(stream), None)
                 start = first.time if first is not None and first.time is not None else 0.0
                 container.seek(int((start + (near - 0.5) / rate) / float(stream.time_base or 1)), stream=stream)
-            for frame in container.decode(stream):
+            for frame in _frames(path, container, stream, whole=not near):
                 if frame.is_corrupt:
                     raise ValueError(f"{path}: frame {count} is damaged; copy or encode the file again")
                 if size not in (None, (frame.height, frame.width)):
@@ -221,22 +311,37 @@ def _decode(path: Path, near: int = 0) -> Iterator[tuple[av.VideoFrame, float, f
                 start = time if start is None else start
                 yield frame, time - start, rate
                 count += 1
-    except av.FFmpegError as error:
+    except (av.FFmpegError, OSError) as error:
         place = f"after {count} frames" if count else "as video"
         raise ValueError(f"{path}: does not decode {place} ({error.strerror}); copy or encode the file again") from None
-    if not count or count < declared:
-        raise ValueError(
-            f"{path}: {count} frames decode of {declared or 'at least 1'} declared; copy or encode the file again"
-        )
+    if not count:
+        raise ValueError(f"{path}: 0 frames decode of at least 1 declared; copy or encode the file again")
 
 
-def check_writable(path: Path) -> None:
-    """Makes the folder of `path`, or raises ValueError if the file could not be written."""
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; name a file in it, such as {path / f'video{SUFFIX}'}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{path}: its folder cannot be made ({error.strerror}); name another folder") from None
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{path}: writing there is not permitted; name another folder")
+def _video_stream(path: Path, container: InputContainer) -> av.VideoStream:
+    """The first video stream that is not the cover of a sound file."""
+    from av.stream import Disposition
+
+    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
+        kinds = sorted({stream.type for stream in container.streams} - {"video"})
+        holds = f"only {' and '.join(kinds)}" if kinds else "no stream at all"
+        raise ValueError(f"{path}: holds no video, {holds}; name a file with a video stream")
+    return streams[0]
+
+
+def _frames(path: Path, container: InputContainer, stream: av.VideoStream, whole: bool) -> Iterator[av.VideoFrame]:
+    """The visible frames. With `whole`, raises ValueError at the end if packets of the index are missing.
+
+    Packets are counted, not frames, as an edit list hides frames, and leaves packets out of the index.
+    """
+    packets = 0
+    for packet in container.demux(stream):
+        packets += packet.size > 0
+        yield from packet.decode()
+    declared = min(stream.frames, len(getattr(stream, "index_entries", ())))
+    # A fragmented mp4 declares only its duration; its hidden packets are counted too.
+    if not stream.frames and "mp4" in container.format.name and stream.duration and stream.time_base:
+        declared = round(float(stream.duration * stream.time_base) * float(stream.average_rate or 0))
+    if whole and packets < declared:
+        raise ValueError(f"{path}: {packets} frames decode of {declared} declared; copy or encode the file again")

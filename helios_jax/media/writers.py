@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from helios_jax.media.video import VideoWriter, check_writable
+from helios_jax.media.files import check_writable, kind_of, replacing
+from helios_jax.media.video import VideoWriter
 
 Format = Literal["mp4", "png", "npz"]
 
@@ -37,15 +38,17 @@ class FrameWriter:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         self.frames = 0
-        if self.path.is_file():
-            raise ValueError(f"{path}: is a file; name a folder for the frames")
-        if self.path.is_dir() and any(self.path.glob("*.png")):
+        kind = kind_of(self.path)
+        if kind in ("file", "special"):
+            raise ValueError(f"{path}: is a file or a device; name a folder for the frames")
+        if kind == "folder" and any(self.path.glob("*.png")):
             raise ValueError(f"{path}: holds PNG files already; name a new folder, or empty this one")
         check_writable(self.path / "000000.png")
 
     def write(self, chunk: UInt8[np.ndarray, "t h w 3"]) -> None:
         for frame in chunk:
-            Image.fromarray(frame).save(self.path / f"{self.frames:06d}.png")
+            with replacing(self.path / f"{self.frames:06d}.png") as part:
+                Image.fromarray(frame).save(part, "png")
             self.frames += 1
 
     def close(self) -> None:
@@ -70,10 +73,8 @@ class LatentWriter:
     def write(self, chunk: Float[np.ndarray, "t h w c"]) -> None:
         self._chunks.append(chunk)
         self.frames += len(chunk)
-        part = self.path.with_name(f".{self.path.name}")
-        with part.open("wb") as file:
+        with replacing(self.path) as part, part.open("wb") as file:
             np.savez(file, latents=np.concatenate(self._chunks), chunk=len(self._chunks[0]))
-        part.replace(self.path)
 
     def close(self) -> None:
         """Does nothing: the file is already complete."""
@@ -161,10 +162,8 @@ def sidecar(path: str | os.PathLike) -> Path:
 
 def write_sidecar(path: str | os.PathLike, facts: dict[str, Any]) -> None:
     """Writes `facts` about the video at `path`; the file is whole or absent."""
-    target = sidecar(path)
-    part = target.with_name(f".{target.name}")
-    part.write_text(json.dumps(facts, indent=2) + "\n")
-    part.replace(target)
+    with replacing(sidecar(path)) as part:
+        part.write_text(json.dumps(facts, indent=2) + "\n")
 
 
 def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:

@@ -1,6 +1,9 @@
 """Image files: upright RGB as diffusers loads them, and a damaged file is refused in one line."""
 
 import io
+import os
+import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +26,16 @@ def test_png_round_trips(tmp_path):
 
 @pytest.mark.parametrize(
     ("orientation", "seen"),
-    [(1, PIXELS), (2, PIXELS[:, ::-1]), (3, PIXELS[::-1, ::-1]), (6, np.rot90(PIXELS, -1)), (8, np.rot90(PIXELS))],
+    [
+        (1, PIXELS),
+        (2, PIXELS[:, ::-1]),
+        (3, PIXELS[::-1, ::-1]),
+        (4, PIXELS[::-1]),
+        (5, PIXELS.swapaxes(0, 1)),
+        (6, np.rot90(PIXELS, -1)),
+        (7, PIXELS[::-1, ::-1].swapaxes(0, 1)),
+        (8, np.rot90(PIXELS)),
+    ],
 )
 def test_image_is_upright(tmp_path, orientation, seen):
     exif = Image.Exif()
@@ -50,9 +62,24 @@ def test_file_without_image_is_refused_in_one_line(tmp_path):
     for name in ("text.png", "empty.jpg"):
         with pytest.raises(ValueError, match=rf"{name}: is not a readable image; name a PNG or JPEG file"):
             read_image(tmp_path / name)
-    for path in (tmp_path / "nothing.png", tmp_path):
-        with pytest.raises(FileNotFoundError, match="no such file; name an image file"):
+    with pytest.raises(FileNotFoundError, match="no such file; name an image file"):
+        read_image(tmp_path / "nothing.png")
+    os.mkfifo(tmp_path / "fifo.png")
+    for path, message in {
+        tmp_path: "is a folder; name an image file",
+        tmp_path / "fifo.png": "not a regular file",
+        Path("/dev/zero"): "not a regular file",
+        tmp_path / ("a" * 300 + ".png"): "cannot be opened",
+    }.items():
+        with pytest.raises(ValueError, match=message):
             read_image(path)
+
+
+def test_image_with_a_broken_exif_entry_is_read_upright(tmp_path):
+    # Orientation 6, and a resolution (a rational) that is stored as text.
+    entries = struct.pack("<HHHIHHHHIII", 2, 0x0112, 3, 1, 6, 0, 0x011A, 2, 1, 38, 0)
+    save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + struct.pack("<II", 1, 0))
+    assert read_image(tmp_path / "a.jpg").shape == (40, 24, 3)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

@@ -1,5 +1,7 @@
 """Video files: a file plays while it is written, and a damaged file is refused."""
 
+import errno
+import io
 import os
 import signal
 import struct
@@ -13,8 +15,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from helios_jax.media.video import VideoWriter, iterate_video, read_video
+from helios_jax.media.writers import FrameWriter
 from helios_jax.toy import world as toy
 
 FRAMES = toy.render(toy.sample_scene(1, "train"), 33)
@@ -107,6 +111,7 @@ def test_an_error_while_writing_still_completes_the_file(tmp_path):
         ("a.mp4", 24, (0, 7), "such as 2x8"),
         ("a.mp4", 0, (64, 64), "0 frames a second; the rate must be positive"),
         ("a.mp4", float("nan"), (64, 64), "nan frames a second"),
+        ("a.mp4", 2147483648, (64, 64), "2147483648 frames a second"),
         ("file/a.mp4", 24, (64, 64), "its folder cannot be made"),
         ("folder.mp4", 24, (64, 64), "is a folder; name a file in it"),
     ],
@@ -233,18 +238,137 @@ def test_iterate_video_equals_read_video(tmp_path):
         list(iterate_video(tmp_path / "b.mp4", 24))
 
 
-def test_rotation_metadata_gives_upright_frames(tmp_path):
-    frames = np.zeros((4, 32, 64, 3), np.uint8)
-    frames[:, :8] = 250
+@pytest.mark.parametrize(
+    ("matrix", "seen"),
+    [
+        ((0, 1, -1, 0), lambda x: np.rot90(x, -1)),
+        ((-1, 0, 0, -1), lambda x: x[::-1, ::-1]),
+        ((0, -1, 1, 0), lambda x: np.rot90(x)),
+        ((-1, 0, 0, 1), lambda x: x[:, ::-1]),
+        ((1, 0, 0, -1), lambda x: x[::-1]),
+        ((0, 1, 1, 0), lambda x: x.swapaxes(0, 1)),
+        ((0, -1, -1, 0), lambda x: x[::-1, ::-1].swapaxes(0, 1)),
+    ],
+)
+def test_orientation_metadata_gives_upright_frames(tmp_path, matrix, seen):
+    frames = np.zeros((2, 32, 64, 3), np.uint8)
+    frames[:, :16, :32], frames[:, :16, 32:], frames[:, 16:, :32] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
     data = bytearray(write(tmp_path / "a.mp4", frames).read_bytes())
-    # The matrix of the track (ISO 14496-12, 8.3.2): (x, y) -> (32 - y, x), a quarter turn clockwise.
-    matrix = data.index(b"tkhd") + 44
-    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
+    # The matrix of the track (ISO 14496-12, 8.3.2): (x, y) -> (a x + c y, b x + d y).
+    a, b, c, d = (x << 16 for x in matrix)
+    start = data.index(b"tkhd") + 44
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     (tmp_path / "b.mp4").write_bytes(data)
     got, _ = read_video(tmp_path / "b.mp4")
-    assert got.shape == (4, 64, 32, 3)
-    assert got[:, :, 26:].min() > 200  # what was on top is on the right
-    assert got[:, :, :22].max() < 50
+    assert got.shape[1:] == seen(frames[0]).shape
+    assert np.abs(got[0].astype(int) - seen(read_video(tmp_path / "a.mp4")[0][0])).max() == 0
+
+
+COLOURS = [(200, 40, 60), (255, 255, 255), (10, 250, 30), (64, 64, 200)]
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_colours_are_bt709_and_tagged(tmp_path, colour):
+    path = write(tmp_path / "a.mp4", np.broadcast_to(np.array(colour, np.uint8), (2, 64, 64, 3)))
+    with av.open(str(path)) as file:
+        frame = next(file.decode(video=0))
+        context = file.streams.video[0].codec_context
+        tags = context.color_primaries, context.color_trc, context.colorspace, context.color_range
+    assert tags == (1, 1, 1, 1)
+    y, u, v = (
+        np.frombuffer(plane, np.uint8).reshape(plane.height, -1)[:, : plane.width].mean() for plane in frame.planes
+    )
+    y, u, v = (y - 16) / 219, (u - 128) / 224, (v - 128) / 224
+    rgb = 255 * np.array([y + 1.5748 * v, y - 0.18733 * u - 0.46813 * v, y + 1.8556 * u])
+    assert np.abs(rgb - colour).max() < 4
+    assert np.abs(read_video(path)[0].astype(int) - colour).max() < 4
+
+
+@pytest.mark.parametrize(("space", "full"), [(5, 1), (5, 2), (1, 1), (1, 2)])
+def test_reading_honours_the_tags_of_colours(tmp_path, space, full):
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=24, options={"crf": "1"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.colorspace, stream.codec_context.color_range = space, full
+        frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), COLOURS[0], np.uint8), format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace=space, dst_color_range=full)
+        file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    assert np.abs(read_video(tmp_path / "a.mp4")[0].astype(int) - COLOURS[0]).max() < 5
+
+
+def test_trimmed_copy_gives_its_visible_frames(tmp_path):
+    """A copy that begins at the key frame 48 and whose edit list hides the frames before 60."""
+    with av.open(str(tmp_path / "a.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=24, options={"g": "48", "crf": "10", "sc_threshold": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for i in range(120):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((64, 64, 3), 2 * i, np.uint8), format="rgb24")))
+        file.mux(stream.encode(None))
+    with av.open(str(tmp_path / "a.mp4")) as source, av.open(str(tmp_path / "b.mp4"), "w") as file:
+        stream = source.streams.video[0]
+        copy, start = file.add_stream_from_template(stream), int(2.5 / stream.time_base)
+        source.seek(start, stream=stream)
+        for packet in source.demux(stream):
+            if packet.dts is not None:
+                packet.pts, packet.dts, packet.stream = packet.pts - start, packet.dts - start, copy
+                file.mux(packet)
+    got, _ = read_video(tmp_path / "b.mp4")
+    assert [round(frame.mean() / 2) - 60 for frame in got] == pytest.approx(list(range(60)), abs=1)
+
+
+def test_animated_webp_and_folder_of_frames_are_read(tmp_path):
+    images = [Image.fromarray(frame) for frame in FRAMES[:5]]
+    images[0].save(tmp_path / "a.webp", save_all=True, append_images=images[1:], duration=100, lossless=True)
+    got, rate = read_video(tmp_path / "a.webp")
+    np.testing.assert_array_equal(got, FRAMES[:5])
+    assert rate == 10
+    writer = FrameWriter(tmp_path / "frames")
+    writer.write(FRAMES[:5])
+    np.testing.assert_array_equal(np.stack(list(iterate_video(tmp_path / "frames"))), FRAMES[:5])
+    (tmp_path / "frames" / "000002.png").unlink()
+    with pytest.raises(ValueError, match=r"000002\.png is missing"):
+        read_video(tmp_path / "frames")
+
+
+def test_unusable_paths_are_refused_in_one_line(tmp_path):
+    os.mkfifo(tmp_path / "fifo.mp4")
+    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nfifo.mp4\n")
+    for path in (tmp_path, tmp_path / "fifo.mp4", tmp_path / "list.mp4", Path("/dev/zero"), tmp_path / ("a" * 300)):
+        with pytest.raises(ValueError) as error:
+            read_video(path)
+        assert "\n" not in str(error.value)
+    for path in (tmp_path / "fifo.mp4", tmp_path / ("a" * 300 + ".mp4")):
+        with pytest.raises(ValueError) as error:
+            VideoWriter(path, 24, 64, 64)
+        assert "\n" not in str(error.value)
+
+
+def test_names_like_protocols_are_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("file:x.mp4", "take:1.mp4", "tcp://x.mp4"):
+        write(name, FRAMES[:3])
+        assert len(read_video(name)[0]) == 3
+        assert Path(name).is_file()
+
+
+def test_full_disk_keeps_whole_frames(tmp_path, monkeypatch):
+    room = 8000
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if self.tell() + len(data) > room:
+                super().write(data[: max(0, room - self.tell())])
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    monkeypatch.setattr(Path, "open", lambda self, *_, **__: Full(self, "wb"))
+    video = VideoWriter(tmp_path / "a.mp4", 24, 64, 64)
+    with pytest.raises(OSError, match=r"No space left on device.*a\.mp4"):
+        video.write(FRAMES)
+    video.close()
+    monkeypatch.undo()
+    assert 0 < len(read_video(tmp_path / "a.mp4")[0]) < 33
 
 
 def fragments(data):

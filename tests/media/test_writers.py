@@ -1,13 +1,15 @@
 """Chunks written in a thread: a slow writer delays nothing, no chunk is lost, and errors are raised."""
 
+import os
 import threading
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from helios_jax.media import writers as output
-from helios_jax.media.writers import ThreadedWriter
+from helios_jax.media.writers import FrameWriter, LatentWriter, ThreadedWriter
 
 
 class Gate:
@@ -115,3 +117,29 @@ def test_interrupt_loses_no_queued_chunk_and_no_error(monkeypatch, error):
     with nullcontext() if error is None else pytest.raises(OSError, match="No space"):
         writer.close()
     assert (gate.written, gate.closed) == ([0, 1] if error is None else [], 1)
+
+
+def test_full_disk_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    frames, latents = FrameWriter(tmp_path / "frames"), LatentWriter(tmp_path / "a.npz")
+    frames.write(np.zeros((1, 8, 8, 3), np.uint8))
+    latents.write(np.zeros((1, 8, 8, 3), np.float32))
+    before = (tmp_path / "a.npz").read_bytes()
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match=r"No space left on device.*000001\.png"):
+        frames.write(np.zeros((1, 8, 8, 3), np.uint8))
+    with pytest.raises(OSError, match=r"No space left on device.*a\.npz"):
+        latents.write(np.zeros((1, 8, 8, 3), np.float32))
+    assert [path.name for path in (tmp_path / "frames").iterdir()] == ["000000.png"]
+    assert (tmp_path / "a.npz").read_bytes() == before
+    assert not (tmp_path / ".a.npz").exists()
+
+
+def test_only_regular_files_are_written(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    for make in (lambda: LatentWriter(tmp_path / "a.npz"), lambda: FrameWriter("/dev/full")):
+        with pytest.raises(ValueError, match="device"):
+            make()
+    assert (tmp_path / "a.npz").is_fifo()

@@ -1,0 +1,87 @@
+"""Checks of the paths of media files, and files that are replaced as a whole."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+Kind = Literal["missing", "file", "folder", "special"]
+
+
+def kind_of(path: Path) -> Kind:
+    """Tells what is at `path`, links followed; "special" is a device, a FIFO or a socket.
+
+    Raises ValueError for a name that the system refuses.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{_short(path)}: cannot be opened ({reason}); name another file") from None
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else "special"
+
+
+def check_readable(path: Path, example: str) -> None:
+    """Raises FileNotFoundError for a missing file and ValueError for anything that is not a file that can be read."""
+    kind = kind_of(path)
+    if kind == "missing":
+        raise FileNotFoundError(f"{path}: no such file; name {example}")
+    if kind == "folder":
+        raise ValueError(f"{path}: is a folder; name {example}")
+    if kind == "special":  # reading from a FIFO would wait for ever
+        raise ValueError(f"{path}: is a device or a pipe, not a regular file; name {example}")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{path}: reading it is not permitted; name {example}")
+
+
+def check_writable(path: Path) -> None:
+    """Makes the folder of `path`, or raises ValueError if a regular file could not be written."""
+    kind = kind_of(path)
+    kind_of(_part(path))  # its name is longer
+    if kind == "folder":
+        raise ValueError(f"{path}: is a folder; name a file in it, such as {path / 'video.mp4'}")
+    if kind == "special":
+        raise ValueError(f"{path}: is a device or a pipe; only regular files are written, name another file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path}: its folder cannot be made ({error.strerror}); name another folder") from None
+    if not os.access(path if kind == "file" else path.parent, os.W_OK):
+        raise ValueError(f"{path}: writing there is not permitted; name another folder")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which replaces `path` at the end. On an error `path` stays as it was, and nothing is left.
+
+    Raises OSError with `path` in its text if writing fails.
+    """
+    part = _part(path)
+    try:
+        yield part
+        part.replace(path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise write_error(error, path) from None
+        raise
+
+
+def write_error(error: OSError, path: Path) -> OSError:
+    """The error of a failed write, with the path in its text."""
+    reason = f"{error.strerror or error}; what was whole before is kept"
+    return OSError(error.errno or 0, reason, str(path))
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}") if path.name else path
+
+
+def _short(path: Path) -> str:
+    """The path as text; the middle of a very long one is left out."""
+    text = str(path).replace("\0", "?")
+    return text if len(text) <= 200 else f"{text[:90]}...{text[-90:]}"
