@@ -74,8 +74,8 @@ FAULTS = {
     "ranks": (lambda a: a.update({B: a[B][:, :3]}), ["ranks", Q, "[32, 3]"]),
     "shape": (lambda a: a.update({A: a[A][:, :30]}), ["does not fit", Q, "[4, 30]", "[4, 32]"]),
     "unknown module": (
-        lambda a: a.update({k.replace("to_q", "add_k_proj"): v for k, v in pair(Q).items()}),
-        ["blocks.0.attn1.add_k_proj", "no layers of this model"],
+        lambda a: a.update({k.replace("to_q", "to_x"): v for k, v in pair(Q).items()}),
+        ["blocks.0.attn1.to_x", "no layers of this model"],
     ),
     "full weights": (lambda a: a.update({"patch_short.weight": np.zeros(2)}), ["patch_short.weight", "not a LoRA"]),
     "DoRA": (lambda a: a.update({f"{Q}.dora_scale": np.zeros((32, 1))}), ["dora_scale", "not a LoRA"]),

@@ -5,7 +5,7 @@ import json
 import math
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from helios_jax.pretrained.errors import CheckpointError
 
@@ -75,41 +75,42 @@ def _check_class(given: dict[str, Any], cls: Any, path: Path) -> None:
 def _check_value(key: str, value: Any, default: Any, path: Path) -> None:
     """Raises `CheckpointError` unless a field's value is of its default's kind and of a sensible size.
 
-    A number must be positive if the default is, and at most `LARGEST` times the default if it is an integer. A null is
-    left to the class.
+    A null is left to the class; a field that is null by default takes a whole number.
     """
-
-    def refuse(rule: str) -> NoReturn:
-        raise CheckpointError(f"{path}: {key} is {_short(value)}: {rule}")
-
     if value is None or default is dataclasses.MISSING:
         return
+    usual, several = default if isinstance(default, tuple) else (1 if default is None else default,), False
     if isinstance(default, tuple):
-        if not isinstance(value, tuple):
-            refuse("it must be a list")
-        if len(value) > LARGEST * max(len(default), 1):
-            refuse(f"it must have at most {LARGEST * max(len(default), 1)} entries")
-    elif isinstance(default, bool | str):
-        if type(value) is not type(default):
-            refuse(f"it must be {'true or false' if isinstance(default, bool) else 'a string'}")
-        return
-    numbers, usual = (value, default) if isinstance(value, tuple) else ((value,), (1 if default is None else default,))
-    whole = all(type(n) is int for n in usual)
-    for number in numbers:
-        if all(type(n) is bool for n in usual) and usual:
-            if type(number) is not bool:
-                refuse("its entries must be true or false")
-            continue
-        if type(number) is not int and (type(number) is not float or (whole and usual)):
-            refuse(f"it must be {'whole numbers' if whole else 'numbers'}")
-        if not math.isfinite(number):
-            refuse("NaN and infinity are no settings; download the file again")
-        if usual and min(usual) > 0 and number <= 0:
-            refuse("it must be positive")
-        if usual and min(usual) == 0 and number < 0:
-            refuse("it must not be negative")
-        if whole and default and number > LARGEST * max(usual):
-            refuse(f"it must be at most {LARGEST * max(usual)}, {LARGEST} times the value of the released Helios model")
+        most, several = LARGEST * max(len(default), 1), True
+        if not isinstance(value, tuple) or len(value) > most:
+            raise CheckpointError(f"{path}: {key} is {_short(value)}: it must be a list of at most {most} entries")
+    for one in value if several else (value,):
+        if rule := _broken_rule(one, usual):
+            raise CheckpointError(f"{path}: {key} is {_short(value)}: {rule}")
+
+
+def _broken_rule(value: Any, usual: tuple[Any, ...]) -> str | None:
+    """The rule that a single value breaks where `usual` are the released model's; None if it breaks none.
+
+    A number must be positive if the usual ones are, and an integer at most `LARGEST` times their largest.
+    """
+    kinds = {type(n) for n in usual}
+    if kinds == {bool}:
+        return None if type(value) is bool else "it must be true or false"
+    if kinds == {str}:
+        return None if type(value) is str else "it must be a string"
+    whole = kinds == {int}
+    if type(value) is not int and (type(value) is not float or whole):
+        return f"it must be a {'whole number' if whole else 'number'}"
+    if not math.isfinite(value):
+        return "NaN and infinity are no settings; download the file again"
+    least = min(usual, default=-math.inf)
+    if (least > 0 and value <= 0) or (least == 0 and value < 0):
+        return f"it must {'be positive' if least > 0 else 'not be negative'}"
+    most = LARGEST * max(usual) if whole else 0
+    if most and value > most:
+        return f"it must be at most {most}, {LARGEST} times the released Helios model's value"
+    return None
 
 
 def _short(value: Any) -> str:

@@ -136,7 +136,9 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             " take the release in bfloat16"
         )
     tensors = {
-        key: Tensor(key, path, 8 + size + value["data_offsets"][0], tuple(value["shape"]), np.dtype(DTYPES[value["dtype"]]))
+        key: Tensor(
+            key, path, 8 + size + value["data_offsets"][0], tuple(value["shape"]), np.dtype(DTYPES[value["dtype"]])
+        )
         for key, value in header.items()
     }
     return tensors, metadata

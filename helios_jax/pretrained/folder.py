@@ -77,7 +77,9 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).exists():
             return [folder / name]
     expected = " or ".join(f"{stem}.safetensors" for stem in WEIGHTS)
-    raise CheckpointError(f"{folder} has no weights: {expected} (or an index of shards) is expected there{_hint(folder)}")
+    raise CheckpointError(
+        f"{folder} has no weights: {expected} (or an index of shards) is expected there{_hint(folder)}"
+    )
 
 
 def _shards(index: Path) -> list[str]:

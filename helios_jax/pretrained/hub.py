@@ -14,7 +14,10 @@ REASONS = (
     ("GatedRepoError", "it is gated: accept its terms on huggingface.co and log in with `hf auth login`"),
     ("RepositoryNotFoundError", "there is no such repository, or it is private: check the name, or log in"),
     ("RevisionNotFoundError", "it has no such revision: check the branch, tag or commit"),
-    ("LocalEntryNotFoundError", "the hub cannot be reached and the cache does not hold it: connect, or download it first"),
+    (
+        "LocalEntryNotFoundError",
+        "the hub cannot be reached and the cache does not hold it: connect, or download it first",
+    ),
     ("OfflineModeIsEnabled", "HF_HUB_OFFLINE is set and the cache does not hold it: unset it, or download it first"),
     ("EntryNotFoundError", "it has no such file: check the name"),
 )

@@ -1,7 +1,7 @@
 """Kinds of weights that cannot be used, told by their names and dtypes before anything is read."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +14,8 @@ SCALED = re.compile(r"(.*\.)?(scale_weight|weight_scale|scale_input|input_scale|
 ORIGINAL = re.compile(r"model\.diffusion_model\..*|blocks\.\d+\.(self_attn|cross_attn)\..*|first_stage_model\..*")
 
 
-def check_kinds(dtypes: Mapping[str, np.dtype], source: str) -> None:
-    """Raises `CheckpointError` unless all of `dtypes`, by tensor, are floating and not quantised, and in a diffusers file.
+def check_dtypes(dtypes: Mapping[str, np.dtype], source: str) -> None:
+    """Raises `CheckpointError` unless all of `dtypes`, by tensor, are floating and not quantised.
 
     `source` names the file, or the folder.
     """
@@ -30,5 +30,9 @@ def check_kinds(dtypes: Mapping[str, np.dtype], source: str) -> None:
                 f"{source}: {key} is {dtype}, not a floating-point tensor: quantised weights cannot be used;"
                 " take the release in bfloat16 or float16"
             )
-    if original := next((key for key in dtypes if ORIGINAL.fullmatch(key)), None):
+
+
+def check_names(names: Iterable[str], source: str) -> None:
+    """Raises `CheckpointError` for tensors under the `names` of another kind of checkpoint than diffusers'."""
+    if original := next((key for key in names if ORIGINAL.fullmatch(key)), None):
         raise CheckpointError(f"{source} holds {original}, a name of Wan's or ComfyUI's own files: {SINGLE}")

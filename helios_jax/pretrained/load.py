@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from helios_jax.pretrained import layout
 from helios_jax.pretrained.files import Tensor, check_finite, read_headers
-from helios_jax.pretrained.kinds import check_kinds
+from helios_jax.pretrained.kinds import check_dtypes, check_names
 from helios_jax.pretrained.layout import Entry, check_shapes, dtype_of, file_entries, from_file, used_keys
 from helios_jax.runtime.offload import default_device
 
@@ -90,7 +90,8 @@ def check_weights(model: nnx.Module, folder: Path) -> None:
 
 def _keys(model: nnx.Module, stored: Mapping[str, Stored], source: str, sizes: str = "the model") -> dict[str, str]:
     """Maps each of the model's keys to its name in `stored`, after checking that they fit."""
-    check_kinds({key: tensor.dtype for key, tensor in stored.items()}, source)
+    check_dtypes({key: tensor.dtype for key, tensor in stored.items()}, source)
+    check_names(stored, source)
     keys = used_keys(model, stored)
     check_shapes(file_entries(model), {key: stored[name].shape for key, name in keys.items()}, source, sizes)
     return keys
