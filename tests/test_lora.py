@@ -74,8 +74,8 @@ FAULTS = {
     "ranks": (lambda a: a.update({B: a[B][:, :3]}), ["ranks", Q, "[32, 3]"]),
     "shape": (lambda a: a.update({A: a[A][:, :30]}), ["does not fit", Q, "[4, 30]", "[4, 32]"]),
     "unknown module": (
-        lambda a: a.update({k.replace("to_q", "add_k_proj"): v for k, v in pair(Q).items()}),
-        ["blocks.0.attn1.add_k_proj", "no layers of this model"],
+        lambda a: a.update({k.replace("to_q", "to_x"): v for k, v in pair(Q).items()}),
+        ["blocks.0.attn1.to_x", "no layers of this model"],
     ),
     "full weights": (lambda a: a.update({"patch_short.weight": np.zeros(2)}), ["patch_short.weight", "not a LoRA"]),
     "DoRA": (lambda a: a.update({f"{Q}.dora_scale": np.zeros((32, 1))}), ["dora_scale", "not a LoRA"]),
@@ -153,6 +153,39 @@ def test_a_file_is_found_in_folders_and_repositories(tmp_path, monkeypatch):
     for name, message in (("nowhere.safetensors", "no file"), ("nowhere", "no folder"), (tmp_path / "x", "no folder")):
         with pytest.raises(CheckpointError, match=message):
             lora.read(name)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["model.diffusion_model.", "_orig_mod.", "lora_unet__", "base_model.model._orig_mod."]
+)
+def test_prefixes_and_other_parts_of_files_in_circulation(prefix):
+    arrays = {key.replace("transformer.", prefix): value for key, value in ARRAYS.items()}
+    for i in (0, 1):
+        arrays[f"diffusion_model.blocks.{i}.cross_attn.k_img.lora_down.weight"] = np.zeros((2, 3), np.float32)
+    with pytest.warns(UserWarning, match="ignored 2 modules for image inputs") as seen:
+        assert lora.from_arrays(arrays).changes.keys() == {Q, FFN, PATCH}
+    assert len(seen) == 1
+
+
+def test_the_last_equals_sign_before_a_number_is_the_scale():
+    assert lora.file_and_scale("runs/rank=32/x.safetensors=0.8") == ("runs/rank=32/x.safetensors", 0.8)
+    assert lora.file_and_scale("runs/rank=32/x.safetensors") == ("runs/rank=32/x.safetensors", 1.0)
+    with pytest.raises(ValueError, match="finite"):
+        lora.file_and_scale("x.safetensors=nan")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({A: np.zeros((0, 32), "f4"), B: np.zeros((32, 0), "f4")}, "rank 0"),
+        ({A: np.zeros((4, 32), np.int8), B: ARRAYS[B]}, "int8"),
+        ({**pair(Q), f"{Q}.alpha": np.array(np.nan)}, "NaN"),
+        ({A: ARRAYS[A] * np.inf, B: ARRAYS[B]}, "NaN or infinity"),
+    ],
+)
+def test_tensors_that_are_no_lora_s_are_refused(arrays, words):
+    with pytest.raises(CheckpointError, match=words):
+        lora.attach(model(), {"a": lora.from_arrays(arrays)})
 
 
 # --- on a model ------------------------------------------------------------------------------------------------------

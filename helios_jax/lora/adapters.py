@@ -4,6 +4,7 @@ A model is never changed: each function returns a new one, which shares the unch
 their own kind, so statements about `nnx.Param` (counts, files of the base model) exclude them.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -119,8 +120,10 @@ def set_scale(model: Model, name: str, scale: float) -> Model:
     """`model` with the adapter `name` at strength `scale` (1: as trained), without recompilation.
 
     Results that were computed before, such as the keys and values of a text, keep the old scale. Raises ValueError for
-    an unknown name.
+    an unknown name, and for a scale that is not finite.
     """
+    if not math.isfinite(scale):
+        raise ValueError(f"adapter {name}: the scale is {scale}, give a finite number")
     check_names([name], names(model))
     model = copy(model)
     for _, module in adapted(model):

@@ -25,7 +25,7 @@ from helios_jax.lora.adapters import (
     set_adapters,
     targets,
 )
-from helios_jax.lora.files import Change, LoRAFile, matches, read
+from helios_jax.lora.files import Change, LoRAFile, check_scale, matches, read
 from helios_jax.pretrained import CheckpointError
 from helios_jax.pretrained.layout import from_file, some
 
@@ -49,6 +49,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank is {self.rank}: it must be at least 1")
+        if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha is {self.alpha}: it must be a positive number, or null for the rank")
         if self.init not in ("kaiming", "gaussian"):
             raise ValueError(f"init is {self.init!r}, not 'kaiming' or 'gaussian'")
 
@@ -70,10 +72,12 @@ def attach(
 
     Raises:
         CheckpointError: a file does not fit the model; one line names the modules.
-        ValueError: a name is taken already, or a scale's name is none of the adapters'.
+        ValueError: a name is taken already, a scale's name is none of the adapters', or a scale is not finite.
     """
     scales = scales or {}
     check_names(scales, adapters)
+    for name, scale in scales.items():
+        check_scale(scale, f"adapter {name}")
     loaded = {name: file if isinstance(file, LoRAFile) else read(file) for name, file in adapters.items()}
     check(model, loaded)
     model, layers = copy(model), targets(model)
@@ -113,13 +117,15 @@ def check(model: nnx.Module, adapters: Mapping[str, LoRAFile]) -> None:
 
 def _taken(file: LoRAFile, layers: Mapping[str, Target]) -> dict[str, Change]:
     """The changes of `file`, without the differences of norms and modulation that only Wan files have."""
-    return {n: c for n, c in file.changes.items() if n in layers or c.rank or c.bias is not None}
+    felt = {n: c for n, c in file.changes.items() if n in layers or c.rank or c.bias is not None}
+    return {n: c for n, c in felt.items() if any(x is not None for x in (c.down, c.bias, c.diff, c.diff_b))}
 
 
 def _warn_of_the_rest(file: LoRAFile, layers: Mapping[str, Target]) -> None:
     """Warns of changes that are ignored. Zeros, which most files have there, give no warning."""
-    left = {n: c for n, c in file.changes.items() if n not in _taken(file, layers)}
-    felt = [n for n, c in left.items() if any(x is not None and x.read().any() for x in (c.diff, c.diff_b))]
+    taken = _taken(file, layers)
+    left = {n: (c.diff_m,) if n in taken else (c.diff, c.diff_b, c.diff_m) for n, c in file.changes.items()}
+    felt = [n for n, parts in left.items() if any(x is not None and x.read().any() for x in parts)]
     if felt:
         warnings.warn(f"{file.source}: ignored what it changes in {some(felt)}, as diffusers does", stacklevel=3)
 

@@ -5,47 +5,30 @@
 or `lora_unet_blocks_0_self_attn_q.lora_down.weight` (musubi-tuner). Only headers and scalars are read here.
 """
 
-import json
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from helios_jax.pretrained import CheckpointError
+import numpy as np
+
+from helios_jax.lora.keys import IMAGE, part_of
+from helios_jax.pretrained import CheckpointError, read_json
+from helios_jax.pretrained.configs import parse_json
 from helios_jax.pretrained.files import read_header
-from helios_jax.pretrained.folder import check_hub_name, from_hub, read_json
+from helios_jax.pretrained.hub import check_hub_name, from_hub, list_files
+from helios_jax.pretrained.kinds import SCALED, check_dtypes
 from helios_jax.pretrained.layout import some
 from helios_jax.pretrained.load import InMemory, Stored
 
 WEIGHTS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # diffusers' name, then PEFT's name
 PEFT_CONFIG = "adapter_config.json"
+ON_HUB = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)/(?P<file>.+)")  # a file of a repository
+WHOLE = "; whole weights are no LoRA: name their folder as the model"
 METADATA = "lora_adapter_metadata"  # key of PEFT's config in the header of diffusers' files
-PREFIX = re.compile(r"(base_model\.model\.|transformer\.|diffusion_model\.|lora_unet_)+")
-KEY = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)"
-    r"(\.(?!weight$|bias$)[^.]+)?\.(?P<kind>weight|bias)"  # PEFT may insert the adapter's name before the last word
-)
-DOWN = ("lora_A", "lora_down", "lora.down")
-# Wan's names (or musubi's, where _ joins them) and diffusers'.
-WAN = [
-    (re.compile(pattern.replace(r"\.", "[._]")), name)
-    for pattern, name in (
-        (r"blocks\.(\d+)\.self_attn\.([qkv])", r"blocks.\1.attn1.to_\2"),
-        (r"blocks\.(\d+)\.self_attn\.o", r"blocks.\1.attn1.to_out.0"),
-        (r"blocks\.(\d+)\.cross_attn\.([qkv])", r"blocks.\1.attn2.to_\2"),
-        (r"blocks\.(\d+)\.cross_attn\.o", r"blocks.\1.attn2.to_out.0"),
-        (r"blocks\.(\d+)\.ffn\.0", r"blocks.\1.ffn.net.0.proj"),
-        (r"blocks\.(\d+)\.ffn\.2", r"blocks.\1.ffn.net.2"),
-        (r"time_embedding\.0", "condition_embedder.time_embedder.linear_1"),
-        (r"time_embedding\.2", "condition_embedder.time_embedder.linear_2"),
-        (r"text_embedding\.0", "condition_embedder.text_embedder.linear_1"),
-        (r"text_embedding\.2", "condition_embedder.text_embedder.linear_2"),
-        (r"time_projection\.1", "condition_embedder.time_proj"),
-        (r"head\.head", "proj_out"),
-    )
-]
 
 
 @dataclass
@@ -60,11 +43,12 @@ class Change:
     bias: Stored | None = None  # PEFT's lora_B.bias, scaled like the weights
     diff: Stored | None = None
     diff_b: Stored | None = None  # a change of the bias without the alpha scale
+    diff_m: Stored | None = None  # a change of Wan's modulation, which is ignored
     scaling: float = 1.0
 
     @property
     def rank(self) -> int:
-        return 0 if self.down is None else self.down.shape[0]
+        return self.down.shape[0] if self.down is not None and self.down.shape else 0
 
 
 @dataclass(frozen=True)
@@ -79,7 +63,8 @@ def read(name: str | Path, *, weight_name: str | None = None, revision: str | No
     """The LoRA in a safetensors file, in a folder, or in a hub repository.
 
     Args:
-        name: a file; or a folder or repository that holds one file, or one of diffusers' or PEFT's name.
+        name: a file; or a folder or repository that holds one file, or one of diffusers' or PEFT's name; or a file
+            of a repository, such as owner/repository/file.safetensors.
         weight_name: which file of the folder or repository.
         revision: branch, tag or commit of the repository.
 
@@ -90,27 +75,42 @@ def read(name: str | Path, *, weight_name: str | None = None, revision: str | No
     tensors, metadata = read_header(path)
     config: dict[str, Any] = {}
     if METADATA in metadata:
-        try:
-            config = {k.removeprefix("transformer."): v for k, v in json.loads(metadata[METADATA]).items()}
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{path}: its metadata's {METADATA} is not JSON: {error}") from None
+        values = parse_json(metadata[METADATA], f"{path}: its metadata's {METADATA}")
+        config = {k.removeprefix("transformer."): v for k, v in values.items()}
     elif path.name == WEIGHTS[1] and (path.parent / PEFT_CONFIG).is_file():
         config = read_json(path.parent / PEFT_CONFIG)
     return _parse(tensors, config, str(path))
 
 
 def file_and_scale(text: str) -> tuple[str, float]:
-    """Splits a command-line value: a file or a repository, and an optional =SCALE."""
-    name, _, scale = text.partition("=")
+    """Splits a command-line value: a file or a repository, and an optional =SCALE.
+
+    A path that exists is taken whole. In others, the last = counts, and it may be a part of the name too unless that
+    ends before it.
+    """
+    name, equals, scale = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
     try:
-        return name, float(scale or "1")
-    except ValueError:
-        raise ValueError(f"LoRA {text}: the scale after = is not a number") from None
+        return name, check_scale(float(scale), f"LoRA {text}")
+    except ValueError as error:
+        if "finite" in str(error):
+            raise
+    if name.endswith(".safetensors") or Path(name).exists():
+        raise ValueError(f"LoRA {text}: the scale after = is not a number")
+    return text, 1.0
+
+
+def check_scale(scale: float, what: str) -> float:
+    """Returns `scale`. Raises ValueError, which begins with `what`, unless it is a finite number."""
+    if not math.isfinite(scale):
+        raise ValueError(f"{what}: the scale is {scale}, give a finite number")
+    return scale
 
 
 def from_arrays(arrays: Mapping[str, Any], config: Mapping[str, Any] | None = None) -> LoRAFile:
     """Like `read`, from arrays under the keys of a file; `config` has PEFT's keys (r, lora_alpha, ...)."""
-    return _parse({key: InMemory(value) for key, value in arrays.items()}, dict(config or {}), "the mapping")
+    return _parse({key: InMemory(value, key) for key, value in arrays.items()}, dict(config or {}), "the mapping")
 
 
 def _find(name: str | Path, weight_name: str | None, revision: str | None) -> Path:
@@ -118,18 +118,25 @@ def _find(name: str | Path, weight_name: str | None, revision: str | None) -> Pa
     path = Path(name)
     if path.is_file():
         return path
-    if path.suffix == ".safetensors" and not path.is_dir():
-        raise CheckpointError(f"no file {name}: give a LoRA's safetensors file, its folder, or a hub name")
     if path.is_dir():
         return path / (weight_name or _guess(name, [file.name for file in path.iterdir()]))
-    check_hub_name(name)
-    from huggingface_hub import hf_hub_download, list_repo_files
+    repository = str(name)
+    if path.suffix == ".safetensors":
+        # A path whose first folder is here is a file that is missing, rather than one on the hub.
+        if not (match := ON_HUB.fullmatch(repository)) or Path(match["repository"].split("/")[0]).is_dir():
+            raise CheckpointError(f"no file {name}: give a LoRA's safetensors file, its folder, or a hub name")
+        repository, weight_name = match["repository"], match["file"]
+    check_hub_name(repository)
+    weight_name = weight_name or _guess(name, list_files(repository, revision))
+    if weight_name == WEIGHTS[1]:
+        _download(repository, PEFT_CONFIG, revision)
+    return _download(repository, weight_name, revision)
 
-    if weight_name is None:
-        weight_name = _guess(name, from_hub(name, lambda: list_repo_files(str(name), revision=revision)))
-        if weight_name == WEIGHTS[1]:
-            from_hub(name, lambda: hf_hub_download(str(name), PEFT_CONFIG, revision=revision))
-    return Path(from_hub(name, lambda: hf_hub_download(str(name), weight_name, revision=revision)))
+
+def _download(repository: str, file: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(from_hub(f"{repository}/{file}", lambda: hf_hub_download(repository, file, revision=revision)))
 
 
 def _guess(name: str | Path, names: list[str]) -> str:
@@ -146,29 +153,32 @@ def _guess(name: str | Path, names: list[str]) -> str:
 def _parse(tensors: Mapping[str, Stored], config: dict[str, Any], source: str) -> LoRAFile:
     file = LoRAFile(source)
     alphas: dict[str, float] = {}
-    strange = []
+    dtypes: dict[str, np.dtype] = {}
+    strange, image = [], set()
     for key, tensor in tensors.items():
-        stem, _, last = key.rpartition(".")
-        match = KEY.fullmatch(key)
-        if last == "alpha":
-            alphas[module_name(stem)] = float(tensor.read().reshape(()))
-            continue
-        if last in ("diff", "diff_b"):
-            module, part = module_name(stem), last
-        elif match and not (match["kind"] == "bias" and match["part"] in DOWN):
-            module = module_name(match["module"])
-            part = "bias" if match["kind"] == "bias" else "down" if match["part"] in DOWN else "up"
-        else:
+        if (found := part_of(key)) is None:
             strange.append(key)
             continue
-        change = file.changes.setdefault(module, Change())
-        if getattr(change, part) is not None:
-            raise CheckpointError(f"{source} gives {key} twice, under two names of {module}")
-        setattr(change, part, tensor)
+        module, part = found
+        if IMAGE.fullmatch(module):
+            image.add(module)
+        elif part == "alpha":
+            alphas[module] = _alpha(tensor, key, source)
+        else:
+            dtypes[key] = tensor.dtype
+            change = file.changes.setdefault(module, Change())
+            if getattr(change, part) is not None:
+                raise CheckpointError(f"{source} gives {key} twice, under two names of {module}")
+            setattr(change, part, tensor)
+    check_dtypes(dtypes | {key: tensors[key].dtype for key in strange if SCALED.fullmatch(key)}, source)
     if strange:
-        raise CheckpointError(f"{source} holds {some(strange)}: not a LoRA's keys")
+        raise CheckpointError(f"{source} holds {some(strange)}: not a LoRA's keys{'' if dtypes else WHOLE}")
     if not file.changes:
-        raise CheckpointError(f"{source} holds no LoRA")
+        raise CheckpointError(f"{source} holds no LoRA{' but for image inputs, which Helios lacks' if image else ''}")
+    if image:
+        warnings.warn(
+            f"{source}: ignored {len(image)} modules for image inputs, which Helios lacks: {some(image)}", stacklevel=3
+        )
     if lost := alphas.keys() - file.changes.keys():
         raise CheckpointError(f"{source} has .alpha but no weights for {some(lost)}")
     if alphas and config:
@@ -182,11 +192,20 @@ def _parse(tensors: Mapping[str, Stored], config: dict[str, Any], source: str) -
     return file
 
 
+def _alpha(tensor: Stored, key: str, source: str) -> float:
+    if np.prod(tensor.shape) != 1:
+        raise CheckpointError(f"{source}: {key} is {list(tensor.shape)}, not a single number")
+    return float(tensor.read().reshape(()))
+
+
 def _check_pairs(file: LoRAFile) -> None:
     """Raises `CheckpointError` unless every lora_A has a lora_B of the same rank."""
     halves = [name for name, change in file.changes.items() if (change.down is None) != (change.up is None)]
     if halves:
         raise CheckpointError(f"{file.source} has one half only, lora_A or lora_B, for {some(halves)}")
+    empty = [n for n, c in file.changes.items() if any(x is not None and 0 in x.shape for x in (c.down, c.up))]
+    if empty:
+        raise CheckpointError(f"{file.source}: lora_A or lora_B has rank 0 for {some(empty)}: it must be at least 1")
     wrong = []
     for name, change in file.changes.items():
         if change.down is None or change.up is None:
@@ -201,15 +220,6 @@ def _check_pairs(file: LoRAFile) -> None:
         raise CheckpointError(f"{file.source} has both a LoRA and a whole difference (.diff) for {some(both)}")
 
 
-def module_name(name: str) -> str:
-    """diffusers' name of a module that has a prefix and Wan's or musubi's name."""
-    name = name[match.end() :] if (match := PREFIX.match(name)) else name
-    for pattern, theirs in WAN:
-        if match := pattern.fullmatch(name):
-            return match.expand(theirs)
-    return name
-
-
 def _peft_scaling(module: str, rank: int, config: Mapping[str, Any], source: str) -> float:
     """alpha / rank of a module, by PEFT's rules and defaults."""
     if config.get("use_dora"):
@@ -218,6 +228,10 @@ def _peft_scaling(module: str, rank: int, config: Mapping[str, Any], source: str
     if expected != rank:
         raise CheckpointError(f"{source}: {module} has rank {rank}, but the file's own config says {expected}")
     alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise CheckpointError(
+            f"{source}: {module} has lora_alpha {alpha!r} in the file's own config, not a finite number"
+        )
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

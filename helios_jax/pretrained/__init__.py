@@ -4,15 +4,9 @@
 exactly once and every parameter is filled exactly once, or `CheckpointError` names them.
 """
 
-from helios_jax.pretrained.folder import (
-    CheckpointError,
-    local,
-    read_config,
-    read_json,
-    resolve,
-    subfolders,
-    write_config,
-)
+from helios_jax.pretrained.configs import read_config, read_json, write_config
+from helios_jax.pretrained.errors import CheckpointError
+from helios_jax.pretrained.folder import local, resolve, subfolders
 from helios_jax.pretrained.layout import Entry, count, dtype_of, file_entries
 from helios_jax.pretrained.load import check_weights, from_arrays, load_model
 from helios_jax.pretrained.save import save_model, to_arrays

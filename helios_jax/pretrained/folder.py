@@ -1,22 +1,17 @@
-"""diffusers folders: found or downloaded, with their JSON files read and written."""
+"""diffusers folders: found or downloaded, with the files of their weights."""
 
-import dataclasses
-import json
 import re
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from pathlib import Path, PurePosixPath
 
-Config = TypeVar("Config")
+from helios_jax.pretrained.configs import read_json
+from helios_jax.pretrained.errors import CheckpointError
+from helios_jax.pretrained.hub import check_hub_name, from_hub, list_files
 
 PACKAGE = Path(__file__).parent.parent
 
+SINGLE = "convert a single-file checkpoint with diffusers' from_single_file and save_pretrained"
 WEIGHTS = ("diffusion_pytorch_model", "model")  # weight files as diffusers and transformers name them
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. The one-line message names the file, the rule and the remedy."""
 
 
 def local(name: str | Path) -> Path:
@@ -45,6 +40,8 @@ def resolve(name: str | Path, parts: Sequence[str] | None = None, revision: str 
     folder = local(name)
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise CheckpointError(f"{name} is one file, not a diffusers folder: {SINGLE}, or give a LoRA as such")
     check_hub_name(name)
     from huggingface_hub import snapshot_download
 
@@ -62,70 +59,13 @@ def _patterns(part: str) -> list[str]:
     return names if part == "." else [f"{part}/{name}" for name in names]
 
 
-def check_hub_name(name: str | Path) -> None:
-    """Raises `CheckpointError` if `name`, which is not a folder, cannot be a hub repository either."""
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
-        raise CheckpointError(
-            f"no folder {name}: give a diffusers folder or a hub name such as BestWishYsh/Helios-Base"
-        )
-
-
-def from_hub(name: str | Path, ask: Any) -> Any:
-    """Calls `ask()`, which talks to the hub. Raises `CheckpointError` with the reason if it fails."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return ask()
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        line = (str(error).strip() or repr(error)).splitlines()[0]
-        raise CheckpointError(f"no folder {name}, and the hub does not give it: {line}") from error
-
-
 def subfolders(name: str | Path, revision: str | None = None) -> list[str]:
     """The subfolders of a folder or a hub repository that hold a config.json."""
     folder = local(name)
     if folder.is_dir():
         return sorted(path.parent.name for path in folder.glob("*/config.json"))
-    from huggingface_hub import list_repo_files
-
-    files = from_hub(name, lambda: list_repo_files(str(name), revision=revision))
+    files = list_files(name, revision)
     return sorted(f.removesuffix("/config.json") for f in files if re.fullmatch(r"[^/]+/config\.json", f))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises `CheckpointError` if it is missing or not JSON."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: {path.parent} is not a complete diffusers folder") from None
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-
-
-def read_config(folder: Path, cls: type[Config], name: str = "config.json") -> Config:
-    """The config dataclass `cls` from `folder`/`name`.
-
-    Unknown keys are ignored with a warning, as in diffusers; the weights must fit the known ones. A class with a
-    `MODEL_TYPE` is from transformers, whose files repeat every default of a base class, so it gives no warning.
-    """
-    values = {k: v for k, v in read_json(folder / name).items() if not k.startswith("_")}
-    names = {f.name for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
-    unknown = sorted(values.keys() - names)
-    if unknown and not hasattr(cls, "MODEL_TYPE"):
-        warnings.warn(f"{folder / name}: ignored, as {cls.__name__} has no {', '.join(unknown)}", stacklevel=2)
-    try:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / name}: {error}") from error
-
-
-def write_config(config: Any, folder: Path, name: str = "config.json") -> None:
-    """Writes a config dataclass in diffusers' format, with `CLASS_NAME` first."""
-    folder.mkdir(parents=True, exist_ok=True)
-    values = {"_class_name": config.CLASS_NAME, **dataclasses.asdict(config)}
-    if hasattr(config, "MODEL_TYPE"):  # transformers finds its classes by these two keys
-        values = {"architectures": [config.CLASS_NAME], "model_type": config.MODEL_TYPE, **dataclasses.asdict(config)}
-    (folder / name).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -133,8 +73,36 @@ def weight_files(folder: Path) -> list[Path]:
     for name in (f"{stem}.safetensors" for stem in WEIGHTS):
         index = folder / f"{name}.index.json"
         if index.exists():
-            return [folder / f for f in sorted(set(read_json(index)["weight_map"].values()))]
+            return [folder / f for f in _shards(index)]
         if (folder / name).exists():
             return [folder / name]
     expected = " or ".join(f"{stem}.safetensors" for stem in WEIGHTS)
-    raise CheckpointError(f"{folder} has no weights: {expected} (or an index of shards) is expected there")
+    raise CheckpointError(
+        f"{folder} has no weights: {expected} (or an index of shards) is expected there{_hint(folder)}"
+    )
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names, all of them in its folder (where links may lead out of it, as the hub's do)."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensors to files: download it again")
+    for name in names.values():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\0" in name or path.suffix != ".safetensors":
+            raise CheckpointError(f"{index} names {name!r}: only safetensors files in its own folder are opened")
+    return sorted(set(names.values()))
+
+
+def _hint(folder: Path) -> str:
+    """What else there is in a folder that has no weights under their usual names."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
+    if not found:
+        return ""
+    first, *others = found
+    if match := re.fullmatch(rf"(?:{'|'.join(WEIGHTS)})\.(\w+)(-\d+-of-\d+)?\.safetensors", first):
+        return f"; {first} is the variant {match[1]}: download the weights without it, or rename its files"
+    if not first.endswith(".safetensors"):
+        return f"; {first} is not a safetensors file: download or convert to safetensors"
+    return f"; {first}{' and others are' if others else ' is'} of another kind: {SINGLE}"

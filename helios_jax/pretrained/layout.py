@@ -16,9 +16,10 @@ import numpy as np
 from flax import nnx
 
 from helios_jax.models.layers import Layout
-from helios_jax.pretrained.folder import CheckpointError
+from helios_jax.pretrained.errors import CheckpointError
 
 Path = tuple[Any, ...]
+LAYER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,14 @@ def used_keys(model: nnx.Module, present: Iterable[str]) -> dict[str, str]:
     return {tied.get(name, name): name for name in present if name not in tied or tied[name] not in present}
 
 
-def check_shapes(entries: Mapping[str, Entry], found: Mapping[str, tuple[int, ...]], source: str) -> None:
-    """Raises `CheckpointError` unless `found` holds exactly the tensors of `entries`, with their shapes."""
+def check_shapes(
+    entries: Mapping[str, Entry], found: Mapping[str, tuple[int, ...]], source: str, sizes: str = "the model"
+) -> None:
+    """Raises `CheckpointError` unless `found` holds exactly the tensors of `entries`, with their shapes.
+
+    `sizes` is where the sizes of `entries` come from. It is blamed for other shapes and for another number of layers,
+    but not for tensors that no size would explain.
+    """
     missing, extra = entries.keys() - found.keys(), found.keys() - entries.keys()
     wrong = [
         f"{k} is {list(found[k])}, not {list(entries[k].shape)}"
@@ -119,7 +126,10 @@ def check_shapes(entries: Mapping[str, Entry], found: Mapping[str, tuple[int, ..
     if wrong:
         problems.append(some(wrong))
     if problems:
-        raise CheckpointError(f"{source} does not fit its config.json: {'; '.join(problems)}")
+        layers = {LAYER.sub(".", key) for key in entries.keys() & found.keys()}
+        other_sizes = wrong or all(LAYER.sub(".", key) in layers for key in missing | extra)
+        fault = f"does not fit {sizes}" if other_sizes else "has not the tensors of this model"
+        raise CheckpointError(f"{source} {fault}: {'; '.join(problems)}")
 
 
 def some(names: Iterable[str]) -> str:

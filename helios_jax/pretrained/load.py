@@ -17,7 +17,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from helios_jax.pretrained import layout
-from helios_jax.pretrained.files import Tensor, read_headers
+from helios_jax.pretrained.files import Tensor, check_finite, read_headers
+from helios_jax.pretrained.kinds import check_dtypes, check_names
 from helios_jax.pretrained.layout import Entry, check_shapes, dtype_of, file_entries, from_file, used_keys
 from helios_jax.runtime.offload import default_device
 
@@ -44,12 +45,15 @@ class Stored(Protocol):
 class InMemory:
     """An array in memory with the interface of a stored tensor."""
 
-    def __init__(self, values: Any):
+    def __init__(self, values: Any, name: str = "an array", source: str = "the mapping"):
         self.values, self.shape, self.dtype = values, tuple(values.shape), np.dtype(values.dtype)
+        self.name, self.source = name, source
 
     def read(self, rows: slice = slice(None), dtype: Any = None) -> np.ndarray:
         # A copy: on a CPU the parameter could share memory with these values, which belong to the caller.
-        return np.array(np.asarray(self.values)[rows] if self.shape else self.values, dtype or self.dtype)
+        values = np.array(np.asarray(self.values)[rows] if self.shape else self.values, dtype or self.dtype, order="C")
+        check_finite(values, self.source, self.name)
+        return values
 
 
 def load_model(model: Model, folder: Path, *, dtype: Any = None, shardings: Any = None) -> Model:
@@ -64,7 +68,7 @@ def load_model(model: Model, folder: Path, *, dtype: Any = None, shardings: Any 
             devices need, and all hosts must call. None: the default device.
 
     Raises:
-        CheckpointError: the files and the model do not fit, or a file is broken.
+        CheckpointError: the files and the model do not fit, or a file is broken, or a weight is NaN or infinite.
     """
     stored = read_headers(folder)
     return _assemble(model, stream(model, stored, dtype=dtype, shardings=shardings, source=str(folder)))
@@ -72,19 +76,24 @@ def load_model(model: Model, folder: Path, *, dtype: Any = None, shardings: Any 
 
 def from_arrays(model: Model, arrays: Mapping[str, Any], *, dtype: Any = None, source: str = "the mapping") -> Model:
     """`model` (concrete or abstract) filled from arrays under their file keys and in their file layout."""
-    stored = {key: InMemory(values) for key, values in arrays.items()}
+    stored = {key: InMemory(values, key, source) for key, values in arrays.items()}
     return _assemble(model, stream(model, stored, dtype=dtype, source=source))
 
 
 def check_weights(model: nnx.Module, folder: Path) -> None:
-    """Raises `CheckpointError` unless the files in `folder` fit the (abstract) `model`; reads headers only."""
-    _keys(model, read_headers(folder), str(folder))
+    """Raises `CheckpointError` unless the files in `folder` fit the (abstract) `model` of its config.json.
+
+    Reads headers only.
+    """
+    _keys(model, read_headers(folder), str(folder), "its config.json")
 
 
-def _keys(model: nnx.Module, stored: Mapping[str, Stored], source: str) -> dict[str, str]:
+def _keys(model: nnx.Module, stored: Mapping[str, Stored], source: str, sizes: str = "the model") -> dict[str, str]:
     """Maps each of the model's keys to its name in `stored`, after checking that they fit."""
+    check_dtypes({key: tensor.dtype for key, tensor in stored.items()}, source)
+    check_names(stored, source)
     keys = used_keys(model, stored)
-    check_shapes(file_entries(model), {key: stored[name].shape for key, name in keys.items()}, source)
+    check_shapes(file_entries(model), {key: stored[name].shape for key, name in keys.items()}, source, sizes)
     return keys
 
 

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from helios_jax.models.layers import Layout
 from helios_jax.pretrained import files
-from helios_jax.pretrained.folder import write_config
+from helios_jax.pretrained.configs import write_config
 from helios_jax.pretrained.layout import dtype_of, file_entries, to_file
 
 # Smaller parameters (bytes) are laid out on the host: compiling a program for their shape takes longer.
