@@ -195,7 +195,7 @@ class Zeros:
         (lambda pipe, path: start(pipe, 1, seed=[1, 2]), ["seed", "2 numbers", "1 videos"]),
         (lambda pipe, path: start(pipe, 1, num_videos_per_prompt=0), ["num_videos_per_prompt"]),
         (lambda pipe, path: pipe("a", num_frames=None), ["num_frames", "stream"]),
-        (lambda pipe, path: pipe([]), ["prompt", "empty"]),
+        (lambda pipe, path: pipe([]), ["prompt", "at least one"]),
     ],
 )
 def test_bad_use_is_one_line(pipe, tmp_path, act, words):
