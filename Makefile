@@ -22,7 +22,7 @@ ALL_STEPS := $(patsubst %,configs/%.yaml,stage1_init stage2_init stage3_ode stag
 .PHONY: sample test test-all test-light test-newest newer aot aot-oldest aot-newest gpu-report lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
 
 sample: $(VENV)/.run  ## sample a video of four chunks with the embedded model
-	$(BIN)/python sample.py configs/toy/sample.yaml $(ARGS)
+	$(BIN)/python sample.py configs/toy/sample.yaml --overwrite $(ARGS)
 
 test: $(VENV)/.test  ## run the tests, including those against torch, diffusers and transformers
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not heavy" $(ARGS)

@@ -91,7 +91,9 @@ def page(rows: list[Row], size: str) -> str:
     lines += _rates(by_phase["machine"])
     lines += _blocks(_last_of_blocks(by_phase["blocks"]))
     lines += _whole(by_phase["end_to_end"], by_phase["reference"], by_phase["reference_compiled"])
-    lines += _table("Kernels of three chunks, 1+1+1", by_phase["profile"], ("what", "seconds", "calls", "wall_s"))
+    lines += _table(
+        "Kernels of three chunks, 1+1+1", by_phase["profile"], ("what", "seconds", "calls", "wall_s", "why")
+    )
     lines += _table("VAE", by_phase["vae"], ("what", "seconds", "first_call_s", "psnr_of_bfloat16_db", "peak_gib"))
     lines += _table("Kernels beside their references", by_phase["check"], (
         "op", "dtype", "what", "error", "moved", "verdict", "why", "seconds"

@@ -203,6 +203,9 @@ def profile(size: Size, say: Say, implementations: Implementations) -> None:
         for name, seconds in device_events(path):
             total[name] += seconds
             calls[name] += 1
+    if not total:
+        say(what="all kernels", why="the profiler's trace names no kernels of this kind of device")
+        return
     say(what="all kernels", seconds=sum(total.values()), calls=sum(calls.values()), wall_s=times[-1], chunks=3)
     for name in sorted(total, key=lambda name: -total[name])[:KERNELS]:
         say(what=name, seconds=total[name], calls=calls[name])

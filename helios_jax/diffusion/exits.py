@@ -35,13 +35,6 @@ def draw_exits(
     return exits
 
 
-def last_exits(
-    levels: Sequence[Level], first_levels: Sequence[Level], first: Bool[Array, " b"]
-) -> list[Int[Array, " b"]]:
-    """The last step of each level, with which the sampler ends."""
-    return [(counts - 1)[first.astype(jnp.int32)] for counts in _counts(levels, first_levels)]
-
-
 def end_at(
     exits: Sequence[Int[Array, " b"]],
     levels: Sequence[Level],

@@ -167,8 +167,9 @@ def write_sidecar(path: str | os.PathLike, facts: dict[str, Any]) -> None:
 
 
 def read_sidecar(path: str | os.PathLike) -> dict[str, Any] | None:
-    """The facts of the video at `path`, or None if they are missing or unreadable."""
+    """The facts of the video at `path`, or None if they are missing or no JSON object."""
     try:
-        return json.loads(sidecar(path).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        facts = json.loads(sidecar(path).read_text())
+    except (OSError, ValueError, RecursionError):
         return None
+    return facts if isinstance(facts, dict) else None

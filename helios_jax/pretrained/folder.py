@@ -95,7 +95,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _hint(folder: Path) -> str:
-    """What else there is in a folder that has no weights under their usual names."""
+    """Names the other weight files of a folder, and what to do with them, as the end of an error's line."""
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     found = [name for name in names if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
     if not found:

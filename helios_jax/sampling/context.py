@@ -32,29 +32,6 @@ Drawn = TypeVar("Drawn")
 VideoInput = Sequence[Image.Image | np.ndarray] | np.ndarray | str | os.PathLike
 
 
-def preprocess_image(image: ImageInput, height: int, width: int) -> Float[np.ndarray, "1 h w 3"]:
-    """An image as the VAE takes it: one RGB frame in [-1, 1] of the size asked for, its proportions not kept.
-
-    `image` is a file (upright by its EXIF data), a PIL image (as it is), or an array [h, w, 3], uint8 or floats in
-    [0, 1]. Every kind is resized by Lanczos. For PIL images the result is diffusers' `VideoProcessor`'s, bit for bit.
-    For arrays we differ: it takes the nearest pixels, which aliases, and does not scale uint8.
-
-    Raises ValueError or FileNotFoundError, in one line, for anything else.
-    """
-    return _preprocess([image], height, width, "image")
-
-
-def preprocess_video(
-    video: VideoInput, height: int, width: int, fps: float | None = None
-) -> Float[np.ndarray, "t h w 3"]:
-    """Every frame of a video by the rules of `preprocess_image`.
-
-    `video` is a file, a sequence of PIL images or of arrays [h, w, 3], or one array [t, h, w, 3]. `fps` is the rate
-    that a file is read at (`helios_jax.media.video.read_video`), by default its own.
-    """
-    return _preprocess(_frames(video, fps, "video"), height, width, "video")
-
-
 def prepare_images(
     image: ImageInput | Sequence[ImageInput], batch: int, height: int, width: int
 ) -> Float[np.ndarray, "n 1 h w 3"]:
@@ -62,7 +39,7 @@ def prepare_images(
     many = _is_list(image) or (isinstance(image, np.ndarray) and image.ndim == 4)
     images: Any = image if many else [image]
     _check_count("image", len(images), batch)
-    return np.stack([_preprocess([x], height, width, f"image {i}" if many else "image") for i, x in enumerate(images)])
+    return np.stack([preprocess([x], height, width, f"image {i}" if many else "image") for i, x in enumerate(images)])
 
 
 @dataclass(frozen=True)
@@ -132,7 +109,7 @@ def prepare_videos(
     """One video for all of a batch (n is 1), or a sequence or an array [n, t, h, w, 3] of one each (n is `batch`).
 
     A list of images is one video, a list of files is as many. However long a file is, only what reaches the memory is
-    held, and resized. `fps` as in `preprocess_video`.
+    held, and resized. `fps` as in `frames_of`.
 
     Raises ValueError or FileNotFoundError, in one line, for files that cannot be read and for less than a chunk of
     frames.
@@ -147,13 +124,13 @@ def prepare_videos(
     firsts, tails, counts = [], [], []
     for i, one in enumerate(videos):
         name = str(one) if _is_path(one) else f"video {i}" if many else "video"
-        first, last, count = _ends(_frames(one, fps, name), keep)
+        first, last, count = _ends(frames_of(one, fps, name), keep)
         if count < frames:
             rate = "" if fps is None else f" at {fps:g} frames a second"
             raise ValueError(f"{name}: {count} frames{rate}, fewer than the {frames} of a chunk; give a longer video")
         last = last[len(last) % frames :]  # whole chunks, counted from the end
-        firsts.append(_preprocess([first], height, width, f"the first frame of {name}"))
-        tails.append(_preprocess(last, height, width, f"a frame of {name}"))
+        firsts.append(preprocess([first], height, width, f"the first frame of {name}"))
+        tails.append(preprocess(last, height, width, f"a frame of {name}"))
         counts.append(count)
     if len(set(counts)) > 1:
         raise ValueError(f"videos of one batch must be equally long, got {counts} frames; cut them, or make them apart")
@@ -272,8 +249,11 @@ def _check_count(what: str, count: int, batch: int) -> None:
         raise ValueError(f"{count} {what}s for {batch} prompts: give one {what} for all, or as many as prompts")
 
 
-def _frames(video: Any, fps: float | None, name: str) -> Iterable[Any]:
-    """The frames of one video, a file's read as they are asked for."""
+def frames_of(video: Any, fps: float | None, name: str) -> Iterable[Any]:
+    """The frames of one video: a file, a sequence of images or arrays, or an array [t, h, w, 3].
+
+    A file's are read as they are asked for, at the rate `fps`, by default its own.
+    """
     if _is_path(video):
         return iterate_video(video, fps)
     if fps is not None:
@@ -293,8 +273,15 @@ def _ends(frames: Iterable[Any], keep: int) -> tuple[Any, list[Any], int]:
     return first, list(last), count
 
 
-def _preprocess(frames: Iterable[Any], height: int, width: int, name: str) -> np.ndarray:
-    """Frames of any kind as float32 [t, h, w, 3] in [-1, 1]."""
+def preprocess(frames: Iterable[Any], height: int, width: int, name: str) -> np.ndarray:
+    """Frames as the VAE takes them: float32 [t, h, w, 3] in [-1, 1] of the size asked for, proportions not kept.
+
+    A frame is a file (upright by its EXIF data), a PIL image (as it is), or an array [h, w, 3], uint8 or floats in
+    [0, 1]. Every kind is resized by Lanczos. For PIL images the result is diffusers' `VideoProcessor`'s, bit for bit.
+    For arrays we differ: it takes the nearest pixels, which aliases, and does not scale uint8.
+
+    Raises ValueError or FileNotFoundError, in one line that begins with `name`, for anything else.
+    """
     return np.stack([2 * resize(_rgb(frame, name), height, width) - 1 for frame in frames])
 
 

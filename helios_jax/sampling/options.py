@@ -185,7 +185,9 @@ class SampleConfig(SamplingOptions):
     switches: list[PromptSwitch] = option([], "prompts that take over later", MAKE)
     seed: int = option(0, "the same seed makes the same video", MAKE)
     num_videos_per_prompt: int = option(1, "videos of each prompt, with seeds seed, seed + 1, ...", MAKE)
-    csv: str | None = option(None, "many videos: a CSV with a column prompt (docs/sampling.md)", MAKE)
+    csv: str | None = option(
+        None, "many videos: a CSV with a column prompt, or a .txt with a prompt per line (docs/sampling.md)", MAKE
+    )
     ids: list[str] | None = option(None, "rows of the CSV to make, by id; null: all", MAKE)
     interpolate_time: int = option(7, "chunks of each prompt of a CSV with a column prompt_index", MAKE)
     model: str = option("BestWishYsh/Helios-Base", "a diffusers folder or a hub name")

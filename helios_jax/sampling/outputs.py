@@ -5,6 +5,7 @@ from pathlib import Path
 
 from helios_jax import lora
 from helios_jax.config import ConfigError
+from helios_jax.media.files import check_writable
 from helios_jax.media.writers import read_sidecar, sidecar
 from helios_jax.sampling.jobs import Job
 
@@ -17,6 +18,8 @@ def check(job: Job) -> None:
     written = {"out": job.out, "the JSON beside it": sidecar(job.out)}
     if config.state is not None:
         written["state"] = Path(config.state)
+    if config.profile is not None:
+        written["profile"] = Path(config.profile)
     read = {"image": config.image, "video": config.video, "resume": config.resume}
     read |= {f"lora {i + 1}": lora.file_and_scale(text)[0] for i, text in enumerate(config.loras)}
     places: dict[Path, str] = {}
@@ -27,6 +30,9 @@ def check(job: Job) -> None:
         target = None if path is None else places.get(Path(path).resolve())
         if target is not None and (target, name) != ("state", "resume"):
             raise ConfigError(f"{target}: {path} is the run's {name}, and would be overwritten: name another file")
+    for path in (sidecar(job.out), None if config.state is None else Path(config.state)):
+        if path is not None:
+            check_writable(path)
     if config.overwrite:
         return
     if _made(job.out) and not is_rest_of(job):

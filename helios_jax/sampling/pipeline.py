@@ -30,7 +30,7 @@ from helios_jax.sampling.noise import Noise, SeededNoise
 from helios_jax.sampling.options import PromptSwitch, SamplingOptions, takes_options
 from helios_jax.sampling.plan import Plan, Variant, make_plan
 from helios_jax.sampling.prompts import make_schedule
-from helios_jax.sampling.stream import Call, Stream, check_finite, read_state
+from helios_jax.sampling.stream import Call, Stream, check_latents, read_state
 from helios_jax.sampling.text import Texts, encode_prompts
 
 
@@ -177,7 +177,7 @@ class HeliosPipeline:
         )
         latents = self.generate(call)
         for chunk, part in enumerate(np.split(np.asarray(latents), plan.num_chunks or 1, axis=1)):
-            check_finite(part, chunk)
+            check_latents(part, chunk)
         if output_type == "latent":
             return HeliosPipelineOutput(np.asarray(latents))
         frames = decode_video(self.vae, latents, plan.memory.frames_per_chunk, dtype="float32")

@@ -25,7 +25,7 @@ from helios_jax.sampling.options import SampleConfig
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.sampling.plan import Plan, chunk_frames, make_plan
 from helios_jax.sampling.prompts import make_schedule
-from helios_jax.sampling.stream import Snapshot, Stream
+from helios_jax.sampling.stream import Snapshot, Stream, read_state
 
 PACKAGES = ("helios_jax", "jax", "flax", "numpy")
 
@@ -85,15 +85,17 @@ def run(config: SampleConfig) -> int:
 
 def _check(job: Job, plan: Plan, *, alone: bool) -> None:
     """Raises ValueError for a video that cannot be made, or if it is `alone`, whose file cannot be written."""
+    outputs.check(job)
     config = job.config
     if config.profile is not None and plan.num_chunks is not None and plan.num_chunks < 2:
         least = plan.chunk_frames + 1
         raise ValueError(
             f"profile traces the second chunk, and num_frames {config.num_frames} has one: ask for {least}"
         )
-    if config.resume is None:
+    if config.resume is not None:
+        read_state(config.resume)  # before the weights are read
+    else:
         make_schedule([config.prompt], config.switches, config, plan.chunk_frames)
-    outputs.check(job)
     if alone and not job.out.is_dir():
         open_writer(job.out, config.fps, config.height, config.width).close()
 

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, Level
 from helios_jax.diffusion.memory import History
+from helios_jax.media.files import kind_of
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling import sampler
 from helios_jax.sampling.noise import Noise, SeededNoise, draw
@@ -102,7 +103,7 @@ class Stream:
         """The next chunk; the last one ends where `num_frames` says."""
         (latents, out), self._history = next(self._chunks)
         out, self.latents = np.asarray(out), np.asarray(latents)
-        check_finite(self.latents, self.chunk)
+        check_latents(self.latents, self.chunk)
         del self._asked[self.chunk]
         left = None
         if self.plan.options.num_frames is not None:
@@ -200,6 +201,8 @@ class State:
 def read_state(path: str | os.PathLike) -> State:
     """Raises ValueError, in one line, for a file that is missing, broken or of another kind."""
     path = Path(path)
+    if kind_of(path) in ("folder", "special"):  # reading from a pipe would wait for ever
+        raise ValueError(f"{path}: not the state of a stream; name a file that save_state wrote")
     try:
         with safe_open(path, "numpy") as file:
             meta = json.loads((file.metadata() or {}).get("state", "{}"))
@@ -225,7 +228,7 @@ def read_state(path: str | os.PathLike) -> State:
 _HISTORY = [field.name for field in dataclasses.fields(History)]
 
 
-def check_finite(latents: np.ndarray, first: int = 0) -> None:
+def check_latents(latents: np.ndarray, first: int = 0) -> None:
     """Raises FloatingPointError for latents [b, t, h, w, c] of chunk `first` that are NaN or infinite."""
     if not np.isfinite(latents).all():
         raise FloatingPointError(

@@ -7,12 +7,13 @@ import pytest
 from flax import nnx
 
 from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, denoise_chunk, denoise_to_exits
-from helios_jax.diffusion.exits import draw_exits, end_at, is_first_chunk, last_exits
+from helios_jax.diffusion.exits import draw_exits, end_at, is_first_chunk
 from helios_jax.diffusion.levels import make_levels
 from helios_jax.diffusion.memory import History, MemoryConfig
 from helios_jax.diffusion.schedule import DMDSchedulerConfig
 from helios_jax.models.transformer import Transformer
 from tests.closeness import assert_close
+from tests.diffusion.last_exits import last_exits
 
 SHAPE = (2, 3, 8, 16, 4)
 STEPS = (2, 1, 3)

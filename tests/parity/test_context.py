@@ -21,6 +21,7 @@ from tests.parity import pipelines  # noqa: E402
 from tests.parity.pipelines import PROMPTS, Recorder  # noqa: E402
 from tests.parity.reference import arrays, channels_last, check  # noqa: E402
 from tests.parity.test_pipeline import fresh_seed  # noqa: E402
+from tests.pixels import preprocess_image, preprocess_video  # noqa: E402
 
 BAR = 1e-5
 MEMORY = MemoryConfig(long=8, mid=2, recent=1, frames_per_chunk=3)  # chunks of 9 frames; 11 latents are 4 chunks
@@ -193,14 +194,12 @@ def test_preprocessing_is_that_of_diffusers():
     for size in range(len(SIZES)):
         images = pictures(fresh_seed(), 3, size)
         for height, width in ((32, 48), (96, 16), (64, 64)):
-            ours = context.preprocess_image(images[0], height, width)
+            ours = preprocess_image(images[0], height, width)
             expected = theirs.preprocess(images[0], height=height, width=width)
             np.testing.assert_array_equal(ours[0], expected[0].permute(1, 2, 0).numpy())
-            ours = context.preprocess_video(images, height, width)
+            ours = preprocess_video(images, height, width)
             expected = theirs.preprocess_video(images, height=height, width=width)
             np.testing.assert_array_equal(ours[None], expected.permute(0, 2, 3, 4, 1).numpy())
     floats = np.random.default_rng(0).random((2, 32, 48, 3), np.float32)
     expected = theirs.preprocess_video(floats, height=32, width=48)
-    np.testing.assert_array_equal(
-        context.preprocess_video(floats, 32, 48)[None], expected.permute(0, 2, 3, 4, 1).numpy()
-    )
+    np.testing.assert_array_equal(preprocess_video(floats, 32, 48)[None], expected.permute(0, 2, 3, 4, 1).numpy())

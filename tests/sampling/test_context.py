@@ -18,12 +18,11 @@ from helios_jax.sampling.context import (
     from_video,
     prepare_images,
     prepare_videos,
-    preprocess_image,
-    preprocess_video,
 )
 from helios_jax.sampling.noise import SeededNoise
 from tests import tiny
 from tests.closeness import assert_close
+from tests.pixels import preprocess_image, preprocess_video
 
 SIZE = (16, 24)
 MEMORY = MemoryConfig(long=3, mid=1, recent=1, frames_per_chunk=2)  # chunks of 5 frames, 3 of them reach the window

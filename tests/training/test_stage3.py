@@ -35,6 +35,7 @@ from helios_jax.training.state import TrainState, create, update
 from helios_jax.training.trainable import AdapterConfig, trainable
 from tests import tiny
 from tests.closeness import assert_close
+from tests.diffusion.last_exits import last_exits
 
 SMALL = dataclasses.replace(tiny.TRANSFORMER, num_layers=1)
 LORA = AdapterConfig(rank=4, target_modules=("to_q", "to_v", "ffn.net.2", "proj_out"))
@@ -159,7 +160,7 @@ def game():
     with pytest.MonkeyPatch.context() as patch:
         # What heads are made of, tests/parity compares; convolutions take long to compile.
         patch.setattr(Head, "SHAPES", (((1, 2, 2), (1, 2, 2), (0, 0, 0)),) * 2)
-        patch.setattr(exits, "draw_exits", lambda _, *levels: exits.last_exits(*levels))
+        patch.setattr(exits, "draw_exits", lambda _, *levels: last_exits(*levels))
         begin = create(make_players(config), optimizer, ema, config.trainable)
         # The b of an adapter begins as zero, which would leave its a without a gradient.
         begin = begin.replace(params=jax.tree.map(lambda x: x if x.any() else x + 0.01, begin.params))
