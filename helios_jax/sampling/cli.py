@@ -2,14 +2,14 @@
 
 The config says what to run; flags and `key=value` arguments override it. Frames go to the mp4 as chunks come, so it can
 be watched while it grows and an interrupted run leaves the chunks that were done. Beside each video lies a JSON file
-with its settings and figures. Exit code 0 when done, 1 when some videos of a CSV failed, 130 when interrupted, 2 for
-input that cannot be used: one line says what, the rule and the remedy, before the model is built.
+with its settings and figures. Exit code 0 when done, 1 when some videos of a CSV failed, 130 when interrupted by Ctrl-C or
+SIGTERM (`runtime.interrupts`), 2 for input that cannot be used: one line says what, the rule and the remedy, before the
+model is built.
 """
 
 import argparse
 import dataclasses
 import logging
-import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from helios_jax import config as configs
+from helios_jax.runtime import interrupts
 from helios_jax.runtime.command import program_name
 from helios_jax.sampling.options import FILES, MAKE, METHOD, NOISE, SampleConfig, SamplingOptions
 
@@ -113,11 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, FloatingPointError) as error:  # a disk that is full, say: what was written stays
             print(f"{program_name('sample.py')}: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt as error:
+            if not isinstance(error, interrupts.Interrupted):  # which has said so
+                print(f"{program_name('sample.py')}: interrupted", file=sys.stderr)
+            return interrupts.EXIT_CODE
         finally:
             ours.removeHandler(handler)
-
-
-def entry_point() -> int:
-    """`main` as a process of its own: SIGTERM ends it as Ctrl-C does, and what was made is kept."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return main()

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from helios_jax import lora
 from helios_jax.media.writers import ThreadedWriter, open_writer, sidecar, write_sidecar
 from helios_jax.models.transformer import Transformer
+from helios_jax.runtime import interrupts
 from helios_jax.sampling import outputs
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.context import Context, read_context
@@ -71,8 +72,9 @@ def run(config: SampleConfig) -> int:
             print(f"video {i + 1}/{len(todo)}: {job.name}", flush=True)
         try:
             context = _read_context(job, plan, checkpoint) if config.csv is not None else context
-            if make(pipe, job, plan, context, checkpoint, begin if i == 0 else time.monotonic()):
-                return 130
+            with interrupts.deferred():
+                if make(pipe, job, plan, context, checkpoint, begin if i == 0 else time.monotonic()):
+                    return interrupts.EXIT_CODE
         except (ValueError, OSError, FloatingPointError) as error:
             if config.csv is None:
                 raise
@@ -143,6 +145,7 @@ def make(pipe: HeliosPipeline, job: Job, plan: Plan, context: Context, checkpoin
             first = stream.chunk
             for made, out in enumerate(stream, 1):
                 state = None if config.state is None else stream.snapshot()
+                interrupts.keep()
                 writer.write(out[0], partial(written, stream.chunk, state))
                 if config.profile is not None and made == 1:
                     trace.enter_context(jax.profiler.trace(config.profile))
