@@ -2,9 +2,9 @@
 
 The config says what to run; flags and `key=value` arguments override it. Frames go to the mp4 as chunks come, so it can
 be watched while it grows and an interrupted run leaves the chunks that were done. Beside each video lies a JSON file
-with its settings and figures. Exit code 0 when done, 1 when some videos of a CSV failed, 130 when interrupted by Ctrl-C or
-SIGTERM (`runtime.interrupts`), 2 for input that cannot be used: one line says what, the rule and the remedy, before the
-model is built.
+with its settings and figures. Exit code 0 when done, 1 when some videos of a CSV failed, 130 when interrupted by Ctrl-C
+or SIGTERM (`runtime.interrupts`), 2 for input that cannot be used: one line says what, the rule and the remedy, before
+the model is built.
 """
 
 import argparse
@@ -87,13 +87,20 @@ def _default(f: Any) -> str:
     return f" [{str(value).lower() if isinstance(value, bool) else value}]"
 
 
+class Lines(logging.Handler):
+    """Lines on what stderr is at that time: while bars are shown, rich takes its place and prints above them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
 
     def show(message, category, filename, lineno, file=None, line=None):
         print(f"{program_name('sample.py')}: warning: {message}", file=sys.stderr)
 
-    ours, handler = logging.getLogger("helios_jax"), logging.StreamHandler()
+    ours, handler = logging.getLogger("helios_jax"), Lines()
     handler.setFormatter(logging.Formatter(f"{program_name('sample.py')}: %(message)s"))
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)

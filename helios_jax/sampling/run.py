@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import jax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from helios_jax import lora
 from helios_jax.media.writers import ThreadedWriter, open_writer, sidecar, write_sidecar
@@ -25,6 +24,7 @@ from helios_jax.sampling.jobs import Job, make_jobs
 from helios_jax.sampling.options import SampleConfig
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.sampling.plan import Plan, chunk_frames, make_plan
+from helios_jax.sampling.progress import RunProgress
 from helios_jax.sampling.prompts import make_schedule
 from helios_jax.sampling.stream import Snapshot, Stream, read_state
 
@@ -66,14 +66,13 @@ def run(config: SampleConfig) -> int:
     if files:
         pipe.transformer = lora.merge(lora.attach(pipe.transformer, files, scales), donate=True)
     print(f"loading: {time.monotonic() - begin:.2f} s", flush=True)
-    failed = []
+    failed, shown = [], RunProgress([plan.num_chunks for plan in plans])
     for i, (job, plan, context) in enumerate(zip(todo, plans, contexts)):
-        if len(todo) > 1:
-            print(f"video {i + 1}/{len(todo)}: {job.name}", flush=True)
+        shown.begin(i, job.name)
         try:
             context = _read_context(job, plan, checkpoint) if config.csv is not None else context
             with interrupts.deferred():
-                if make(pipe, job, plan, context, checkpoint, begin if i == 0 else time.monotonic()):
+                if make(pipe, job, plan, context, checkpoint, shown, begin if i == 0 else time.monotonic()):
                     return interrupts.EXIT_CODE
         except (ValueError, OSError, FloatingPointError) as error:
             if config.csv is None:
@@ -107,40 +106,44 @@ def _read_context(job: Job, plan: Plan, checkpoint: Checkpoint) -> Context:
     return None if config.resume else read_context(config.image, config.video, 1, plan, checkpoint.vae)
 
 
-def make(pipe: HeliosPipeline, job: Job, plan: Plan, context: Context, checkpoint: Checkpoint, begin: float) -> bool:
+def make(
+    pipe: HeliosPipeline,
+    job: Job,
+    plan: Plan,
+    context: Context,
+    checkpoint: Checkpoint,
+    shown: RunProgress,
+    begin: float,
+) -> bool:
     """One video, its figures and its sidecar; returns whether it was interrupted."""
     config = job.config
     times: list[float] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     interrupted = False
     outputs.clear(job.out)
     with (
-        Progress(*columns, disable=not sys.stderr.isatty()) as bars,
+        shown,
         ExitStack() as trace,
         closing(ThreadedWriter(open_writer(job.out, config.fps, config.height, config.width))) as writer,
     ):
         # A run that is killed leaves it, so that the next one knows whose file it is.
         write_sidecar(job.out, {"settings": job.settings(), "complete": False})
         first = 0
-        chunks = bars.add_task("chunks", total=plan.num_chunks)
-        steps = bars.add_task("steps", total=plan.num_steps(0))
+        shown.start(plan)
 
         def progress(chunk: int, step: int) -> None:
-            bars.update(steps, completed=step + 1, total=plan.num_steps(chunk))
+            shown.step(step, plan.num_steps(chunk))
 
         def written(chunk: int, state: Snapshot | None) -> None:
             """After a chunk is in the file: the state on disk is never ahead of the frames."""
             times.append(time.monotonic())
             if config.state is not None and state is not None:
                 state.save(config.state)
-            bars.update(chunks, completed=chunk)
-            if bars.disable:
-                print(f"chunk {chunk}/{plan.num_chunks or '-'}  {writer.frames} frames", flush=True)
+            shown.chunk(chunk, plan.num_chunks, writer.frames)
 
         try:
             # A bar waits for every step, which costs a little; without one nothing does. A trace needs it, too: of a
             # chunk that was queued before the trace began it would show nothing.
-            wait = config.profile is not None or not bars.disable
+            wait = config.profile is not None or shown.live
             stream = _start(pipe, config, plan, context, writer.takes, progress if wait else None)
             first = stream.chunk
             for made, out in enumerate(stream, 1):

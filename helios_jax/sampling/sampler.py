@@ -95,8 +95,8 @@ def stream(
 
     A chunk is yielded once the next one is queued, all of it or its first `AHEAD` steps, so that the device works while
     the host handles frames. Where launches wait, it is yielded as soon as it is computed and one step is queued.
-    `progress(chunk, step)` is called when a step has been computed, steps counted over all levels. A signal is seen after
-    every step (`interrupts.check`).
+    `progress(chunk, step)` is called when a step has been computed, steps counted over all levels. A signal is
+    seen after every step (`interrupts.check`).
     """
     step = step_program.bind(model)
     ahead = AHEAD if progress is None else 1  # progress waits for every step: a chunk must not wait with it
