@@ -69,7 +69,7 @@ def test_a_video_of_exactly_the_frames_and_its_figures(config, tmp_path, capsys)
     [
         (["--height", "40"], ["height", "16", "32 and 48"]),
         (["--num-frames", "0"], ["num_frames", "at least 1"]),
-        (["--num-frames", "many"], ["--num-frames", "num_frames"]),
+        (["--num-frames", "many"], ["--num-frames must be a whole number or null, got 'many'"]),
         (["--prompt", " "], ["prompt"]),
         (["--seed", "-1"], ["seed"]),
         (["--model", "nowhere"], ["no folder nowhere"]),

@@ -21,8 +21,8 @@ from helios_jax.runtime import interrupts
 from helios_jax.runtime.command import program_name
 from helios_jax.sampling.options import FILES, MAKE, METHOD, NOISE, SampleConfig, SamplingOptions
 
-# Fields that have a flag of another form.
-OTHERWISE = ("switches", "loras")
+# Flags of another form than their field.
+OTHERWISE = {"switches": "--then", "loras": "--lora"}
 
 
 def parse(argv: Sequence[str]) -> SampleConfig:
@@ -71,7 +71,7 @@ def parse(argv: Sequence[str]) -> SampleConfig:
             {"prompt": prompt, **({"seconds": at[:-1]} if at.endswith("s") else {"chunk": at})}
             for at, prompt in args.then
         ]
-    return configs.load(args.config, args.overrides, SampleConfig, given)
+    return configs.load(args.config, args.overrides, SampleConfig, given, OTHERWISE)
 
 
 def _is_list(hint: Any) -> bool:

@@ -1,6 +1,6 @@
 """Progress of a run: bars on a terminal, else a line for each video and chunk.
 
-Bars are drawn on stderr. While they are shown, rich prints other lines of this process above them; these must go through
+Bars are drawn on stderr. While they are shown, rich prints other lines of this process above them, if those go through
 `sys.stdout` and `sys.stderr` as they are at that time.
 """
 
