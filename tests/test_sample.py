@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 import sample
 from helios_jax import HeliosPipeline
-from helios_jax.media.video import VideoWriter, read_video
+from helios_jax.media.mp4 import VideoWriter
+from helios_jax.media.video import read_video
 from helios_jax.media.writers import LatentWriter
 from helios_jax.sampling import pipeline
 from helios_jax.sampling import run as runs
