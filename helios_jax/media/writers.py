@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -21,6 +21,7 @@ Format = Literal["mp4", "png", "npz"]
 FRAME = re.compile(r"\d{6,}\.png")
 
 
+@runtime_checkable
 class Writer(Protocol):
     """Writer of one video, chunk by chunk. Chunks that were written survive a process that dies.
 
