@@ -36,11 +36,13 @@ def load(
     schema: type[T],
     flags: Mapping[str, Any] | None = None,
     names: Mapping[str, str] | None = None,
+    under: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> T:
     """An instance of the dataclass `schema`: its defaults, the YAML file `path` over its bases, then `overrides`.
 
     `flags` are values of top-level fields as a person typed them (strings, or lists and dicts of them), taken
-    literally; they win over everything. A flag is named as its field is, unless `names` has another.
+    literally; they win over everything. A flag is named as its field is, unless `names` has another. `under` has values
+    by their source's name that win over the file alone.
 
     Raises ConfigError, in one line, for a file that is missing or not YAML, an unknown key, a wrong type, a value
     out of range, an override that is not `key=value`. Reads files and nothing else.
@@ -49,7 +51,8 @@ def load(
     sources: dict[str, str] = {}
     flag = {name: f"--{name.replace('_', '-')}" for name in flags or {}} | dict(names or {})
     typed = [(flag[name], {name: _literal(value)}) for name, value in (flags or {}).items()]
-    for source, values in [*_sources(path, overrides), *typed]:
+    middle = [(source, _literal(dict(values))) for source, values in (under or {}).items()]
+    for source, values in [*_files(find(path)), *middle, *map(_override, overrides), *typed]:
         for key, value in _leaves(values):
             merged = _merge(merged, key, value, source, schema)
             sources[key] = source

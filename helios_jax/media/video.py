@@ -1,7 +1,6 @@
-"""Video files: an mp4 that plays while it grows, and strict reading.
+"""Strict reading of video files: a damaged one is refused, where by default a decoder invents what is missing.
 
-A writer refuses unsupported arguments before it touches the file. A reader refuses a damaged file; by default a decoder
-would invent the missing content. PyAV is imported when the first file is opened.
+PyAV is imported when the first file is opened.
 """
 
 from __future__ import annotations
@@ -10,162 +9,23 @@ import contextlib
 import math
 import os
 from collections.abc import Iterable, Iterator
-from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
 
-from helios_jax.media.files import check_readable, check_writable, kind_of, write_error
+from helios_jax.media.files import check_readable, kind_of
 from helios_jax.media.pictures import is_webp, read_folder, read_webp
 
 if TYPE_CHECKING:
     import av
     from av.container import InputContainer
 
-CODEC, SUFFIX = "libx264", ".mp4"
-# An empty index, then one fragment per frame: the file is complete after every frame.
-CONTAINER_OPTIONS = {"movflags": "+frag_every_frame+empty_moov+default_base_moof", "flush_packets": "1"}
-# zerolatency: the encoder returns each frame at once, without look-ahead.
-CODEC_OPTIONS = {"crf": "17", "preset": "veryfast", "tune": "zerolatency"}
 BUFFER = 1 << 18  # bytes read at once
 FAR = 250  # frames: key frames are seldom further apart
-# ITU-R BT.709 and limited range, as players assume of H.264. FFmpeg's numbers: AVCOL_..._BT709, AVCOL_RANGE_MPEG.
-BT709 = LIMITED = 1
-MAX_RATE = 2**31 - 1  # frames a second: mp4 and FFmpeg keep 32-bit numbers
 EXACT = 0x2 | 0x40000 | 0x2000  # BILINEAR, ACCURATE_RND and FULL_CHR_H_INT; the default darkens colours by up to 2
 ROUNDING = 1e-3  # seconds: many containers keep times in milliseconds
-
-
-class _Output:
-    """A file for the muxer, opened at the first byte. After an error it drops what comes, so that closing cannot fail.
-
-    The muxer gets an object, not a name, as FFmpeg takes names such as `take:1.mp4` for protocols.
-    """
-
-    def __init__(self, path: Path):
-        self._path, self._file, self._failed = path, None, False
-        self._size = self._whole = 0
-
-    def write(self, data: bytes) -> int:
-        if self._failed:
-            return len(data)
-        if self._file is None:
-            self._file = self._path.open("wb", buffering=0)
-        left = memoryview(data)
-        while left:
-            left = left[self._file.write(left) :]
-        self._size += len(data)
-        return len(data)
-
-    def mark(self) -> None:
-        """Declares what was written so far to be whole."""
-        self._whole = self._size
-
-    def fail(self) -> None:
-        """Cuts the file to its whole part and drops all that is written later."""
-        self._failed = True
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.truncate(self._whole)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-class VideoWriter:
-    """Writes H.264 into an mp4, frame by frame: `with VideoWriter(path, 24, 384, 640) as video: video.write(frames)`.
-
-    Missing folders of `path` are created. The first frame replaces an existing file. If the process dies, it plays
-    up to the frame before the newest. If the disk is full, the frames before stay, and OSError names the path.
-    Colours are BT.709 in limited range, and tagged so. Raises ValueError, in one line and before anything is written,
-    for a suffix that is not .mp4, an odd or non-positive size, a rate that the file cannot hold, and a path that is not
-    a regular file or cannot be written.
-    """
-
-    takes = "np"
-
-    def __init__(self, path: str | os.PathLike, fps: float, height: int, width: int):
-        self.path = Path(path)
-        if self.path.suffix.lower() != SUFFIX:
-            raise ValueError(f"{path}: unknown suffix {self.path.suffix!r}; video is written as {SUFFIX}, name it so")
-        if height < 2 or width < 2 or height % 2 or width % 2:
-            even = f"{max(2, height + height % 2)}x{max(2, width + width % 2)}"
-            raise ValueError(f"{path}: frames of {height}x{width}; H.264 needs even height and width, such as {even}")
-        rate = Fraction(fps).limit_denominator(1001) if math.isfinite(fps) else Fraction(0)
-        if rate <= 0 or rate.numerator > MAX_RATE:
-            raise ValueError(
-                f"{path}: {fps} frames a second; the rate must be positive and at most {MAX_RATE}, such as 24"
-            )
-        check_writable(self.path)
-        import av
-        from av.video.reformatter import VideoReformatter
-
-        self._size, self._output, self._reformatter = (height, width), _Output(self.path), VideoReformatter()
-        self._container = av.open(self._output, "w", format="mp4", options=CONTAINER_OPTIONS)
-        self._stream = self._container.add_stream(CODEC, rate=rate, options=CODEC_OPTIONS)
-        self._stream.height, self._stream.width, self._stream.pix_fmt = height, width, "yuv420p"
-        context = self._stream.codec_context
-        context.color_primaries = context.color_trc = context.colorspace = BT709
-        context.color_range = LIMITED
-        self._time_base = 1 / rate
-        self._closed = self._failed = False
-        self.frames = 0  # number of frames written
-
-    def write(self, frames: UInt8[np.ndarray, "t h w 3"]) -> None:
-        """Appends RGB frames; they are in the file on return. Raises ValueError for another shape or dtype."""
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self._size, 3):
-            expected = f"uint8 [t, {self._size[0]}, {self._size[1]}, 3]"
-            raise ValueError(f"{self.path}: got frames of {frames.dtype} {list(frames.shape)}; they must be {expected}")
-        from av import VideoFrame
-
-        for array in frames:
-            rgb = VideoFrame.from_ndarray(np.ascontiguousarray(array), format="rgb24")
-            frame = self._reformatter.reformat(
-                rgb, format="yuv420p", dst_colorspace=BT709, dst_color_range=LIMITED, threads=1
-            )
-            frame.color_primaries = frame.color_trc = BT709
-            frame.pts, frame.time_base = self.frames, self._time_base
-            self._mux(frame)
-            self.frames += 1
-
-    def _mux(self, frame: av.VideoFrame | None) -> None:
-        """Encodes a frame, or with None completes the stream; what is then in the file is whole."""
-        try:
-            self._container.mux(self._stream.encode(frame))
-        except OSError as error:
-            self._output.fail()
-            self._failed = True
-            raise write_error(error, self.path) from None
-        self._output.mark()
-
-    def close(self) -> None:
-        """Completes the file. Later calls do nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            if self.frames and not self._failed:
-                self._mux(None)
-            self._container.close()
-        except OSError as error:
-            failed = self._failed
-            self._output.fail()
-            raise error if failed else write_error(error, self.path) from None
-        finally:
-            self._container.close()
-            self._output.close()
-
-    def __enter__(self) -> VideoWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def read_video(path: str | os.PathLike, fps: float | None = None) -> tuple[UInt8[np.ndarray, "t h w 3"], float]:
@@ -281,7 +141,7 @@ def _decode(path: Path, near: int = 0) -> Iterator[tuple[av.VideoFrame | np.ndar
     if kind_of(path) == "folder":
         yield from read_folder(path)
         return
-    check_readable(path, f"a video file, such as clip{SUFFIX}")
+    check_readable(path, "a video file, such as clip.mp4")
     if is_webp(path):
         yield from read_webp(path)
         return

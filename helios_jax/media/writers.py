@@ -2,27 +2,34 @@
 
 import json
 import os
+import re
+import zipfile
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
 from helios_jax.media.files import check_writable, kind_of, replacing
-from helios_jax.media.video import VideoWriter
+from helios_jax.media.mp4 import VideoWriter
 
 Format = Literal["mp4", "png", "npz"]
+FRAME = re.compile(r"\d{6,}\.png")
 
 
+@runtime_checkable
 class Writer(Protocol):
-    """Writer of one video, chunk by chunk. Chunks that were written survive a process that dies."""
+    """Writer of one video, chunk by chunk. Chunks that were written survive a process that dies.
+
+    With `keep` an unfinished video goes on: its first `keep` frames stay, or all if it has fewer.
+    """
 
     path: Path
-    frames: int  # written so far
+    frames: int  # in the file so far
     takes: str  # "np": uint8 frames [t, h, w, 3]; "latent": latents [t, h, w, c]
 
     def write(self, chunk: Any, /) -> None: ...
@@ -31,23 +38,34 @@ class Writer(Protocol):
 
 
 class FrameWriter:
-    """Writes a folder of PNG files, 000000.png and on. Raises ValueError if the folder already holds frames."""
+    """Writes a folder of PNG files, 000000.png and on.
+
+    Raises ValueError if the folder already holds frames, but for those of a video that goes on (`keep`).
+    """
 
     takes = "np"
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, keep: int = 0):
         self.path = Path(path)
         self.frames = 0
         kind = kind_of(self.path)
         if kind in ("file", "special"):
             raise ValueError(f"{path}: is a file or a device; name a folder for the frames")
-        if kind == "folder" and any(self.path.glob("*.png")):
+        if kind == "folder" and not keep and any(self.path.glob("*.png")):
             raise ValueError(f"{path}: holds PNG files already; name a new folder, or empty this one")
         check_writable(self.path / "000000.png")
+        while self.frames < keep and self._frame(self.frames).exists():
+            self.frames += 1
+        self._kept = self.frames
+
+    def _frame(self, number: int) -> Path:
+        return self.path / f"{number:06d}.png"
 
     def write(self, chunk: UInt8[np.ndarray, "t h w 3"]) -> None:
+        if self.frames == self._kept:
+            remove_frames(self.path, self._kept)
         for frame in chunk:
-            with replacing(self.path / f"{self.frames:06d}.png") as part:
+            with replacing(self._frame(self.frames)) as part:
                 Image.fromarray(frame).save(part, "png")
             self.frames += 1
 
@@ -64,11 +82,23 @@ class LatentWriter:
 
     takes = "latent"
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, keep: int = 0):
         self.path = Path(path)
-        self.frames = 0
         self._chunks: list[np.ndarray] = []
         check_writable(self.path)
+        if keep and kind_of(self.path) == "file":
+            self._keep(keep)
+        self.frames = sum(len(chunk) for chunk in self._chunks)
+
+    def _keep(self, most: int) -> None:
+        try:
+            with np.load(self.path) as file:
+                latents, chunk = file["latents"][:most], int(file["chunk"])
+            self._chunks = [latents[i : i + chunk] for i in range(0, len(latents), chunk)]
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise ValueError(
+                f"{self.path}: does not read as latents ({error}), and cannot go on; name another file for the rest"
+            ) from None
 
     def write(self, chunk: Float[np.ndarray, "t h w c"]) -> None:
         self._chunks.append(chunk)
@@ -146,12 +176,19 @@ def file_format(path: str | os.PathLike, chosen: Format | None) -> Format:
     return by_suffix[suffix]
 
 
-def open_writer(path: str | os.PathLike, fps: float, height: int, width: int) -> Writer:
+def open_writer(path: str | os.PathLike, fps: float, height: int, width: int, keep: int = 0) -> Writer:
     """The writer for `path`. Raises ValueError before anything is written if the writer cannot work."""
     kind = file_format(path, None)
     if kind == "png":
-        return FrameWriter(path)
-    return LatentWriter(path) if kind == "npz" else VideoWriter(path, fps, height, width)
+        return FrameWriter(path, keep)
+    return LatentWriter(path, keep) if kind == "npz" else VideoWriter(path, fps, height, width, keep)
+
+
+def remove_frames(folder: Path, first: int = 0) -> None:
+    """Removes the frames of a `FrameWriter` from number `first` on, and nothing else in the folder."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if FRAME.fullmatch(path.name) and int(path.stem) >= first:
+            path.unlink()
 
 
 def sidecar(path: str | os.PathLike) -> Path:

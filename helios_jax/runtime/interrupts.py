@@ -42,6 +42,7 @@ class _State:
         self.keeping = False  # there are frames in its file
         self.came: signal.Signals | None = None
         self.noticed = threading.Event()
+        self.temporary: set[str] = set()
 
 
 _state = _State()
@@ -71,6 +72,19 @@ def deferred() -> Iterator[None]:
         with _state.lock:
             _state.deferring = _state.keeping = False
     check()
+
+
+@contextlib.contextmanager
+def temporary(path: str | os.PathLike) -> Iterator[None]:
+    """The file at `path` is removed, too, if a signal ends the process at once; else whoever made it removes it."""
+    name = os.fspath(path)
+    with _state.lock:
+        _state.temporary.add(name)
+    try:
+        yield
+    finally:
+        with _state.lock:
+            _state.temporary.discard(name)
 
 
 def keep() -> None:
@@ -133,6 +147,9 @@ def _watch(ours: socket.socket, theirs: socket.socket) -> None:
 
 
 def _end(number: signal.Signals) -> None:
+    for name in _state.temporary:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
     again = " again, ended at once" if _state.noticed.is_set() else ""
     # Straight to the file: the main thread may hold the lock of sys.stderr. A bar hides the cursor.
     shown = "\x1b[?25h\r" if os.isatty(2) else ""

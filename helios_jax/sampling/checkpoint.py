@@ -1,5 +1,6 @@
 """A diffusers folder, checked from configs and file headers before anything is read or built."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import offload
+from helios_jax.sampling.fingerprint import file_hash, weights_hash
 from helios_jax.sampling.plan import Variant
 
 PIPELINES = ("HeliosPipeline", "HeliosPyramidPipeline")
@@ -111,6 +113,12 @@ class Checkpoint:
         ):
             if ours[1] != theirs[1]:
                 raise CheckpointError(f"{self.folder}: {ours[0]} {ours[1]} is not {theirs[0]} {theirs[1]}")
+
+    def hash(self) -> str:
+        """Tells its weights, configs and tokenizer apart from those of others; see `fingerprint`."""
+        index = self.folder / "model_index.json"
+        parts = weights_hash(self.folder / part for part in (self.subfolder, *PARTS))
+        return hashlib.sha256(f"{parts} {file_hash(index)}".encode()).hexdigest()
 
     def abstract_vae(self) -> AutoencoderKLWan:
         return AutoencoderKLWan(self.vae, rngs=Shapes())

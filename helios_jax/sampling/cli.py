@@ -10,9 +10,10 @@ the model is built.
 import argparse
 import dataclasses
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -71,7 +72,21 @@ def parse(argv: Sequence[str]) -> SampleConfig:
             {"prompt": prompt, **({"seconds": at[:-1]} if at.endswith("s") else {"chunk": at})}
             for at, prompt in args.then
         ]
-    return configs.load(args.config, args.overrides, SampleConfig, given, OTHERWISE)
+    return _load(args.config, args.overrides, given)
+
+
+def _load(path: str, overrides: Sequence[str], given: Mapping[str, Any]) -> SampleConfig:
+    """The config; with `resume` what the command line leaves out is as in the state. Raises ConfigError."""
+    found = configs.peek(path, overrides, "resume")
+    resume = given.get("resume", found and found[0])
+    if not isinstance(resume, str):
+        return configs.load(path, overrides, SampleConfig, given, OTHERWISE)
+    from helios_jax.sampling import resume as resuming  # after the arguments: jax takes seconds to import
+
+    settings = resuming.settings_of(resuming.read_state(os.path.expanduser(resume)), resume)
+    config = configs.load(path, overrides, SampleConfig, given, OTHERWISE, {f"state {resume}": settings})
+    resuming.check_typed(config, settings, resume)
+    return config
 
 
 def _is_list(hint: Any) -> bool:

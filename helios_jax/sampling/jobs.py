@@ -1,42 +1,67 @@
 """The videos of one run of sample.py: one, several seeds of one, or all rows of a CSV file."""
 
 import dataclasses
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from helios_jax.config import ConfigError, to_dict
 from helios_jax.media.writers import Format, file_format, read_sidecar, sidecar
 from helios_jax.sampling import table
+from helios_jax.sampling.fingerprint import content_hash
 from helios_jax.sampling.options import PromptSwitch, SampleConfig
 
-# Fields that say where a video goes; all others decide what is in it.
+# Fields that say where a video goes; all others say what is in it.
 ELSEWHERE = (
     *("csv", "ids", "interpolate_time", "naming", "num_videos_per_prompt"),
-    *("out", "format", "overwrite", "state", "resume"),
+    *("out", "format", "overwrite", "state", "resume", "profile"),
 )
+# Fields that do not decide what is in a video: paths, as the content counts, and where the text encoder waits.
+NOT_COMPARED = ("model", "transformer", "loras", "image", "video", "offload_text_encoder")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One video: its `name` in messages, its whole config, and the path of its file."""
+    """One video: its `name` in messages, its whole config, and the path of its file.
+
+    `weights` are hashes of the files that make it, by name: those of the checkpoint and of the LoRAs.
+    """
 
     name: str
     config: SampleConfig
     out: Path
+    weights: Mapping[str, Any] = field(default_factory=dict)
 
     def settings(self) -> dict[str, Any]:
-        """The settings that decide the video, as its sidecar has them."""
+        """The settings that say what is in the video, as its sidecar has them."""
         return {key: value for key, value in to_dict(self.config).items() if key not in ELSEWHERE}
+
+    @cached_property
+    def inputs(self) -> dict[str, Any]:
+        """Hashes of the files that decide the video, as its sidecar has them; None for an input that is gone."""
+        named = {"image": self.config.image, "video": self.config.video}
+        return dict(self.weights) | {key: content_hash(name) for key, name in named.items() if name is not None}
+
+    def differs(self, facts: Mapping[str, Any]) -> list[str]:
+        """Names of the settings and inputs that decide the video and are others in `facts`, those of a file."""
+        theirs, inputs = facts.get("settings"), facts.get("inputs")
+        theirs, inputs = (value if isinstance(value, dict) else {} for value in (theirs, inputs))
+        names = [key for key, ours in self.settings().items() if key not in NOT_COMPARED and ours != theirs.get(key)]
+        names += [key for key in ("image", "video") if (getattr(self.config, key) is None) != (theirs.get(key) is None)]
+        return names + [
+            key
+            for key, ours in self.inputs.items()
+            if ours is not None and ours != inputs.get(key) and key not in names
+        ]
 
     def done(self) -> bool:
         """True if the sidecar says that the video is whole; raises ConfigError when it was made with other settings."""
         facts = read_sidecar(self.out)
         if facts is None or not facts.get("complete") or not self.out.exists():
             return False
-        ours, theirs = self.settings(), facts.get("settings", {})
-        if differs := [key for key in ours if ours[key] != theirs.get(key)]:
+        if differs := self.differs(facts):
             raise ConfigError(
                 f"{self.out}: is there already, made with other settings ({', '.join(differs)}): choose another out,"
                 f" or remove it and {sidecar(self.out).name}"
@@ -44,8 +69,8 @@ class Job:
         return True
 
 
-def make_jobs(config: SampleConfig, chunk_frames: int) -> list[Job]:
-    """All videos of a run, in order; `chunk_frames` are the pixel frames of a chunk.
+def make_jobs(config: SampleConfig, chunk_frames: int, weights: Mapping[str, Any] | None = None) -> list[Job]:
+    """All videos of a run, in order; `chunk_frames` are the pixel frames of a chunk, `weights` those of `Job`.
 
     Raises ConfigError for a CSV that cannot be read or an `out` that does not fit.
     """
@@ -62,6 +87,7 @@ def make_jobs(config: SampleConfig, chunk_frames: int) -> list[Job]:
             name if config.num_videos_per_prompt == 1 else f"{name}, seed {one.seed + i}",
             dataclasses.replace(one, seed=one.seed + i),
             _out(config, one, row, one.seed + i, kind),
+            weights or {},
         )
         for name, row, one in names
         for i in range(config.num_videos_per_prompt)

@@ -231,6 +231,8 @@ class SampleConfig(SamplingOptions):
             raise ValueError("image and video were both given: a video begins with the one or continues the other")
         if self.csv is not None and (self.state or self.resume):
             raise ValueError("csv makes many videos, state and resume are of one: leave either out")
+        if self.num_videos_per_prompt > 1 and (self.state or self.resume or self.profile):
+            raise ValueError("num_videos_per_prompt makes many videos; state, resume and profile are of one")
         if self.csv is not None and self.profile is not None:
             raise ValueError("profile is of one video, csv makes many: leave either out")
         if self.csv is None and (self.ids or self.naming != "id"):

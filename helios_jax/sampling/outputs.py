@@ -1,19 +1,25 @@
 """Files that a run writes: what another run or a person made is never overwritten unasked."""
 
-import re
+import fcntl
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.media.files import check_writable
 from helios_jax.media.writers import read_sidecar, sidecar
+from helios_jax.runtime import interrupts
 from helios_jax.sampling.jobs import Job
 
-FRAME = re.compile(r"\d{6}\.png")
 
+def check(job: Job, *, goes_on: bool = False) -> None:
+    """Raises ConfigError where a file of the video would take the place of one that the same run did not make.
 
-def check(job: Job) -> None:
-    """Raises ConfigError where a file of the video would take the place of one that the same run did not make."""
+    With `goes_on` the video's own file is there, to be continued.
+    """
     config = job.config
     written = {"out": job.out, "the JSON beside it": sidecar(job.out)}
     if config.state is not None:
@@ -30,15 +36,15 @@ def check(job: Job) -> None:
         target = None if path is None else places.get(Path(path).resolve())
         if target is not None and (target, name) != ("state", "resume"):
             raise ConfigError(f"{target}: {path} is the run's {name}, and would be overwritten: name another file")
-    for path in (sidecar(job.out), None if config.state is None else Path(config.state)):
+    for path in (_lock(job.out), sidecar(job.out), None if config.state is None else Path(config.state)):
         if path is not None:
             check_writable(path)
-    if config.overwrite:
+    if config.overwrite or goes_on:
         return
     if _made(job.out) and not is_rest_of(job):
         remedy = "name another file, or --overwrite"
         if config.resume is not None:
-            remedy = "the rest of the video needs a file of its own: " + remedy
+            remedy = "it is not the file of the video of this state: " + remedy
         raise ConfigError(f"out: {job.out} is there already: {remedy}")
     facts = sidecar(job.out)
     if facts.exists() and "settings" not in (read_sidecar(job.out) or {}):
@@ -54,15 +60,45 @@ def check(job: Job) -> None:
 def is_rest_of(job: Job) -> bool:
     """True if the file is what an interrupted run of the same video left, which this run makes again."""
     facts = read_sidecar(job.out) or {}
-    return job.config.resume is None and facts.get("complete") is False and facts.get("settings") == job.settings()
+    return job.config.resume is None and facts.get("complete") is False and not job.differs(facts)
 
 
-def clear(path: Path) -> None:
-    """Removes the frames of a folder, and nothing else in it; files are replaced as they are written."""
-    if path.is_dir():
-        for frame in path.iterdir():
-            if FRAME.fullmatch(frame.name):
-                frame.unlink()
+@contextmanager
+def claim(path: Path) -> Iterator[bool]:
+    """Holds the video at `path` for this process: False if another process is making it, which may be one that ends.
+
+    The lock lies beside the video, and goes with the process, however that ends.
+    """
+    lock = _lock(path)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with lock.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            except OSError as error:  # a file system without locks
+                warnings.warn(f"{lock}: no lock ({error.strerror}): don't let two runs make one video", stacklevel=2)
+            if not _is_open_as(file.fileno(), lock):  # the process that held it has just removed it
+                continue
+            try:
+                with interrupts.temporary(lock):
+                    yield True
+            finally:
+                lock.unlink(missing_ok=True)
+            return
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _is_open_as(number: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(number), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _made(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """`HeliosPipeline`: a diffusers folder in; prompts, an image or a video in; latents, frames or a stream out."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
@@ -17,7 +17,7 @@ from helios_jax import pretrained
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.ops.choices import Attention, Implementations, Norms
 from helios_jax.models.tokenizer import Tokenizer
-from helios_jax.models.transformer import Transformer
+from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.models.transformer.block import check_implementations
 from helios_jax.models.umt5 import UMT5Encoder
 from helios_jax.models.vae import AutoencoderKLWan
@@ -29,8 +29,8 @@ from helios_jax.sampling.frames import decode, decode_video
 from helios_jax.sampling.noise import Noise, SeededNoise
 from helios_jax.sampling.options import PromptSwitch, SamplingOptions, takes_options
 from helios_jax.sampling.plan import Plan, Variant, make_plan
-from helios_jax.sampling.prompts import make_schedule
-from helios_jax.sampling.stream import Call, Stream, check_latents, read_state
+from helios_jax.sampling.prompts import Schedule, make_schedule
+from helios_jax.sampling.stream import Call, State, Stream, check_latents, read_state
 from helios_jax.sampling.text import Texts, encode_prompts
 
 
@@ -98,7 +98,7 @@ class HeliosPipeline:
             name if isinstance(name, Checkpoint) else Checkpoint.open(name, transformer=transformer, revision=revision)
         )
         backend = jax.default_backend()
-        dtype = jnp.dtype(dtype or (jnp.float32 if backend == "cpu" else jnp.bfloat16))
+        dtype = compute_dtype(dtype)
         stacked = backend == "tpu" if stacked is None else stacked
         implementations = Implementations(attention, norms)
         check_implementations(implementations, checkpoint.transformer, dtype)
@@ -232,16 +232,18 @@ class HeliosPipeline:
         path: str | PathLike,
         *,
         num_frames: int | None = None,
+        switches: Sequence[PromptSwitch] | None = None,
         plan: Plan | None = None,
         output_type: str = "np",
         progress: sampler.Progress | None = None,
     ) -> Stream:
         """The stream whose state is in `path`, from the chunk after the last one it yielded, bit for bit as it would
         have gone on. `num_frames` gives the whole video another length; so does a `plan`, whose options must be those
-        of the state in all else.
+        of the state in all else. `switches` take the place of those that were planned for later chunks.
 
         Raises:
-            ValueError: the file is no such state, or was made with another checkpoint or other options.
+            ValueError: the file is no such state, or was made with another checkpoint or other options, or a prompt
+                would take over in a chunk that is made already.
         """
         check_output_type(output_type)
         state = read_state(path)
@@ -251,24 +253,25 @@ class HeliosPipeline:
             if differs := [f"{key} {theirs[key]}" for key in ours if key not in free and ours[key] != theirs[key]]:
                 raise ValueError(f"{path}: made with other options ({', '.join(differs)}): give the same ones")
             num_frames = plan.options.num_frames
-        if state.identity != (identity := self._identity()):
-            differs = ", ".join(key for key in identity if state.identity.get(key) != identity[key])
-            raise ValueError(f"{path}: made with another checkpoint ({differs} differ): open the one it was made with")
+        check_identity(path, state, identity := self._identity())
         options = state.options if num_frames is None else dataclasses.replace(state.options, num_frames=num_frames)
         if plan is None or plan.options != options:
             plan = self.plan(options)
+        prompts = state.prompts if switches is None else _with_switches(state, switches, plan)
         texts = self._texts(state.negatives, options)
-        texts.encode([entry.prompts for entry in state.prompts.entries])
+        texts.encode([entry.prompts for entry in prompts.entries])
         call = Call(
             plan=plan,
-            prompts=state.prompts,
+            prompts=prompts,
             texts=texts,
             noise=state.noise,
             history=state.history,
             identity=identity,
             first=state.chunk,
         )
-        return self.start(call, output_type, progress)
+        stream = self.start(call, output_type, progress)
+        stream.about = state.about
+        return stream
 
     def read_context(self, prompt: Prompt, plan: Plan, *, image: Any = None, video: Any = None) -> Context:
         """The pixels that videos of `prompt` begin with (`image`) or continue (`video`), for `prepare`."""
@@ -337,6 +340,34 @@ class HeliosPipeline:
         return Texts(embed, self.transformer, negatives)
 
     def _identity(self) -> dict[str, Any]:
-        config = dataclasses.asdict(self.transformer.config)
-        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
-        return {"variant": self.variant.name, "transformer": plain, "precision": str(self.transformer.dtype)}
+        return identity_of(self.variant, self.transformer.config, self.transformer.dtype)
+
+
+def compute_dtype(dtype: Any = None) -> Any:
+    """The `dtype` asked for, or this device's: float32 on CPU, bfloat16 elsewhere."""
+    return jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
+
+
+def identity_of(variant: Variant, config: TransformerConfig, dtype: Any) -> dict[str, Any]:
+    """JSON of what a stream's states depend on besides its options: another one cannot go on from them."""
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    return {"variant": variant.name, "transformer": plain, "precision": str(dtype)}
+
+
+def check_identity(path: str | PathLike, state: State, identity: Mapping[str, Any]) -> None:
+    """Raises ValueError if the state in `path` is of another checkpoint or precision than `identity`."""
+    if differs := ", ".join(key for key in identity if state.identity.get(key) != identity[key]):
+        raise ValueError(f"{path}: made with another checkpoint ({differs} differ): open the one it was made with")
+
+
+def _with_switches(state: State, switches: Sequence[PromptSwitch], plan: Plan) -> Schedule:
+    """The schedule of a state up to its chunk, and then `switches`."""
+    past = [entry for entry in state.prompts.entries if entry.chunk < state.chunk]
+    prompts = past[-1].prompts if past else state.prompts.entries[0].prompts
+    later = make_schedule(prompts, switches, plan.options, plan.chunk_frames).entries[1:]
+    if later and later[0].chunk < state.chunk:
+        raise ValueError(
+            f"the switch to {later[0].prompts[0]!r} is in chunk {later[0].chunk}, which is made already: switch in"
+            f" chunk {state.chunk} or later"
+        )
+    return Schedule((*(past or state.prompts.entries[:1]), *later))

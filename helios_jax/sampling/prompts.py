@@ -57,6 +57,14 @@ class Schedule:
         return Schedule((replace(last, crossfade=0), *self.entries[past[-1] + 1 :]))
 
 
+def chunk_of(switch: PromptSwitch, options: SamplingOptions, chunk_frames: int) -> int:
+    """The chunk at which a prompt takes over."""
+    if switch.chunk is not None:
+        return switch.chunk
+    assert switch.seconds is not None
+    return int(switch.seconds * options.fps) // chunk_frames
+
+
 def make_schedule(
     prompts: Sequence[str], switches: Sequence[PromptSwitch], options: SamplingOptions, chunk_frames: int
 ) -> Schedule:
@@ -67,11 +75,8 @@ def make_schedule(
     entries = [Entry(0, tuple(prompts))]
     chunks = None if options.num_frames is None else -(-options.num_frames // chunk_frames)
     for switch in switches:
-        if switch.chunk is None:
-            assert switch.seconds is not None
-            chunk, place = int(switch.seconds * options.fps) // chunk_frames, f"{switch.seconds} s"
-        else:
-            chunk, place = switch.chunk, f"chunk {switch.chunk}"
+        chunk = chunk_of(switch, options, chunk_frames)
+        place = f"{switch.seconds} s" if switch.chunk is None else f"chunk {chunk}"
         if chunks is not None and chunk >= chunks:
             raise ValueError(
                 f"the switch to {switch.prompt!r} at {place} is past the end: num_frames {options.num_frames} is"

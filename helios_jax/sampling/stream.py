@@ -83,6 +83,8 @@ class Stream:
         self.plan = call.plan
         self.chunk = call.first  # chunks yielded, over the whole video
         self.latents: np.ndarray | None = None  # [b, t, h, w, c] of the chunk that was yielded last
+        self.about: dict[str, Any] | None = None  # JSON that its states keep: what made the video
+        self._finish = finish
         self._prompts = call.prompts
         self._begun = call.first
         self._history = call.history
@@ -131,6 +133,17 @@ class Stream:
         self._prompts = self._prompts.switch(entry)
         return entry.chunk
 
+    def last_chunk(self) -> np.ndarray:
+        """The chunk that was yielded last, or the one before a state, made again from the history's latents.
+
+        All of its frames, also those past `num_frames`. Raises ValueError if there is none, or if the history is
+        shorter than a chunk.
+        """
+        frames = self.plan.memory.frames_per_chunk
+        if not self.chunk or self.plan.memory.frames < frames:
+            raise ValueError(f"the history has {self.plan.memory.frames} latent frames of the last chunk's {frames}")
+        return np.asarray(self._finish(self._history.latents[:, -frames:]))
+
     def save_state(self, path: str | os.PathLike) -> None:
         """Writes the state after the chunk that was yielded last, a few MB: `HeliosPipeline.resume` goes on from it.
 
@@ -155,6 +168,7 @@ class Stream:
             "seeds": noise.seeds,
             "asked": asked,
             "chunk": self.chunk,
+            "about": self.about,
         }
         return Snapshot(json.dumps(meta), self._history)
 
@@ -196,6 +210,7 @@ class State:
     noise: SeededNoise
     history: History
     chunk: int
+    about: dict[str, Any] | None = None
 
 
 def read_state(path: str | os.PathLike) -> State:
@@ -222,6 +237,7 @@ def read_state(path: str | os.PathLike) -> State:
         noise=SeededNoise(*meta["seeds"], asked=meta["asked"]),
         history=history,
         chunk=meta["chunk"],
+        about=meta.get("about"),
     )
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from helios_jax.config import ConfigError
-from helios_jax.media.video import VideoWriter
+from helios_jax.media.mp4 import VideoWriter
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling.frames import decode_video
 from helios_jax.sampling.options import SamplingOptions

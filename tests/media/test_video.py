@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helios_jax.media.video import VideoWriter, iterate_video, read_video
+from helios_jax.media.mp4 import VideoWriter
+from helios_jax.media.video import iterate_video, read_video
 from helios_jax.media.writers import FrameWriter
 from helios_jax.toy import world as toy
 
@@ -76,7 +77,7 @@ def test_a_file_that_is_still_written_plays(tmp_path):
 def test_a_killed_process_leaves_a_file_that_plays(tmp_path):
     code = f"""
 import numpy as np, time
-from helios_jax.media.video import VideoWriter
+from helios_jax.media.mp4 import VideoWriter
 video = VideoWriter({str(tmp_path / "a.mp4")!r}, 24, 64, 64)
 video.write(np.zeros((20, 64, 64, 3), np.uint8))
 print("written", flush=True)

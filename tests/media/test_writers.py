@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from helios_jax.media import writers as output
+from helios_jax.media.mp4 import VideoWriter
+from helios_jax.media.video import read_video
 from helios_jax.media.writers import FrameWriter, LatentWriter, ThreadedWriter
 
 
@@ -143,3 +145,29 @@ def test_only_regular_files_are_written(tmp_path):
         with pytest.raises(ValueError, match="device"):
             make()
     assert (tmp_path / "a.npz").is_fifo()
+
+
+def test_an_mp4_goes_on_where_it_was_cut(tmp_path):
+    """After whole, cut and torn files: what is kept stays as it is, byte for byte, until a frame is written."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 255, (12, 16, 16, 1, 1, 3), np.uint8).repeat(4, 3).repeat(4, 4)
+    frames = frames.transpose(0, 1, 3, 2, 4, 5).reshape(12, 64, 64, 3)
+    path = tmp_path / "x.mp4"
+    with VideoWriter(path, 24, 64, 64) as writer:
+        writer.write(frames[:7])
+    whole = path.read_bytes()
+    for data, keep, kept in ((whole, 7, 7), (whole, 5, 5), (whole, 99, 7), (whole[: whole.rfind(b"mdat") + 100], 7, 6)):
+        path.write_bytes(data)
+        writer = VideoWriter(path, 24, 64, 64, keep)
+        assert (writer.frames, path.read_bytes()) == (kept, data)
+        writer.write(frames[kept:])
+        writer.close()
+        got = read_video(path)[0].astype(int)
+        assert len(got) == 12
+        assert all(np.abs(frames - frame).mean((1, 2, 3)).argmin() == i for i, frame in enumerate(got))
+        VideoWriter(path, 24, 64, 64, keep=99).close()
+        np.testing.assert_array_equal(read_video(path)[0], got)
+    for fps, height in ((30, 64), (24, 32)):
+        with pytest.raises(ValueError, match="another size, rate or encoder"):
+            VideoWriter(path, fps, height, 64, keep=3)
+    np.testing.assert_array_equal(read_video(path)[0], got)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helios_jax.media import video
-from helios_jax.media.video import VideoWriter, frames_at, read_video
+from helios_jax.media.mp4 import VideoWriter
+from helios_jax.media.video import frames_at, read_video
 from helios_jax.precompute.clips import SIZES, Clip, Selection, fit, nearest_size, read_clip, read_lists
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "heliosbench"

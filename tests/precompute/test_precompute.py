@@ -9,7 +9,7 @@ import pytest
 
 from helios_jax import pretrained
 from helios_jax.data import records
-from helios_jax.media.video import VideoWriter
+from helios_jax.media.mp4 import VideoWriter
 from helios_jax.models.vae import normalize
 from helios_jax.precompute import cli as precompute
 from helios_jax.precompute import tasks

@@ -8,7 +8,8 @@ import pytest
 from PIL import ExifTags, Image
 
 from helios_jax.diffusion.memory import MemoryConfig
-from helios_jax.media.video import VideoWriter, read_video
+from helios_jax.media.mp4 import VideoWriter
+from helios_jax.media.video import read_video
 from helios_jax.models.layers import Shapes
 from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.sampling import context

@@ -1,0 +1,153 @@
+"""Going on from a state: its settings, those that a command line may change, and the file that it goes on in."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helios_jax.config import ConfigError, to_dict
+from helios_jax.media.writers import read_sidecar
+from helios_jax.sampling.jobs import ELSEWHERE, NOT_COMPARED, Job
+from helios_jax.sampling.options import PromptSwitch, SampleConfig
+from helios_jax.sampling.plan import Plan
+from helios_jax.sampling.prompts import chunk_of
+from helios_jax.sampling.stream import State, Stream, read_state
+
+# What may be another after a state: the length, the rate of the file, later prompts, how the computer works.
+FREE = (*ELSEWHERE, *NOT_COMPARED, "num_frames", "fps", "video_fps", "switches", "attention", "norms")
+FROM_HERE = ("model", "transformer")  # their paths may be others on the machine that goes on
+
+
+def settings_of(state: State, path: str) -> dict[str, Any]:
+    """The settings of the run that wrote a state, by the names of `SampleConfig`; one of Python's streams has fewer.
+
+    Raises ConfigError for the state of several videos.
+    """
+    if state.about is not None:
+        return {key: value for key, value in state.about["settings"].items() if key not in FROM_HERE}
+    seed, *others = state.noise.seeds
+    if others:
+        raise ConfigError(f"resume: {path} is of {1 + len(others)} videos, and sample.py makes one: use Python")
+    first, later = state.prompts.entries[0], state.prompts.entries[1:]
+    return to_dict(state.options) | {
+        "prompt": first.prompts[0],
+        "switches": [
+            {"prompt": e.prompts[0], "chunk": e.chunk, "seconds": None, "crossfade": e.crossfade} for e in later
+        ],
+        "negative_prompt": state.negatives[0] if state.negatives else "",
+        "seed": seed,
+    }
+
+
+def check_typed(config: SampleConfig, settings: Mapping[str, Any], path: str) -> None:
+    """Raises ConfigError if the command line asks for another video than that of the state's `settings`."""
+    ours = to_dict(config)
+    for key, theirs in settings.items():
+        if key not in FREE and key in ours and ours[key] != theirs:
+            raise ConfigError(
+                f"{key}: {ours[key]!r} was asked for, and {path} is of a video with {theirs!r}: leave {key} out,"
+                " or begin a new video without resume"
+            )
+
+
+@dataclass(frozen=True)
+class Rest:
+    """The part of a video that a state is before.
+
+    Args:
+        chunk: the chunk that comes first.
+        begins: the first chunk of the file that goes on; None where the rest gets a file of its own.
+        keep: frames (of latents for an .npz) of that file that stay; the last chunk's can be made again.
+        finished: True if there is nothing left to make.
+    """
+
+    chunk: int
+    begins: int | None
+    keep: int
+    finished: bool
+
+
+def rest_of(job: Job, plan: Plan) -> Rest | None:
+    """What the job's state leaves to make, or None where it resumes nothing.
+
+    Raises ConfigError if the state is of another video, or after another chunk than the file.
+    """
+    path, options = job.config.resume, plan.options
+    if path is None:
+        return None
+    state = read_state(path)
+    _check_inputs(job, state, path)
+    _check_switches(job, state, plan, path)
+    facts = read_sidecar(job.out)
+    begins = None
+    if facts is not None and job.out.exists() and set(job.differs(facts)) <= {"num_frames", "switches"}:
+        begins = int(facts.get("first_chunk", 0))
+        ends = begins + int(facts.get("chunks", 0))  # a run that was killed did not count them
+        if begins > state.chunk or (ends > state.chunk and not job.config.overwrite):
+            raise ConfigError(
+                f"out: {job.out} has chunks {begins} to {ends - 1}, and {path} is before chunk {state.chunk}:"
+                " name another out for the rest"
+            )
+    made = state.chunk - (begins or 0)
+    finished = plan.num_chunks is not None and state.chunk >= plan.num_chunks
+    if begins is None:
+        return Rest(state.chunk, None, 0, finished)
+    if job.out.suffix == ".npz":
+        return Rest(state.chunk, begins, made * plan.memory.frames_per_chunk, finished and _complete(facts))
+    keep = made * plan.chunk_frames
+    if options.num_frames is not None:
+        keep = min(keep, options.num_frames - begins * plan.chunk_frames)
+    return Rest(state.chunk, begins, keep, finished and _complete(facts))
+
+
+def check_gap(path: Path, rest: Rest, frames: int, plan: Plan) -> None:
+    """Raises ConfigError if the file's `frames` end before the last chunk of the state, which can be made again."""
+    chunk = plan.memory.frames_per_chunk if path.suffix == ".npz" else plan.chunk_frames
+    gap = rest.keep - frames
+    if gap > chunk or (gap and plan.memory.frames < plan.memory.frames_per_chunk):
+        raise ConfigError(
+            f"out: {path} has {frames} frames, and the state is after {rest.keep}: name another out for the rest"
+        )
+
+
+def missing(stream: Stream, rest: Rest, frames: int, plan: Plan) -> np.ndarray:
+    """The last of the `rest.keep` frames that the file, which has `frames`, lacks."""
+    chunk = stream.last_chunk()[0]
+    before = (rest.chunk - (rest.begins or 0) - 1) * len(chunk)
+    return chunk[frames - before : rest.keep - before]
+
+
+def _complete(facts: Mapping[str, Any] | None) -> bool:
+    return facts is not None and facts.get("complete") is True
+
+
+def _check_inputs(job: Job, state: State, path: str) -> None:
+    """Raises ConfigError for other weights, LoRAs or inputs than the state's, as far as it tells."""
+    theirs = {} if state.about is None else state.about["inputs"]
+    for key, ours in job.inputs.items():
+        if state.about is not None and ours is not None and ours != theirs.get(key):
+            raise ConfigError(f"{key}: {path} was made with other {key}: give the same, or begin a new video")
+    if state.about is None and (job.config.image or job.config.video):
+        raise ConfigError(f"resume: {path} has its frames in it: leave image and video out")
+
+
+def _check_switches(job: Job, state: State, plan: Plan, path: str) -> None:
+    """Raises ConfigError for a prompt that would have taken over in a chunk that is made already."""
+    theirs = settings_of(state, path)["switches"]
+    for one in to_dict(job.config)["switches"]:
+        if one not in theirs and (chunk := _chunk_of(one, plan)) < state.chunk:
+            raise ConfigError(
+                f"switches: {one['prompt']!r} begins at chunk {chunk}, and {path} is before chunk {state.chunk}:"
+                " switch there or later, or begin a new video"
+            )
+
+
+def later_switches(config: SampleConfig, plan: Plan, chunk: int) -> list[PromptSwitch]:
+    """The prompts that take over at `chunk` or later."""
+    return [one for one in config.switches if chunk_of(one, plan.options, plan.chunk_frames) >= chunk]
+
+
+def _chunk_of(switch: Mapping[str, Any], plan: Plan) -> int:
+    return chunk_of(PromptSwitch(**switch), plan.options, plan.chunk_frames)
