@@ -9,6 +9,7 @@ the model is built.
 
 import argparse
 import dataclasses
+import errno
 import logging
 import os
 import sys
@@ -20,10 +21,17 @@ from typing import Any, get_args, get_origin, get_type_hints
 from helios_jax import config as configs
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.command import program_name
+from helios_jax.runtime.memory import is_out_of_memory
 from helios_jax.sampling.options import FILES, MAKE, METHOD, NOISE, SampleConfig, SamplingOptions
 
 # Flags of another form than their field.
 OTHERWISE = {"switches": "--then", "loras": "--lora"}
+# Errors of a path that was typed, wherever it is first used.
+BAD_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS)
+LESS_MEMORY = (
+    "out of memory: use a smaller height and width, precision=bfloat16, offload_text_encoder=true or a device with more"
+    " memory (num_frames does not matter)"
+)
 
 
 def parse(argv: Sequence[str]) -> SampleConfig:
@@ -135,6 +143,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         except (OSError, FloatingPointError) as error:  # a disk that is full, say: what was written stays
             print(f"{program_name('sample.py')}: {error}", file=sys.stderr)
+            return 2 if isinstance(error, OSError) and error.errno in BAD_PATHS else 1
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"{program_name('sample.py')}: {' '.join(str(error).split())[:200]}; {LESS_MEMORY}", file=sys.stderr)
             return 1
         except KeyboardInterrupt as error:
             if not isinstance(error, interrupts.Interrupted):  # which has said so
