@@ -5,9 +5,9 @@
 
 import sys
 
-from helios_jax.sampling.cli import entry_point, main, parse
+from helios_jax.sampling.entry import entry_point, main
 
-__all__ = ["main", "parse"]
+__all__ = ["main"]
 
 if __name__ == "__main__":
     sys.exit(entry_point())

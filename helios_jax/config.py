@@ -8,15 +8,16 @@ A path that is not here is looked up among the configs that come with the packag
 """
 
 import dataclasses
-import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
 from omegaconf import OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
+
+from helios_jax import config_files
+from helios_jax.config_types import got, misfit, misfit_at, nearest, options
 
 T = TypeVar("T")
 
@@ -34,19 +35,22 @@ def load(
     overrides: Sequence[str],
     schema: type[T],
     flags: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
     under: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> T:
     """An instance of the dataclass `schema`: its defaults, the YAML file `path` over its bases, then `overrides`.
 
     `flags` are values of top-level fields as a person typed them (strings, or lists and dicts of them), taken
-    literally; they win over everything. `under` has values by their source's name that win over the file alone.
+    literally; they win over everything. A flag is named as its field is, unless `names` has another. `under` has values
+    by their source's name that win over the file alone.
 
     Raises ConfigError, in one line, for a file that is missing or not YAML, an unknown key, a wrong type, a value
     out of range, an override that is not `key=value`. Reads files and nothing else.
     """
     merged = OmegaConf.structured(schema)
     sources: dict[str, str] = {}
-    typed = [(f"--{name.replace('_', '-')}", {name: _literal(value)}) for name, value in (flags or {}).items()]
+    flag = {name: f"--{name.replace('_', '-')}" for name in flags or {}} | dict(names or {})
+    typed = [(flag[name], {name: _literal(value)}) for name, value in (flags or {}).items()]
     middle = [(source, _literal(dict(values))) for source, values in (under or {}).items()]
     for source, values in [*_files(find(path)), *middle, *map(_override, overrides), *typed]:
         for key, value in _leaves(values):
@@ -65,8 +69,11 @@ def find(path: str | Path) -> Path:
     Raises ConfigError when there is neither.
     """
     path = Path(path)
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise ConfigError(f"{str(path)[:80]}: cannot be opened ({error.strerror}); name a config") from None
     folder = next((folder for folder in PACKAGED if folder.is_dir()), None)
     name = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
     name = name if name.suffix in SUFFIXES else Path(f"{name}{SUFFIXES[0]}")
@@ -139,10 +146,9 @@ def _files(path: Path) -> list[tuple[str, dict]]:
             raise ConfigError(f"{path}: its chain of `base:` files comes back to itself; remove one `base:`")
         seen.add(path.resolve())
         try:
-            loaded = OmegaConf.load(path)
-        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as e:
-            raise ConfigError(f"{path}: not valid YAML: {_one_line(e)}") from None
-        values = OmegaConf.to_container(loaded)
+            values = config_files.read(path)
+        except ValueError as e:
+            raise ConfigError(f"{path}: {e}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: must hold `key: value` pairs, not a {type(values).__name__}")
         base = values.pop("base", None)
@@ -157,13 +163,13 @@ def _files(path: Path) -> list[tuple[str, dict]]:
 
 def _override(text: str) -> tuple[str, dict]:
     key, equals, _ = text.partition("=")
+    source = f"override {got(text)}"
     if not equals or not key or key.startswith("-"):
-        raise ConfigError(f"override {text!r}: must read key=value, as in optim.lr=1e-4")
+        raise ConfigError(f"{source}: must read key=value, as in optim.lr=1e-4")
     try:
-        values: Any = OmegaConf.to_container(OmegaConf.from_dotlist([text]))
-    except (yaml.YAMLError, OmegaConfBaseException) as e:
-        raise ConfigError(f"override {text!r}: cannot read the value: {_one_line(e)}") from None
-    return f"override {text!r}", values
+        return source, config_files.read_override(text)
+    except ValueError as e:
+        raise ConfigError(f"{source}: {e}") from None
 
 
 def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -178,30 +184,22 @@ def _merge(merged: Any, key: str, value: Any, source: str, schema: type) -> Any:
     nested = value
     for part in reversed(key.split(".")):
         nested = {part: nested}
+    if wrong := misfit_at(schema, key, value):
+        raise ConfigError(_place(source, wrong, key))
     try:
         return OmegaConf.merge(merged, nested)
-    except (ConfigKeyError, ConfigAttributeError) as e:
-        bad = str(e.full_key or key)
-        owner = e.object_type if dataclasses.is_dataclass(e.object_type) else schema
-        names = [f.name for f in dataclasses.fields(owner)]
-        near = nearest(bad.rpartition(".")[2], names) or f"; {owner.__name__} has {', '.join(names)}"
-        raise ConfigError(f"{source}: {bad}: no such key{near}") from None
     except (OmegaConfBaseException, ValueError, TypeError) as e:
-        raise ConfigError(f"{source}: {key}: {_rule(schema, key, value) or _first_line(e)}") from None
+        raise ConfigError(f"{source}: {key}: {_first_line(e)}") from None
 
 
-def _rule(schema: type, key: str, value: Any) -> str:
-    """Describes the values that the field at a dotted key takes, from its annotation."""
-    annotation: Any = schema
-    for part in key.split("."):
-        owner = next(
-            (t for t in [annotation, *getattr(annotation, "__args__", ())] if dataclasses.is_dataclass(t)), None
-        )
-        annotation = owner and next((f.type for f in dataclasses.fields(owner) if f.name == part), None)
-        if annotation is None:
-            return ""
-    name = annotation.__name__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")
-    return f"must be {name.replace('None', 'null')}, got {value!r}"
+def _place(source: str, message: str, key: str = "") -> str:
+    """`message` behind where it comes from; a flag takes the place of a `key` that the message begins with."""
+    if source.startswith("--") and message.startswith(key):
+        rest = message[len(key) :]
+        if rest.startswith("[") or "." in key:  # of a list's item
+            return f"{source}: {message.partition('.')[2] or message}"
+        return f"{source}{rest}" if rest.startswith(" ") else f"{source}: {message}"
+    return f"{source}: {message}"
 
 
 def _build(cls: Any, node: Any, values: dict, prefix: str, sources: dict[str, str], default: str) -> Any:
@@ -219,7 +217,9 @@ def _build(cls: Any, node: Any, values: dict, prefix: str, sources: dict[str, st
                 for i, (node, item) in enumerate(zip(nodes, value))
             ]
         elif isinstance(value, list | tuple):
-            value = _tuples(value, hints[f.name], f"{source}: {key}: {_rule(cls, f.name, value)}")
+            if wrong := misfit(hints[f.name], value, key):  # once it is resolved
+                raise ConfigError(_place(source, wrong, key))
+            value = _tuples(value, hints[f.name])
         elif value == "???":
             raise ConfigError(f"{source}: {key}: has no default; give it a value")
         arguments[f.name] = value
@@ -227,38 +227,32 @@ def _build(cls: Any, node: Any, values: dict, prefix: str, sources: dict[str, st
         return cls(**arguments)
     except ValueError as e:
         message = _one_line(e)
-        first = message.split(" ")[0].split("=")[0].rstrip(":,")
-        key = prefix + first if first in arguments else prefix.rstrip(".")
-        set_by = [s for k, s in sources.items() if k == key or k.startswith(f"{key}.")]
+        first = re.split(r"[ =:,]", message, maxsplit=1)[0]
+        named = [name for name in arguments if re.search(rf"\b{name}\b", message)]
+        if first in arguments:
+            message = prefix + message
+            named = [first, *named]
+        elif prefix:
+            message = f"{prefix.rstrip('.')}: {message}"
+        # The place that gives the field, else one that the message names, else one of the same part.
+        places = [[s for k, s in sources.items() if f"{k}.".startswith(f"{prefix}{name}.")] for name in named]
         near = [s for k, s in sources.items() if k.startswith(prefix)] if prefix else []
-        place = [(set_by or near or [default])[-1], *([key] if key else [])]
-        raise ConfigError(f"{': '.join(place)}: {message}") from None
+        source = next((place[-1] for place in [*places, near] if place), default)
+        raise ConfigError(_place(source, message, prefix + first if first in arguments else "-")) from None
 
 
-def _tuples(value: Any, hint: Any, error: str) -> Any:
-    """Lists as the (nested) tuples of ints, floats or strings that `hint` asks for; OmegaConf checks the outer one."""
-    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    hint = next((o for o in options if get_origin(o) is tuple), None)
+def _tuples(value: Any, hint: Any) -> Any:
+    """Lists as the (nested) tuples of numbers or texts that `hint` asks for; OmegaConf converts only the outer one."""
+    hint = next((kind for kind in options(hint) if get_origin(kind) is tuple), None)
     if hint is None:
         return value
     kinds = get_args(hint)
     if kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(value)
-    if len(kinds) != len(value):
-        raise ConfigError(error)
-    for kind, item in zip(kinds, value):
-        nested = get_origin(kind) is tuple
-        if nested != isinstance(item, list | tuple) or (kind is int and not isinstance(item, int)):
-            raise ConfigError(error)
     return tuple(
-        _tuples(item, kind, error) if isinstance(item, list | tuple) else item for kind, item in zip(kinds, value)
+        kind(item) if kind in (int, float, str) else _tuples(item, kind) if isinstance(item, list | tuple) else item
+        for kind, item in zip(kinds, value)
     )
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """ "; did you mean x or y?" when some of `names` are close to `name`, else nothing."""
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _first_line(e: Exception) -> str:

@@ -1,7 +1,7 @@
 """Programs of the sampler: jitted functions of a model, compiled with the options of the device they run on."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache, update_wrapper, wraps
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
@@ -14,6 +14,17 @@ from helios_jax.runtime.compilation import compiler_options, precise
 Model = TypeVar("Model")
 P = ParamSpec("P")
 Result = TypeVar("Result")
+_listeners: list[Callable[[], None]] = []
+
+
+@contextmanager
+def before_compiling(tell: Callable[[], None]) -> Iterator[None]:
+    """Calls `tell` whenever a program is about to be compiled, which may take minutes."""
+    _listeners.append(tell)
+    try:
+        yield
+    finally:
+        _listeners.remove(tell)
 
 
 class Program(Generic[Model, P, Result]):
@@ -31,6 +42,8 @@ class Program(Generic[Model, P, Result]):
         def jitted(structure: Any) -> Any:
             @wraps(function)  # `options` name arguments
             def flat(leaves: Any, *args: P.args, **kwargs: P.kwargs) -> Result:
+                for tell in _listeners:  # jit runs this body only to trace it, for the compiler
+                    tell()
                 return function(jax.tree.unflatten(structure, leaves), *args, **kwargs)
 
             return jax.jit(flat, compiler_options=compiler_options() or None, **options)

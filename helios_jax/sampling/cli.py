@@ -2,15 +2,15 @@
 
 The config says what to run; flags and `key=value` arguments override it. Frames go to the mp4 as chunks come, so it can
 be watched while it grows and an interrupted run leaves the chunks that were done. Beside each video lies a JSON file
-with its settings and figures. Exit code 0 when done, 1 when some videos of a CSV failed, 130 when interrupted, 2 for
-input that cannot be used: one line says what, the rule and the remedy, before the model is built.
+with its settings and figures. Exit code 0 when done, 1 when some videos of a CSV failed, 130 when interrupted by Ctrl-C
+or SIGTERM (`runtime.interrupts`), 2 for input that cannot be used: one line says what, the rule and the remedy, before
+the model is built.
 """
 
 import argparse
 import dataclasses
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,11 +18,12 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from helios_jax import config as configs
+from helios_jax.runtime import interrupts
 from helios_jax.runtime.command import program_name
 from helios_jax.sampling.options import FILES, MAKE, METHOD, NOISE, SampleConfig, SamplingOptions
 
-# Fields that have a flag of another form.
-OTHERWISE = ("switches", "loras")
+# Flags of another form than their field.
+OTHERWISE = {"switches": "--then", "loras": "--lora"}
 
 
 def parse(argv: Sequence[str]) -> SampleConfig:
@@ -79,11 +80,11 @@ def _load(path: str, overrides: Sequence[str], given: Mapping[str, Any]) -> Samp
     found = configs.peek(path, overrides, "resume")
     resume = given.get("resume", found and found[0])
     if not isinstance(resume, str):
-        return configs.load(path, overrides, SampleConfig, given)
+        return configs.load(path, overrides, SampleConfig, given, OTHERWISE)
     from helios_jax.sampling import resume as resuming  # after the arguments: jax takes seconds to import
 
     settings = resuming.settings_of(resuming.read_state(os.path.expanduser(resume)), resume)
-    config = configs.load(path, overrides, SampleConfig, given, under={f"state {resume}": settings})
+    config = configs.load(path, overrides, SampleConfig, given, OTHERWISE, {f"state {resume}": settings})
     resuming.check_typed(config, settings, resume)
     return config
 
@@ -101,13 +102,20 @@ def _default(f: Any) -> str:
     return f" [{str(value).lower() if isinstance(value, bool) else value}]"
 
 
+class Lines(logging.Handler):
+    """Lines on what stderr is at that time: while bars are shown, rich takes its place and prints above them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
 
     def show(message, category, filename, lineno, file=None, line=None):
         print(f"{program_name('sample.py')}: warning: {message}", file=sys.stderr)
 
-    ours, handler = logging.getLogger("helios_jax"), logging.StreamHandler()
+    ours, handler = logging.getLogger("helios_jax"), Lines()
     handler.setFormatter(logging.Formatter(f"{program_name('sample.py')}: %(message)s"))
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
@@ -128,11 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (OSError, FloatingPointError) as error:  # a disk that is full, say: what was written stays
             print(f"{program_name('sample.py')}: {error}", file=sys.stderr)
             return 1
+        except KeyboardInterrupt as error:
+            if not isinstance(error, interrupts.Interrupted):  # which has said so
+                print(f"{program_name('sample.py')}: interrupted", file=sys.stderr)
+            return interrupts.EXIT_CODE
         finally:
             ours.removeHandler(handler)
-
-
-def entry_point() -> int:
-    """`main` as a process of its own: SIGTERM ends it as Ctrl-C does, and what was made is kept."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    return main()

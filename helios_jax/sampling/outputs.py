@@ -11,6 +11,7 @@ from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.media.files import check_writable
 from helios_jax.media.writers import read_sidecar, sidecar
+from helios_jax.runtime import interrupts
 from helios_jax.sampling.jobs import Job
 
 
@@ -82,7 +83,8 @@ def claim(path: Path) -> Iterator[bool]:
             if not _is_open_as(file.fileno(), lock):  # the process that held it has just removed it
                 continue
             try:
-                yield True
+                with interrupts.temporary(lock):
+                    yield True
             finally:
                 lock.unlink(missing_ok=True)
             return

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.media.writers import ThreadedWriter, Writer, open_writer, remove_frames, sidecar, write_sidecar
 from helios_jax.models.transformer import Transformer
+from helios_jax.runtime import interrupts
 from helios_jax.sampling import outputs
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.context import Context, read_context
@@ -26,6 +26,7 @@ from helios_jax.sampling.jobs import Job, make_jobs
 from helios_jax.sampling.options import SampleConfig
 from helios_jax.sampling.pipeline import HeliosPipeline, check_identity, compute_dtype, identity_of
 from helios_jax.sampling.plan import Plan, chunk_frames, make_plan
+from helios_jax.sampling.progress import RunProgress
 from helios_jax.sampling.prompts import make_schedule
 from helios_jax.sampling.resume import Rest, check_gap, later_switches, missing, rest_of
 from helios_jax.sampling.stream import Snapshot, Stream, read_state
@@ -94,18 +95,18 @@ def _make_all(
     if files:
         pipe.transformer = lora.merge(lora.attach(pipe.transformer, files, scales), donate=True)
     print(f"loading: {time.monotonic() - begin:.2f} s", flush=True)
-    failed, others = [], 0
+    failed, others, shown = [], 0, RunProgress([plan.num_chunks for _, plan, _ in todo])
     for i, ((job, plan, rest), context) in enumerate(zip(todo, contexts)):
-        if len(todo) > 1:
-            print(f"video {i + 1}/{len(todo)}: {job.name}", flush=True)
+        shown.begin(i, job.name)
         try:
             with nullcontext(True) if alone else outputs.claim(job.out) as ours:
                 if not ours or (not alone and job.done()):  # by another run, since this one began
                     others += 1
                     continue
                 context = context if alone else _read_context(job, plan, checkpoint)
-                if make(pipe, job, plan, rest, context, begin if i == 0 else time.monotonic()):
-                    return 130
+                with interrupts.deferred():
+                    if make(pipe, job, plan, rest, context, shown, begin if i == 0 else time.monotonic()):
+                        return interrupts.EXIT_CODE
         except (ValueError, OSError, FloatingPointError) as error:
             if alone:
                 raise
@@ -150,49 +151,55 @@ def _read_context(job: Job, plan: Plan, checkpoint: Checkpoint) -> Context:
     return None if config.resume else read_context(config.image, config.video, 1, plan, checkpoint.vae)
 
 
-def make(pipe: HeliosPipeline, job: Job, plan: Plan, rest: Rest | None, context: Context, begin: float) -> bool:
+def make(
+    pipe: HeliosPipeline,
+    job: Job,
+    plan: Plan,
+    rest: Rest | None,
+    context: Context,
+    shown: RunProgress,
+    begin: float,
+) -> bool:
     """One video, its figures and its sidecar; returns whether it was interrupted."""
     config = job.config
     times: list[float] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     interrupted = False
     begins = 0 if rest is None else rest.chunk if rest.begins is None else rest.begins
     about = {"settings": job.settings(), "inputs": job.inputs}
     if rest is None or rest.begins is None:
         remove_frames(job.out)
     with (
-        Progress(*columns, disable=not sys.stderr.isatty()) as bars,
+        shown,
         ExitStack() as trace,
         closing(ThreadedWriter(_open(job, rest))) as writer,
     ):
         # A run that is killed leaves it, so that the next one knows whose file it is.
         write_sidecar(job.out, {**about, "first_chunk": begins, "complete": False})
         kept, first = writer.frames, begins
-        chunks = bars.add_task("chunks", total=plan.num_chunks)
-        steps = bars.add_task("steps", total=plan.num_steps(0))
+        shown.start(plan)
 
         def progress(chunk: int, step: int) -> None:
-            bars.update(steps, completed=step + 1, total=plan.num_steps(chunk))
+            shown.step(step, plan.num_steps(chunk))
 
         def written(chunk: int, state: Snapshot | None) -> None:
             """After a chunk is in the file: the state on disk is never ahead of the frames."""
             times.append(time.monotonic())
             if config.state is not None and state is not None:
                 state.save(config.state)
-            bars.update(chunks, completed=chunk)
-            if bars.disable:
-                print(f"chunk {chunk}/{plan.num_chunks or '-'}  {writer.frames} frames", flush=True)
+            shown.chunk(chunk, plan.num_chunks, writer.frames)
 
         try:
             # A bar waits for every step, which costs a little; without one nothing does. A trace needs it, too: of a
             # chunk that was queued before the trace began it would show nothing.
-            wait = config.profile is not None or not bars.disable
+            wait = config.profile is not None or shown.live
             stream = _start(pipe, config, plan, context, writer.takes, progress if wait else None)
             stream.about, first = about, stream.chunk
             if rest is not None and kept < rest.keep:
+                interrupts.keep()
                 writer.write(missing(stream, rest, kept, plan))
             for made, out in enumerate(stream, 1):
                 state = None if config.state is None else stream.snapshot()
+                interrupts.keep()
                 writer.write(out[0], partial(written, stream.chunk, state))
                 if config.profile is not None and made == 1:
                     trace.enter_context(jax.profiler.trace(config.profile))

@@ -25,6 +25,7 @@ from helios_jax.diffusion.denoise import (
 from helios_jax.diffusion.memory import History, MemoryConfig, push
 from helios_jax.diffusion.solvers import SolverState
 from helios_jax.models.transformer import Transformer
+from helios_jax.runtime import interrupts
 from helios_jax.runtime.program import program
 
 Progress = Callable[[int, int], None]
@@ -94,7 +95,8 @@ def stream(
 
     A chunk is yielded once the next one is queued, all of it or its first `AHEAD` steps, so that the device works while
     the host handles frames. Where launches wait, it is yielded as soon as it is computed and one step is queued.
-    `progress(chunk, step)` is called when a step has been computed, steps counted over all levels.
+    `progress(chunk, step)` is called when a step has been computed, steps counted over all levels. A signal is
+    seen after every step (`interrupts.check`).
     """
     step = step_program.bind(model)
     ahead = AHEAD if progress is None else 1  # progress waits for every step: a chunk must not wait with it
@@ -110,8 +112,9 @@ def stream(
         for count, state in enumerate(through_levels(noise, levels, partial(_by_step, one, tables)), 1):
             sample = state.sample
             waited = time.monotonic() - launched > SLOW_LAUNCH
+            interrupts.check()
             if count == ahead or (waited and _computed(done)):
-                yield from done
+                yield from _when_computed(done)
                 done = []
             if progress is not None:
                 jax.block_until_ready(sample)
@@ -119,9 +122,9 @@ def stream(
             launched = time.monotonic()
         history = _push(history, sample, memory)
         now = (finish(sample), history)
-        yield from done
+        yield from _when_computed(done)
         done = [now]
-    yield from done
+    yield from _when_computed(done)
 
 
 def _by_step(
@@ -137,9 +140,19 @@ def _by_step(
         yield state
 
 
-def _computed(arrays: Any) -> bool:
-    found: list[Any] = [array for array in jax.tree.leaves(arrays) if isinstance(array, jax.Array)]
-    return all(array.is_ready() for array in found)
+def _when_computed(done: list[Chunk]) -> Iterator[Chunk]:
+    """`done` as soon as it is computed: signals are seen meanwhile."""
+    arrays = _arrays(done)
+    interrupts.wait(lambda: all(array.is_ready() for array in arrays))
+    yield from done
+
+
+def _computed(done: Any) -> bool:
+    return all(array.is_ready() for array in _arrays(done))
+
+
+def _arrays(tree: Any) -> list[Any]:
+    return [array for array in jax.tree.leaves(tree) if isinstance(array, jax.Array)]
 
 
 def split(level: Level) -> list[Level]:

@@ -229,7 +229,7 @@ def test_saving_copies_before_the_step_takes_the_memory(config, tmp_path):
         (["steps=0"], "steps must be at least 1"),
         (["optim.lrr=1"], "did you mean lr"),
         (["mesh.tensor=3"], "does not fit 1 devices"),
-        (["checkpoint.every=never"], "must be int"),
+        (["checkpoint.every=never"], "must be a whole number"),
         (["optim.accumulate=3"], "must be a multiple of optim.accumulate"),
         (["trainable=[up,middle]"], "no parameter is named 'middle'; names begin with down, up"),
         (["trainable=[adapters]"], "the run makes none; give lora.rank"),

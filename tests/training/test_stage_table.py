@@ -56,12 +56,12 @@ def test_the_stage_decides_the_schema(path, name):
 @pytest.mark.parametrize(
     ("name", "override", "parts"),
     [
-        ("vae", "flow.text_drop=0.1", ["flow: no such key", "VAETrainConfig has stage, run"]),
+        ("vae", "flow.text_drop=0.1", ["flow: no such key", "the config has stage, run"]),
         ("vae", "lora.rank=4", ["lora: no such key"]),
-        ("flow", "data.crop=32", ["data.crop: no such key", "DataConfig has folder"]),
+        ("flow", "data.crop=32", ["data.crop: no such key", "data has folder"]),
         ("flow", "distill.steps=[1,1]", ["distill: no such key"]),
         ("flow", "reconstruction.kl=1", ["reconstruction: no such key"]),
-        ("ode", "distill.gan.start=1", ["distill.gan: no such key", "StudentConfig has steps"]),
+        ("ode", "distill.gan.start=1", ["distill.gan: no such key", "distill has steps"]),
         ("distill", "distill.scores.init=x", ["distill.scores: no such key; did you mean score?"]),
     ],
 )

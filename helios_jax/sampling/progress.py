@@ -1,0 +1,94 @@
+"""Progress of a run: bars on a terminal, else a line for each video and chunk.
+
+Bars are drawn on stderr. While they are shown, rich prints other lines of this process above them, if those go through
+`sys.stdout` and `sys.stderr` as they are at that time.
+"""
+
+import datetime
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from helios_jax.runtime.program import before_compiling
+from helios_jax.sampling.plan import Plan
+
+COLUMNS = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TextColumn("{task.fields[count]}", style="progress.download"),
+    TimeRemainingColumn(),
+)
+SPEED_OVER = 3600.0  # seconds: rich's 30 are less than many a chunk takes
+
+
+class RunProgress:
+    """Progress of all videos, of which `chunks` are to be made each (None: without end); `with` while one is made.
+
+    The time left follows from chunks in the file: the first one, with its compilation, is not counted.
+    """
+
+    def __init__(self, chunks: Sequence[int | None], clock: Callable[[], float] | None = None):
+        self.live = sys.stderr.isatty()
+        self._chunks = list(chunks)
+        self._bars = Progress(
+            *COLUMNS,
+            console=Console(stderr=True),
+            get_time=clock,
+            disable=not self.live,
+            redirect_stdout=sys.stdout.isatty(),
+            speed_estimate_period=SPEED_OVER,
+        )
+        self._videos = self._bars.add_task("videos", total=None, count="", visible=len(self._chunks) > 1)
+        self._chunk_bar = self._bars.add_task("chunks", count="")
+        self._step_bar = self._bars.add_task("steps", count="")
+        self._stack = ExitStack()
+        self._told = False
+        self._video = 0
+
+    def begin(self, video: int, name: str) -> None:
+        """Says which video is next, counted from 0, and how long the rest takes. Failed ones leave the estimate."""
+        self._video, count, left = video, len(self._chunks), self._chunks[video:]
+        task = self._bars.tasks[0]
+        # Not through `update`, which forgets the speed when the total changes.
+        task.total = None if None in left else task.completed + sum(x for x in left if x is not None)
+        self._bars.update(self._videos, count=f"{video}/{count}")
+        if count > 1:
+            seconds = task.time_remaining
+            about = "" if seconds is None else f", about {datetime.timedelta(seconds=round(seconds))} left"
+            print(f"video {video + 1}/{count}: {name}{about}", flush=True)
+
+    def start(self, plan: Plan) -> None:
+        """Begins the chunks of a video."""
+        self._bars.reset(self._chunk_bar, total=plan.num_chunks, count=f"0/{plan.num_chunks or '-'}")
+        self._bars.reset(self._step_bar, total=plan.num_steps(0), count=f"0/{plan.num_steps(0)}")
+
+    def step(self, step: int, total: int) -> None:
+        """A step, counted from 0, has been computed."""
+        if step == 0:
+            self._bars.reset(self._step_bar, total=total)
+        self._bars.update(self._step_bar, completed=step + 1, count=f"{step + 1}/{total}", description="steps")
+
+    def chunk(self, done: int, total: int | None, frames: int) -> None:
+        """`done` chunks of the video are in its file, `frames` in all."""
+        count = f"{done}/{total or '-'}"
+        self._bars.update(self._chunk_bar, completed=done, count=count)
+        self._bars.update(self._videos, advance=1, count=f"{self._video + (done == total)}/{len(self._chunks)}")
+        if not self.live:
+            print(f"chunk {count}  {frames} frames", flush=True)
+
+    def __enter__(self) -> "RunProgress":
+        self._stack.enter_context(before_compiling(self._compiling))
+        self._stack.enter_context(self._bars)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _compiling(self) -> None:
+        self._bars.update(self._step_bar, description="compiling")
+        if not self.live and not self._told:
+            print("compiling: the first chunk takes longer", flush=True)
+        self._told = True
