@@ -1,9 +1,10 @@
 """Streams: videos made chunk by chunk, without end if asked for, with prompts that change, saved and resumed."""
 
 import dataclasses
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from helios_jax.sampling.plan import Plan
 from helios_jax.sampling.prompts import Entry, Schedule
 from helios_jax.sampling.text import Texts
 
-STATE_FORMAT = "helios_jax stream 1"
+STATE_FORMAT = "helios_jax stream 2"
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class Snapshot:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             try:
-                save_file(history, part, metadata={"state": self.meta})
+                save_file(history, part, metadata={"state": self.meta, "sha256": _digest(self.meta, history)})
             except SafetensorError as error:
                 raise OSError(str(error)) from None
 
@@ -222,14 +223,17 @@ def read_state(path: str | os.PathLike) -> State:
         raise ValueError(f"{path}: not the state of a stream; name a file that save_state wrote")
     try:
         with safe_open(path, "numpy") as file:
-            meta = json.loads((file.metadata() or {}).get("state", "{}"))
-            if meta.get("format") != STATE_FORMAT:
+            told = file.metadata() or {}
+            if f'"{STATE_FORMAT}"' not in told.get("state", ""):
                 raise ValueError(f"{path}: not the state of a stream; name a file that save_state wrote")
-            history = History(**{name: jnp.asarray(file.get_tensor(name)) for name in _HISTORY})
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; name a file that save_state wrote") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not the state of a stream ({error}); name a file that save_state wrote") from None
+    if told.get("sha256") != _digest(told["state"], arrays):
+        raise ValueError(f"{path}: is damaged, its checksum is another; name a state that is whole")
+    meta = json.loads(told["state"])
     entries = tuple(Entry(e["chunk"], tuple(e["prompts"]), e["crossfade"]) for e in meta["prompts"])
     return State(
         identity=meta["identity"],
@@ -237,13 +241,22 @@ def read_state(path: str | os.PathLike) -> State:
         prompts=Schedule(entries),
         negatives=tuple(meta["negatives"]),
         noise=SeededNoise(*meta["seeds"], asked=meta["asked"]),
-        history=history,
+        history=History(**{name: jnp.asarray(array) for name, array in arrays.items()}),
         chunk=meta["chunk"],
         about=meta.get("about"),
     )
 
 
 _HISTORY = [field.name for field in dataclasses.fields(History)]
+
+
+def _digest(meta: str, history: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over a state: a file that was changed is told from one that is whole."""
+    digest = hashlib.sha256(meta.encode())
+    for name in sorted(history):
+        digest.update(f"{name} {history[name].dtype} {history[name].shape}".encode())
+        digest.update(np.ascontiguousarray(history[name]).tobytes())
+    return digest.hexdigest()
 
 
 def check_latents(latents: np.ndarray, first: int = 0) -> None:
