@@ -216,13 +216,13 @@ class SampleConfig(SamplingOptions):
     A CSV has a row per video with columns prompt (or refined_prompt), and as far as wanted id, negative_prompt, image
     (or image_name), video (or video_name), seed and num_frames (or duration). With a column prompt_index the rows of an
     id are one video, whose prompts switch every `interpolate_time` chunks (upstream's interactive format). Files in it
-    are relative to the CSV's folder.
+    are relative to the CSV's folder; http and https addresses are downloaded.
     """
 
     prompt: str = option("", "what the video shows", MAKE)
     negative_prompt: str = option("", "what the video keeps away from", MAKE)
-    image: str | None = option(None, "a picture that the video begins with", MAKE)
-    video: str | None = option(None, "a video to continue, at least a chunk long", MAKE)
+    image: str | None = option(None, "a picture that the video begins with: a file or an http(s) address", MAKE)
+    video: str | None = option(None, "a video to continue, at least a chunk long: a file or an http(s) address", MAKE)
     switches: list[PromptSwitch] = option([], "prompts that take over later", MAKE)
     seed: int = option(0, "the same seed makes the same video", MAKE)
     num_videos_per_prompt: int = option(1, "videos of each prompt, with seeds seed, seed + 1, ...", MAKE)
