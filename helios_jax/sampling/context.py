@@ -284,8 +284,8 @@ def preprocess(frames: Iterable[Any], height: int, width: int, name: str) -> np.
 
     A frame is a file or its http address (upright by its EXIF data), a PIL image (as it is), or an array [h, w, 3],
     uint8 or floats in [0, 1]. Every kind is resized by Lanczos. For PIL images the result is diffusers'
-    `VideoProcessor`'s, bit for bit. For arrays we differ: it takes the nearest pixels, which aliases, and does not scale
-    uint8.
+    `VideoProcessor`'s, bit for bit. For arrays we differ: it takes the nearest pixels, which aliases, and does not
+    scale uint8.
 
     Raises ValueError or FileNotFoundError, in one line that begins with `name`, for anything else.
     """

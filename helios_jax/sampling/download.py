@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from helios_jax.runtime import interrupts
 
@@ -74,7 +74,7 @@ def local(name: str | os.PathLike, kind: str) -> Iterator[Path]:
             raise type(error)(str(error).replace(file.name, str(name))) from None
 
 
-def _fetch(url: str, file: BinaryIO, most: int) -> None:
+def _fetch(url: str, file: IO[bytes], most: int) -> None:
     end, got = time.monotonic() + MOST_SECONDS, 0
     try:
         request = urllib.request.Request(urllib.parse.quote(url, safe=KEPT), headers={"User-Agent": "helios_jax"})
