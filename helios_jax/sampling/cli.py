@@ -16,7 +16,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from helios_jax import config as configs
 from helios_jax.runtime import interrupts
@@ -34,15 +34,22 @@ LESS_MEMORY = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise configs.ConfigError(f"{' '.join(message.split())}; --help lists all flags")
+
+
 def parse(argv: Sequence[str]) -> SampleConfig:
     """The command line over the config; raises ConfigError."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=program_name("sample.py"),
         usage="%(prog)s CONFIG [--flag X ...] [key=value ...]",
         description="Make a video from a prompt, an image or a video.",
         epilog="Every flag is also a key of the config, and key=value sets one, as in zero_steps=0.",
     )
-    parser.add_argument("config", help="a YAML file of configs/")
+    parser.add_argument("config", nargs="?", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config")
     fields = [f for f in dataclasses.fields(SampleConfig) if f.name not in OTHERWISE]
     shared = {f.name for f in dataclasses.fields(SamplingOptions)}
@@ -69,6 +76,8 @@ def parse(argv: Sequence[str]) -> SampleConfig:
                 help="a prompt that takes over at a chunk (4) or a second (9.5s); may be repeated",
             )
     args = parser.parse_intermixed_args(argv)
+    if args.config is None:
+        parser.error("name a config, such as configs/toy/sample.yaml")
     given: dict[str, Any] = {f.name: value for f in fields if (value := getattr(args, f.name)) is not None}
     for name in lists:
         if name in given:
