@@ -263,6 +263,8 @@ BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         (b"lr: \xff", "not valid YAML"),
         (b"lr: \0", "not valid YAML"),
         (b"lr: *nowhere", "not valid YAML"),
+        (b"true", "must hold `key: value` pairs"),
+        (b"7", "must hold `key: value` pairs"),
     ],
 )
 def test_files_past_the_bounds_are_one_line(tmp_path, data, line):
