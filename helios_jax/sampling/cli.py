@@ -7,7 +7,6 @@ or SIGTERM (`runtime.interrupts`), 2 for input that cannot be used: one line say
 the model is built.
 """
 
-import argparse
 import dataclasses
 import logging
 import os
@@ -19,7 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from helios_jax import config as configs
 from helios_jax.runtime import interrupts
-from helios_jax.runtime.command import program_name
+from helios_jax.runtime.command import Parser, program_name
 from helios_jax.sampling.options import FILES, MAKE, METHOD, NOISE, SampleConfig, SamplingOptions
 
 # Flags of another form than their field.
@@ -28,7 +27,7 @@ OTHERWISE = {"switches": "--then", "loras": "--lora"}
 
 def parse(argv: Sequence[str]) -> SampleConfig:
     """The command line over the config; raises ConfigError."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program_name("sample.py"),
         usage="%(prog)s CONFIG [--flag X ...] [key=value ...]",
         description="Make a video from a prompt, an image or a video.",
