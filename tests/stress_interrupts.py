@@ -88,7 +88,7 @@ def _one(folder: Path, parent: Path, kind: str, number: signal.Signals, at: floa
 def _wrong(folder: Path, kind: str, out: str) -> list:
     """Everything that is wrong with the files."""
     wrong = [f"left {path}" for path in folder.parent.rglob(".*")]
-    videos = sorted(folder.glob("*.mp4")) if kind != "png" else [folder] if folder.is_dir() else []
+    videos = sorted(folder.glob("*.mp4")) if kind != "png" else [folder] if any(folder.glob("*.png")) else []
     said = [int(n) for n in re.findall(r"video: \S+ \((\d+) frames", out)]
     if len(videos) > len(said):
         wrong.append(f"{len(videos)} videos, of which {len(said)} were said")

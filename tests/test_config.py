@@ -209,6 +209,8 @@ def test_what_does_not_fit(hint, value):
     ("arguments", "line"),
     [
         (["--num-frames", "0"], "--num-frames must be at least 1, got 0"),
+        (["--lora"], "argument --lora: expected one argument; --help lists all flags"),
+        (["--frames", "a\nb"], "unrecognized arguments: --frames a b; --help lists all flags"),
         (["--fps", "fast"], "--fps must be a whole number, got 'fast'"),
         (["--precision", "half"], "--precision must be one of float32, bfloat16 or null, got 'half'"),
         (["--history-sizes", "1,a"], "--history-sizes must be a list of whole numbers, got ['1', 'a']"),
@@ -237,6 +239,12 @@ def test_bad_arguments_are_one_line(arguments, line, capsys):
     assert line in error
     assert error.count("\n") == 1
     assert len(error) < 400
+
+
+def test_no_config_is_one_line(capsys):
+    assert cli.main([]) == 2
+    error = capsys.readouterr().err
+    assert error == "sample.py: name a config, such as configs/toy/sample.yaml; --help lists all flags\n"
 
 
 BOMB = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(

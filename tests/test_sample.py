@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from jax.errors import JaxRuntimeError
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -32,6 +33,7 @@ import runpy, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 runpy.run_path("sample.py", run_name="__main__")
 """
+LONG = "n" * 300  # more than a file's name may have
 CONFIG = """
 prompt: a red plus
 height: 32
@@ -240,6 +242,37 @@ def test_a_full_disk_ends_the_run_and_what_was_written_stays(config, tmp_path, m
     assert printed.err.count("No space left") == 1
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError("Unable to allocate 3 GiB"), JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 3 bytes.")],
+)
+def test_no_memory_left_is_one_line_and_what_was_made_stays(error, config, tmp_path, monkeypatch, capsys):
+    class Large(Stream):
+        def __next__(self):
+            if self.chunk:
+                raise error
+            return super().__next__()
+
+    monkeypatch.setattr(pipeline, "Stream", Large)
+    assert run(config, "--num-frames", 27, "--out", tmp_path / "x.mp4") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert str(error) in lines[0]
+    assert "out of memory: use a smaller height and width, precision=bfloat16" in lines[0]
+    assert len(read_video(tmp_path / "x.mp4")[0]) == 9
+    monkeypatch.setattr(pipeline, "Stream", Stream)
+    assert run(config, "--num-frames", 27, "--out", tmp_path / "x.mp4") == 0  # the same command makes the rest
+
+
+def test_errors_of_other_kinds_stay_whole(config, monkeypatch):
+    def broken(*_):
+        raise JaxRuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(runs, "run", broken)
+    with pytest.raises(JaxRuntimeError, match="INTERNAL"):
+        run(config)
+
+
 CSV = """id,prompt,image,seed
 7,a red plus,,3
 8,a blue bar,missing.png,
@@ -328,6 +361,23 @@ def test_a_bad_csv_is_one_line(config, tmp_path, capsys, text, arguments, words)
         (["image_noise_sigma_min=0.9"], ["image_noise_sigma_min"]),
         (["--profile", "trace", "--num-frames", "9"], ["profile", "num_frames 9", "ask for 10"]),
         (["--profile", "trace", "--csv", "x.csv"], ["profile", "csv"]),
+        (["--profile", f"{__file__}/x", "--num-frames", "18"], ["cannot be made", "name another folder"]),
+        (["--profile", LONG, "--num-frames", "18"], ["cannot be made", "name another folder"]),
+        (["--profile", "/proc/x", "--num-frames", "18"], ["/proc/x", "name another folder"]),
+        (["--state", f"{__file__}/x"], ["cannot be made", "name another folder"]),
+        (["--state", LONG], ["cannot be opened", "name another file"]),
+        (["--state", "/proc/x"], ["/proc/x", "name another folder"]),
+        (["--out", f"{__file__}/x.mp4"], ["cannot be made", "name another folder"]),
+        (["--out", f"{LONG}.mp4"], ["cannot be opened", "name another file"]),
+        (["--out", ""], ["--out must name a file"]),
+        (["--model", LONG], ["File name too long"]),
+        (["--lora", LONG], ["File name too long"]),
+        (["--fps", "2147483648"], ["--fps must be at most 2147483647"]),
+        (["--height", "9" * 30], ["--height must be at most 16384"]),
+        (["--num-inference-steps", "99999999"], ["--num-inference-steps must be at most 10000"]),
+        (["--video-fps", "1e300"], ["--video-fps must be at most 1000"]),
+        (["--video-fps", "0"], ["--video-fps must be above 0"]),
+        (["history_sizes=[9999,2,1]"], ["history_sizes must be at most 1000"]),
     ],
 )
 def test_bad_tasks_are_one_line(config, arguments, words, capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,12 +47,26 @@ def check_writable(path: Path) -> None:
         raise ValueError(f"{path}: is a folder; name a file in it, such as {path / 'video.mp4'}")
     if kind == "special":
         raise ValueError(f"{path}: is a device or a pipe; only regular files are written, name another file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{path}: its folder cannot be made ({error.strerror}); name another folder") from None
-    if not os.access(path if kind == "file" else path.parent, os.W_OK):
+    check_folder(path.parent, path)
+    if kind == "file" and not os.access(path, os.W_OK):
         raise ValueError(f"{path}: writing there is not permitted; name another folder")
+
+
+def check_folder(folder: Path, path: Path | None = None) -> None:
+    """Makes the folder (of `path`), or raises ValueError if no file could be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        which = "its folder cannot be made" if path is not None else "cannot be made"
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{_short(path or folder)}: {which} ({reason}); name another folder") from None
+    try:  # permissions alone do not tell: the superuser has all of them, in /proc, too
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path or folder}: writing there is not permitted ({error.strerror}); name another folder"
+        ) from None
 
 
 @contextmanager

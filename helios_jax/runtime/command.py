@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from helios_jax.config import ConfigError
+
 
 def program_name(script: str) -> str:
     """`script`, such as sample.py, or the installed command, such as helios-sample, where that was typed."""
@@ -13,7 +15,7 @@ def program_name(script: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with exit code 2: the usage of many flags would hide them."""
+    """An argument parser whose errors are ConfigErrors, in one line: the usage of many flags would hide them."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see --help\n")
+        raise ConfigError(f"{' '.join(message.split())}; --help lists all flags")

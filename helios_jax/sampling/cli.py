@@ -8,6 +8,7 @@ the model is built.
 """
 
 import dataclasses
+import errno
 import logging
 import os
 import sys
@@ -19,10 +20,17 @@ from typing import Any, get_args, get_origin, get_type_hints
 from helios_jax import config as configs
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.command import Parser, program_name
+from helios_jax.runtime.memory import is_out_of_memory
 from helios_jax.sampling.options import FILES, MAKE, METHOD, NOISE, SampleConfig, SamplingOptions
 
 # Flags of another form than their field.
 OTHERWISE = {"switches": "--then", "loras": "--lora"}
+# Errors of a path that was typed, wherever it is first used.
+BAD_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS)
+LESS_MEMORY = (
+    "out of memory: use a smaller height and width, precision=bfloat16, offload_text_encoder=true or a device with more"
+    " memory (num_frames does not matter)"
+)
 
 
 def parse(argv: Sequence[str]) -> SampleConfig:
@@ -33,7 +41,7 @@ def parse(argv: Sequence[str]) -> SampleConfig:
         description="Make a video from a prompt, an image or a video.",
         epilog="Every flag is also a key of the config, and key=value sets one, as in zero_steps=0.",
     )
-    parser.add_argument("config", help="a YAML file of configs/")
+    parser.add_argument("config", nargs="?", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config")
     fields = [f for f in dataclasses.fields(SampleConfig) if f.name not in OTHERWISE]
     shared = {f.name for f in dataclasses.fields(SamplingOptions)}
@@ -60,6 +68,8 @@ def parse(argv: Sequence[str]) -> SampleConfig:
                 help="a prompt that takes over at a chunk (4) or a second (9.5s); may be repeated",
             )
     args = parser.parse_intermixed_args(argv)
+    if args.config is None:
+        parser.error("name a config, such as configs/toy/sample.yaml")
     given: dict[str, Any] = {f.name: value for f in fields if (value := getattr(args, f.name)) is not None}
     for name in lists:
         if name in given:
@@ -134,6 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         except (OSError, FloatingPointError) as error:  # a disk that is full, say: what was written stays
             print(f"{program_name('sample.py')}: {error}", file=sys.stderr)
+            return 2 if isinstance(error, OSError) and error.errno in BAD_PATHS else 1
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            print(f"{program_name('sample.py')}: {' '.join(str(error).split())[:200]}; {LESS_MEMORY}", file=sys.stderr)
             return 1
         except KeyboardInterrupt as error:
             if not isinstance(error, interrupts.Interrupted):  # which has said so

@@ -7,7 +7,7 @@ encodes and adds noise, with the draws of diffusers' Helios pipelines in their o
 import dataclasses
 import os
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
 
@@ -22,6 +22,7 @@ from helios_jax.media.image import read_image, resize, to_rgb
 from helios_jax.media.video import iterate_video
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
 from helios_jax.runtime.program import program
+from helios_jax.sampling.download import local
 from helios_jax.sampling.noise import Noise, draw
 from helios_jax.sampling.options import ContextConfig
 from helios_jax.sampling.plan import Plan
@@ -250,17 +251,22 @@ def _check_count(what: str, count: int, batch: int) -> None:
 
 
 def frames_of(video: Any, fps: float | None, name: str) -> Iterable[Any]:
-    """The frames of one video: a file, a sequence of images or arrays, or an array [t, h, w, 3].
+    """The frames of one video: a file or its http address, a sequence of images or arrays, or an array [t, h, w, 3].
 
     A file's are read as they are asked for, at the rate `fps`, by default its own.
     """
     if _is_path(video):
-        return iterate_video(video, fps)
+        return _frames_of_file(video, fps)
     if fps is not None:
         raise ValueError(f"{name}: fps is for files, frames in memory have no rate to convert from; leave fps out")
     if not (_is_list(video) or (isinstance(video, np.ndarray) and video.ndim == 4)) or len(video) == 0:
         raise ValueError(f"{name}: must be a file, a list of images or an array [t, h, w, 3], got {_describe(video)}")
     return video
+
+
+def _frames_of_file(video: str | os.PathLike, fps: float | None) -> Iterator[np.ndarray]:
+    with local(video, "video") as path:
+        yield from iterate_video(path, fps)
 
 
 def _ends(frames: Iterable[Any], keep: int) -> tuple[Any, list[Any], int]:
@@ -276,9 +282,10 @@ def _ends(frames: Iterable[Any], keep: int) -> tuple[Any, list[Any], int]:
 def preprocess(frames: Iterable[Any], height: int, width: int, name: str) -> np.ndarray:
     """Frames as the VAE takes them: float32 [t, h, w, 3] in [-1, 1] of the size asked for, proportions not kept.
 
-    A frame is a file (upright by its EXIF data), a PIL image (as it is), or an array [h, w, 3], uint8 or floats in
-    [0, 1]. Every kind is resized by Lanczos. For PIL images the result is diffusers' `VideoProcessor`'s, bit for bit.
-    For arrays we differ: it takes the nearest pixels, which aliases, and does not scale uint8.
+    A frame is a file or its http address (upright by its EXIF data), a PIL image (as it is), or an array [h, w, 3],
+    uint8 or floats in [0, 1]. Every kind is resized by Lanczos. For PIL images the result is diffusers'
+    `VideoProcessor`'s, bit for bit. For arrays we differ: it takes the nearest pixels, which aliases, and does not
+    scale uint8.
 
     Raises ValueError or FileNotFoundError, in one line that begins with `name`, for anything else.
     """
@@ -288,7 +295,8 @@ def preprocess(frames: Iterable[Any], height: int, width: int, name: str) -> np.
 def _rgb(image: Any, name: str) -> np.ndarray:
     """An array [h, w, 3], uint8 or floats in [0, 1]."""
     if _is_path(image):
-        return read_image(image)
+        with local(image, "image") as path:
+            return read_image(path)
     if isinstance(image, Image.Image):
         return np.asarray(to_rgb(image, name))
     known = isinstance(image, np.ndarray) and (image.dtype == np.uint8 or np.issubdtype(image.dtype, np.floating))

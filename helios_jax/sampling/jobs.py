@@ -10,6 +10,7 @@ from typing import Any
 from helios_jax.config import ConfigError, to_dict
 from helios_jax.media.writers import Format, file_format, read_sidecar, sidecar
 from helios_jax.sampling import table
+from helios_jax.sampling.download import is_url
 from helios_jax.sampling.fingerprint import content_hash
 from helios_jax.sampling.options import PromptSwitch, SampleConfig
 
@@ -128,7 +129,9 @@ def _one(config: SampleConfig, rows: list[table.Row], chunk_frames: int) -> Samp
     first = rows[0]
     prompts = [row.get("refined_prompt", "prompt") for row in rows]
     given: dict[str, Any] = {
-        name: str(first.path.parent / first.get(column)) for column, name in table.INPUTS.items() if first.get(column)
+        name: value if is_url(value) else str(first.path.parent / value)
+        for column, name in table.INPUTS.items()
+        if (value := first.get(column))
     }
     if first.get("negative_prompt"):
         given["negative_prompt"] = first.get("negative_prompt")

@@ -8,12 +8,23 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from helios_jax.config import nearest
+from helios_jax.config_types import got, unreadable
 from helios_jax.runtime.seeds import checked
 
-MOST_VIDEOS = 10_000  # of a prompt: more are planned at once than anyone waits for
+# More than anyone waits for; numbers past them would overflow or fill the memory before a message.
+MOST_VIDEOS = 10_000  # of a prompt, planned at once
+MOST_PIXELS = 2**14  # of a side
+MOST_STEPS = 10_000
+MOST_GUIDANCE = 1_000
+MOST_LATENT_FRAMES = 1_000
+MOST_TOKENS = 2**14
+MOST_FRAMES = 2**40
+MOST_VIDEO_FPS = 1_000  # a file at a higher rate is its frames many times over
+MOST_FPS = 2**31 - 1  # FFmpeg keeps rates as 32-bit numbers
 WEIGHTS_FPS = 24  # the rate of the clips that the released weights were trained on
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -41,6 +52,18 @@ def _at_least(least: int, **values: int | None) -> None:
             raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
+def _at_most(**values: tuple[float | None, float]) -> None:
+    for name, (value, most) in values.items():
+        if value is not None and value > most:
+            raise ValueError(f"{name} must be at most {most}, got {got(value)}")
+
+
+def _is_text(**values: str) -> None:
+    for name, value in values.items():
+        if wrong := unreadable(value, name):
+            raise ValueError(wrong)
+
+
 @dataclass
 class PromptSwitch:
     """A prompt that takes over at a chunk (counted from 0) or in the chunk that a second falls into.
@@ -57,6 +80,7 @@ class PromptSwitch:
     def __post_init__(self):
         if not self.prompt.strip():
             raise ValueError("a prompt switch needs a prompt, got an empty one")
+        _is_text(prompt=self.prompt)
         if (self.chunk is None) == (self.seconds is None):
             raise ValueError(f"give chunk or seconds, one of them, to switch to {self.prompt!r}")
         _at_least(1, chunk=self.chunk)
@@ -135,6 +159,23 @@ class SamplingOptions(ContextConfig):
             max_sequence_length=self.max_sequence_length,
         )
         _at_least(0, interpolation_steps=self.interpolation_steps, zero_steps=self.zero_steps)
+        for steps in self.pyramid_num_inference_steps_list or ():
+            _at_most(pyramid_num_inference_steps_list=(steps, MOST_STEPS))
+        for size in self.history_sizes:
+            _at_most(history_sizes=(size, MOST_LATENT_FRAMES))
+        _at_most(
+            height=(self.height, MOST_PIXELS),
+            width=(self.width, MOST_PIXELS),
+            num_frames=(self.num_frames, MOST_FRAMES),
+            fps=(self.fps, MOST_FPS),
+            video_fps=(self.video_fps, MOST_VIDEO_FPS),
+            guidance_scale=(self.guidance_scale, MOST_GUIDANCE),
+            num_inference_steps=(self.num_inference_steps, MOST_STEPS),
+            num_latent_frames_per_chunk=(self.num_latent_frames_per_chunk, MOST_LATENT_FRAMES),
+            max_sequence_length=(self.max_sequence_length, MOST_TOKENS),
+        )
+        if self.video_fps is not None and not self.video_fps > 0:
+            raise ValueError(f"video_fps must be above 0, got {self.video_fps}")
         if len(self.history_sizes) != 3:
             raise ValueError(f"history_sizes must be three numbers (long, mid, short), got {list(self.history_sizes)}")
 
@@ -175,13 +216,13 @@ class SampleConfig(SamplingOptions):
     A CSV has a row per video with columns prompt (or refined_prompt), and as far as wanted id, negative_prompt, image
     (or image_name), video (or video_name), seed and num_frames (or duration). With a column prompt_index the rows of an
     id are one video, whose prompts switch every `interpolate_time` chunks (upstream's interactive format). Files in it
-    are relative to the CSV's folder.
+    are relative to the CSV's folder; http and https addresses are downloaded.
     """
 
     prompt: str = option("", "what the video shows", MAKE)
     negative_prompt: str = option("", "what the video keeps away from", MAKE)
-    image: str | None = option(None, "a picture that the video begins with", MAKE)
-    video: str | None = option(None, "a video to continue, at least a chunk long", MAKE)
+    image: str | None = option(None, "a picture that the video begins with: a file or an http(s) address", MAKE)
+    video: str | None = option(None, "a video to continue, at least a chunk long: a file or an http(s) address", MAKE)
     switches: list[PromptSwitch] = option([], "prompts that take over later", MAKE)
     seed: int = option(0, "the same seed makes the same video", MAKE)
     num_videos_per_prompt: int = option(1, "videos of each prompt, with seeds seed, seed + 1, ...", MAKE)
@@ -219,7 +260,11 @@ class SampleConfig(SamplingOptions):
         super().__post_init__()
         for name in PATHS:
             if (path := getattr(self, name)) is not None:
+                _is_text(**{name: path})
+                if not path.strip() or (name in ("out", "state") and not Path(path).name):  # "/" and "."
+                    raise ValueError(f"{name} must name a file or a folder, got {path!r}")
                 setattr(self, name, os.path.expanduser(path))
+        _is_text(prompt=self.prompt, negative_prompt=self.negative_prompt)
         self.loras = [os.path.expanduser(text) for text in self.loras]
         _at_least(1, num_videos_per_prompt=self.num_videos_per_prompt, interpolate_time=self.interpolate_time)
         if self.num_videos_per_prompt > MOST_VIDEOS:

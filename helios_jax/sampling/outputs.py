@@ -9,7 +9,7 @@ from pathlib import Path
 
 from helios_jax import lora
 from helios_jax.config import ConfigError
-from helios_jax.media.files import check_writable
+from helios_jax.media.files import check_folder, check_writable
 from helios_jax.media.writers import read_sidecar, sidecar
 from helios_jax.runtime import interrupts
 from helios_jax.sampling.jobs import Job
@@ -39,6 +39,8 @@ def check(job: Job, *, goes_on: bool = False) -> None:
     for path in (_lock(job.out), sidecar(job.out), None if config.state is None else Path(config.state)):
         if path is not None:
             check_writable(path)
+    if config.profile is not None:
+        check_folder(Path(config.profile))
     if config.overwrite or goes_on:
         return
     if _made(job.out) and not is_rest_of(job):

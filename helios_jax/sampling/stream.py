@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, Level
 from helios_jax.diffusion.memory import History
-from helios_jax.media.files import kind_of
+from helios_jax.media.files import kind_of, replacing
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling import sampler
 from helios_jax.sampling.noise import Noise, SeededNoise, draw
@@ -191,13 +191,15 @@ class Snapshot:
     history: History
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the file, which is whole or absent."""
+        """Writes the file, which is whole or absent. Raises OSError, which names it, if that fails."""
         history = {name: np.asarray(getattr(self.history, name)) for name in _HISTORY}
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        save_file(history, part, metadata={"state": self.meta, "sha256": _digest(self.meta, history)})
-        os.replace(part, path)
+        with replacing(path) as part:
+            try:
+                save_file(history, part, metadata={"state": self.meta, "sha256": _digest(self.meta, history)})
+            except SafetensorError as error:
+                raise OSError(str(error)) from None
 
 
 @dataclass(frozen=True)
