@@ -30,7 +30,7 @@ def read(path: Path) -> Any:
         raise ValueError(f"is larger than {MOST_BYTES // 1_000_000} MB; name a config")
     try:
         text = data.decode("utf-8-sig")
-        check(text)
+        check(text, whole=True)
         return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except Excess:
         raise
@@ -54,8 +54,11 @@ def read_override(text: str) -> Any:
         raise ValueError(f"cannot read the value: {' '.join(str(error).split())}") from None
 
 
-def check(text: str) -> None:
-    """Raises Excess for YAML past the bounds, and YAMLError for text that is none. Does not recurse."""
+def check(text: str, *, whole: bool = False) -> None:
+    """Raises Excess for YAML past the bounds, and YAMLError for text that is none. Does not recurse.
+
+    Also Excess for one value where a `whole` file is expected.
+    """
     sizes: dict[str, int] = {}  # values of each anchor, aliases in it written out
     open_: list[tuple[str | None, int]] = []  # anchor of each collection that is open, and the values before it
     values = 0
@@ -63,6 +66,8 @@ def check(text: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             values += sizes.get(str(event.anchor), 0)
         elif isinstance(event, yaml.ScalarEvent):
+            if whole and not open_:
+                raise Excess("must hold `key: value` pairs, not one value")
             values += 1
             if event.anchor:
                 sizes[event.anchor] = 1

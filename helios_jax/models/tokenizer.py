@@ -59,11 +59,9 @@ class Tokenizer:
                 )
         backend.no_truncation()
         backend.no_padding()
-        if backend.encode("").ids != [END]:
+        if _encoded(backend, path) != [END]:
             raise ValueError(f"{path} does not end a prompt with </s>, UMT5 does: not its file")
-        config = folder / "tokenizer_config.json"
-        limit = json.loads(config.read_text()).get("model_max_length") if config.is_file() else None
-        return cls(backend, folder, min(int(limit or LIMIT), LIMIT))  # transformers writes 1e30 for no limit
+        return cls(backend, folder, _limit(folder / "tokenizer_config.json"))
 
     @property
     def vocab_size(self) -> int:
@@ -97,3 +95,27 @@ class Tokenizer:
             source = self._folder / name
             if source.is_file() and source.resolve() != (folder / name).resolve():
                 shutil.copyfile(source, folder / name)
+
+
+def _encoded(backend: tokenizers.Tokenizer, path: Path) -> list[int]:
+    """The ids of an empty text. Raises ValueError for a tokenizer that cannot make them."""
+    try:
+        return backend.encode("").ids
+    except BaseException as error:  # the package's panics are no Exception
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{path} is not a tokenizer ({error}): download it again") from None
+        raise
+
+
+def _limit(path: Path) -> int:
+    """The most tokens of a prompt that a tokenizer_config.json allows; transformers writes 1e30 for no limit."""
+    if not path.is_file():
+        return LIMIT
+    try:
+        limit = json.loads(path.read_text(encoding="utf-8")).get("model_max_length")
+        limit = LIMIT if limit is None else min(int(limit), LIMIT)
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(f"{path} is not a tokenizer's config ({error}): download it again") from None
+    if limit < 1:
+        raise ValueError(f"{path}: model_max_length is {limit}, it must be at least 1: download it again")
+    return limit

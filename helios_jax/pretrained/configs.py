@@ -5,7 +5,8 @@ import json
 import math
 import warnings
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from helios_jax.pretrained.errors import CheckpointError
 
@@ -57,7 +58,10 @@ def read_config(folder: Path, cls: type[Config], name: str = "config.json") -> C
     if unknown and not hasattr(cls, "MODEL_TYPE"):
         warnings.warn(f"{path}: ignored, as {cls.__name__} has no {', '.join(unknown)}", stacklevel=2)
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in fields}
+    hints = get_type_hints(cls)
     for key, value in known.items():
+        if value is None and fields[key].default is not None and NoneType not in get_args(hints[key]):
+            raise CheckpointError(f"{path}: {key} is null: leave it out, or download the file again")
         _check_value(key, value, fields[key].default, path)
     try:
         return cls(**known)

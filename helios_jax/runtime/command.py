@@ -1,10 +1,21 @@
-"""The name under which a command was started, for its messages."""
+"""What the commands have in common: the name under which one was started, and a parser that refuses in one line."""
 
+import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
+
+from helios_jax.config import ConfigError
 
 
 def program_name(script: str) -> str:
     """`script`, such as sample.py, or the installed command, such as helios-sample, where that was typed."""
     typed = Path(sys.argv[0]).name
     return typed if typed.startswith("helios-") else script
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are ConfigErrors, in one line: the usage of many flags would hide them."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{' '.join(message.split())}; --help lists all flags")

@@ -7,7 +7,6 @@ or SIGTERM (`runtime.interrupts`), 2 for input that cannot be used: one line say
 the model is built.
 """
 
-import argparse
 import dataclasses
 import errno
 import logging
@@ -16,11 +15,11 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from types import NoneType
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from helios_jax import config as configs
 from helios_jax.runtime import interrupts
-from helios_jax.runtime.command import program_name
+from helios_jax.runtime.command import Parser, program_name
 from helios_jax.runtime.memory import is_out_of_memory
 from helios_jax.sampling.options import FILES, MAKE, METHOD, NOISE, SampleConfig, SamplingOptions
 
@@ -34,16 +33,9 @@ LESS_MEMORY = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Its errors are one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise configs.ConfigError(f"{' '.join(message.split())}; --help lists all flags")
-
-
 def parse(argv: Sequence[str]) -> SampleConfig:
     """The command line over the config; raises ConfigError."""
-    parser = _Parser(
+    parser = Parser(
         prog=program_name("sample.py"),
         usage="%(prog)s CONFIG [--flag X ...] [key=value ...]",
         description="Make a video from a prompt, an image or a video.",

@@ -9,6 +9,7 @@ from PIL import Image
 
 from helios_jax.media.mp4 import VideoWriter
 from tests import tiny
+from tests.fuzz.attempt import FAILURES
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +36,15 @@ class Rooms:
         room.mkdir(parents=True)
         os.chdir(room)
         return room
+
+
+@pytest.fixture(autouse=True)
+def no_failures():
+    """Fails a test at its end if an input was not answered rightly."""
+    FAILURES.clear()
+    yield
+    if FAILURES:
+        pytest.fail(f"{len(FAILURES)} inputs were not answered rightly\n" + "\n".join(FAILURES[:20]), pytrace=False)
 
 
 @pytest.fixture
