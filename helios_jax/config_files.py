@@ -34,8 +34,6 @@ def read(path: Path) -> Any:
         return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     except Excess:
         raise
-    except OSError:  # of OmegaConf, for a file that holds a number or true
-        raise ValueError("must hold `key: value` pairs") from None
     except UNREADABLE as error:
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
 
