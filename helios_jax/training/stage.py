@@ -38,16 +38,22 @@ class Batches(Protocol):
 
 
 def host_batches(source: Source, transform: Transform, data: DataConfig) -> Batches:
-    """This host's part of shuffled batches of `source`, each sample cut by `transform`."""
-    return loader(
-        source,
-        seed=data.seed,
-        batch_size=data.batch_size,
-        transform=transform,
-        num_hosts=jax.process_count(),
-        host=jax.process_index(),
-        workers=data.workers,
-    )
+    """This host's part of shuffled batches of `source`, each sample cut by `transform`.
+
+    Raises ConfigError for a batch that the hosts cannot share.
+    """
+    try:
+        return loader(
+            source,
+            seed=data.seed,
+            batch_size=data.batch_size,
+            transform=transform,
+            num_hosts=jax.process_count(),
+            host=jax.process_index(),
+            workers=data.workers,
+        )
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from None
 
 
 class Stage(ABC, Generic[ConfigT, ModelT]):
