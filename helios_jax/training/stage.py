@@ -88,6 +88,10 @@ class Stage(ABC, Generic[ConfigT, ModelT]):
         """AdamW as `config.optim` says."""
         return optim.make_optimizer(self.config.optim, self.config.steps)
 
+    def learning_rate(self, step: int) -> float:
+        """The learning rate that is shown of step `step`, from 0: that of the exported model's parameters."""
+        return optim.rate_at(self.config.optim, self.config.steps, step)
+
     def export(self, model: ModelT, folder: Path) -> None:
         """Writes the run's result into `folder`, in diffusers layout; by default nothing beside the checkpoints."""
 

@@ -9,7 +9,7 @@ import yaml
 
 from helios_jax.data import records
 from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_TEXT
-from helios_jax.training import cli, state
+from helios_jax.training import cli, trainer
 from tests.training import recipe
 
 
@@ -52,8 +52,7 @@ def nothing_is_built(monkeypatch):
     def build(*args, **kwargs):
         raise AssertionError("the model was built")
 
-    monkeypatch.setattr(state, "init_sharded", build)
-    monkeypatch.setattr(cli, "init_sharded", build)
+    monkeypatch.setattr(trainer, "init_sharded", build)
 
 
 def refused(stage, root, folder, capsys, *more):

@@ -77,7 +77,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         """AdamW for the generator, which moves every `critic.steps_per_generator`-th step, another for all others."""
         config, critic = self.config, self.config.distill.critic
         every = critic.steps_per_generator
-        generator = optim.make_optimizer(config.optim, math.ceil(config.steps / every))
+        generator = optim.make_optimizer(config.optim, self._turns)
 
         def player(params: Any) -> Any:
             return nnx.map_state(lambda path, x: "generator" if of_student(path, x) else "critic", params)
@@ -89,6 +89,16 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
             },
             player,
         )
+
+    @property
+    def _turns(self) -> int:
+        """Steps of the generator in the whole run."""
+        return math.ceil(self.config.steps / self.config.distill.critic.steps_per_generator)
+
+    def learning_rate(self, step: int) -> float:
+        """The generator's, of its last turn up to `step`; the critic has another."""
+        turn = step // self.config.distill.critic.steps_per_generator
+        return optim.rate_at(self.config.optim, self._turns, turn)
 
     def loss(self, model: Players, batch: dict[str, Any], keys: Key[Array, " b"]) -> tuple[Float[Array, ""], Metrics]:
         """The generator's loss, on its turns, plus the critic's; neither has a gradient for the other's parameters."""
