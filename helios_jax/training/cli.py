@@ -5,6 +5,7 @@ The config says what to run; `key=value` arguments override it. Input that canno
 """
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -52,6 +53,18 @@ EXAMPLES = (
 )
 
 
+class CurrentStderr(logging.StreamHandler):
+    """Lines of loggers on what `sys.stderr` is when they come: a progress bar stands in for it while it is shown."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+        self.setFormatter(logging.Formatter(f"{program_name('train.py')}: %(message)s"))
+
+    @property
+    def stream(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return sys.stderr
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code, one of CODES."""
 
@@ -66,6 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from helios_jax.training.stage_table import load_config, make_stage
     from helios_jax.training.trainer import train
 
+    handler = CurrentStderr()
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("helios_jax").setLevel(logging.INFO)
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = show
@@ -75,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return fail(error, 1)
         except (ConfigError, RestoreError, CheckpointError) as error:
             return fail(error, 2)
+        finally:
+            logging.getLogger().removeHandler(handler)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -114,7 +114,8 @@ class VAEStage(Stage[VAETrainConfig, AutoencoderKLWan]):
         """The abstract `model` with the weights in `config.init`/vae, or in `config.init` itself."""
         folder = pretrained.resolve(self.config.init or "", (".", "vae"))
         part = folder / "vae" if (folder / "vae").is_dir() else folder
-        return pretrained.load_model(model, part, dtype="model", shardings=shardings)
+        sizes = "model.vae of this run's config"
+        return pretrained.load_model(model, part, dtype="model", shardings=shardings, sizes=sizes)
 
     def batches(self) -> Batches:
         """Random clips of `config.data.frames` frames, this host's part of each batch."""
