@@ -32,9 +32,16 @@ DAMAGED = "damaged"  # the end of the name of a checkpoint that was set aside
 
 Restored = tuple[TrainState, dict[str, Any], dict[str, Any]]  # (state, data state, config as saved)
 
-# An error while saving in the background is raised again by the manager; Orbax also logs it with tracebacks.
-RAISED_AGAIN = ("_SignalingThread.run() raised", "in background save thread", "Save Finalize thread")
-logging.getLogger("absl").addFilter(lambda record: not any(part in record.getMessage() for part in RAISED_AGAIN))
+# Lines that Orbax logs beside the errors that it raises: of a save in the background, with tracebacks, and of files
+# that are missing from a checkpoint. `Checkpoints` tells both in one line.
+TOLD_HERE = (
+    "_SignalingThread.run() raised",
+    "in background save thread",
+    "Save Finalize thread",
+    "Metadata file does not exist",
+    "was found in the checkpoint, but could not be restored",
+)
+logging.getLogger("absl").addFilter(lambda record: not any(part in record.getMessage() for part in TOLD_HERE))
 
 
 class RestoreError(ValueError):
