@@ -208,3 +208,12 @@ def test_a_damaged_record_is_named_and_can_be_left_out(tmp_path):
         records.open_source(folder, "train", leave_out=[9])
     with pytest.raises(ValueError, match="nothing is left of records 0 to 8"):
         records.open_source(folder, "train", leave_out=range(9))
+
+
+def test_a_file_of_another_dataset_is_named(tmp_path):
+    """Whole, but with another number of records."""
+    folder, name = damaged(tmp_path, lambda path, content: None)
+    other = records.write(tmp_path / "other", FEATURES, {"train": map(example, range(5))})
+    (folder / name).write_bytes(next(other.glob("*array_record*")).read_bytes())
+    with pytest.raises(ValueError, match=f"{name} is damaged: it holds 5 records of 2"):
+        records.open_source(folder, "train")
