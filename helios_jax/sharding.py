@@ -135,6 +135,26 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
         )
 
 
+def check_hosts(mesh: Mesh) -> None:
+    """Raises ValueError unless each host's devices take exactly its own part of a batch.
+
+    Each host reads its own samples: devices of two hosts that take the same samples would be given others, and a host
+    with more shards of the batch than another would have too few.
+    """
+    shards = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    hosts = sorted({device.process_index for device in mesh.devices.flat})
+    owners = [{device.process_index for device in shard} for shard in shards]
+    counts = {host: sum(owner == {host} for owner in owners) for host in hosts}
+    share = len(shards) // len(hosts)
+    if set(counts.values()) != {share} or share * len(hosts) != len(shards):
+        each = shards.size // len(hosts)
+        raise ValueError(
+            f"mesh: tensor={mesh.shape['tensor']}, context={mesh.shape['context']} would split the samples of one host "
+            f"over several: each of {len(hosts)} hosts must have whole samples, as many as any other; give tensor x "
+            f"context a divisor of a host's {each} devices, and data x fsdp a multiple of {len(hosts)}"
+        )
+
+
 def put_batch(batch: Tree, mesh: Mesh) -> Tree:
     """This host's part of a batch (numpy arrays) as global arrays on the mesh."""
     sharding = batch_sharding(mesh)

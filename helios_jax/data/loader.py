@@ -17,6 +17,8 @@ import grain
 import numpy as np
 from absl import flags
 
+from helios_jax.data.records import RecordError, leaving_out
+
 Example = dict[str, Any]
 # (example, generator of this example's random choices) -> example
 Transform = Callable[[Example, np.random.Generator], Example]
@@ -49,7 +51,8 @@ def loader(
     any host, any number of hosts and of workers. `threads` read ahead (0: none), in each of `workers` processes if
     there are any: those are for transforms that keep a core busy, and take some seconds to begin. Batches of a source
     with `buckets` (`records.Source`) are of one bucket each. Raises ValueError for an empty source, a batch that hosts
-    cannot share evenly, and a host, start, seed or number of workers out of range.
+    cannot share evenly, and a host, start, seed or number of workers out of range. The iteration ends with
+    RecordError at a record that cannot be read, or that `transform` refuses with ValueError or KeyError.
     """
     if len(source) == 0:
         raise ValueError("the source has no examples: a loader needs at least one")
@@ -59,19 +62,18 @@ def loader(
         raise ValueError(f"host {host} is not one of {num_hosts}: it must be 0 to {num_hosts - 1}")
     if start < 0:
         raise ValueError(f"start is {start}: it must be 0 or more")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {seed}: it must be 0 to {2**32 - 1}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}: it must be 0 to {2**64 - 1}")
     if workers < 0:
         raise ValueError(f"workers is {workers}: it must be 0 or more")
 
     def batches(examples: range, seed: int) -> grain.MapDataset:
-        data = grain.MapDataset.source(source)
+        data = grain.MapDataset.source(_Numbered(source))
         if len(examples) < len(source):
             data = data[examples.start : examples.stop]
         data = data.seed(seed).shuffle().repeat()
-        if transform is not None:
-            # Before each host takes its part: the transform's randomness then follows from the global index.
-            data = data.random_map(transform)
+        # Before each host takes its part: the transform's randomness then follows from the global index.
+        data = data.random_map(_Apply(transform, repr(source)))
         return data[host::num_hosts].batch(batch_size // num_hosts, drop_remainder=True)
 
     buckets: Mapping[str, range] = getattr(source, "buckets", {"": range(len(source))})
@@ -87,8 +89,45 @@ def loader(
 
 
 def _seed(seed: int, bucket: int) -> int:
-    """A seed for each bucket, so that buckets make different random choices."""
-    return seed if bucket == 0 else int(np.random.SeedSequence([seed, bucket]).generate_state(1)[0])
+    """A seed for each bucket, so that buckets make different random choices.
+
+    Grain takes 32 bits. All 64 bits of a larger seed count: they are hashed.
+    """
+    if bucket == 0 and seed < 2**32:
+        return seed
+    return int(np.random.SeedSequence([seed, bucket]).generate_state(1)[0])
+
+
+class _Numbered:
+    """A source whose examples come with their numbers."""
+
+    def __init__(self, source: grain.sources.RandomAccessDataSource):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return int(index), self._source[index]
+
+    def __repr__(self) -> str:
+        # Grain shows this name in its errors.
+        return repr(self._source)
+
+
+class _Apply(grain.transforms.RandomMap):
+    """A transform of numbered examples that names the one which cannot be used."""
+
+    def __init__(self, transform: Transform | None, source: str):
+        self._transform, self._source = transform, source
+
+    def random_map(self, element: tuple[int, Any], rng: np.random.Generator) -> Any:
+        number, example = element
+        try:
+            return example if self._transform is None else self._transform(example, rng)
+        except (ValueError, KeyError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise RecordError(f"{self._source}: record {number}: {reason}, or {leaving_out(number)}") from None
 
 
 class Workers:

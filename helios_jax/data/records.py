@@ -10,13 +10,15 @@ import json
 import os
 import shutil
 import tempfile
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
-from array_record.python.array_record_module import ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
@@ -25,6 +27,12 @@ Example = dict[str, Any]
 WRITER_OPTIONS = "group_size:1"
 # Stored beside the records: the buckets of each split, [name, number of records], in the records' order.
 BUCKETS = "buckets.json"
+OPENERS = 16  # array_record files whose indices are read at a time
+DAMAGED = "copy the folder again, or delete it and make it again"
+
+
+class RecordError(ValueError):
+    """A record that cannot be read or used. The message is one line; it crosses from a worker process as it is."""
 
 
 def tensor(shape: Sequence[int | None], dtype: Any) -> tfds.features.Tensor:
@@ -137,24 +145,58 @@ def _write_split(
 class Source:
     """A split of a dataset by index: examples are dicts of arrays, with text as str.
 
-    `buckets` maps the name of a size to the range of indices whose examples have that size and may share a batch.
+    `files` are its array_record files in order, each with its number of records. `buckets` maps the name of a size to
+    the range of indices whose examples have that size and may share a batch. A record of `leave_out` is replaced by the
+    next one of its bucket, so that all others keep their places. Raises ValueError for a number in `leave_out` that no
+    record has, and where nothing is left of a bucket.
     """
 
-    def __init__(self, records: Any, text_keys: Iterable[str], name: str, buckets: Mapping[str, int] | None = None):
+    def __init__(
+        self,
+        records: Any,
+        text_keys: Iterable[str],
+        name: str,
+        files: Sequence[tuple[Path, int]],
+        buckets: Mapping[str, int] | None = None,
+        leave_out: Sequence[int] = (),
+    ):
         self._records = records
         self._text_keys = tuple(text_keys)
         self._name = name
+        self._files = tuple(files)
+        self._ends = list(accumulate(count for _, count in files))
         sizes = buckets or {"": len(records)}
         ends = pairwise(accumulate(sizes.values(), initial=0))
         self.buckets = {key: range(*pair) for key, pair in zip(sizes, ends)}
+        self._instead = {number: self._after(number, set(leave_out)) for number in leave_out}
+
+    def _after(self, number: int, left_out: set[int]) -> int:
+        bucket = next((indices for indices in self.buckets.values() if number in indices), None)
+        if bucket is None:
+            raise ValueError(f"leave_out: {self._name} has no record {number}, it has 0 to {len(self) - 1}")
+        others = (*range(number, bucket.stop), *range(bucket.start, number))
+        found = next((other for other in others if other not in left_out), None)
+        if found is None:
+            raise ValueError(f"leave_out: nothing is left of records {bucket.start} to {bucket.stop - 1}")
+        return found
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        example = dict(self._records[int(index)])
-        for key in self._text_keys:
-            example[key] = example[key].decode()
+        index = int(index)
+        number = self._instead.get(index, index)
+        try:
+            example = dict(self._records[number])
+            for key in self._text_keys:
+                example[key] = example[key].decode()
+        except Exception as error:  # of array_record, protobuf and TFDS, which know no common one
+            i = bisect_right(self._ends, number)
+            place = number - (self._ends[i - 1] if i else 0)
+            raise RecordError(
+                f"{self._name}: record {number} (number {place} of {self._files[i][0].name}) is damaged: "
+                f"{one_line(error)}; {DAMAGED}, or {leaving_out(number)}"
+            ) from None
         return example
 
     def __iter__(self) -> Iterator[Example]:
@@ -169,11 +211,25 @@ class Source:
         return self._name
 
 
-def open_source(folder: str | os.PathLike, split: str, *, make: str | None = None) -> Source:
+def leaving_out(number: int) -> str:
+    """The remedy for a record that cannot be used."""
+    return f"leave it out with data.leave_out=[{number}]"
+
+
+def one_line(error: Exception) -> str:
+    """The first line of an error's message, at most 200 characters. A file that ends early gives array_record none."""
+    first = next(iter(str(error).strip().splitlines()), "") or "it ends early"
+    return first if len(first) <= 200 else f"{first[:197]}..."
+
+
+def open_source(
+    folder: str | os.PathLike, split: str, *, make: str | None = None, leave_out: Sequence[int] = ()
+) -> Source:
     """A random-access sequence of a split's examples, in the order they were written.
 
-    `make` is the command that would write the folder, for the error. Raises FileNotFoundError when the folder is
-    missing or incomplete and ValueError when it has no such split.
+    `make` is the command that would write the folder, for the error. The index of each file is read, no record is.
+    Raises FileNotFoundError when the folder is missing or incomplete, and ValueError when it has no such split, when
+    its metadata or a file is damaged, or for a `leave_out` that does not fit (`Source`).
     """
     folder = Path(folder)
     if not (folder / "dataset_info.json").is_file() or not (folder / "features.json").is_file():
@@ -187,12 +243,37 @@ def open_source(folder: str | os.PathLike, split: str, *, make: str | None = Non
             f"{folder} {state}: it must hold dataset_info.json, features.json and array_record files; make it with "
             f"`{make or f'python -m helios_jax.toy.build --out {folder}'}`"
         )
-    builder: Any = tfds.builder_from_directory(str(folder))
-    if split not in builder.info.splits:
-        raise ValueError(f"{folder} has no split {split!r}: choose one of {', '.join(sorted(builder.info.splits))}")
-    text_keys = [key for key, feature in builder.info.features.items() if isinstance(feature, tfds.features.Text)]
-    buckets = json.loads((folder / BUCKETS).read_text())[split] if (folder / BUCKETS).is_file() else None
-    return Source(builder.as_data_source(split), text_keys, f"{folder}[{split}]", buckets and dict(buckets))
+    try:
+        builder: Any = tfds.builder_from_directory(str(folder))
+        splits, features = dict(builder.info.splits), dict(builder.info.features)
+        stored = json.loads((folder / BUCKETS).read_text()) if (folder / BUCKETS).is_file() else None
+    except Exception as error:  # of json, protobuf and TFDS, which know no common one
+        raise ValueError(f"{folder}: its metadata is damaged: {one_line(error)}; {DAMAGED}") from None
+    if split not in splits:
+        raise ValueError(f"{folder} has no split {split!r}: choose one of {', '.join(sorted(splits))}")
+    files = list(zip(map(Path, splits[split].filepaths), splits[split].shard_lengths, strict=True))
+    buckets = None if stored is None else dict(stored.get(split, ()))
+    if buckets is not None and sum(buckets.values()) != sum(count for _, count in files):
+        raise ValueError(f"{folder}: {BUCKETS} and dataset_info.json give other numbers of records; {DAMAGED}")
+    with ThreadPoolExecutor(OPENERS) as pool:
+        if fault := next(filter(None, pool.map(_fault, files)), None):
+            raise ValueError(f"{fault}; {DAMAGED}")
+    text_keys = [key for key, feature in features.items() if isinstance(feature, tfds.features.Text)]
+    return Source(builder.as_data_source(split), text_keys, f"{folder}[{split}]", files, buckets, leave_out)
+
+
+def _fault(file: tuple[Path, int]) -> str | None:
+    """Describes a file that is missing, cut off or of another length; None for a whole one."""
+    path, count = file
+    if not path.is_file():
+        return f"{path} is missing"
+    try:
+        reader = ArrayRecordReader(str(path))
+        found = reader.num_records()
+        reader.close()
+    except (RuntimeError, ValueError) as error:
+        return f"{path} is damaged: {one_line(error)}"
+    return None if found == count else f"{path} is damaged: it holds {found} records of {count}"
 
 
 def partial_folder(folder: Path) -> Path:

@@ -4,7 +4,7 @@
 exactly once and every parameter is filled exactly once, or `CheckpointError` names them.
 """
 
-from helios_jax.pretrained.configs import read_config, read_json, write_config
+from helios_jax.pretrained.configs import checked_fields, make_config, read_config, read_json, write_config
 from helios_jax.pretrained.errors import CheckpointError
 from helios_jax.pretrained.folder import local, resolve, subfolders
 from helios_jax.pretrained.layout import Entry, count, dtype_of, file_entries
@@ -15,12 +15,14 @@ __all__ = [
     "CheckpointError",
     "Entry",
     "check_weights",
+    "checked_fields",
     "count",
     "dtype_of",
     "file_entries",
     "from_arrays",
     "load_model",
     "local",
+    "make_config",
     "read_config",
     "read_json",
     "resolve",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -57,14 +58,28 @@ def read_config(folder: Path, cls: type[Config], name: str = "config.json") -> C
     unknown = sorted(values.keys() - fields.keys())
     if unknown and not hasattr(cls, "MODEL_TYPE"):
         warnings.warn(f"{path}: ignored, as {cls.__name__} has no {', '.join(unknown)}", stacklevel=2)
-    known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in fields}
+    return make_config(checked_fields(values, cls, path), cls, path)
+
+
+def checked_fields(given: Mapping[str, Any], cls: type, path: Path) -> dict[str, Any]:
+    """The values of `given`, from the file `path`, that are fields of the dataclass `cls`, lists as tuples.
+
+    Raises `CheckpointError` for a value of another kind than its field's, or of an absurd size.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in fields}
     hints = get_type_hints(cls)
     for key, value in known.items():
         if value is None and fields[key].default is not None and NoneType not in get_args(hints[key]):
             raise CheckpointError(f"{path}: {key} is null: leave it out, or download the file again")
         _check_value(key, value, fields[key].default, path)
+    return known
+
+
+def make_config(values: Mapping[str, Any], cls: type[Config], path: Path) -> Config:
+    """`cls` of checked values from the file `path`; raises `CheckpointError` where they do not go together."""
     try:
-        return cls(**known)
+        return cls(**values)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 

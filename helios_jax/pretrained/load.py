@@ -56,7 +56,9 @@ class InMemory:
         return values
 
 
-def load_model(model: Model, folder: Path, *, dtype: Any = None, shardings: Any = None) -> Model:
+def load_model(
+    model: Model, folder: Path, *, dtype: Any = None, shardings: Any = None, sizes: str = "the model"
+) -> Model:
     """The (abstract) `model` with the weights in `folder`, read tensor by tensor to where they stay.
 
     Args:
@@ -66,12 +68,13 @@ def load_model(model: Model, folder: Path, *, dtype: Any = None, shardings: Any 
             "model" gives each the dtype that it has in `model`.
         shardings: a tree like `model` (`helios_jax.sharding.shardings`); this host then reads the rows that its
             devices need, and all hosts must call. None: the default device.
+        sizes: where the model's sizes come from, for the error of files that do not fit them.
 
     Raises:
         CheckpointError: the files and the model do not fit, or a file is broken, or a weight is NaN or infinite.
     """
     stored = read_headers(folder)
-    return _assemble(model, stream(model, stored, dtype=dtype, shardings=shardings, source=str(folder)))
+    return _assemble(model, stream(model, stored, dtype=dtype, shardings=shardings, source=str(folder), sizes=sizes))
 
 
 def from_arrays(model: Model, arrays: Mapping[str, Any], *, dtype: Any = None, source: str = "the mapping") -> Model:
@@ -98,14 +101,20 @@ def _keys(model: nnx.Module, stored: Mapping[str, Stored], source: str, sizes: s
 
 
 def stream(
-    model: nnx.Module, stored: Mapping[str, Stored], *, dtype: Any = None, shardings: Any = None, source: str
+    model: nnx.Module,
+    stored: Mapping[str, Stored],
+    *,
+    dtype: Any = None,
+    shardings: Any = None,
+    source: str,
+    sizes: str = "the model",
 ) -> Iterator[Placed]:
     """(path, layer, array) of every parameter of `model` in the order of the files, already on its devices.
 
     The layer is None for a whole parameter; a stacked one comes layer by layer unless it is small. At most `IN_FLIGHT`
     bytes (or one tensor) are on the host at a time.
     """
-    keys = _keys(model, stored, source)
+    keys = _keys(model, stored, source, sizes)
     parameters = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     placed = None if shardings is None else dict(nnx.to_flat_state(nnx.state(shardings, nnx.Param)))
     groups: dict[layout.Path, list[tuple[Entry, Stored]]] = {}

@@ -1,123 +1,144 @@
-"""The command line of training: reads a config, builds its stage, restores, trains, exports."""
+"""The command that trains: train.py, and helios-train where the package is installed.
+
+The config says what to run; `key=value` arguments override it. Input that cannot be used gives one line and exit code
+2, before the model is built.
+"""
 
 import argparse
-import signal
+import logging
+import os
 import sys
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
-from jax.sharding import Mesh
-
-from helios_jax import config as configs
 from helios_jax.config import ConfigError
-from helios_jax.pretrained import CheckpointError
-from helios_jax.runtime import seeds
 from helios_jax.runtime.command import program_name
-from helios_jax.runtime.compilation import precise
-from helios_jax.sharding import check_batch, join_hosts, make_mesh
-from helios_jax.training import loop
-from helios_jax.training.run_checkpoints import Checkpoints, RestoreError
-from helios_jax.training.run_config import TrainConfig
-from helios_jax.training.stage import Stage
-from helios_jax.training.stage_table import load_config, make_stage
-from helios_jax.training.state import abstract_like, init_sharded
+
+STAGES = {
+    "vae": "the autoencoder, on clips of pixels",
+    "flow": "stages 1 and 2: a text-to-video model learns to continue a video, then to denoise in levels",
+    "ode": "stage 3, first part: a student learns the ends of the teacher's trajectories",
+    "distill": "stage 3, second part: distribution matching, with a GAN if configured",
+}
+# Keys that most runs set, with their default in brackets; `docs/training.md` and config.yaml of a run have all.
+KEYS = {
+    "stage": "one of the above, or the dotted path of a class of yours",
+    "run": "folder for everything the run writes [runs/train]",
+    "init": "diffusers folder or hub name to start from; null: random weights [null]",
+    "steps": "optimiser steps of the whole run [1000]",
+    "seed": "seed of weights and noise, 0 to 2^64 - 1 [0]",
+    "precision": "bfloat16 or float32, of matrix products [bfloat16]",
+    "log_every": "steps between lines of progress [20]",
+    "data.folder": "dataset made by python -m helios_jax.precompute [data/toy]",
+    "data.batch_size": "samples of a step, over all devices [8]",
+    "data.leave_out": "numbers of damaged records, as in [17,40] [[]]",
+    "optim.lr": "learning rate [5e-05]",
+    "optim.accumulate": "parts that a batch is computed in, to save memory [1]",
+    "optim.ema.decay": "decay of the average that is exported; optim.ema=null: none [0.999]",
+    "checkpoint.every": "steps between checkpoints [500]",
+    "checkpoint.keep": "checkpoints kept on disk [2]",
+    "mesh.fsdp": "devices that share the weights [1]",
+    "mesh.processes": "hosts, each of which runs the same command [1]",
+}
+CODES = {
+    0: "done, or ended by SIGTERM after saving",
+    1: "the loss is not finite, a record is damaged, or a file cannot be written",
+    2: "input that cannot be used",
+    130: "ended by Ctrl-C after saving",
+}
+EXAMPLES = (
+    "configs/toy/stage1.yaml run=runs/mine steps=200",
+    "configs/stage1_init.yaml data.folder=data/latents mesh.fsdp=8 optim.accumulate=8",
+)
+
+
+class CurrentStderr(logging.StreamHandler):
+    """Lines of loggers on what `sys.stderr` is when they come: a progress bar stands in for it while it is shown."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+        self.setFormatter(logging.Formatter(f"{program_name('train.py')}: %(message)s"))
+
+    @property
+    def stream(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return sys.stderr
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code.
+    """Runs the command line; returns the exit code, one of CODES."""
 
-    0: done, or ended by SIGTERM after saving. 130: ended by Ctrl-C after saving. 1: the loss stopped being finite.
-    2: input that cannot be used.
-    """
-    parser = argparse.ArgumentParser(prog=program_name("train.py"), description="Train one stage of Helios.")
-    parser.add_argument("config", help="a YAML file of configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as in optim.lr=1e-4 run=runs/mine")
-    args = parser.parse_args(argv)
-    try:
-        return train(make_stage(load_config(args.config, args.overrides)))
-    except loop.NotFiniteError as error:
-        return fail(error, 1)
-    except (ConfigError, RestoreError, CheckpointError) as error:
-        return fail(error, 2)
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        print(f"{program_name('train.py')}: warning: {message}", file=sys.stderr)
 
+    args = make_parser().parse_args(argv)
+    # After the arguments: jax takes seconds to import.
+    from helios_jax.pretrained import CheckpointError
+    from helios_jax.training.errors import RunError
+    from helios_jax.training.run_checkpoints import RestoreError
+    from helios_jax.training.stage_table import load_config, make_stage
+    from helios_jax.training.trainer import train
 
-def train(stage: Stage[Any, Any]) -> int:
-    """Builds, restores, trains and exports; returns the exit code."""
-    config: TrainConfig = stage.config
-    run = Path(config.run)
-    mesh = fit_mesh(config)
-    batches, optimizer = stage.batches(), stage.make_optimizer()
-    with jax.set_mesh(mesh), precise(config.precision):
-        state = init_sharded(
-            stage.init,
-            seeds.key(config.seed),
-            optimizer,
-            config.optim.ema,
-            mesh,
-            stage.load if config.init else None,
-            config.trainable,
-            config.precision,
-        )
-        say(f"training {count(state.params):,} parameters, {count(state.frozen):,} stay as they are")
-        checkpoints = Checkpoints(config.checkpoint.folder or run / "checkpoints", config.checkpoint.keep)
-        if checkpoints.latest is not None:
-            state = abstract_like(state)  # frees the new state's memory before the old one is read
-            state, position, before = checkpoints.restore(state)
-            batches.set_state(position)
-            changed = changes(before, configs.to_dict(config))
-            say(f"resumed at step {int(state.step)} of {checkpoints.folder}{changed}")
-        if jax.process_index() == 0:
-            configs.save(config, run / "config.yaml")
-        step = loop.make_step(stage, optimizer, state, mesh)
-        state, stopped = loop.run(step, state, batches, checkpoints, stage, mesh)
-        checkpoints.close()
-    if stopped is not None:
-        say(f"{stopped.name}: saved step {int(state.step)} in {checkpoints.folder}; the same command continues")
-        return 130 if stopped is signal.SIGINT else 0
-    stage.export(state.best, run)
-    return 0
+    handler = CurrentStderr()
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("helios_jax").setLevel(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        try:
+            return train(make_stage(load_config(args.config, args.overrides)))
+        except RunError as error:
+            return fail(error, 1)
+        except (ConfigError, RestoreError, CheckpointError) as error:
+            return fail(error, 2)
+        finally:
+            logging.getLogger().removeHandler(handler)
 
 
-def fit_mesh(config: TrainConfig) -> Mesh:
-    """The mesh over all hosts; raises ConfigError when it fits neither the devices nor the batch."""
-    try:
-        join_hosts(config.mesh.processes)
-        mesh = make_mesh(config.mesh)
-        check_batch(config.data.batch_size // config.optim.accumulate, mesh)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    return mesh
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; its help lists stages, keys, exit codes and examples."""
+    prog = program_name("train.py")
 
+    def table(title: str, rows: dict[str, str] | dict[int, str]) -> str:
+        width = max(len(str(name)) for name in rows) + 2
+        return "\n".join([f"{title}:", *(f"  {name!s:<{width}}{text}" for name, text in rows.items())])
 
-def count(params: Any) -> int:
-    """Number of values in a tree of arrays."""
-    return sum(x.size for x in jax.tree.leaves(params))
-
-
-def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    """Describes the settings of a resumed run that differ from the checkpoint's.
-
-    Keys that only one of the two has are left out: the schema of a stage may have changed since.
-    """
-    text = ""
-    for key in sorted(before.keys() & now.keys()):
-        old, new = before[key], now[key]
-        if isinstance(old, dict) and isinstance(new, dict):
-            text += changes(old, new, f"{prefix}{key}.")
-        elif old != new:
-            text += f"; {prefix}{key} was {old}, is {new}"
-    return text
-
-
-def say(message: str) -> None:
-    """Prints one line on the first host."""
-    if jax.process_index() == 0:
-        print(message, flush=True)
+    parts = [table("stages (the config's `stage`)", STAGES), table("keys that most runs set [default]", KEYS)]
+    parts += [table("exit codes", CODES), "\n".join(["examples:", *(f"  {prog} {example}" for example in EXAMPLES)])]
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s CONFIG [key=value ...]",
+        description="Train one stage of Helios. The same command continues a run from its newest checkpoint.",
+        epilog="\n\n".join(parts),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", help="a YAML file of configs/, or its name there, as in toy/stage1")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config, as in optim.lr=1e-4")
+    return parser
 
 
 def fail(error: Exception, code: int) -> int:
     """Prints the error as one line on stderr; returns the exit code."""
     print(f"{program_name('train.py')}: {error}", file=sys.stderr)
+    return code
+
+
+def entry_point() -> int:
+    """`main` as a process of its own.
+
+    After a save that failed, threads of Orbax and TensorStore are still at work: they tell a closed event loop of files
+    that cannot be written either, and print tracebacks while the interpreter ends. The error was told before.
+    """
+    usual = sys.unraisablehook
+
+    def unraisable(found: Any) -> None:
+        if str(found.exc_value) != "Event loop is closed":
+            usual(found)
+
+    sys.unraisablehook = unraisable
+    code = main()
+    if code == 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code

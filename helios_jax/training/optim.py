@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 
@@ -72,6 +73,11 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
     # The first step already moves: the ramp starts one step in.
     ramp = optax.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps - 1 or 1)
     return optax.join_schedules([ramp, after], [config.warmup_steps])
+
+
+def rate_at(config: OptimConfig, steps: int, step: int) -> float:
+    """The learning rate of step `step`, from 0, of an optimiser that takes `steps`."""
+    return float(np.asarray(learning_rate(config, steps)(step)))
 
 
 def decayed(model: nnx.Module) -> Any:

@@ -3,26 +3,49 @@
 A state is stored as a flat mapping of names ("model/blocks/0/ffn/weight") to arrays, so that a checkpoint does not
 depend on Python classes and restores onto any mesh. Frozen parameters are not in it: they are loaded again from where
 the run began, and a digest tells when they have changed. Orbax writes into a temporary folder and renames it when all
-is on disk: a save that was killed leaves no checkpoint, and the ones before it stay.
+is on disk: a save that was killed or that failed leaves no checkpoint, and the ones before it stay. A checkpoint whose
+files are damaged is set aside under another name, and never deleted.
 """
 
+import contextlib
 import dataclasses
+import itertools
+import logging
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from helios_jax import config as configs
+from helios_jax.data.records import one_line
+from helios_jax.training.errors import RunError, cannot_write
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.state import TrainState
 
 FROZEN = "frozen_digest"
+DAMAGED = "damaged"  # the end of the name of a checkpoint that was set aside
+
+Restored = tuple[TrainState, dict[str, Any], dict[str, Any]]  # (state, data state, config as saved)
+
+# Lines that Orbax logs beside the errors that it raises: of a save in the background, with tracebacks, and of files
+# that are missing from a checkpoint. `Checkpoints` tells both in one line.
+TOLD_HERE = (
+    "_SignalingThread.run() raised",
+    "in background save thread",
+    "Save Finalize thread",
+    "Metadata file does not exist",
+    "was found in the checkpoint, but could not be restored",
+)
+logging.getLogger("absl").addFilter(lambda record: not any(part in record.getMessage() for part in TOLD_HERE))
 
 
 class RestoreError(ValueError):
-    """A checkpoint that does not belong to this model; the message is one line."""
+    """Checkpoints that do not belong to this model, or of which none is whole; the message is one line."""
 
 
 class Checkpoints:
@@ -44,21 +67,68 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, data: dict[str, Any], config: TrainConfig) -> None:
-        """Writes in the background; `data` is the batch iterator's state, a plain JSON mapping."""
+        """Writes in the background; `data` is the batch iterator's state, a plain JSON mapping.
+
+        Raises RunError for what cannot be written, of this checkpoint or of the one before it.
+        """
         step = int(state.step)
         if step == self.latest:
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_flat(_parts(state))),
-                data=ocp.args.JsonSave(data),
-                config=ocp.args.JsonSave(configs.to_dict(config)),
-            ),
-            force=True,
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_flat(_parts(state))),
+                    data=ocp.args.JsonSave(data),
+                    config=ocp.args.JsonSave(configs.to_dict(config)),
+                ),
+                force=True,
+            )
+
+    def restore_newest(self, state: TrainState) -> Restored | None:
+        """`restore` of the newest checkpoint whose files are whole; None where there is no checkpoint.
+
+        Newer ones are set aside, each with a warning. Raises RestoreError also when none is whole.
+        """
+        damaged: list[tuple[int, str]] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                found = self.restore(state, step)
+            except (RestoreError, MemoryError, jax.errors.JaxRuntimeError):
+                raise
+            except Exception as error:  # of Orbax, TensorStore and JSON, which know no common one
+                damaged.append((step, one_line(error)))
+                continue
+            self._set_aside(damaged, step)
+            return found
+        if not damaged:
+            return None
+        steps, reason = ", ".join(str(step) for step, _ in damaged), damaged[0][1]
+        raise RestoreError(
+            f"{self.folder}: no checkpoint is whole, of steps {steps}: {reason}; copy the folder again, or give this "
+            "run another (run=...)"
         )
 
-    def restore(self, state: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
+    def _set_aside(self, damaged: list[tuple[int, str]], step: int) -> None:
+        """Renames damaged checkpoints on the first host, so that their steps can be saved again."""
+        for bad, reason in damaged if jax.process_index() == 0 else ():
+            path = self.folder / str(bad)
+            names = (path.with_name(f"{bad}.{DAMAGED}{'' if i == 1 else f'-{i}'}") for i in itertools.count(1))
+            aside = next(name for name in names if not name.exists())
+            try:
+                path.rename(aside)
+            except OSError as error:
+                raise cannot_write(aside, error) from None
+            warnings.warn(
+                f"{path} is damaged: {reason}; it is now {aside.name}, and the run goes on from step {step}",
+                stacklevel=2,
+            )
+        if damaged:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self._manager.reload()
+
+    def restore(self, state: TrainState, step: int | None = None) -> Restored:
         """(state, data state, config as saved) of `step` (default: the newest), placed as the given state is.
 
         `state` may be abstract (`abstract_like`) and on another mesh than the one that wrote the checkpoint; its frozen
@@ -84,9 +154,11 @@ class Checkpoints:
 
     def _check(self, target: dict[str, Any], step: int | None) -> None:
         where = f"{self.folder}/{step}"
-        stored = self._manager.item_metadata(step).state if step is not None else None
-        if stored is None:
+        if step is None or step not in self._manager.all_steps():
             raise RestoreError(f"{where}: no such checkpoint; the folder has steps {list(self._manager.all_steps())}")
+        stored = self._manager.item_metadata(step).state
+        if stored is None:
+            raise FileNotFoundError(f"{where}/state/_METADATA is missing")
         shapes = {name: tuple(meta.shape) for name, meta in stored.items()}
         differ = [n for n in target if n not in shapes or tuple(target[n].shape) != shapes[n]]
         differ += [n for n in shapes if n not in target]
@@ -97,12 +169,32 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Returns when every save is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when every save is on disk; raises RunError for one that cannot be written."""
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finishes writing."""
-        self._manager.close()
+        """Finishes writing; raises RunError for what cannot be written."""
+        with self._writing():
+            self._manager.close()
+
+    def kept(self) -> str:
+        """Tells from which checkpoint a run that has failed can go on, when saves in the background are over."""
+        with contextlib.suppress(RunError):  # the run has failed already
+            self.wait()
+        steps = [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
+        if not steps:
+            return "no checkpoint was written"
+        return f"step {max(steps)} in {self.folder} is whole, the same command goes on from it"
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:  # of Orbax and TensorStore, which know no common one
+            raise cannot_write(self.folder, error) from None
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

@@ -21,14 +21,22 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Folder of the samples, and the size of a batch; `batch_size` is global, over all hosts and devices."""
+    """Folder of the samples, and the size of a batch; `batch_size` is global, over all hosts and devices.
+
+    `leave_out` are numbers of records that are damaged. The next one is taken in the place of each, so that all others
+    keep their order.
+    """
 
     folder: str = "data/toy"
     batch_size: int = 8
     seed: int = 0  # of the shuffle, apart from the run's seed so that two runs can see the same samples
     workers: int = 0  # processes that read and cut samples; 0: threads of the run's own do
+    leave_out: tuple[int, ...] = ()
 
     def __post_init__(self):
+        require(bool(self.folder), "folder must name the folder of the training data")
+        checked(self.seed)
+        require(min(self.leave_out, default=0) >= 0, f"leave_out must hold numbers from 0 up, got {self.leave_out}")
         require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
         require(self.batch_size > 0, f"batch_size must be at least 1, got {self.batch_size}")
 

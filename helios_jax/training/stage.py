@@ -38,16 +38,22 @@ class Batches(Protocol):
 
 
 def host_batches(source: Source, transform: Transform, data: DataConfig) -> Batches:
-    """This host's part of shuffled batches of `source`, each sample cut by `transform`."""
-    return loader(
-        source,
-        seed=data.seed,
-        batch_size=data.batch_size,
-        transform=transform,
-        num_hosts=jax.process_count(),
-        host=jax.process_index(),
-        workers=data.workers,
-    )
+    """This host's part of shuffled batches of `source`, each sample cut by `transform`.
+
+    Raises ConfigError for a batch that the hosts cannot share.
+    """
+    try:
+        return loader(
+            source,
+            seed=data.seed,
+            batch_size=data.batch_size,
+            transform=transform,
+            num_hosts=jax.process_count(),
+            host=jax.process_index(),
+            workers=data.workers,
+        )
+    except ValueError as error:
+        raise ConfigError(f"data: {error}") from None
 
 
 class Stage(ABC, Generic[ConfigT, ModelT]):
@@ -81,6 +87,10 @@ class Stage(ABC, Generic[ConfigT, ModelT]):
     def make_optimizer(self) -> optax.GradientTransformation:
         """AdamW as `config.optim` says."""
         return optim.make_optimizer(self.config.optim, self.config.steps)
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate that is shown of step `step`, from 0: that of the exported model's parameters."""
+        return optim.rate_at(self.config.optim, self.config.steps, step)
 
     def export(self, model: ModelT, folder: Path) -> None:
         """Writes the run's result into `folder`, in diffusers layout; by default nothing beside the checkpoints."""

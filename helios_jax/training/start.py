@@ -51,10 +51,11 @@ def load_transformer(config: FlowTrainConfig, model: Transformer, shardings: Any
     New adapters begin as in `init_transformer`. Raises CheckpointError when the files do not fit.
     """
     folder, base = _folder(config), lora.remove(model)
+    sizes = "its config.json" if config.model.transformer is None else "model.transformer of this run's config"
     if _is_wan(folder):
-        loaded = _load_wan(base, folder, shardings)
+        loaded = _load_wan(base, folder, shardings, sizes)
     else:
-        loaded = pretrained.load_model(base, folder, dtype="model", shardings=shardings)
+        loaded = pretrained.load_model(base, folder, dtype="model", shardings=shardings, sizes=sizes)
     if config.lora is None:
         return loaded
     adapters, seed = config.lora, config.seed
@@ -77,22 +78,20 @@ def _wan_config(folder: Path) -> TransformerConfig:
     values = pretrained.read_json(folder / "config.json")
     if values.get("image_dim") is not None or values.get("added_kv_proj_dim") is not None:
         raise CheckpointError(f"{folder} is Wan's image-to-video model; Helios starts from the text-to-video one")
-    given: dict[str, Any] = {name: values[name] for name in TransformerConfig.__dataclass_fields__ if name in values}
-    head = given.get("attention_head_dim", TransformerConfig.attention_head_dim)
+    path = folder / "config.json"
+    given = pretrained.checked_fields(values, TransformerConfig, path)
+    head = given.get("attention_head_dim") or TransformerConfig.attention_head_dim
     side = 2 * (head // 6)
-    try:
-        return TransformerConfig(**given, rope_dim=(head - 2 * side, side, side))
-    except ValueError as error:
-        raise CheckpointError(f"{folder}/config.json: {error}") from None
+    return pretrained.make_config({**given, "rope_dim": (head - 2 * side, side, side)}, TransformerConfig, path)
 
 
-def _load_wan(model: Transformer, folder: Path, shardings: Any) -> Transformer:
+def _load_wan(model: Transformer, folder: Path, shardings: Any, sizes: str) -> Transformer:
     """All but the memory patches from the files; the patches are computed in their shards."""
     new = {name: getattr(model, name) for name in MEMORY_PATCHES if hasattr(model, name)}
     bare = lora.adapters.copy(model)
     for name in new:
         delattr(bare, name)
-    loaded = pretrained.load_model(bare, folder, dtype="model", shardings=shardings)
+    loaded = pretrained.load_model(bare, folder, dtype="model", shardings=shardings, sizes=sizes)
 
     def make(source: Patches) -> dict[str, Patches]:
         made = {name: lora.adapters.copy(patches) for name, patches in new.items()}

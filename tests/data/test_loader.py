@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helios_jax.data.loader import chunk_transform, clip_transform, loader
+from helios_jax.data.records import RecordError
 
 
 def tagged(i, rng):
@@ -127,3 +128,25 @@ def test_every_chunk_is_picked():
     assert {int(pick({"latents": latents}, np.random.default_rng(s))["chunk"]) for s in range(60)} == {0, 1, 2, 3}
     with pytest.raises(ValueError, match=r"latents must be \[chunks, 8, h, w, c\], got \[4, 9, 1, 1, 1\]"):
         chunk_transform((1,), 8)({"latents": latents}, np.random.default_rng(0))
+
+
+def strict(i, rng):
+    if i == 3:
+        raise ValueError("its clip is too short")
+    return tagged(i, rng)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_example_that_cannot_be_used_is_named(workers):
+    batches = loader(range(7), seed=0, batch_size=1, transform=strict, workers=workers)
+    rule = r"range\(0, 7\): record 3: its clip is too short, or leave it out with data\.leave_out=\[3\]"
+    with pytest.raises(RecordError, match=rule) as error:
+        take(batches, 7)
+    assert "\n" not in str(error.value)
+
+
+def test_all_bits_of_a_seed_count():
+    seeds = (0, 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1)
+    assert len({str(take(make(20, seed=seed), 5)) for seed in seeds}) == len(seeds)
+    with pytest.raises(ValueError, match="it must be 0 to 18446744073709551615"):
+        make(seed=2**64)

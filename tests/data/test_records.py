@@ -138,3 +138,82 @@ def test_command_refuses_invalid_arguments(tmp_path, capsys, arguments, message)
     with pytest.raises(SystemExit):
         toy_build.main(["--out", str(tmp_path / "toy"), "--videos", "1"])
     assert "already exists" in capsys.readouterr().err
+
+
+def damaged(tmp_path, damage):
+    """A dataset of files of two records, of 2 KB each, whose second file `damage` has changed."""
+    rng = np.random.default_rng(0)
+    examples = [{"x": rng.standard_normal((500, 2)).astype(np.float16), "name": f"№ {i}"} for i in range(9)]
+    folder = records.write(tmp_path / "d", FEATURES, {"train": examples}, shard_bytes=5000)
+    files = sorted(folder.glob("*array_record*"))
+    content = bytearray(files[1].read_bytes())
+    damage(files[1], content)
+    if files[1].exists():
+        files[1].write_bytes(content)
+    return folder, files[1].name
+
+
+def cut(count):
+    return lambda path, content: content.__delitem__(slice(count, None))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path, content: path.unlink(), "is missing; copy the folder again"),
+        (cut(0), "is damaged: ArrayRecord file should be at least 64KB big"),
+        (cut(2**16), "is damaged: it ends early"),
+        (cut(-100), "is damaged: "),
+    ],
+    ids=["missing", "empty", "half", "most"],
+)
+def test_a_file_that_is_not_whole_is_named_when_the_dataset_is_opened(tmp_path, damage, message):
+    folder, name = damaged(tmp_path, damage)
+    with pytest.raises(ValueError, match=f"{name} {message}") as error:
+        records.open_source(folder, "train")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json", records.BUCKETS])
+def test_damaged_metadata_is_one_line(tmp_path, name):
+    folder = records.write(tmp_path / "d", FEATURES, {"train": map(example, range(3))})
+    (folder / name).write_text('{"train": [["8x8", 1')
+    with pytest.raises(ValueError, match="d: its metadata is damaged: ") as error:
+        records.open_source(folder, "train")
+    assert "\n" not in str(error.value)
+    (folder / name).write_text('{"train": [["8x8", 2]]}')
+    with pytest.raises(
+        ValueError, match=r"d: (its metadata is damaged|buckets\.json and dataset_info\.json give other)"
+    ):
+        records.open_source(folder, "train")
+
+
+def test_a_damaged_record_is_named_and_can_be_left_out(tmp_path):
+    def flip(path, content):
+        content[3000] ^= 255  # in the second record
+
+    folder, name = damaged(tmp_path, flip)
+    source = records.open_source(folder, "train")
+    with pytest.raises(records.RecordError) as error:
+        source[3]
+    message = str(error.value)
+    assert "\n" not in message
+    assert f"d[train]: record 3 (number 1 of {name}) is damaged: Corrupted" in message
+    assert message.endswith("or leave it out with data.leave_out=[3]")
+    assert [source[i]["name"] for i in range(9) if i != 3] == [f"№ {i}" for i in range(9) if i != 3]
+    for left_out, instead in (([3], {3: 4}), ([3, 4, 8], {3: 5, 4: 5, 8: 0})):
+        kept = records.open_source(folder, "train", leave_out=left_out)
+        assert [x["name"] for x in kept] == [f"№ {instead.get(i, i)}" for i in range(9)]
+    with pytest.raises(ValueError, match=r"leave_out: .*d\[train\] has no record 9, it has 0 to 8"):
+        records.open_source(folder, "train", leave_out=[9])
+    with pytest.raises(ValueError, match="nothing is left of records 0 to 8"):
+        records.open_source(folder, "train", leave_out=range(9))
+
+
+def test_a_file_of_another_dataset_is_named(tmp_path):
+    """Whole, but with another number of records."""
+    folder, name = damaged(tmp_path, lambda path, content: None)
+    other = records.write(tmp_path / "other", FEATURES, {"train": map(example, range(5))})
+    (folder / name).write_bytes(next(other.glob("*array_record*")).read_bytes())
+    with pytest.raises(ValueError, match=f"{name} is damaged: it holds 5 records of 2"):
+        records.open_source(folder, "train")

@@ -15,10 +15,10 @@ import yaml
 
 import train
 from helios_jax.training import optim
-from helios_jax.training.cli import fit_mesh
 from helios_jax.training.run_checkpoints import Checkpoints
 from helios_jax.training.stage_table import load_config as load
 from helios_jax.training.state import abstract_like, init_sharded
+from helios_jax.training.trainer import fit_mesh
 from tests.closeness import assert_close
 from tests.training import dummy
 

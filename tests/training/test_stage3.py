@@ -356,11 +356,10 @@ def test_a_rollout_scores_its_last_chunk_after_those_before():
     ids=["no lora", "average", "blocks", "crop", "adapters"],
 )
 def test_players_that_do_not_fit_are_refused_in_one_line(monkeypatch, change, parts, rule):
-    monkeypatch.setattr(
-        distill_stage, "open_source", lambda *_: Source([{"latents": np.zeros((3, *CHUNK[1:]))}], (), "data")
-    )
+    source = Source([{"latents": np.zeros((3, *CHUNK[1:]))}], (), "data", [])
+    monkeypatch.setattr(distill_stage.flow, "open_latents", lambda *_: source)
     config = config_of(distill={"score": ScoreConfig(), "gan": None, **parts})
     config = dataclasses.replace(config, **change)
     with pytest.raises(ConfigError, match=rule) as error:
-        distill_stage.check_players(config)
+        distill_stage.DistillStage(config).batches()
     assert "\n" not in str(error.value)

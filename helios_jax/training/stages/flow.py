@@ -6,7 +6,6 @@ growing size. A batch holds `target` [b, t, h, w, c], `history` [b, frames, h, w
 `id`, which names bad clips in errors.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,18 +15,28 @@ from jaxtyping import Array, Float, Key
 
 from helios_jax.config import ConfigError
 from helios_jax.data.loader import chunk_transform
-from helios_jax.data.records import open_source
+from helios_jax.data.records import Source
 from helios_jax.diffusion.corruption import corrupt_history, drop_history
 from helios_jax.diffusion.memory import History, window
 from helios_jax.diffusion.schedule import stages
 from helios_jax.diffusion.targets import FlowSample, draw_quantile, flow_loss, pyramid_samples, straight_sample
-from helios_jax.models.transformer import Transformer
+from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.precompute.encode import EMPTY_TEXT
 from helios_jax.training.flow_config import FlowConfig, FlowTrainConfig
 from helios_jax.training.stage import Batches, Metrics, host_batches
 from helios_jax.training.stages.transformer_stage import TransformerStage
 from helios_jax.training.start import transformer_config
+from helios_jax.training.training_data import (
+    Axis,
+    Field,
+    check_record,
+    load_embedding,
+    one_of_each,
+    open_records,
+)
 from helios_jax.training.validation import check_validation
+
+MAKE = "python -m helios_jax.precompute --help"
 
 
 class FlowStage(TransformerStage[FlowTrainConfig]):
@@ -38,7 +47,7 @@ class FlowStage(TransformerStage[FlowTrainConfig]):
 
         Raises ConfigError for data or components that are not there or do not fit.
         """
-        return chunks(self.config)
+        return chunks(self.config, open_latents(self.config))
 
     def loss(
         self, model: Transformer, batch: dict[str, Any], keys: Key[Array, " b"]
@@ -74,23 +83,44 @@ class FlowStage(TransformerStage[FlowTrainConfig]):
         return errors.mean(), _metrics(errors, samples, flow)
 
 
-def chunks(config: FlowTrainConfig, num_chunks: int = 1, constant: str | None = None) -> Batches:
-    """Batches of `num_chunks` chunks in a row, their latents one after the other in `target`.
+def open_latents(config: FlowTrainConfig, num_chunks: int = 1) -> Source:
+    """The records of clips, of which a sample has `num_chunks` chunks.
+
+    Raises ConfigError for components or records that are not there or do not fit.
+    """
+    memory, model = config.flow.memory, transformer_config(config)
+    latents = (
+        Axis("chunks", num_chunks, "distill.rollout.largest", or_more=True),
+        Axis("frames a chunk", memory.frames_per_chunk, "flow.memory.frames_per_chunk"),
+        Axis("rows"),
+        Axis("columns"),
+        Axis("channels", model.in_channels, "in_channels of the transformer"),
+    )
+    check_validation(config)
+    source = open_records(config.data, MAKE)
+    for example in one_of_each(source):
+        check_record(example, {"latents": Field(latents), "text": text_field(model)}, config.data, MAKE)
+        check_size(example["latents"].shape[-3:-1], config)
+    return source
+
+
+def text_field(model: TransformerConfig) -> Field:
+    """An embedding of the width that the transformer takes."""
+    return Field((Axis("tokens"), Axis("features", model.text_dim, "text_dim of the transformer")))
+
+
+def chunks(config: FlowTrainConfig, source: Source, num_chunks: int = 1, constant: str | None = None) -> Batches:
+    """Batches of `num_chunks` chunks in a row of `source`, their latents one after the other in `target`.
 
     `constant` is the name of an embedding beside the records that every sample gets, as `negative`.
+    Raises ConfigError for an embedding that is not there or does not fit.
     """
     memory = config.flow.memory
-    check_validation(config)
-    folder = Path(config.data.folder)
-    try:
-        make = "python -m helios_jax.precompute --help"
-        source = open_source(config.data.folder, "train", make=make)
-        empty = np.load(folder / EMPTY_TEXT)
-        more = {} if constant is None else {"negative": np.load(folder / constant).astype(np.float32)}
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"data.folder: {error}") from None
-    for example in source.of_each_bucket():
-        check_size(example["latents"].shape[-3:-1], config)
+    first = one_of_each(source)[0]
+    empty = load_embedding(config.data, EMPTY_TEXT, first, MAKE)
+    more: dict[str, np.ndarray] = {}
+    if constant is not None:
+        more = {"negative": load_embedding(config.data, constant, first, MAKE).astype(np.float32)}
     sizes = (memory.long, memory.mid, memory.recent)
     pick = chunk_transform(sizes, memory.frames_per_chunk, num_chunks, first=config.flow.first_chunk)
 

@@ -16,15 +16,18 @@ from jaxtyping import Array, Float, Key
 
 from helios_jax.config import ConfigError
 from helios_jax.data.loader import ode_transform
-from helios_jax.data.records import open_source
 from helios_jax.diffusion.distillation import ode_loss
 from helios_jax.diffusion.memory import History, window
 from helios_jax.models.transformer import Transformer
 from helios_jax.training.flow_config import StudentTrainConfig
 from helios_jax.training.stage import Batches, Metrics, host_batches
+from helios_jax.training.stages.flow import check_size, text_field
 from helios_jax.training.stages.transformer_stage import TransformerStage
 from helios_jax.training.start import transformer_config
+from helios_jax.training.training_data import TEXT, Axis, Field, check_record, one_of_each, open_records
 from helios_jax.training.validation import check_validation
+
+MAKE = "python -m helios_jax.precompute ode --help"
 
 
 @dataclass
@@ -46,11 +49,9 @@ class ODEStage(TransformerStage[ODETrainConfig]):
         """
         config = self.config
         check_validation(config)
-        try:
-            source = open_source(config.data.folder, "train", make="python -m helios_jax.precompute ode --help")
-        except (FileNotFoundError, ValueError) as error:
-            raise ConfigError(f"data.folder: {error}") from None
-        _check(source[0], config)
+        source = open_records(config.data, MAKE)
+        for example in one_of_each(source):
+            _check(example, config)
 
         def transform(example, rng):
             example = ode_transform(example, rng)
@@ -87,20 +88,32 @@ class ODEStage(TransformerStage[ODETrainConfig]):
 
 
 def _check(example: dict[str, Any], config: ODETrainConfig) -> None:
-    """Raises ConfigError for pairs of other levels, chunks or channels than the run asks for."""
+    """Raises ConfigError for pairs of other levels, chunks, sizes or channels than the run asks for."""
     levels = sum(key.startswith("latents_") for key in example)
     memory, folder = config.flow.memory, config.data.folder
     if levels != len(config.distill.steps):
         made = "holds no ODE pairs" if not levels else f"has pairs of {levels} levels"
         raise ConfigError(
             f"data.folder: {folder} {made}, distill.steps {list(config.distill.steps)} asks for "
-            f"{len(config.distill.steps)}; make it with python -m helios_jax.precompute ode"
+            f"{len(config.distill.steps)}; make it with `{MAKE}`"
         )
-    frames, history, channels = (*example[f"latents_{levels - 1}"].shape[1:2], *example["history"].shape[::3])
-    if (frames, history) != (memory.frames_per_chunk, memory.frames):
-        raise ConfigError(
-            f"data.folder: {folder} has {frames} latent frames a chunk after a history of {history}, flow.memory asks "
-            f"for {memory.frames_per_chunk} after {memory.frames}"
-        )
-    if channels != (asked := transformer_config(config).in_channels):
-        raise ConfigError(f"data.folder: {folder} has latents of {channels} channels, the transformer takes {asked}")
+    model = transformer_config(config)
+    channels = Axis("channels", model.in_channels, "in_channels of the transformer")
+    history = Field((Axis("frames", memory.frames, "flow.memory"), Axis("rows"), Axis("columns"), channels))
+    check_record(example, {"history": history}, config.data, MAKE)
+    size = example["history"].shape[1:3]
+    check_size(size, config)
+
+    def rows_and_columns(down: int) -> tuple[Axis, Axis]:
+        rows, columns = (n >> down for n in size)
+        return Axis("rows", rows, "as the history has"), Axis("columns", columns, "as the history has")
+
+    anchor = Field((Axis("frames", 1), *rows_and_columns(0), channels))
+    fields = {"anchor": anchor, "chunk": Field(kind=np.integer), "text": text_field(model), "id": TEXT}
+    per_chunk = Axis("frames a chunk", memory.frames_per_chunk, "flow.memory.frames_per_chunk")
+    for i in range(levels):
+        sizes = per_chunk, *rows_and_columns(levels - 1 - i), channels
+        fields[f"latents_{i}"] = Field((Axis("steps", 2, or_more=True), *sizes))
+        steps = Axis("steps", len(example[f"latents_{i}"]) - 1, f"one fewer than latents_{i} has")
+        fields |= {f"timesteps_{i}": Field((steps,)), f"sigmas_{i}": Field((steps,))}
+    check_record(example, fields, config.data, MAKE)

@@ -35,10 +35,13 @@ from helios_jax.models.vae import (
 from helios_jax.sharding import gather
 from helios_jax.training.run_config import DataConfig, TrainConfig
 from helios_jax.training.stage import Batches, Metrics, Stage, host_batches
+from helios_jax.training.training_data import Axis, Field, check_record, one_of_each, open_records
 
 CHUNK = 33  # frames that are encoded together when videos are made; latents are measured on as many
 STATISTICS_CLIPS = 256
 TEST_CLIPS = 32
+STEP = 8  # pixels that become one latent
+MAKE = "python -m helios_jax.toy.build --out data/toy"
 
 
 @dataclass
@@ -55,8 +58,8 @@ class ClipConfig(DataConfig):
             f"frames must be 1 + a multiple of 4 (the VAE's step in time), got {self.frames}; try 9, 17 or 33",
         )
         require(
-            self.crop is None or (self.crop > 0 and self.crop % 8 == 0),
-            f"crop must be a multiple of 8 (the VAE's step in space), got {self.crop}; try 32 or 64",
+            self.crop is None or (self.crop > 0 and self.crop % STEP == 0),
+            f"crop must be a multiple of {STEP} (the VAE's step in space), got {self.crop}; try 32 or 64",
         )
 
 
@@ -111,16 +114,17 @@ class VAEStage(Stage[VAETrainConfig, AutoencoderKLWan]):
         """The abstract `model` with the weights in `config.init`/vae, or in `config.init` itself."""
         folder = pretrained.resolve(self.config.init or "", (".", "vae"))
         part = folder / "vae" if (folder / "vae").is_dir() else folder
-        return pretrained.load_model(model, part, dtype="model", shardings=shardings)
+        sizes = "model.vae of this run's config"
+        return pretrained.load_model(model, part, dtype="model", shardings=shardings, sizes=sizes)
 
     def batches(self) -> Batches:
         """Random clips of `config.data.frames` frames, this host's part of each batch."""
         self._sizes()
         data = self.config.data
-        try:
-            source = open_source(data.folder, "train")
-        except (FileNotFoundError, ValueError) as error:
-            raise ConfigError(f"data.folder: {error}") from None
+        source = open_records(data, MAKE)
+        for split, least in ((source, data.frames), (open_records(data, MAKE, "test"), 1)):
+            for example in one_of_each(split):
+                _check(example, least, data)
         return host_batches(source, _clips(data.frames, data.crop), data)
 
     def loss(
@@ -230,6 +234,19 @@ def to_float(video: Any) -> Any:
 def psnr(error: Any) -> Float[Array, "b t"]:
     """Peak signal to noise ratio in dB of each frame, from differences of values in [-1, 1]."""
     return -10 * jnp.log10(jnp.mean(jnp.square(error), (2, 3, 4)) / 4 + 1e-10)
+
+
+def _check(example: Example, least: int, data: ClipConfig) -> None:
+    """Raises ConfigError for a video of fewer than `least` frames, or too small for the crop or for the VAE's steps."""
+    sizes = (Axis(name, data.crop, "data.crop", or_more=True) for name in ("pixel rows", "pixel columns"))
+    axes = (Axis("frames", least, "data.frames", or_more=True), *sizes, Axis("colours", 3))
+    check_record(example, {"video": Field(axes, np.integer)}, data, MAKE)
+    size = example["video"].shape[1:3]
+    if data.crop is None and any(n % STEP for n in size):
+        raise ConfigError(
+            f"data.crop: {data.folder} has videos of {size[0]}x{size[1]} pixels, not multiples of {STEP} (the step of "
+            f"the VAE in space); crop them, as in data.crop={max(STEP, min(size) // STEP * STEP)}"
+        )
 
 
 def _clips(frames: int, crop: int | None) -> Transform:

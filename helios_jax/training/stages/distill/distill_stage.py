@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Key
 
 from helios_jax import lora
 from helios_jax.config import ConfigError
-from helios_jax.data.records import open_source
+from helios_jax.data.records import Source
 from helios_jax.models.discriminator import Head
 from helios_jax.models.transformer import Transformer
 from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_TEXT
@@ -34,13 +34,14 @@ from helios_jax.training.export import export_pipeline
 from helios_jax.training.stage import Batches, Metrics, Stage
 from helios_jax.training.stages import flow
 from helios_jax.training.stages.distill import players
-from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
+from helios_jax.training.stages.distill.distill_config import DistillTrainConfig, GANConfig
 from helios_jax.training.stages.distill.player_losses import critic_loss, generator_loss
 from helios_jax.training.stages.distill.players import Players, of_student
 from helios_jax.training.stages.distill.rollout import make_scene
 from helios_jax.training.stages.flow import fold
 from helios_jax.training.start import transformer_config
 from helios_jax.training.trainable import ALL, Filter
+from helios_jax.training.training_data import one_of_each
 from helios_jax.training.validation import make_videos
 
 COMMON = 2**31 - 1  # apart from every step: the loop folds those into the same seed
@@ -64,16 +65,19 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
 
         Raises ConfigError for data or components that are not there or do not fit.
         """
-        distill = self.config.distill
-        check_players(self.config)
+        config, distill = self.config, self.config.distill
+        check_players(config)
+        source = flow.open_latents(config, distill.rollout.largest)
+        if distill.gan is not None:
+            check_discriminator(config, distill.gan, source)
         name = {"negative": NEGATIVE_TEXT, "empty": EMPTY_TEXT}[distill.negative_text]
-        return flow.chunks(self.config, distill.rollout.largest, name)
+        return flow.chunks(config, source, distill.rollout.largest, name)
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """AdamW for the generator, which moves every `critic.steps_per_generator`-th step, another for all others."""
         config, critic = self.config, self.config.distill.critic
         every = critic.steps_per_generator
-        generator = optim.make_optimizer(config.optim, math.ceil(config.steps / every))
+        generator = optim.make_optimizer(config.optim, self._turns)
 
         def player(params: Any) -> Any:
             return nnx.map_state(lambda path, x: "generator" if of_student(path, x) else "critic", params)
@@ -85,6 +89,16 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
             },
             player,
         )
+
+    @property
+    def _turns(self) -> int:
+        """Steps of the generator in the whole run."""
+        return math.ceil(self.config.steps / self.config.distill.critic.steps_per_generator)
+
+    def learning_rate(self, step: int) -> float:
+        """The generator's, of its last turn up to `step`; the critic has another."""
+        turn = step // self.config.distill.critic.steps_per_generator
+        return optim.rate_at(self.config.optim, self._turns, turn)
 
     def loss(self, model: Players, batch: dict[str, Any], keys: Key[Array, " b"]) -> tuple[Float[Array, ""], Metrics]:
         """The generator's loss, on its turns, plus the critic's; neither has a gradient for the other's parameters."""
@@ -137,22 +151,21 @@ def check_players(config: DistillTrainConfig) -> None:
             f"optim.ema.every is {average.every}: set it to distill.critic.steps_per_generator, "
             f"{distill.critic.steps_per_generator}, so that the average moves when the generator does"
         )
-    if distill.gan is None:
-        return
+
+
+def check_discriminator(config: DistillTrainConfig, gan: GANConfig, source: Source) -> None:
+    """Raises ConfigError for a discriminator that is not trained, or that fits neither the scores nor the latents."""
+    scores = transformer_config(config if config.distill.score.init is None else players.score_config(config))
     if not {ALL, "discriminator"} & set(config.trainable):
         raise ConfigError(
             f"trainable: {list(config.trainable)} leaves the discriminator as it began; name it too, or set "
             "distill.gan to null"
         )
-    blocks, count = distill.gan.discriminator.blocks, scores.num_layers
+    blocks, count = gan.discriminator.blocks, scores.num_layers
     if max(blocks, default=0) >= count:
         raise ConfigError(f"distill.gan.discriminator.blocks: {blocks}, but the scores have blocks 0 to {count - 1}")
-    try:
-        examples = open_source(config.data.folder, "train").of_each_bucket()
-    except (FileNotFoundError, ValueError) as error:
-        raise ConfigError(f"data.folder: {error}") from None
-    crop = distill.gan.crop or 1
-    for latents in (example["latents"].shape[1:-1] for example in examples):
+    crop = gan.crop or 1
+    for latents in (example["latents"].shape[1:-1] for example in one_of_each(source)):
         seen = (latents[0], *(int(n * crop) for n in latents[1:]))
         for axis, (name, size, patch) in enumerate(zip(("frames", "high", "wide"), seen, scores.patch_size)):
             least = Head.smallest(axis) * (patch if blocks else 1)

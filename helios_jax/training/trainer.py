@@ -1,0 +1,110 @@
+"""A run from its config to its export: checks, builds, restores, trains, exports."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from helios_jax import config as configs
+from helios_jax.config import ConfigError
+from helios_jax.runtime import seeds
+from helios_jax.runtime.compilation import precise
+from helios_jax.sharding import check_batch, check_hosts, join_hosts, make_mesh
+from helios_jax.training import loop
+from helios_jax.training.errors import RunError, check_folder, writing
+from helios_jax.training.run_checkpoints import Checkpoints
+from helios_jax.training.run_config import TrainConfig
+from helios_jax.training.stage import Stage
+from helios_jax.training.state import abstract_like, init_sharded
+
+
+def train(stage: Stage[Any, Any]) -> int:
+    """Builds, restores, trains and exports; returns the exit code.
+
+    0: done, or ended by SIGTERM after saving. 130: ended by Ctrl-C after saving. Raises ConfigError, CheckpointError or
+    RestoreError for input that cannot be used, and RunError for a run that cannot go on.
+    """
+    config: TrainConfig = stage.config
+    run = Path(config.run)
+    mesh = fit_mesh(config)
+    if jax.process_index() == 0:
+        check_folder(run, "run")
+        check_folder(Path(config.checkpoint.folder or run / "checkpoints"), "checkpoint.folder")
+    batches, optimizer = stage.batches(), stage.make_optimizer()
+    with jax.set_mesh(mesh), precise(config.precision):
+        state = init_sharded(
+            stage.init,
+            seeds.key(config.seed),
+            optimizer,
+            config.optim.ema,
+            mesh,
+            stage.load if config.init else None,
+            config.trainable,
+            config.precision,
+        )
+        say(f"training {count(state.params):,} parameters, {count(state.frozen):,} stay as they are")
+        checkpoints = Checkpoints(config.checkpoint.folder or run / "checkpoints", config.checkpoint.keep)
+        if checkpoints.latest is not None:
+            state = abstract_like(state)  # frees the new state's memory before the old one is read
+            restored = checkpoints.restore_newest(state)
+            assert restored is not None  # there is a newest one
+            state, position, before = restored
+            batches.set_state(position)
+            changed = changes(before, configs.to_dict(config))
+            say(f"resumed at step {int(state.step)} of {checkpoints.folder}{changed}")
+        try:
+            if jax.process_index() == 0:
+                with writing(run / "config.yaml"):
+                    configs.save(config, run / "config.yaml")
+            step = loop.make_step(stage, optimizer, state, mesh)
+            state, stopped = loop.run(step, state, batches, checkpoints, stage, mesh)
+            checkpoints.close()
+            if stopped is None:
+                with writing(run):
+                    stage.export(state.best, run)
+        except RunError as error:
+            raise RunError(f"{error}; {checkpoints.kept()}") from None
+    if stopped is None:
+        return 0
+    say(f"{stopped.name}: saved step {int(state.step)} in {checkpoints.folder}; the same command continues")
+    return 130 if stopped is signal.SIGINT else 0
+
+
+def fit_mesh(config: TrainConfig) -> Mesh:
+    """The mesh over all hosts; raises ConfigError when it fits neither the devices nor the batch."""
+    try:
+        join_hosts(config.mesh.processes)
+        mesh = make_mesh(config.mesh)
+        check_hosts(mesh)
+        check_batch(config.data.batch_size // config.optim.accumulate, mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return mesh
+
+
+def count(params: Any) -> int:
+    """Number of values in a tree of arrays."""
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
+    """Describes the settings of a resumed run that differ from the checkpoint's.
+
+    Keys that only one of the two has are left out: the schema of a stage may have changed since.
+    """
+    text = ""
+    for key in sorted(before.keys() & now.keys()):
+        old, new = before[key], now[key]
+        if isinstance(old, dict) and isinstance(new, dict):
+            text += changes(old, new, f"{prefix}{key}.")
+        elif old != new:
+            text += f"; {prefix}{key} was {old}, is {new}"
+    return text
+
+
+def say(message: str) -> None:
+    """Prints one line on the first host."""
+    if jax.process_index() == 0:
+        print(message, flush=True)

@@ -1,0 +1,85 @@
+"""The weights that a run starts from: configs that cannot be and sizes that differ are one line."""
+
+import dataclasses
+import json
+
+import pytest
+
+from helios_jax.models.transformer import TransformerConfig
+from helios_jax.training import cli
+from tests.training import recipe
+
+WAN = {
+    "_class_name": "WanTransformer3DModel",
+    "attention_head_dim": 16,
+    "cross_attn_norm": True,
+    "ffn_dim": 48,
+    "freq_dim": 32,
+    "in_channels": 4,
+    "num_attention_heads": 2,
+    "num_layers": 1,
+    "out_channels": 4,
+    "patch_size": [1, 2, 2],
+    "rope_max_seq_len": 1024,
+    "text_dim": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    recipe.build(folder)
+    return folder
+
+
+def refused(root, capsys, stage, *more):
+    """The one line that a run of `stage` ends with."""
+    assert cli.main(recipe.arguments(stage, root, root / "none", *more)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1, err
+    assert not (root / "none" / "config.yaml").exists()
+    return err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 1000000}, "num_layers is 1000000: it must be at most 1000, 25 times the released"),
+        ({"num_attention_heads": "two"}, "num_attention_heads is 'two': it must be a whole number"),
+        ({"attention_head_dim": "16"}, "attention_head_dim is '16': it must be a whole number"),
+        ({"attention_head_dim": 0}, "attention_head_dim is 0: it must be positive"),
+        ({"patch_size": 2}, "patch_size is 2: it must be a list"),
+        ({"image_dim": 1280}, "is Wan's image-to-video model"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_a_config_of_wan_is_checked_as_ours_are(root, tmp_path, capsys, change, message):
+    (tmp_path / "wan").mkdir()
+    (tmp_path / "wan" / "config.json").write_text(json.dumps({**WAN, **change}))
+    told = refused(root, capsys, "stage1_init", f"init={tmp_path / 'wan'}")
+    assert f"init: {tmp_path / 'wan'}" in told
+    assert message in told
+
+
+def test_sizes_of_the_config_that_the_weights_have_not_blame_the_config(root, capsys):
+    given = dataclasses.asdict(dataclasses.replace(recipe.SIZES, ffn_dim=64))
+    given = {name: list(x) if isinstance(x, tuple) else x for name, x in given.items() if x is not None}
+    told = refused(root, capsys, "stage1_post", f"model.transformer={json.dumps(given)}")
+    assert "helios/transformer does not fit model.transformer of this run's config: " in told
+
+
+def test_weights_that_are_not_their_config_s_blame_that(root, tmp_path, capsys):
+    folder = tmp_path / "transformer"
+    folder.symlink_to(root / "helios" / "transformer")
+    moved = tmp_path / "helios"
+    moved.mkdir()
+    for path in folder.iterdir():
+        (moved / path.name).symlink_to(path)
+    values = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").unlink()
+    (moved / "config.json").write_text(json.dumps({**values, "ffn_dim": 64}))
+    assert "does not fit its config.json: " in refused(root, capsys, "stage1_post", f"init={moved}")
+
+
+def test_the_rule_names_the_released_size():
+    assert TransformerConfig.num_layers * 25 == 1000
