@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -15,16 +16,28 @@ class EMAConfig:
     """A running average of the parameters, kept in float32; until step `start` it equals them.
 
     It moves every `every` steps: in stage 3 as often as the generator, which is every `critic.steps_per_generator`.
+    With `ramp`, move s after `start` keeps at most (1 + s) / (10 + s) of the average, and the first one nothing: a
+    young average forgets faster (as in upstream's code). Without, every move keeps `decay`.
     """
 
     decay: float = 0.999
     start: int = 0
     every: int = 1
+    ramp: bool = True
 
     def __post_init__(self):
         require(0.0 < self.decay < 1.0, f"decay must be between 0 and 1, got {self.decay}")
         require(self.start >= 0, f"start must not be negative, got {self.start}")
         require(self.every > 0, f"every must be at least 1, got {self.every}")
+
+
+def kept(ema: EMAConfig, step: jax.Array) -> jax.Array:
+    """Share of the average that stays in the move after step `step`: 0 before `start`, 1 where it does not move."""
+    share = jnp.float32(ema.decay)
+    if ema.ramp:
+        move = jnp.maximum(step // ema.every - -(-ema.start // ema.every), 0)
+        share = jnp.where(move == 0, 0.0, jnp.minimum(share, (1 + move) / (10 + move)))
+    return jnp.where(step < ema.start, 0.0, jnp.where(step % ema.every == 0, share, 1.0))
 
 
 @dataclass
