@@ -126,6 +126,11 @@ def test_missing_file_suggests_a_neighbour(tmp_path):
         ("optim.lr=-1", "optim.lr must be above 0"),
         ("optim.betas=[0.9,1.0]", "betas"),
         ("optim.ema.decay=1.5", "optim.ema.decay"),
+        ("optim.name=sgd", "optim.name"),
+        ("optim.name=adam optim.weight_decay=1e-4", "weight_decay must be null for adam, which has no such option"),
+        ("optim.name=lion optim.eps=1e-6", "eps must be null for lion"),
+        ("optim.name=prodigy optim.lr=1 optim.decayed=matrices", "decayed must be all for prodigy"),
+        ("optim.name=prodigy", "lr must be 0.1 or more for prodigy"),
         ("data.frames=10", "try 9, 17 or 33"),
         ("mesh.fsdp=null", "only one axis"),
         ("precision=float16", "precision"),
@@ -134,7 +139,7 @@ def test_missing_file_suggests_a_neighbour(tmp_path):
 def test_train_config_ranges(tmp_path, override, message):
     path = write(tmp_path, "c.yaml", "stage: vae\n")
     with pytest.raises(ConfigError) as e:
-        load_config(path, [override])
+        load_config(path, override.split())
     assert message in str(e.value)
 
 

@@ -95,10 +95,14 @@ def test_a_run_checks_its_mesh_before_anything_else(monkeypatch):
         trainer.fit_mesh(TrainConfig())
 
 
-def train_steps(mesh_config, folder=None, restore_from=None, steps=3):
-    """Losses, gradient norms and the parameters after a few steps of the dummy stage, and the shardings used."""
+# Optimizers whose state is not like AdamW's.
+OTHERS = {"muon": {"name": "muon"}, "prodigy": {"name": "prodigy", "lr": 1.0}}
+
+
+def train_steps(mesh_config, folder=None, restore_from=None, steps=3, **settings):
+    """Losses, gradient norms and the state after a few steps of the dummy stage, and the shardings used."""
     config = TrainConfig(stage="tests.training.dummy.Dummy", steps=steps, mesh=mesh_config, precision="float32")
-    config.data.batch_size, config.optim.lr = 16, 1e-2
+    config.data.batch_size, config.optim = 16, optim.OptimConfig(**{"lr": 1e-2, **settings})
     mesh, stage = make_mesh(config.mesh), dummy.Dummy(config)
     optimizer = optim.make_optimizer(config.optim, config.steps)
     with jax.set_mesh(mesh):
@@ -118,26 +122,43 @@ def train_steps(mesh_config, folder=None, restore_from=None, steps=3):
             checkpoints.save(made, batches.get_state(), config)
             checkpoints.close()
     weight = np.asarray(made.model.up.weight[...]).tolist()
-    return {"metrics": metrics, "weight": weight, "split": split, "moments": moments}
+    sizes = [float(np.abs(np.asarray(x)).sum()) for x in jax.tree.leaves(made.opt_state)]
+    return {"metrics": metrics, "weight": weight, "split": split, "moments": moments, "sizes": sizes}
 
 
-def in_eight(tmp_path, *arguments):
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """(`train_steps` on one device with AdamW and the other optimizers, the folder of their checkpoints)."""
+    folder = tmp_path_factory.mktemp("one")
+    found = {name: train_steps(MeshConfig(), folder / name, steps=2, **OTHERS[name]) for name in OTHERS}
+    return {"adamw": train_steps(MeshConfig(), folder / "adamw", steps=3), **found}, folder
+
+
+@pytest.fixture(scope="module")
+def eight(one):
     """`train_steps` in a process with eight devices, through the file it writes."""
-    out = tmp_path / "out.json"
+    out = one[1] / "out.json"
     environment = {
         **os.environ,
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": str(Path(__file__).parents[1]),
         "JAX_PLATFORMS": "cpu",
     }
-    subprocess.run([sys.executable, __file__, str(out), *map(str, arguments)], env=environment, check=True)
+    subprocess.run([sys.executable, __file__, str(out), str(one[1])], env=environment, check=True)
     return json.loads(out.read_text())
 
 
-def test_eight_devices_compute_what_one_does_and_checkpoints_cross_meshes(tmp_path):
-    one = train_steps(MeshConfig(), folder=tmp_path / "one", steps=3)
-    longer = train_steps(MeshConfig(), steps=5)
-    eight = in_eight(tmp_path, tmp_path / "one")
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_state_of_an_optimizer_is_split_saved_and_restored(one, eight, name):
+    for found in (eight[name], eight[f"{name} restored"]):
+        assert found["moments"] == [["fsdp", "tensor"]] * {"muon": 1, "prodigy": 4}[name]
+        for part in ("weight", "sizes"):
+            assert_close(np.array(found[part]), np.array(one[0][name][part]), ulps=200)
+    assert_close(np.array(eight[name]["metrics"]), np.array(one[0][name]["metrics"]))
+
+
+def test_eight_devices_compute_what_one_does_and_checkpoints_cross_meshes(one, eight):
+    one, longer = one[0]["adamw"], train_steps(MeshConfig(), steps=5)
     assert eight["plain"]["split"] == ["fsdp", "tensor"]
     assert eight["plain"]["moments"] == [eight["plain"]["split"]] * 2
     assert_close(*(np.array(found["metrics"]) for found in (eight["plain"], one)))
@@ -156,8 +177,13 @@ def test_shardings_has_the_structure_of_the_state():
 
 
 if __name__ == "__main__":
+    saved = Path(sys.argv[2])
     results = {
         "plain": train_steps(MeshConfig(data=None, fsdp=2, tensor=2)),
-        "restored": train_steps(MeshConfig(data=None, fsdp=8), restore_from=sys.argv[2], steps=5),
+        "restored": train_steps(MeshConfig(data=None, fsdp=8), restore_from=saved / "adamw", steps=5),
     }
+    for name, settings in OTHERS.items():
+        results[name] = train_steps(MeshConfig(data=None, fsdp=2, tensor=2), steps=2, **settings)
+        of_one = {"restore_from": saved / name, "steps": 2, **settings}
+        results[f"{name} restored"] = train_steps(MeshConfig(data=None, fsdp=8), **of_one)
     Path(sys.argv[1]).write_text(json.dumps(results))

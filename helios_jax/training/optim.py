@@ -1,14 +1,19 @@
-"""AdamW with warm-up, clipping and weight decay on matrices only."""
+"""Optimizers by optax's names, with warm-up and clipping, and the running average of the parameters."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from optax import contrib
 
 from helios_jax.config import require
+
+Name = Literal["adamw", "adam", "lion", "muon", "prodigy"]
 
 
 @dataclass
@@ -16,11 +21,14 @@ class EMAConfig:
     """A running average of the parameters, kept in float32; until step `start` it equals them.
 
     It moves every `every` steps: in stage 3 as often as the generator, which is every `critic.steps_per_generator`.
+    With `ramp`, move s after `start` keeps at most (1 + s) / (10 + s) of the average, and the first one nothing: a
+    young average forgets faster (as in upstream's code). Without, every move keeps `decay`.
     """
 
     decay: float = 0.999
     start: int = 0
     every: int = 1
+    ramp: bool = True
 
     def __post_init__(self):
         require(0.0 < self.decay < 1.0, f"decay must be between 0 and 1, got {self.decay}")
@@ -28,18 +36,35 @@ class EMAConfig:
         require(self.every > 0, f"every must be at least 1, got {self.every}")
 
 
+def kept(ema: EMAConfig, step: jax.Array) -> jax.Array:
+    """Share of the average that stays in the move after step `step`: 0 before `start`, 1 where it does not move."""
+    share = jnp.float32(ema.decay)
+    if ema.ramp:
+        move = jnp.maximum(step // ema.every - -(-ema.start // ema.every), 0)
+        share = jnp.where(move == 0, 0.0, jnp.minimum(share, (1 + move) / (10 + move)))
+    return jnp.where(step < ema.start, 0.0, jnp.where(step % ema.every == 0, share, 1.0))
+
+
 @dataclass
 class OptimConfig:
-    """AdamW; the learning rate climbs linearly for `warmup_steps`, then stays or falls to `final_lr` as a cosine.
+    """An optimizer, and its learning rate: a linear rise of `warmup_steps`, then constant or a cosine to `final_lr`.
+
+    `betas`, `eps` and `weight_decay` are null for optax's defaults, and must be null where the optimizer takes none.
+    `decayed` names the parameters that weight decay shrinks: all, as upstream, or matrices and kernels only, without
+    biases and scales of norms. Muon orthogonalizes the steps of matrices and kernels and leaves the other parameters
+    to AdamW, whose `betas` they are; a step is as large as AdamW's. Prodigy estimates the learning rate; `lr` is a
+    factor of the estimate.
 
     `accumulate` cuts a batch into that many parts, whose gradients are added up one after the other: less memory, the
     same step.
     """
 
+    name: Name = "adamw"
     lr: float = 5e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 1e-4  # of matrices and kernels only: biases and scales of norms are left alone
+    betas: tuple[float, float] | None = None
+    eps: float | None = None
+    weight_decay: float | None = None
+    decayed: Literal["all", "matrices"] = "all"
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine"] = "constant"
     final_lr: float = 0.0
@@ -48,10 +73,22 @@ class OptimConfig:
     ema: EMAConfig | None = None
 
     def __post_init__(self):
+        takes = OPTIMIZERS[self.name].takes
+        for key, absent in (("betas", None), ("eps", None), ("weight_decay", None), ("decayed", "all")):
+            value, must = getattr(self, key), "null" if absent is None else absent
+            require(
+                key in takes or value == absent,
+                f"{key} must be {must} for {self.name}, which has no such option, got {value}; set it to {must}, or "
+                "name another optimizer",
+            )
         require(self.lr > 0, f"lr must be above 0, got {self.lr}")
-        require(all(0 <= b < 1 for b in self.betas), f"betas must lie in [0, 1), got {self.betas}")
-        require(self.eps > 0, f"eps must be above 0, got {self.eps}")
-        require(self.weight_decay >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
+        require(
+            self.name != "prodigy" or self.lr >= 0.1,
+            f"lr must be 0.1 or more for prodigy, whose estimate it multiplies, got {self.lr}; set it to 1",
+        )
+        require(all(0 <= b < 1 for b in self.betas or ()), f"betas must lie in [0, 1), got {self.betas}")
+        require(self.eps is None or self.eps > 0, f"eps must be above 0, got {self.eps}")
+        require((self.weight_decay or 0) >= 0, f"weight_decay must not be negative, got {self.weight_decay}")
         require(self.warmup_steps >= 0, f"warmup_steps must not be negative, got {self.warmup_steps}")
         require(0 <= self.final_lr <= self.lr, f"final_lr must lie between 0 and lr={self.lr}, got {self.final_lr}")
         require(
@@ -80,17 +117,66 @@ def rate_at(config: OptimConfig, steps: int, step: int) -> float:
     return float(np.asarray(learning_rate(config, steps)(step)))
 
 
-def decayed(model: nnx.Module) -> Any:
-    """Mask of the parameters that weight decay shrinks: two named dimensions or more, so no biases and no norm scales.
+def _each(function: Callable[[nnx.Variable], Any], params: Any) -> Any:
+    return jax.tree.map(function, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def matrices(params: Any) -> Any:
+    """Mask of matrices and kernels: two named dimensions or more, so no biases and no scales of norms.
 
     A parameter stacked over layers has one dimension more than names, so the names count.
     """
-    return jax.tree.map(lambda p: len(p.axes) > 1, model, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return _each(lambda p: len(p.axes) > 1, params)
+
+
+def _muon_dimensions(params: Any) -> Any:
+    """The last dimension of matrices and kernels against the other named ones; None where Muon leaves AdamW its way."""
+
+    def numbers(p: Any) -> contrib.MuonDimensionNumbers | None:
+        return contrib.MuonDimensionNumbers(tuple(range(-len(p.axes), -1)), -1) if len(p.axes) > 1 else None
+
+    return _each(numbers, params)
+
+
+class Optimizer(NamedTuple):
+    """A function of optax, and the keys of OptimConfig that it takes beside the learning rate."""
+
+    make: Callable[..., optax.GradientTransformation]
+    takes: tuple[str, ...]
+
+
+def _muon(rate: optax.Schedule, b1: float = 0.9, b2: float = 0.999, mask: Any = None, **more: Any) -> Any:
+    return contrib.muon(
+        rate,
+        adam_b1=b1,
+        adam_b2=b2,
+        adam_weight_decay=0.0 if mask else more.get("weight_decay", 0.0),
+        muon_weight_dimension_numbers=_muon_dimensions,
+        consistent_rms=0.2,  # as large as AdamW's steps
+        **more,
+    )
+
+
+def _prodigy(rate: optax.Schedule, b1: float = 0.9, b2: float = 0.999, **more: Any) -> Any:
+    return contrib.prodigy(rate, (b1, b2), safeguard_warmup=True, **more)  # the safeguard as upstream
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(optax.adamw, ("betas", "eps", "weight_decay", "decayed")),
+    "adam": Optimizer(optax.adam, ("betas", "eps")),
+    "lion": Optimizer(optax.lion, ("betas", "weight_decay", "decayed")),
+    "muon": Optimizer(_muon, ("betas", "eps", "weight_decay", "decayed")),
+    "prodigy": Optimizer(_prodigy, ("betas", "eps", "weight_decay")),
+}
 
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW in float32."""
-    adamw = optax.adamw(
-        learning_rate(config, steps), *config.betas, eps=config.eps, weight_decay=config.weight_decay, mask=decayed
-    )
-    return adamw if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    """Clipping by global norm, then the optimizer in float32."""
+    options: dict[str, Any] = {"eps": config.eps, "weight_decay": config.weight_decay}
+    options["b1"], options["b2"] = config.betas or (None, None)
+    options["mask"] = matrices if config.decayed == "matrices" else None
+    given = {key: value for key, value in options.items() if value is not None}
+    optimizer = OPTIMIZERS[config.name].make(learning_rate(config, steps), **given)
+    if config.clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)

@@ -85,7 +85,7 @@ class Stage(ABC, Generic[ConfigT, ModelT]):
         """(mean over samples, metrics); each sample draws from its own key, `batch["step"]` is the step's number."""
 
     def make_optimizer(self) -> optax.GradientTransformation:
-        """AdamW as `config.optim` says."""
+        """The optimizer that `config.optim` names."""
         return optim.make_optimizer(self.config.optim, self.config.steps)
 
     def learning_rate(self, step: int) -> float:

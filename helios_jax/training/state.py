@@ -11,7 +11,7 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 
 from helios_jax.sharding import shardings
-from helios_jax.training.optim import EMAConfig
+from helios_jax.training.optim import EMAConfig, kept
 from helios_jax.training.trainable import ALL, check, settle_dtypes, trainable
 
 
@@ -126,8 +126,7 @@ def update(state: TrainState, grads: Any, optimizer: optax.GradientTransformatio
     params: Any = optax.apply_updates(state.params, changes)
     average = state.ema
     if ema is not None:
-        keep = jnp.where(state.step < ema.start, 0.0, ema.decay)
-        keep = jnp.where((state.step >= ema.start) & (state.step % ema.every != 0), 1.0, keep)
+        keep = kept(ema, state.step)
         flat = dict(nnx.to_flat_state(params))
         now = nnx.from_flat_state([(path, flat[path]) for path, _ in nnx.to_flat_state(state.ema)])
         average = jax.tree.map(lambda a, x: keep * a + (1 - keep) * x.astype(jnp.float32), state.ema, now)

@@ -121,7 +121,7 @@ def test_clipping_is_by_the_norm_of_all_gradients_together():
 
 
 def test_average_starts_when_told_and_moves_every_so_often():
-    ema, optimizer = EMAConfig(decay=0.75, start=2, every=3), optax.sgd(0.1)
+    ema, optimizer = EMAConfig(decay=0.75, start=2, every=3, ramp=False), optax.sgd(0.1)
     state = create(net(), optimizer, ema)
     grads, expected = jax.tree.map(jnp.ones_like, state.params), np.array(state.params.up.weight[...])
     for step in range(9):
@@ -134,6 +134,19 @@ def test_average_starts_when_told_and_moves_every_so_often():
         assert_close({step: state.ema.up.weight[...]}, {step: expected})
     assert np.abs(expected - now).max() > 1e-2
     assert state.ema.up.weight.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("start", "every"), [(0, 1), (7, 1), (10, 5), (7, 5)])
+def test_average_ramps_up_as_upstream_s(start, every):
+    """Upstream counts the moves, one per step before `start`, and keeps (1 + s) / (10 + s) from the second after it."""
+    ema, moves, expected = EMAConfig(0.8, start, every), 0, []
+    for step in range(250):
+        moved = step < start or step % every == 0
+        moves += moved
+        s = moves - start - 1
+        expected.append((min((1 + s) / (10 + s), 0.8) if s > 0 else 0.0) if moved else 1.0)
+    assert {0.0, 2 / 11, 3 / 12, 0.8} <= set(expected)
+    assert_close(optim.kept(ema, jnp.arange(250)), np.float32(expected))
 
 
 def events(folder) -> list[Event]:

@@ -281,10 +281,7 @@ def test_two_hosts_train_as_one_does_and_one_continues(config, tmp_path):
     assert lines(both)[-1]["step"] == 14
 
 
-def test_learning_rate_and_decay_mask(config):
+def test_learning_rate(config):
     got = load(config, ["optim.final_lr=1e-3", "steps=103"])
     rate = optim.learning_rate(got.optim, got.steps)
     np.testing.assert_allclose([rate(0), rate(2), rate(3), rate(103)], [1e-2 / 3, 1e-2, 1e-2, 1e-3], rtol=1e-5)
-    mask = optim.decayed(dummy.Dummy(got).init(jax.random.key(0)))
-    assert mask.up.weight is True
-    assert mask.up.bias is False

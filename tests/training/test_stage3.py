@@ -261,6 +261,29 @@ def test_the_discriminator_tells_one_batch_from_the_student_s_which_then_passes(
     assert passes[-1] < 0.95 * passes[0], passes
 
 
+def test_critic_and_discriminator_are_clipped_together_and_apart_from_the_generator():
+    """The second moments after a step are the squares of the clipped gradients: their sum is the squared norm."""
+    optim = OptimConfig(betas=(0.0, 0.75), clip_norm=3.0)
+    settings = {"critic": CriticConfig(lora=LORA, optim=dataclasses.replace(optim, clip_norm=2.0))}
+    config = config_of(optim=optim, distill=settings)
+    optimizer = DistillStage(config).make_optimizer()
+    shapes = nnx.state(jax.eval_shape(lambda: make_players(config)), trainable(config.trainable))
+
+    def filled(path, x):
+        return x.replace(np.full(x.shape, 1e3 if path[0] == "discriminator" else 10.0, np.float32))
+
+    grads = nnx.map_state(filled, shapes)
+    _, state = jax.jit(lambda g: optimizer.update(g, optimizer.init(g), g))(grads)
+    moments = {}
+    for _, tree in optax.tree.get_all_with_path(state, "nu"):
+        for path, x in jax.tree.leaves_with_path(tree):
+            moments[path[0].key] = moments.get(path[0].key, 0.0) + 4 * float(x.sum())
+    share = {name: float(optax.global_norm(grads[name])) ** 2 for name in ("score", "discriminator")}
+    assert moments["generator"] == pytest.approx(3.0**2, rel=1e-3)
+    for name, part in share.items():
+        assert moments[name] == pytest.approx(2.0**2 * part / sum(share.values()), rel=1e-3)
+
+
 def test_dmd_pulls_the_chunk_to_where_the_teacher_sees_it():
     """At the teacher's own prediction the gradient is the critic's distance from it, over the chunk's."""
     config = config_of(distill={"gan": None})

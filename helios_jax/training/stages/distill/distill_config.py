@@ -44,12 +44,13 @@ class ScoreConfig:
 class CriticConfig:
     """The fake score: it learns the generator's chunks by flow matching, with an optimiser of its own.
 
+    The discriminator is trained by the same optimiser; the two are clipped by the norm of their gradients together.
     It takes every step, the generator every `steps_per_generator`-th.
     """
 
     lora: AdapterConfig = field(default_factory=lambda: AdapterConfig(rank=256))
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(lr=4e-7, betas=(0.0, 0.999), weight_decay=1e-3, clip_norm=10.0)
+        default_factory=lambda: OptimConfig(lr=4e-7, betas=(0.0, 0.999), weight_decay=1e-3, clip_norm=1.0)
     )
     steps_per_generator: int = 5
     renoise: RenoiseConfig = field(default_factory=RenoiseConfig)

@@ -74,7 +74,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         return flow.chunks(config, source, distill.rollout.largest, name)
 
     def make_optimizer(self) -> optax.GradientTransformation:
-        """AdamW for the generator, which moves every `critic.steps_per_generator`-th step, another for all others."""
+        """An optimizer for the generator, on every `critic.steps_per_generator`-th step, and one for all others."""
         config, critic = self.config, self.config.distill.critic
         every = critic.steps_per_generator
         generator = optim.make_optimizer(config.optim, self._turns)
