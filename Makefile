@@ -19,7 +19,7 @@ AOT := .venv-aot
 STEPS ?= configs/stage1_init.yaml
 ALL_STEPS := $(patsubst %,configs/%.yaml,stage1_init stage2_init stage3_ode stage3_post)
 
-.PHONY: sample test test-all test-light test-newest newer aot aot-oldest aot-newest gpu-report lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
+.PHONY: sample test test-all test-light test-newest newer aot aot-oldest aot-newest gpu-report fuzz lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
 
 sample: $(VENV)/.run  ## sample a video of four chunks with the embedded model
 	$(BIN)/python sample.py configs/toy/sample.yaml --overwrite $(ARGS)
@@ -64,6 +64,12 @@ bench: $(VENV)/.test  ## time the sampler and diffusers on this machine; write d
 
 gpu-report: $(VENV)/.test  ## measure all figures of this machine's GPU in nine minutes; write docs/results/benchmarks/
 	$(BIN)/python -m helios_jax.benchmarks.gpu_report $(ARGS)
+
+fuzz: export FUZZ_COUNTS := $(abspath $(VENV))/fuzz.jsonl
+fuzz: $(VENV)/.test  ## try 1,000 odd inputs and 100 signals; write docs/reliability.md
+	rm -f $(FUZZ_COUNTS)
+	$(BIN)/python -m pytest -n 2 -q tests/fuzz --hypothesis-seed=0 $(ARGS); result=$$?; \
+	$(BIN)/python -m tests.fuzz.report $(FUZZ_COUNTS) docs/reliability.md && exit $$result
 
 check-kernels: $(VENV)/.run  ## compare the kernels' values and gradients with their references on this GPU or TPU
 	$(BIN)/python -m pallas_kernels.tools.check $(ARGS)

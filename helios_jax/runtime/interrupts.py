@@ -87,6 +87,16 @@ def temporary(path: str | os.PathLike) -> Iterator[None]:
             _state.temporary.discard(name)
 
 
+def pause() -> int:
+    """Leaves signals to the handlers that are set next; `resume` takes what this returns."""
+    return signal.set_wakeup_fd(-1)
+
+
+def resume(paused: int) -> None:
+    """Handles signals again, where `pause` found them handled."""
+    signal.set_wakeup_fd(paused, warn_on_full_buffer=False)
+
+
 def keep() -> None:
     """Says that the video's file holds something from now on, so that a signal always waits for a `check`."""
     with _state.lock:

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from helios_jax.config import ConfigError
-from helios_jax.runtime.command import program_name
+from helios_jax.runtime import interrupts
+from helios_jax.runtime.command import Parser, program_name
 
 STAGES = {
     "vae": "the autoencoder, on clips of pixels",
@@ -45,7 +46,7 @@ CODES = {
     0: "done, or ended by SIGTERM after saving",
     1: "the loss is not finite, a record is damaged, or a file cannot be written",
     2: "input that cannot be used",
-    130: "ended by Ctrl-C after saving",
+    130: "ended by Ctrl-C after saving, or by a signal before the first step or after the last",
 }
 EXAMPLES = (
     "configs/toy/stage1.yaml run=runs/mine steps=200",
@@ -71,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     def show(message: Warning | str, *_: object, **__: object) -> None:
         print(f"{program_name('train.py')}: warning: {message}", file=sys.stderr)
 
-    args = make_parser().parse_args(argv)
+    try:
+        args = make_parser().parse_args(argv)
+    except ConfigError as error:
+        return fail(error, 2)
     # After the arguments: jax takes seconds to import.
     from helios_jax.pretrained import CheckpointError
     from helios_jax.training.errors import RunError
@@ -95,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             logging.getLogger().removeHandler(handler)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The parser; its help lists stages, keys, exit codes and examples."""
     prog = program_name("train.py")
 
@@ -105,7 +109,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     parts = [table("stages (the config's `stage`)", STAGES), table("keys that most runs set [default]", KEYS)]
     parts += [table("exit codes", CODES), "\n".join(["examples:", *(f"  {prog} {example}" for example in EXAMPLES)])]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         usage="%(prog)s CONFIG [key=value ...]",
         description="Train one stage of Helios. The same command continues a run from its newest checkpoint.",
@@ -129,6 +133,7 @@ def entry_point() -> int:
     After a save that failed, threads of Orbax and TensorStore are still at work: they tell a closed event loop of files
     that cannot be written either, and print tracebacks while the interpreter ends. The error was told before.
     """
+    interrupts.install(program_name("train.py"))
     usual = sys.unraisablehook
 
     def unraisable(found: Any) -> None:

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from helios_jax.data.records import RecordError
-from helios_jax.runtime import seeds
+from helios_jax.runtime import interrupts, seeds
 from helios_jax.sharding import BATCH, put_batch, shardings
 from helios_jax.training.errors import NotFiniteError, RunError, writing
 from helios_jax.training.progress import Reporter
@@ -173,17 +173,18 @@ class _Signals:
 
     def __enter__(self) -> "_Signals":
         self._seen: signal.Signals | None = None
+        self._paused = interrupts.pause()
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def _note(self, number: int, frame: Any) -> None:
         self._seen = signal.Signals(number)
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
+        self.__exit__()
 
     def __exit__(self, *error: Any) -> None:
         for s, handler in self._before.items():
             signal.signal(s, handler)
+        interrupts.resume(self._paused)
 
     def received(self, agree: bool) -> signal.Signals | None:
         """The signal to act on; of several hosts, one that any of them got, known where all of them ask (`agree`)."""

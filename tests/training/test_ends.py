@@ -3,6 +3,9 @@
 import contextlib
 import resource
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from tests.training import dummy
 from tests.training.test_loop import BASE, lines, newest, run
 
 # Orbax's threads tell a closed event loop of the files that cannot be written; `cli.entry_point` drops those.
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -214,3 +218,15 @@ def test_a_stopped_run_of_several_hosts_exports_nothing(config, tmp_path, capsys
     assert run(config, f"run={tmp_path / 'r'}", DUMMY_SIGNAL_AT=6, DUMMY_SIGNAL=15) == 0
     assert "SIGTERM: saved step 10" in capsys.readouterr().out
     assert int(newest(config, f"run={tmp_path / 'r'}")[0].step) == 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_the_first_step_is_one_line(number, tmp_path):
+    listening = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code = f"{listening}runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
+    command = [sys.executable, "-c", code, str(ROOT / "configs/toy/stage1.yaml"), f"run={tmp_path}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(1)  # jax is being imported
+        process.send_signal(number)
+        error = process.communicate(timeout=30)[1]
+    assert (process.returncode, error) == (130, f"train.py: interrupted by {number.name}\n")

@@ -146,6 +146,6 @@ def test_the_learning_rate_of_stage_3_is_the_generator_s():
 @pytest.mark.parametrize("seed", ["-1", str(2**64)])
 def test_a_seed_of_the_data_out_of_range_is_refused(tmp_path, seed):
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(BASE))
-    with pytest.raises(ConfigError, match=r"data\.seed: seed must be from 0 to 2\^64 - 1"):
+    with pytest.raises(ConfigError, match=r"data\.seed must be from 0 to 2\^64 - 1"):
         load_config(tmp_path / "c.yaml", [f"data.seed={seed}"])
     assert load_config(tmp_path / "c.yaml", [f"data.seed={2**64 - 1}"]).data.seed == 2**64 - 1
