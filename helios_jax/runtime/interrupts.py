@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 EXIT_CODE = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -120,7 +121,7 @@ def wait(ready: Callable[[], bool]) -> None:
         time.sleep(POLL)
 
 
-def leave(code: int) -> None:
+def leave(code: int) -> NoReturn:
     """Ends the process at once, without waiting for the work that a device's queue holds."""
     # In a thread: a reader of our output that has stopped reading would hold up the flush for ever.
     flush = threading.Thread(target=_flush, daemon=True)

@@ -1,6 +1,7 @@
 """The process of sample.py and helios-sample: signals are handled before anything that takes time is imported."""
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.command import program_name
@@ -13,10 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.main(argv)
 
 
-def entry_point() -> int:
-    """`main` as a process of its own; returns the exit code."""
+def entry_point() -> NoReturn:
+    """`main` as a process of its own, which it ends: the interpreter's own end takes a while, and answers no signal."""
     interrupts.install(program_name("sample.py"))
-    code = main()
-    if code == interrupts.EXIT_CODE:
-        interrupts.leave(code)
-    return code
+    interrupts.leave(main())

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import random
 import re
 import signal
@@ -34,7 +35,8 @@ FRAMES = 450  # of a killed run
 def start(room: Path, *arguments: str) -> subprocess.Popen:
     """sample.py as a process in the folder `room`."""
     argv = [sys.executable, "-c", LISTENING.format(script=str(ROOT / "sample.py")), *arguments]
-    return subprocess.Popen(argv, cwd=room, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    found = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(argv, cwd=room, env=found, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def start_toy(room: Path, kind: str) -> subprocess.Popen:
