@@ -40,8 +40,10 @@ TOLD_HERE = (
     "Save Finalize thread",
     "Metadata file does not exist",
     "was found in the checkpoint, but could not be restored",
+    "coro=<async_deserialize()",  # of arrays that were being read beside the one that failed
 )
-logging.getLogger("absl").addFilter(lambda record: not any(part in record.getMessage() for part in TOLD_HERE))
+for logger in ("absl", "asyncio"):
+    logging.getLogger(logger).addFilter(lambda record: not any(part in record.getMessage() for part in TOLD_HERE))
 
 
 class RestoreError(ValueError):
