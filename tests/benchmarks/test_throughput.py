@@ -71,6 +71,7 @@ def test_the_ratio_is_that_of_pairs():
     assert Comparison("x", [1.0]).ratio is None
 
 
+@pytest.mark.heavy
 def test_without_diffusers_ours_is_measured_alone_and_the_report_says_so(monkeypatch, tmp_path, capsys):
     def missing(*_):
         raise ModuleNotFoundError("the reference needs diffusers, which is not installed: pip install diffusers")

@@ -1,6 +1,5 @@
 """100 signals at moments from the start to the end: one line, the documented code, and a file that can go on."""
 
-import contextlib
 import json
 import os
 import random
@@ -110,11 +109,11 @@ def _wrong(folder: Path, kind: str, out: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def whole(assets, tmp_path_factory):
-    """(the frames of a video that is not killed, the seconds that it takes)."""
+    """The frames of a video that is not killed."""
     room = tmp_path_factory.mktemp("whole")
     write_config(room, assets, out="x.mp4", num_frames=FRAMES)
-    took = timed(start(room, "c.yaml"))
-    return read_video(room / "x.mp4")[0].astype(int), took
+    timed(start(room, "c.yaml"))
+    return read_video(room / "x.mp4")[0].astype(int)
 
 
 @pytest.mark.parametrize("moment", range(20))
@@ -125,14 +124,19 @@ def test_a_killed_run_goes_on(assets, whole, tmp_path, moment, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         resume = ["--resume", "s"] if Path("s").exists() else ["--overwrite"] if Path("x.mp4").exists() else []
+        last = dice.randint(1, FRAMES // 9)
         with start(tmp_path, "c.yaml", "--state", "s", *resume) as process:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=dice.uniform(0.3, 1.1) * whole[1])
+            assert process.stdout is not None
+            for line in process.stdout:
+                if line.startswith("chunk ") and int(line.split()[1].partition("/")[0]) >= last:
+                    break
+            time.sleep(dice.uniform(0, 0.03))
             process.kill()
     resume = ["--resume", "s"] if Path("s").exists() else ["--overwrite"]
     outcome = command(sample.main, ["c.yaml", "--state", "s", *resume])
     frames = read_video("x.mp4")[0].astype(int) if Path("x.mp4").exists() else np.zeros((0, 1, 1, 3))
-    wrong = "" if len(frames) == len(whole[0]) else f"{len(frames)} frames of {len(whole[0])}"
-    if not wrong and not all(np.abs(a - b).mean() < 12 for a, b in zip(frames, whole[0])):
+    wrong = "" if len(frames) == len(whole) else f"{len(frames)} frames of {len(whole)}"
+    # Frames in a row differ by 56 on average, and one that follows another key frame from itself by up to 12.
+    if not wrong and not all(np.abs(a - b).mean() < 25 for a, b in zip(frames, whole)):
         wrong = "other frames"
     judge("kills", outcome, moment, wrong)

@@ -203,7 +203,7 @@ LORA = AdapterConfig(rank=4, target_modules=("to_q", "ffn.net.2", "patch_embeddi
 @pytest.mark.parametrize(
     ("change", "trained"),
     [
-        ({}, lambda name: True),
+        pytest.param({}, lambda name: True, marks=pytest.mark.heavy),  # stage 2 learns by the same step
         ({"pyramid": PyramidConfig(sample_ratios=(1, 1), stage_range=(0, 0.5, 1))}, lambda name: True),
         (
             {"lora": LORA, "trainable": ("adapters", "patch_(short|mid|long)")},
