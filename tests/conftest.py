@@ -6,6 +6,7 @@ JAX_DISABLE_MOST_OPTIMIZATIONS=0, as `make parity` is.
 """
 
 import os
+import shutil
 import tempfile
 
 # What one test has compiled, others and their processes read, in this run alone. Before jax, which reads it once.
@@ -56,3 +57,27 @@ def _switch(name: str, value: bool) -> None:
     if jax.config.read(name) != value:
         jax.config.update(name, value)
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The tiny pipeline as a folder, which no test changes."""
+    from tests import tiny  # after jax is set up
+
+    return tiny.folder(tmp_path_factory.mktemp("tiny") / "pipeline")
+
+
+@pytest.fixture
+def changeable(folder, tmp_path):
+    """A copy of the tiny pipeline's folder."""
+    return shutil.copytree(folder, tmp_path / "pipeline")
+
+
+@pytest.fixture
+def config(tmp_path, folder):
+    """The path of a config of sample.py that makes a video of the tiny pipeline."""
+    from tests.tiny_run import CONFIG
+
+    path = tmp_path / "sample.yaml"
+    path.write_text(f"{CONFIG}model: {folder}\nout: {tmp_path}/video.mp4\n")
+    return path

@@ -1,7 +1,6 @@
 """Faults of weights, configs, indexes and the hub: each is refused in one line that names it."""
 
 import json
-import shutil
 
 import httpx2 as httpx
 import huggingface_hub
@@ -41,14 +40,9 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return tiny.folder(tmp_path_factory.mktemp("tiny") / "pipeline")
-
-
 @pytest.fixture
-def folder(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "pipeline")
+def folder(changeable):
+    return changeable
 
 
 def refused(call, *words):
@@ -295,10 +289,10 @@ def test_every_error_of_the_hub_is_one_line(error, words):
     refused(lambda: from_hub("a/b", ask), "a/b", words)
 
 
-def test_subfolders_of_a_cached_repository_are_named_offline(whole, monkeypatch):
+def test_subfolders_of_a_cached_repository_are_named_offline(folder, monkeypatch):
     def offline(name, **_):
         raise errors.OfflineModeIsEnabled("offline")
 
     monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(whole))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
     refused(lambda: Checkpoint.open("a/b", transformer="transformer_odd"), "it has transformer")

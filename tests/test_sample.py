@@ -23,8 +23,8 @@ from helios_jax.media.writers import LatentWriter
 from helios_jax.sampling import pipeline
 from helios_jax.sampling import run as runs
 from helios_jax.sampling.stream import Stream, read_state
-from tests import tiny
 from tests.closeness import assert_close
+from tests.tiny_run import run
 
 ROOT = Path(sample.__file__).parent
 # sample.py where Ctrl-C works: a job in the background of a shell inherits an ignored SIGINT, and so do its children.
@@ -34,25 +34,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 runpy.run_path("sample.py", run_name="__main__")
 """
 LONG = "n" * 300  # more than a file's name may have
-CONFIG = """
-prompt: a red plus
-height: 32
-width: 48
-num_inference_steps: 2
-num_latent_frames_per_chunk: 3
-"""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.folder(tmp_path_factory.mktemp("tiny") / "pipeline")
-
-
-@pytest.fixture
-def config(tmp_path, folder):
-    path = tmp_path / "sample.yaml"
-    path.write_text(f"{CONFIG}model: {folder}\nout: {tmp_path}/video.mp4\n")
-    return path
 
 
 def test_a_video_of_exactly_the_frames_and_its_figures(config, tmp_path, capsys):
@@ -114,10 +95,6 @@ def test_an_interrupted_run_leaves_a_playable_video(number, config, tmp_path):
     assert len(frames) >= 18
     assert len(frames) == 9 * read_state(state).chunk
     assert f"holds the {len(frames) // 9} of 10000 chunks" in rest
-
-
-def run(config, *arguments):
-    return sample.main([str(config), *map(str, arguments)])
 
 
 def test_the_sidecar_says_how_the_video_was_made(config, tmp_path):
@@ -275,80 +252,6 @@ def test_errors_of_other_kinds_stay_whole(config, monkeypatch):
         run(config)
 
 
-CSV = """id,prompt,image,seed
-7,a red plus,,3
-8,a blue bar,missing.png,
-x9,"a bar, green",,
-"""
-
-
-def test_a_csv_makes_all_it_can_and_goes_on(config, tmp_path, capsys):
-    (tmp_path / "p.csv").write_text(CSV)
-    arguments = [
-        "--csv",
-        tmp_path / "p.csv",
-        "--num-frames",
-        9,
-        "--out",
-        tmp_path / "all",
-        "--num-videos-per-prompt",
-        2,
-    ]
-    assert run(config, *arguments) == 1
-    printed = capsys.readouterr()
-    names = {path.name for path in (tmp_path / "all").glob("*.mp4")}
-    assert names == {"7_seed3.mp4", "7_seed4.mp4", "x9_seed0.mp4", "x9_seed1.mp4"}
-    assert "missing.png" in printed.err
-    assert "2 of 6 videos failed" in printed.err
-    Image.new("RGB", (48, 32)).save(tmp_path / "missing.png")
-    before = (tmp_path / "all" / "7_seed3.mp4").stat().st_mtime_ns
-    assert run(config, *arguments) == 0
-    assert "6 videos, 4 of them done before" in capsys.readouterr().out
-    assert (tmp_path / "all" / "7_seed3.mp4").stat().st_mtime_ns == before
-    assert run(config, *arguments) == 0  # all done: no weights are read
-    assert run(config, *arguments, "--guidance-scale", 2) == 2
-    assert "other settings (guidance_scale)" in capsys.readouterr().err
-
-
-def test_interactive_csv_and_benchmark_names(config, tmp_path):
-    (tmp_path / "p.csv").write_text("id,prompt_index,prompt\n6,1,a blue bar\n6,0,a red plus\n12,0,a bar\n12,1,a plus\n")
-    arguments = ["--csv", tmp_path / "p.csv", "--out", tmp_path / "all", "ids=[6]", "interpolate_time=1"]
-    assert run(config, *arguments, "--naming", "heliosbench", "interpolation_steps=0", "num_frames=9") == 0
-    (path,) = (tmp_path / "all").glob("*.mp4")
-    assert path.name == "6_18_ori18.mp4"
-    assert len(read_video(path)[0]) == 18
-    facts = json.loads((tmp_path / "all" / "6_18_ori18.json").read_text())
-    assert facts["settings"]["prompt"] == "a red plus"
-    assert [s["prompt"] for s in facts["settings"]["switches"]] == ["a blue bar"]
-
-
-@pytest.mark.parametrize(
-    ("text", "arguments", "words"),
-    [
-        ("prompt\na\n", ["--out", "x.mp4"], ["out", "folder"]),
-        ("text\na\n", [], ["'text'"]),
-        ("id,seed\n1,2\n", [], ["no column prompt"]),
-        ("id,promt\n1,2\n", [], ["'promt'", "prompt"]),
-        ("id,prompt\n1,a\n1,b\n", [], ["id 1", "line 3", "line 2"]),
-        ("id,prompt\n../x,a\n", [], ["'../x'"]),
-        ("id,prompt,seed\n1,a,many\n", [], ["line 2", "seed", "'many'"]),
-        ("id,prompt\n1,\n", [], ["id 1", "prompt"]),
-        ("id,prompt\n1,a\n", ["ids=[2]"], ["no id 2"]),
-        ("id,prompt\n", [], ["no row"]),
-        (None, [], ["is no file"]),
-    ],
-)
-def test_a_bad_csv_is_one_line(config, tmp_path, capsys, text, arguments, words):
-    if text is not None:
-        (tmp_path / "p.csv").write_text(text)
-    out = [] if "--out" in arguments else ["--out", tmp_path / "all"]
-    assert run(config, "--csv", tmp_path / "p.csv", *out, *arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert all(word in error for word in words), error
-    assert not (tmp_path / "all").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -388,47 +291,6 @@ def test_bad_tasks_are_one_line(config, arguments, words, capsys, tmp_path):
     assert error.count("\n") == 1
     assert all(word in error for word in words), error
     assert not list(tmp_path.glob("*.mp4"))
-
-
-@pytest.mark.parametrize(
-    ("there", "arguments", "words"),
-    [
-        ("video.mp4", [], ["out", "is there already", "--overwrite"]),
-        ("video.json", [], ["video.json", "another file"]),
-        ("s.state", ["--state", "s.state"], ["state", "--resume"]),
-        (None, ["--video", "video.mp4"], ["out", "is the run's video"]),
-        (None, ["--state", "video.mp4"], ["state", "is also out"]),
-        (None, ["--state", "video.json"], ["state", "is also the JSON"]),
-    ],
-)
-def test_nothing_that_is_there_is_overwritten_unasked(config, tmp_path, capsys, monkeypatch, there, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    if there is not None:
-        (tmp_path / there).write_text("{}")
-    assert run(config, *arguments, "--out", tmp_path / "video.mp4", "--num-frames", 9) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert all(word in error for word in words), error
-    if there is not None:
-        assert (tmp_path / there).read_text() == "{}"
-        assert run(config, *arguments, "--out", tmp_path / "video.mp4", "--num-frames", 9, "--overwrite") == 0
-        assert len(read_video(tmp_path / "video.mp4")[0]) == 9
-
-
-@pytest.mark.parametrize("out", ["x.mp4", "x.npz", "x"])
-def test_a_video_that_was_begun_is_made_again(config, tmp_path, capsys, monkeypatch, out):
-    """A killed run leaves half a video and its facts: the same command makes it whole, another does not touch it."""
-    arguments = ["--out", tmp_path / out, "--num-frames", 27]
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "_figures", lambda *_: (_ for _ in ()).throw(SystemExit(137)))
-        with pytest.raises(SystemExit):
-            run(config, *arguments)
-    assert json.loads((tmp_path / "x.json").read_text())["complete"] is False
-    assert run(config, *arguments, "--seed", 1) == 2
-    assert "is there already" in capsys.readouterr().err
-    assert run(config, *arguments) == 0
-    assert json.loads((tmp_path / "x.json").read_text())["complete"] is True
-    assert run(config, *arguments) == 2
 
 
 def test_latents_that_are_not_finite_end_the_run(config, tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""What the commands have in common: the name under which one was started, and a parser that refuses in one line."""
+"""Parts that the commands share: the name under which one was started, and a parser that refuses in one line."""
 
 import argparse
 import sys

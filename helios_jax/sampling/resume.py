@@ -17,7 +17,8 @@ from helios_jax.sampling.stream import State, Stream, read_state
 
 # What may be another after a state: the length, the rate of the file, later prompts, how the computer works.
 FREE = (*ELSEWHERE, *NOT_COMPARED, "num_frames", "fps", "video_fps", "switches", "attention", "norms")
-FROM_HERE = ("model", "transformer")  # their paths may be others on the machine that goes on
+# What the machine that goes on decides: where the weights lie in it, and what it computes with.
+FROM_HERE = ("model", "transformer", "attention", "norms", "offload_text_encoder")
 
 
 def settings_of(state: State, path: str) -> dict[str, Any]:
@@ -70,7 +71,7 @@ class Rest:
 
 
 def rest_of(job: Job, plan: Plan) -> Rest | None:
-    """What the job's state leaves to make, or None where it resumes nothing.
+    """The part of the job's video that its state leaves to make, or None where it resumes nothing.
 
     Raises ConfigError if the state is of another video, or after another chunk than the file.
     """
@@ -91,15 +92,19 @@ def rest_of(job: Job, plan: Plan) -> Rest | None:
                 " name another out for the rest"
             )
     made = state.chunk - (begins or 0)
-    finished = plan.num_chunks is not None and state.chunk >= plan.num_chunks
+    ended = plan.num_chunks is not None and state.chunk >= plan.num_chunks
     if begins is None:
-        return Rest(state.chunk, None, 0, finished)
+        return Rest(state.chunk, None, 0, ended)
+    # The frame that a kill took from a file is still to be made, unless less is asked for than was before.
+    before = state.options.num_frames
+    shorter = options.num_frames is not None and (before is None or options.num_frames < before)
+    finished = ended and (shorter or (facts is not None and facts.get("complete") is True))
     if job.out.suffix == ".npz":
-        return Rest(state.chunk, begins, made * plan.memory.frames_per_chunk, finished and _complete(facts))
+        return Rest(state.chunk, begins, made * plan.memory.frames_per_chunk, finished)
     keep = made * plan.chunk_frames
     if options.num_frames is not None:
         keep = min(keep, options.num_frames - begins * plan.chunk_frames)
-    return Rest(state.chunk, begins, keep, finished and _complete(facts))
+    return Rest(state.chunk, begins, keep, finished)
 
 
 def check_gap(path: Path, rest: Rest, frames: int, plan: Plan) -> None:
@@ -117,10 +122,6 @@ def missing(stream: Stream, rest: Rest, frames: int, plan: Plan) -> np.ndarray:
     chunk = stream.last_chunk()[0]
     before = (rest.chunk - (rest.begins or 0) - 1) * len(chunk)
     return chunk[frames - before : rest.keep - before]
-
-
-def _complete(facts: Mapping[str, Any] | None) -> bool:
-    return facts is not None and facts.get("complete") is True
 
 
 def _check_inputs(job: Job, state: State, path: str) -> None:

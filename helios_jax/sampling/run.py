@@ -175,7 +175,7 @@ def make(
     ):
         # A run that is killed leaves it, so that the next one knows whose file it is.
         write_sidecar(job.out, {**about, "first_chunk": begins, "complete": False})
-        kept, first = writer.frames, begins
+        kept, first = writer.frames, begins if rest is None else rest.chunk
         shown.start(plan)
 
         def progress(chunk: int, step: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from helios_jax.config import ConfigError
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.command import Parser, program_name
+from helios_jax.runtime.memory import is_out_of_memory
 
 STAGES = {
     "vae": "the autoencoder, on clips of pixels",
@@ -44,10 +45,14 @@ KEYS = {
 }
 CODES = {
     0: "done, or ended by SIGTERM after saving",
-    1: "the loss is not finite, a record is damaged, or a file cannot be written",
+    1: "the loss is not finite, a record is damaged, a file cannot be written, or no memory is left",
     2: "input that cannot be used",
     130: "ended by Ctrl-C after saving, or by a signal before the first step or after the last",
 }
+LESS_MEMORY = (
+    "out of memory: raise optim.accumulate or mesh.fsdp, keep less for the backward pass (remat=block), train adapters"
+    " alone, or use devices with more memory"
+)
 EXAMPLES = (
     "configs/toy/stage1.yaml run=runs/mine steps=200",
     "configs/stage1_init.yaml data.folder=data/latents mesh.fsdp=8 optim.accumulate=8",
@@ -95,6 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return fail(error, 1)
         except (ConfigError, RestoreError, CheckpointError) as error:
             return fail(error, 2)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return fail(MemoryError(f"{' '.join(str(error).split())[:200]}; {LESS_MEMORY}"), 1)
         finally:
             logging.getLogger().removeHandler(handler)
 

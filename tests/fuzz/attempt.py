@@ -1,4 +1,4 @@
-"""What a command does with an input: its exit code, its lines, and whether that is an answer a person can use."""
+"""Answers of a command to an input: the exit code, the lines, and whether a person can use them."""
 
 import contextlib
 import io

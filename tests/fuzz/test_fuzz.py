@@ -88,7 +88,7 @@ def write_config(room: Path, assets: Path, **changes: Any) -> None:
 
 
 def made(room: Path) -> str:
-    """What is wrong with the files of a run that said that it made its video."""
+    """Says what is wrong with the files of a run that said that it made its video; empty if nothing is."""
     for path in room.rglob("*.json"):
         try:
             facts = json.loads(path.read_text())

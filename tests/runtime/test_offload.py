@@ -8,12 +8,6 @@ import pytest
 
 from helios_jax import HeliosPipeline
 from helios_jax.sharding import MeshConfig, make_mesh
-from tests import tiny
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.folder(tmp_path_factory.mktemp("tiny") / "pipeline")
 
 
 def memories(pipe: HeliosPipeline, name: str) -> set[str]:

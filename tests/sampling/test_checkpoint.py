@@ -14,17 +14,11 @@ from safetensors.numpy import load_file, save_file
 from helios_jax import HeliosPipeline
 from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.checkpoint import Checkpoint
-from tests import tiny
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    return tiny.folder(tmp_path_factory.mktemp("tiny") / "pipeline")
 
 
 @pytest.fixture
-def folder(whole, tmp_path):
-    return shutil.copytree(whole, tmp_path / "pipeline")
+def folder(changeable):
+    return changeable
 
 
 def edit(path, **changes):
@@ -143,14 +137,14 @@ def test_an_unknown_config_key_is_ignored_with_a_warning(folder):
         Checkpoint.open(folder)
 
 
-def test_saving_and_loading_keeps_every_value(whole, tmp_path):
-    pipe = HeliosPipeline.from_pretrained(whole)
-    stacked = HeliosPipeline.from_pretrained(whole, stacked=True)
+def test_saving_and_loading_keeps_every_value(folder, tmp_path):
+    pipe = HeliosPipeline.from_pretrained(folder)
+    stacked = HeliosPipeline.from_pretrained(folder, stacked=True)
     pipe.save_pretrained(tmp_path / "a")
     stacked.save_pretrained(tmp_path / "b")
     for part in ("transformer", "vae", "text_encoder"):
-        file = next((whole / part).glob("*.safetensors")).name
-        expected = load_file(whole / part / file)
+        file = next((folder / part).glob("*.safetensors")).name
+        expected = load_file(folder / part / file)
         for copy in ("a", "b"):
             values = load_file(tmp_path / copy / part / file)
             assert values.keys() == expected.keys()
@@ -158,11 +152,11 @@ def test_saving_and_loading_keeps_every_value(whole, tmp_path):
                 np.testing.assert_array_equal(value, expected[key])
 
 
-def test_neither_torch_nor_transformers_is_imported(whole):
+def test_neither_torch_nor_transformers_is_imported(folder):
     code = f"""
 import sys
 from helios_jax import HeliosPipeline
-HeliosPipeline.from_pretrained({str(whole)!r})
+HeliosPipeline.from_pretrained({str(folder)!r})
 assert not {{"torch", "transformers", "diffusers", "tensorflow"}} & sys.modules.keys()
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -181,11 +175,11 @@ def test_a_transformer_of_another_stage_is_chosen_by_its_subfolder(folder):
 
 
 @pytest.fixture
-def hub(whole, tmp_path, monkeypatch):
+def hub(folder, tmp_path, monkeypatch):
     """A repository of the released layout behind huggingface_hub, and the set of files that were downloaded."""
-    repository = shutil.copytree(whole, tmp_path / "repository")
+    repository = shutil.copytree(folder, tmp_path / "repository")
     for stage in ("transformer_init", "transformer_ode"):
-        shutil.copytree(whole / "transformer", repository / stage)
+        shutil.copytree(folder / "transformer", repository / stage)
     for other in ("transformer/diffusion_pytorch_model.fp16.safetensors", "vae/diffusion_pytorch_model.bin", "a.mp4"):
         (repository / other).write_bytes(b"")
     files = sorted(str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file())
@@ -228,8 +222,8 @@ def test_a_name_that_is_no_folder_and_no_repository():
         Checkpoint.open("./nowhere")
 
 
-def test_half_precision_keeps_float32_islands(whole):
-    pipe = HeliosPipeline.from_pretrained(whole, dtype=jnp.bfloat16)
+def test_half_precision_keeps_float32_islands(folder):
+    pipe = HeliosPipeline.from_pretrained(folder, dtype=jnp.bfloat16)
     block = pipe.transformer.blocks[0]
     assert block.ffn.up.weight.dtype == jnp.bfloat16
     assert block.scale_shift_table.dtype == jnp.float32

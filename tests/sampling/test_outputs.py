@@ -1,14 +1,18 @@
-"""Files of a run that are no files, and facts that are none: one line before anything is read or written."""
+"""Files of a run: none that is there is lost, and what is no file is refused before anything is read or written."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from helios_jax.media.video import read_video
 from helios_jax.sampling import outputs
+from helios_jax.sampling import run as runs
 from helios_jax.sampling.jobs import make_jobs
 from helios_jax.sampling.options import SampleConfig
 from helios_jax.sampling.stream import read_state
+from tests.tiny_run import run
 
 
 def check(out: Path, **changes) -> None:
@@ -44,3 +48,44 @@ def test_the_home_folder_is_named_by_a_tilde(monkeypatch):
     config = SampleConfig(prompt="a", out="~/x.mp4", state="~/s", loras=["~/l.safetensors=0.5"])
     assert (config.out, config.state) == ("/home/someone/x.mp4", "/home/someone/s")
     assert config.loras == ["/home/someone/l.safetensors=0.5"]
+
+
+@pytest.mark.parametrize(
+    ("there", "arguments", "words"),
+    [
+        ("video.mp4", [], ["out", "is there already", "--overwrite"]),
+        ("video.json", [], ["video.json", "another file"]),
+        ("s.state", ["--state", "s.state"], ["state", "--resume"]),
+        (None, ["--video", "video.mp4"], ["out", "is the run's video"]),
+        (None, ["--state", "video.mp4"], ["state", "is also out"]),
+        (None, ["--state", "video.json"], ["state", "is also the JSON"]),
+    ],
+)
+def test_nothing_that_is_there_is_overwritten_unasked(config, tmp_path, capsys, monkeypatch, there, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    if there is not None:
+        (tmp_path / there).write_text("{}")
+    assert run(config, *arguments, "--out", tmp_path / "video.mp4", "--num-frames", 9) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+    if there is not None:
+        assert (tmp_path / there).read_text() == "{}"
+        assert run(config, *arguments, "--out", tmp_path / "video.mp4", "--num-frames", 9, "--overwrite") == 0
+        assert len(read_video(tmp_path / "video.mp4")[0]) == 9
+
+
+@pytest.mark.parametrize("out", ["x.mp4", "x.npz", "x"])
+def test_a_video_that_was_begun_is_made_again(config, tmp_path, capsys, monkeypatch, out):
+    """A killed run leaves half a video and its facts: the same command makes it whole, another does not touch it."""
+    arguments = ["--out", tmp_path / out, "--num-frames", 27]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_figures", lambda *_: (_ for _ in ()).throw(SystemExit(137)))
+        with pytest.raises(SystemExit):
+            run(config, *arguments)
+    assert json.loads((tmp_path / "x.json").read_text())["complete"] is False
+    assert run(config, *arguments, "--seed", 1) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert run(config, *arguments) == 0
+    assert json.loads((tmp_path / "x.json").read_text())["complete"] is True
+    assert run(config, *arguments) == 2

@@ -17,20 +17,7 @@ from helios_jax.sampling import outputs
 from helios_jax.sampling import run as runs
 from helios_jax.sampling.fingerprint import content_hash
 from helios_jax.sampling.stream import read_state
-from tests import tiny
-
-CONFIG = """
-prompt: a red plus
-height: 32
-width: 48
-num_inference_steps: 2
-num_latent_frames_per_chunk: 3
-"""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny.folder(tmp_path_factory.mktemp("tiny") / "pipeline")
+from tests.tiny_run import CONFIG
 
 
 @pytest.fixture
@@ -125,6 +112,32 @@ def test_a_finished_video_gets_the_frame_that_a_kill_took(run):
     assert len(frames_of("x.mp4")) == 20
 
 
+def test_less_than_is_there_is_nothing_left_to_make(run, capsys):
+    """The file is not cut, and its facts stay."""
+    assert run("--num-frames", 27, "--out", "x.mp4", "--state", "s") == 0
+    as_killed("x.mp4")
+    before = Path("x.mp4").read_bytes(), Path("x.json").read_text()
+    for frames in (9, 26):
+        assert run("--resume", "s", "--out", "x.mp4", "--num-frames", frames) == 0
+        assert "nothing left to make" in capsys.readouterr().out
+        assert (Path("x.mp4").read_bytes(), Path("x.json").read_text()) == before
+
+
+def test_an_interrupt_before_the_next_chunk_counts_those_that_are_there(run, monkeypatch):
+    assert run("--num-frames", 18, "--out", "x.mp4", "--state", "s") == 0
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_start", interrupted)
+        assert run("--num-frames", 36, "--resume", "s", "--out", "x.mp4") == 130
+    facts = json.loads(Path("x.json").read_text())
+    assert (facts["complete"], facts["chunks"], facts["frames"]) == (False, 2, 18)
+    assert run("--num-frames", 36, "--resume", "s", "--out", "x.mp4") == 0
+    assert len(frames_of("x.mp4")) == 36
+
+
 def test_the_rest_in_a_file_of_its_own_goes_on_too(run):
     assert run("--num-frames", 45, "--out", "whole.npz") == 0
     assert run("--num-frames", 18, "--state", "s", "--out", "a.npz") == 0
@@ -188,6 +201,13 @@ def test_paths_may_be_others_where_the_content_is_the_same(run, begun, folder):
     again = ("--image", "same-i.png", "--lora", "same-l.safetensors=0.5", "--then", 2, "a plus")
     assert run("--num-frames", 27, "--resume", "s", "--out", "x.npz", *again) == 0
     assert len(frames_of("x.npz")) == 9
+
+
+def test_the_machine_that_goes_on_chooses_its_kernels(run):
+    assert run("--num-frames", 18, "--attention", "xla", "--norms", "xla", "--out", "x.npz", "--state", "s") == 0
+    assert run("--num-frames", 27, "--resume", "s", "--out", "y.npz") == 0
+    settings = json.loads(Path("y.json").read_text())["settings"]
+    assert (settings["attention"], settings["norms"]) == (None, None)
 
 
 def test_a_state_of_python_goes_on(run, folder, capsys):

@@ -101,13 +101,15 @@ def test_another_model_is_refused_without_falling_back(config, copied, capsys, m
     assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["12", "8"]
 
 
-def test_memory_that_runs_out_is_no_damage(config, copied, monkeypatch):
+def test_memory_that_runs_out_is_one_line_and_no_damage(config, copied, capsys, monkeypatch):
     def restore(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     monkeypatch.setattr(Checkpoints, "restore", restore)
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        run(config, f"run={copied}")
+    assert run(config, f"run={copied}") == 1
+    line = one_line(capsys)
+    assert "RESOURCE_EXHAUSTED" in line
+    assert "raise optim.accumulate or mesh.fsdp" in line
     assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["12", "8"]
 
 
@@ -208,7 +210,7 @@ def test_a_damaged_record_stops_the_run_after_its_checkpoint(config, tmp_path, c
 
 
 def test_a_stopped_run_of_several_hosts_exports_nothing(config, tmp_path, capsys, monkeypatch):
-    """Where hosts agree to stop only at logged steps, the one that asks again hears nothing."""
+    """A host that asks again hears nothing, where hosts agree to stop only at logged steps."""
 
     def received(self, agree):
         return self._seen if agree else None

@@ -1,4 +1,4 @@
-"""What a person sees of a run: help, the bar, lines above it, the learning rate."""
+"""The help, the bar, the lines above it and the learning rate, as a person sees them."""
 
 import io
 import logging
