@@ -31,7 +31,7 @@ from helios_jax.sampling.options import SampleConfig
 from helios_jax.training.stage_table import load_config, make_stage
 from tests import tiny
 from tests.fuzz.attempt import call, command, judge
-from tests.fuzz.inputs import ODD_TEXT, changed, damage, text
+from tests.fuzz.inputs import ODD_TEXT, changed, damage, damaged_tensors, lora_tensors, text
 
 ROOT = Path(__file__).parents[2]
 SMALL = {
@@ -271,67 +271,6 @@ def test_checkpoints(assets, rooms, data):
     write_config(room, assets, model="model")
     outcome = command(cli.main, ["c.yaml"])
     judge("checkpoints", outcome, (path, changed_to), made(room) if outcome.code == 0 else "")
-
-
-@st.composite
-def damaged_tensors(draw: Any, data: bytes) -> bytes:
-    """A safetensors file with a header that was changed, numbers that are no numbers, or bytes that are gone."""
-    (length,) = struct.unpack("<Q", data[:8])
-    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
-    how = draw(st.integers(0, 3))
-    if how == 0:
-        body = body[: int(draw(st.floats(0, 1)) * len(body))]
-    elif how == 1:
-        place = 4 * int(draw(st.floats(0, 1)) * (len(body) // 4))
-        body = body[:place] + struct.pack("<f", draw(st.sampled_from([float("nan"), float("inf")]))) + body[place + 4 :]
-    elif how == 2:
-        header = draw(changed(header))
-    else:
-        return draw(damage(data))
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + body
-
-
-LAYERS = (
-    *("blocks.0.attn1.to_q", "blocks.1.attn1.to_k", "blocks.0.attn2.to_v", "blocks.1.attn1.to_out.0"),
-    "blocks.0.attn1.to_q",
-    "blocks.1.ffn.net.0.proj",
-    "blocks.0.self_attn.q",
-    "blocks.0.nothing",
-    "blocks.9.ffn",
-)
-PREFIXES = ("transformer.", "diffusion_model.", "base_model.model.", "lora_unet_", "_orig_mod.", "", "unet.")
-PAIRS = (
-    ("lora_A.weight", "lora_B.weight"),
-    ("lora_down.weight", "lora_up.weight"),
-    ("lora.down.weight", "lora.up.weight"),
-)
-KINDS = (*[np.float32] * 8, np.float16, np.int8, np.bool_, np.float64)
-
-
-@st.composite
-def lora_tensors(draw: Any) -> dict[str, np.ndarray]:
-    """Tensors as LoRA files have them, some of other shapes and types than a model can use."""
-    prefix, pair = draw(st.sampled_from(PREFIXES)), draw(st.sampled_from(PAIRS))
-    tensors: dict[str, np.ndarray] = {}
-    sizes = st.sampled_from([0, 1, 2, 4, 32, 48])
-    for layer in draw(st.lists(st.sampled_from(LAYERS), min_size=1, max_size=2, unique=True)):
-        rank = draw(st.sampled_from([1, 2, 4, 1, 2, 4, 1, 2, 4, 0]))
-        wide = 48 if "ffn" in layer else 32
-        shapes = (rank, 32), (wide, rank)
-        if draw(st.integers(0, 7)) == 0:
-            shapes = (rank, draw(sizes)), (draw(sizes), draw(sizes))
-        kind = draw(st.sampled_from(KINDS))
-        for part, shape in zip(pair, shapes):
-            number = draw(st.sampled_from([*[0.1] * 8, 0, np.nan, np.inf]))
-            with np.errstate(all="ignore"):
-                tensors[f"{prefix}{layer}.{part}"] = np.full(shape, number).astype(kind)
-        if draw(st.integers(0, 2)) == 0:
-            tensors[f"{prefix}{layer}.alpha"] = np.array(draw(st.floats(-1e6, 1e6, width=32)), np.float32)
-        if draw(st.integers(0, 7)) == 0:
-            part = draw(st.sampled_from(["diff", "diff_b", "diff_m", "dora_scale", "x"]))
-            tensors[f"{prefix}{layer}.{part}"] = np.ones((32,), np.float32)
-    return tensors
 
 
 @pytest.fixture(scope="session")
