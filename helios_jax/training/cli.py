@@ -6,8 +6,8 @@ The config says what to run; `key=value` arguments override it. Input that canno
 
 import argparse
 import logging
-import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -82,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return fail(error, 2)
     # After the arguments: jax takes seconds to import.
+    from helios_jax.data.records import one_line
     from helios_jax.pretrained import CheckpointError
+    from helios_jax.runtime import hosts
+    from helios_jax.runtime.compilation import enable_cache
     from helios_jax.training.errors import RunError
     from helios_jax.training.run_checkpoints import RestoreError
     from helios_jax.training.stage_table import load_config, make_stage
@@ -91,19 +94,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = CurrentStderr()
     logging.getLogger().addHandler(handler)
     logging.getLogger("helios_jax").setLevel(logging.INFO)
+    enable_cache()
+    watch = None
+
+    def end(error: Exception, code: int) -> int:
+        fail(error, code)
+        if watch is not None:
+            watch.tell(str(error), code)
+            watch.leave(code)
+        return code
+
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = show
         try:
-            return train(make_stage(load_config(args.config, args.overrides)))
+            stage = make_stage(load_config(args.config, args.overrides))
+            hosts.join(stage.config.mesh.processes)
+            watch = hosts.Watch(program_name("train.py")) if hosts.several() else None
+            code = train(stage)
+            if watch is not None:
+                watch.close()
+            return code
         except RunError as error:
-            return fail(error, 1)
-        except (ConfigError, RestoreError, CheckpointError) as error:
-            return fail(error, 2)
+            return end(error, 1)
+        except (ConfigError, RestoreError, CheckpointError, hosts.JoinError) as error:
+            return end(error, 2)
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return fail(MemoryError(f"{' '.join(str(error).split())[:200]}; {LESS_MEMORY}"), 1)
+            if is_out_of_memory(error):
+                return end(MemoryError(f"{' '.join(str(error).split())[:200]}; {LESS_MEMORY}"), 1)
+            if watch is not None:
+                watch.find_cause()
+                traceback.print_exc()
+                watch.tell(f"{type(error).__name__}: {one_line(error)}", 1)
+                watch.leave(1)
+            raise
         finally:
             logging.getLogger().removeHandler(handler)
 
@@ -152,7 +176,5 @@ def entry_point() -> int:
     sys.unraisablehook = unraisable
     code = main()
     if code == 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        interrupts.leave(code)
     return code

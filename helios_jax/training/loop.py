@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from helios_jax.data.records import RecordError
-from helios_jax.runtime import interrupts, seeds
+from helios_jax.runtime import hosts, interrupts, seeds
 from helios_jax.sharding import BATCH, put_batch, shardings
 from helios_jax.training.errors import NotFiniteError, RunError, writing
 from helios_jax.training.progress import Reporter
@@ -98,23 +98,25 @@ def run(
     config: TrainConfig = stage.config
     seed_key = seeds.key(config.seed)
     first = done = int(state.step)
-    stop = None
+    stop = metrics = before = None
     window: list[tuple[Metrics, list[str]]] = []
     reporter = Reporter(Path(config.run), first, config, stage.learning_rate)
     with _Signals() as signals, reporter:
-        # Decided once, for all hosts: whoever exports asks for `stop` alone.
         while done < config.steps and stop is None:
             try:
                 batch, ids = split_ids(next(batches))
             except RecordError as error:
                 raise RunError(f"step {done + 1}: {error}") from None
-            state, metrics = step(state, put_batch(batch, mesh), seed_key)
+            placed = put_batch(batch, config.data.batch_size, mesh)
+            # One step at most waits behind the one that runs, so that a signal is answered within two.
+            jax.block_until_ready(before)
+            before = metrics
+            state, metrics = step(state, placed, seed_key)
             done += 1
             window.append((metrics, ids))
             log = done % config.log_every == 0 or done == first + 1 or done == config.steps
             if done < config.steps:
-                # Hosts must agree to stop; they ask one another only where they wait for the device anyway.
-                stop = signals.received(agree=log)
+                stop = signals.received(done)
             save = done % config.checkpoint.every == 0 or done == config.steps or stop is not None
             look = config.validation is not None and done % config.validation.every == 0 and stop is None
             if log or save or look:
@@ -173,25 +175,23 @@ class _Signals:
 
     def __enter__(self) -> "_Signals":
         self._seen: signal.Signals | None = None
-        self._paused = interrupts.pause()
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._paused, self._several = interrupts.pause(), hosts.several()
+        # Of several hosts, jax's preemption service catches SIGTERM: `hosts.agreed_signal`.
+        mine = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._before = {s: signal.signal(s, self._note) for s in mine}
         return self
 
     def _note(self, number: int, frame: Any) -> None:
         self._seen = signal.Signals(number)
         self.__exit__()
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)  # tells the other hosts
 
     def __exit__(self, *error: Any) -> None:
         for s, handler in self._before.items():
             signal.signal(s, handler)
         interrupts.resume(self._paused)
 
-    def received(self, agree: bool) -> signal.Signals | None:
-        """The signal to act on; of several hosts, one that any of them got, known where all of them ask (`agree`)."""
-        if jax.process_count() == 1:
-            return self._seen
-        if agree:
-            seen = multihost_utils.process_allgather(np.int32(self._seen or 0))
-            self._seen = signal.Signals(int(seen.max())) if seen.max() else None
-            return self._seen
-        return None
+    def received(self, step: int) -> signal.Signals | None:
+        """The signal to act on after `step`; of several hosts, one that any of them got, at the same step."""
+        return hosts.agreed_signal(step, self._seen) if self._several else self._seen

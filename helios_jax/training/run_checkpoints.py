@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from etils import epath
 
 from helios_jax import config as configs
 from helios_jax.data.records import one_line
+from helios_jax.runtime import hosts
 from helios_jax.training.errors import RunError, cannot_write
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.state import TrainState
@@ -50,6 +52,30 @@ class RestoreError(ValueError):
     """Checkpoints that do not belong to this model, or of which none is whole; the message is one line."""
 
 
+class Manager(ocp.CheckpointManager):
+    """Orbax's manager, which tells a host's fault at once.
+
+    Orbax itself first waits for the other hosts, and they for the part that this one cannot write.
+    """
+
+    fault: Exception | None = None
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.fault = error
+            raise
+
+    def settle(self) -> None:
+        """Waits for the save in the background; raises the error of this host's part."""
+        while self.is_saving_in_progress() and self.fault is None:
+            time.sleep(0.005)
+        if self.fault is not None:
+            raise self.fault
+        self.wait_until_finished()
+
+
 class Checkpoints:
     """The checkpoints in one folder, the newest `keep` of them."""
 
@@ -61,7 +87,7 @@ class Checkpoints:
             "data": ocp.JsonCheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._manager = Manager(self.folder, options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int | None:
@@ -77,6 +103,7 @@ class Checkpoints:
         if step == self.latest:
             return
         with self._writing():
+            self._manager.settle()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -94,12 +121,16 @@ class Checkpoints:
         """
         damaged: list[tuple[int, str]] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
+            found, fault = None, ""
             try:
                 found = self.restore(state, step)
             except (RestoreError, MemoryError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # of Orbax, TensorStore and JSON, which know no common one
-                damaged.append((step, one_line(error)))
+                fault = one_line(error).partition(". See full TensorStore details")[0]
+            # A host reads its own part of the arrays: the others' may be whole.
+            if faults := [text for text in hosts.gather(f"restored/{step}", fault) if text]:
+                damaged.append((step, faults[0]))
                 continue
             self._set_aside(damaged, step)
             return found
@@ -126,8 +157,7 @@ class Checkpoints:
                 stacklevel=2,
             )
         if damaged:
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            hosts.of_first(f"set aside before {step}", "")
             self._manager.reload()
 
     def restore(self, state: TrainState, step: int | None = None) -> Restored:
@@ -139,20 +169,22 @@ class Checkpoints:
         step = self.latest if step is None else step
         target = _flat(_parts(state))
         self._check(target, step)
-        got: Any = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore(), config=ocp.args.JsonRestore()
-            ),
-        )
-        if FROZEN in target and not np.array_equal(got.state[FROZEN], state.frozen_digest):
+        # Not by the manager, where all hosts would wait for one that cannot read its part.
+        folder = epath.Path(self.folder) / str(step)
+        arrays: Any = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(target))
+        data, config = (ocp.JsonCheckpointHandler().restore(folder / name) for name in ("data", "config"))
+        if FROZEN in target and not np.array_equal(arrays[FROZEN], state.frozen_digest):
             raise RestoreError(
                 f"{self.folder}/{step}: the parameters that are not trained are others now; "
                 "give init (or seed) as it was, or this run another folder (run=...)"
             )
-        parts = jax.tree.unflatten(jax.tree.structure(_parts(state)), [got.state[name] for name in target])
+        parts = jax.tree.unflatten(jax.tree.structure(_parts(state)), [arrays[name] for name in target])
         done, params, opt_state, ema = (parts[name] for name in ("step", "model", "opt_state", "ema"))
-        return dataclasses.replace(state, step=done, params=params, opt_state=opt_state, ema=ema), got.data, got.config
+        return (
+            dataclasses.replace(state, step=done, params=params, opt_state=opt_state, ema=ema),
+            dict(data),
+            dict(config),
+        )
 
     def _check(self, target: dict[str, Any], step: int | None) -> None:
         where = f"{self.folder}/{step}"
@@ -173,11 +205,12 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when every save is on disk; raises RunError for one that cannot be written."""
         with self._writing():
-            self._manager.wait_until_finished()
+            self._manager.settle()
 
     def close(self) -> None:
         """Finishes writing; raises RunError for what cannot be written."""
         with self._writing():
+            self._manager.settle()
             self._manager.close()
 
     def kept(self) -> str:

@@ -1,5 +1,6 @@
 """A run from its config to its export: checks, builds, restores, trains, exports."""
 
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from jax.sharding import Mesh
 
 from helios_jax import config as configs
 from helios_jax.config import ConfigError
-from helios_jax.runtime import seeds
+from helios_jax.runtime import hosts, seeds
 from helios_jax.runtime.compilation import precise
-from helios_jax.sharding import check_batch, check_hosts, join_hosts, make_mesh
+from helios_jax.sharding import check_batch, make_mesh
 from helios_jax.training import loop
 from helios_jax.training.errors import RunError, check_folder, writing
 from helios_jax.training.run_checkpoints import Checkpoints
@@ -29,10 +30,8 @@ def train(stage: Stage[Any, Any]) -> int:
     config: TrainConfig = stage.config
     run = Path(config.run)
     mesh = fit_mesh(config)
-    if jax.process_index() == 0:
-        check_folder(run, "run")
-        check_folder(Path(config.checkpoint.folder or run / "checkpoints"), "checkpoint.folder")
-    batches, optimizer = stage.batches(), stage.make_optimizer()
+    check_hosts(config)
+    batches, optimizer = stage.batches(mesh), stage.make_optimizer()
     with jax.set_mesh(mesh), precise(config.precision):
         state = init_sharded(
             stage.init,
@@ -75,13 +74,28 @@ def train(stage: Stage[Any, Any]) -> int:
 def fit_mesh(config: TrainConfig) -> Mesh:
     """The mesh over all hosts; raises ConfigError when it fits neither the devices nor the batch."""
     try:
-        join_hosts(config.mesh.processes)
         mesh = make_mesh(config.mesh)
-        check_hosts(mesh)
         check_batch(config.data.batch_size // config.optim.accumulate, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return mesh
+
+
+def check_hosts(config: TrainConfig) -> None:
+    """Raises ConfigError for folders that cannot be written, or hosts with other settings or folders than the first."""
+    values = configs.to_dict(config)
+    first = json.loads(hosts.of_first("config", json.dumps(values)))
+    if differ := changes(first, json.loads(json.dumps(values))):
+        raise ConfigError(f"all hosts must have the same settings as host 0{differ} here; give all the same command")
+    folders = {"run": Path(config.run)}
+    folders["checkpoint.folder"] = Path(config.checkpoint.folder or folders["run"] / "checkpoints")
+    for key, folder in folders.items():
+        if jax.process_index() == 0:
+            check_folder(folder, key)
+        try:
+            hosts.check_shared(str(folder), key)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def count(params: Any) -> int:

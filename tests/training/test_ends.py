@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from helios_jax.data.records import RecordError
-from helios_jax.training import loop, progress
+from helios_jax.training import progress
 from helios_jax.training.run_checkpoints import Checkpoints
 from tests.training import dummy
 from tests.training.test_loop import BASE, lines, newest, run
@@ -207,19 +207,6 @@ def test_a_damaged_record_stops_the_run_after_its_checkpoint(config, tmp_path, c
     assert told.endswith(f"; step 4 in {tmp_path / 'r' / 'checkpoints'} is whole, the same command goes on from it\n")
     assert run(config, f"run={tmp_path / 'r'}") == 0
     assert "resumed at step 4" in capsys.readouterr().out
-
-
-def test_a_stopped_run_of_several_hosts_exports_nothing(config, tmp_path, capsys, monkeypatch):
-    """A host that asks again hears nothing, where hosts agree to stop only at logged steps."""
-
-    def received(self, agree):
-        return self._seen if agree else None
-
-    monkeypatch.setattr(loop._Signals, "received", received)
-    monkeypatch.setattr(dummy.Dummy, "export", lambda *_: pytest.fail("a half-trained model was exported"))
-    assert run(config, f"run={tmp_path / 'r'}", DUMMY_SIGNAL_AT=6, DUMMY_SIGNAL=15) == 0
-    assert "SIGTERM: saved step 10" in capsys.readouterr().out
-    assert int(newest(config, f"run={tmp_path / 'r'}")[0].step) == 10
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -97,10 +97,10 @@ def test_lines_come_above_the_bar(capsys):
 def test_a_warning_is_one_line_with_the_program_s_name(tmp_path, capsys, monkeypatch):
     made = dummy.Dummy.batches
 
-    def batches(self):
+    def batches(self, mesh):
         warnings.warn("the data are old", stacklevel=2)
         logging.getLogger("helios_jax.models").info("attention: xla")
-        return made(self)
+        return made(self, mesh)
 
     monkeypatch.setattr(dummy.Dummy, "batches", batches)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**BASE, "steps": 1}))

@@ -58,13 +58,15 @@ def step(name: str, root: Path, mesh: tuple[str, ...], folder: Path | None = Non
     with jax.set_mesh(laid):
         state, optimizer = begin(stage, laid)
         before = recipe.host(state.params)
-        batches = stage.batches()
+        batches = stage.batches(laid)
         batch, _ = loop.split_ids(next(batches))
         run = loop.make_step(stage, optimizer, state, laid)
         fast = jax.config.read(FAST)
         if name == "stage3_gan":  # slow convolutions would take longer than their compilation
             jax.config.update(FAST, False)
-        state, metrics = run(state, put_batch(batch, laid), jax.random.key(stage.config.seed))
+        state, metrics = run(
+            state, put_batch(batch, stage.config.data.batch_size, laid), jax.random.key(stage.config.seed)
+        )
         jax.config.update(FAST, fast)
         if folder is not None:
             checkpoints = Checkpoints(folder, 1)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from helios_jax import lora
@@ -60,7 +61,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         """The generator from `config.init`, the scores from `distill.score.init`."""
         return players.load(self.config, model, shardings)
 
-    def batches(self) -> Batches:
+    def batches(self, mesh: Mesh) -> Batches:
         """Batches of `stages.flow`, with the negative text, and as many chunks as a rollout may have.
 
         Raises ConfigError for data or components that are not there or do not fit.
@@ -71,7 +72,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         if distill.gan is not None:
             check_discriminator(config, distill.gan, source)
         name = {"negative": NEGATIVE_TEXT, "empty": EMPTY_TEXT}[distill.negative_text]
-        return flow.chunks(config, source, distill.rollout.largest, name)
+        return flow.chunks(config, source, mesh, distill.rollout.largest, name)
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """An optimizer for the generator, on every `critic.steps_per_generator`-th step, and one for all others."""
