@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{program_name('train.py')}: warning: {message}", file=sys.stderr)
 
     try:
-        args = make_parser().parse_args(argv)
+        args = make_parser().parse_intermixed_args(argv)
     except ConfigError as error:
         return fail(error, 2)
     # After the arguments: jax takes seconds to import.
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stage = make_stage(load_config(args.config, args.overrides))
             hosts.join(stage.config.mesh.processes)
             watch = hosts.Watch(program_name("train.py")) if hosts.several() else None
-            code = train(stage)
+            code = train(stage, args.profile)
             if watch is not None:
                 watch.close()
             return code
@@ -144,14 +144,22 @@ def make_parser() -> Parser:
     parts += [table("exit codes", CODES), "\n".join(["examples:", *(f"  {prog} {example}" for example in EXAMPLES)])]
     parser = Parser(
         prog=prog,
-        usage="%(prog)s CONFIG [key=value ...]",
+        usage="%(prog)s CONFIG [key=value ...] [--profile STEPS]",
         description="Train one stage of Helios. The same command continues a run from its newest checkpoint.",
         epilog="\n\n".join(parts),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file of configs/, or its name there, as in toy/stage1")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config, as in optim.lr=1e-4")
+    about = "record so many steps, from the third on, in RUN/profile"
+    parser.add_argument("--profile", type=_steps, default=0, metavar="STEPS", help=about)
     return parser
+
+
+def _steps(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of steps, 1 or more")
+    return int(text)
 
 
 def fail(error: Exception, code: int) -> int:

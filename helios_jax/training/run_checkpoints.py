@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as managers
 
 from helios_jax import config as configs
 from helios_jax.data.records import one_line
@@ -29,7 +30,7 @@ from helios_jax.training.errors import RunError, cannot_write
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.state import TrainState
 
-FROZEN = "frozen_digest"
+FROZEN, METRIC = "frozen_digest", "metric"
 DAMAGED = "damaged"  # the end of the name of a checkpoint that was set aside
 
 Restored = tuple[TrainState, dict[str, Any], dict[str, Any]]  # (state, data state, config as saved)
@@ -77,10 +78,19 @@ class Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The checkpoints in one folder, the newest `keep` of them."""
+    """The checkpoints in one folder: the newest `keep`, the `best` of the smallest metric, and each `every`-th step."""
 
-    def __init__(self, folder: str | Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    def __init__(self, folder: str | Path, keep: int, best: int = 0, every: int | None = None):
+        policies: list[Any] = [managers.LatestN(keep)]
+        tracked: dict[str, Any] = {}
+        if every is not None:
+            policies.append(managers.EveryNSteps(every))
+        if best:
+            policies.append(managers.BestN(get_metric_fn=_metric, reverse=True, n=best))
+            tracked = {"best_fn": _metric, "best_mode": "min"}
+        options = ocp.CheckpointManagerOptions(
+            create=True, preservation_policy=managers.AnyPreservationPolicy(policies), **tracked
+        )
         self.folder = Path(folder).absolute()
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
@@ -94,8 +104,10 @@ class Checkpoints:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data: dict[str, Any], config: TrainConfig) -> None:
+    def save(self, state: TrainState, data: dict[str, Any], config: TrainConfig, metric: float | None = None) -> None:
         """Writes in the background; `data` is the batch iterator's state, a plain JSON mapping.
+
+        `metric` tells which checkpoints are the best.
 
         Raises RunError for what cannot be written, of this checkpoint or of the one before it.
         """
@@ -111,6 +123,7 @@ class Checkpoints:
                     data=ocp.args.JsonSave(data),
                     config=ocp.args.JsonSave(configs.to_dict(config)),
                 ),
+                metrics=None if metric is None else {METRIC: metric},
                 force=True,
             )
 
@@ -230,6 +243,10 @@ class Checkpoints:
             raise
         except Exception as error:  # of Orbax and TensorStore, which know no common one
             raise cannot_write(self.folder, error) from None
+
+
+def _metric(metrics: dict[str, float]) -> float:
+    return metrics[METRIC]
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

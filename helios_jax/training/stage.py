@@ -97,13 +97,13 @@ class Stage(ABC, Generic[ConfigT, ModelT]):
         """The optimizer that `config.optim` names."""
         return optim.make_optimizer(self.config.optim, self.config.steps)
 
-    def learning_rate(self, step: int) -> float:
-        """The learning rate that is shown of step `step`, from 0: that of the exported model's parameters."""
-        return optim.rate_at(self.config.optim, self.config.steps, step)
+    def learning_rates(self, step: int) -> Mapping[str, float]:
+        """The learning rates of step `step`, from 0, by the name under which they are shown."""
+        return {"lr": optim.rate_at(self.config.optim, self.config.steps, step)}
 
     def export(self, model: ModelT, folder: Path) -> None:
         """Writes the run's result into `folder`, in diffusers layout; by default nothing beside the checkpoints."""
 
     def validate(self, model: ModelT, folder: Path) -> Mapping[str, np.ndarray]:
-        """Writes samples of the model into `folder`; returns pictures of them, uint8 [h, w, 3]. By default none."""
+        """Writes samples of the model into `folder`; returns them, uint8 [h, w, 3] or [t, h, w, 3]. By default none."""
         return {}

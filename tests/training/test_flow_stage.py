@@ -257,7 +257,7 @@ def test_validation_writes_a_video_of_each_prompt(config, tmp_path):
     )
     pictures = FlowStage(config).validate(draw(), tmp_path / "videos")
     assert sorted(p.name for p in (tmp_path / "videos").iterdir()) == ["0.mp4", "1.mp4"]
-    assert {name: x.shape for name, x in pictures.items()} == {"0": (32, 8 * 48, 3), "1": (32, 8 * 48, 3)}
+    assert {name: x.shape for name, x in pictures.items()} == {"0": (34, 32, 48, 3), "1": (34, 32, 48, 3)}
     assert not np.array_equal(pictures["0"], pictures["1"])
 
 

@@ -96,10 +96,14 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         """Steps of the generator in the whole run."""
         return math.ceil(self.config.steps / self.config.distill.critic.steps_per_generator)
 
-    def learning_rate(self, step: int) -> float:
-        """The generator's, of its last turn up to `step`; the critic has another."""
-        turn = step // self.config.distill.critic.steps_per_generator
-        return optim.rate_at(self.config.optim, self._turns, turn)
+    def learning_rates(self, step: int) -> Mapping[str, float]:
+        """The generator's, of its last turn up to `step`, and that of the critic, which the discriminator shares."""
+        critic = self.config.distill.critic
+        turn = step // critic.steps_per_generator
+        return {
+            "lr": optim.rate_at(self.config.optim, self._turns, turn),
+            "lr_critic": optim.rate_at(critic.optim, self.config.steps, step),
+        }
 
     def loss(self, model: Players, batch: dict[str, Any], keys: Key[Array, " b"]) -> tuple[Float[Array, ""], Metrics]:
         """The generator's loss, on its turns, plus the critic's; neither has a gradient for the other's parameters."""
@@ -124,7 +128,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         export_pipeline(model.student, self.config, folder)
 
     def validate(self, model: Players, folder: Path) -> Mapping[str, np.ndarray]:
-        """Writes the student's videos into `folder`; returns a strip of frames of each."""
+        """Writes the student's videos into `folder`; returns their frames."""
         return make_videos(model.student, self.config, folder)
 
 
