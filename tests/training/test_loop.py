@@ -20,6 +20,7 @@ from helios_jax.training.stage_table import load_config as load
 from helios_jax.training.state import abstract_like, init_sharded
 from helios_jax.training.trainer import fit_mesh
 from tests.closeness import assert_close
+from tests.processes import environment
 from tests.training import dummy
 
 BASE = {
@@ -39,12 +40,12 @@ def config(tmp_path):
     return path
 
 
-def run(config, *overrides, **environment):
-    os.environ.update({k: str(v) for k, v in environment.items()})
+def run(config, *overrides, **variables):
+    os.environ.update({k: str(v) for k, v in variables.items()})
     try:
         return train.main([str(config), *overrides])
     finally:
-        for k in environment:
+        for k in variables:
             del os.environ[k]
 
 
@@ -262,10 +263,7 @@ def test_two_hosts_train_as_one_does_and_one_continues(config, tmp_path):
         subprocess.Popen(
             [sys.executable, str(root / "train.py"), str(config), f"run={both}", *flags],
             env={
-                **os.environ,
-                "PYTHONPATH": str(root),
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                **environment(devices=2),
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                 "JAX_PROCESS_ID": str(i),
             },
