@@ -12,7 +12,6 @@ pytestmark = pytest.mark.reference
 torch = pytest.importorskip("torch")
 
 from diffusers import HeliosTransformer3DModel  # noqa: E402
-from flax import nnx  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
@@ -24,6 +23,7 @@ from helios_jax.models.transformer import (  # noqa: E402
     init_memory_patches,
 )
 from helios_jax.pretrained import count, file_entries, from_arrays, to_arrays  # noqa: E402
+from tests import tiny  # noqa: E402
 from tests.parity.reference import arrays, channels_first, channels_last, check, check_loss, error, randomise  # noqa: E402
 
 CASES = settings(
@@ -221,8 +221,9 @@ def test_memory_patches_start_from_the_patch_embedding():
     config = TransformerConfig(
         num_attention_heads=1, attention_head_dim=12, rope_dim=(4, 4, 4), in_channels=3, num_layers=1
     )
-    model = jax.jit(lambda: init_memory_patches(Transformer(config, rngs=nnx.Rngs(0))))()
-    video = np.random.default_rng(0).standard_normal((1, 4, 16, 8, 3), np.float32)
+    rng = np.random.default_rng(0)
+    model = init_memory_patches(tiny.draw(Transformer.abstract(config), rng))
+    video = rng.standard_normal((1, 4, 16, 8, 3), np.float32)
     for scale, patch in ((1, model.patch_short), (2, model.patch_mid), (4, model.patch_long)):
         b, t, h, w, c = video.shape
         blocks = video.reshape(b, t // scale, scale, h // scale, scale, w // scale, scale, c)

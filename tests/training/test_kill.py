@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+import helios_jax.training.trainer  # noqa: F401 (train.main would import it in each child)
 import train
 from tests.processes import environment
+from tests.training import dummy  # noqa: F401 (and this)
 
 EVERY, KILLS = 2, 5
 ENDLESS = 10**4  # steps: minutes, when nobody comes to kill it
