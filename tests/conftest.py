@@ -39,10 +39,23 @@ settings.load_profile("untimed")
 FAST = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 OPTIMIZED = {"aot", "fuzz", "parity"}  # folders; of parity not
 PIPELINES = {"parity/test_context.py", "parity/test_lora.py", "parity/test_pipeline.py"}
+# Of files, datasets, options and numpy: nothing that they run is compiled.
+PLAIN = {"data", "media", "toy", "test_config.py", "test_docs.py", "test_package.py", "benchmarks/test_gpu_report.py"}
+PLAIN |= {
+    "models/test_tokenizer.py",
+    "precompute/test_clips.py",
+    "sampling/test_download.py",
+    "sampling/test_prompts.py",
+}
+PLAIN |= {"sampling/test_table.py", "training/test_training_data.py"}
 
 
-def pytest_collection_modifyitems(items):
-    """Files with slow tests first, or one worker would end with them while others have nothing left to do."""
+def pytest_collection_modifyitems(config, items):
+    """Marks plain tests, and puts files with slow ones first, or one worker would end with them while others wait."""
+    for item in items:
+        path = item.path.relative_to(config.rootpath / "tests")
+        if PLAIN & {path.parts[0], path.as_posix()}:
+            item.add_marker("plain")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
