@@ -41,13 +41,8 @@ OPTIMIZED = {"aot", "fuzz", "parity"}  # folders; of parity not
 PIPELINES = {"parity/test_context.py", "parity/test_lora.py", "parity/test_pipeline.py"}
 # Of files, datasets, options and numpy: nothing that they run is compiled.
 PLAIN = {"data", "media", "toy", "test_config.py", "test_docs.py", "test_package.py", "benchmarks/test_gpu_report.py"}
-PLAIN |= {
-    "models/test_tokenizer.py",
-    "precompute/test_clips.py",
-    "sampling/test_download.py",
-    "sampling/test_prompts.py",
-}
-PLAIN |= {"sampling/test_table.py", "training/test_training_data.py"}
+PLAIN |= {"models/test_tokenizer.py", "precompute/test_clips.py", "training/test_training_data.py"}
+PLAIN |= {f"sampling/test_{name}.py" for name in ("download", "prompts", "table")}
 
 
 def pytest_collection_modifyitems(config, items):
