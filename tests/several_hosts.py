@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.processes import environment
+
 PATIENCE = 120  # seconds until a process that has not ended is taken for hung
 
 
@@ -39,10 +40,13 @@ class Hosts:
 
     def __init__(self, folder: Path):
         self._folder, self._runs = folder, 0
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-        environment |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+        own = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
         self._parent = subprocess.Popen(
-            [sys.executable, __file__], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__],
+            env={**environment(), **own},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def start(
@@ -62,13 +66,12 @@ class Hosts:
         started = []
         for number in range(hosts):
             output = self._folder / f"{self._runs}.{number}.txt"
-            environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+            own = {"XLA_FLAGS": environment(devices)["XLA_FLAGS"], **(environments or {}).get(number, {})}
             if hosts > 1:
-                environment |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(number)}
-            environment |= (environments or {}).get(number, {})
+                own |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(number)}
             command = [*arguments, f"mesh.processes={hosts}"]
             folder = str(folders[number]) if folders else None
-            started.append(Host(self._ask("start", command, environment, str(output), folder), output))
+            started.append(Host(self._ask("start", command, own, str(output), folder), output))
         return started
 
     def wait(self, started: Sequence[Host]) -> list[int]:
@@ -103,11 +106,11 @@ def serve() -> int:
     for line in sys.stdin:
         what, *given = json.loads(line)
         if what == "start":
-            command, environment, output, folder = given
+            command, variables, output, folder = given
             if pid := os.fork():
                 print(pid, flush=True)
                 continue
-            os.environ.update(environment)
+            os.environ.update(variables)
             file = os.open(output, os.O_WRONLY | os.O_CREAT)
             os.dup2(file, 1)
             os.dup2(file, 2)

@@ -1,7 +1,6 @@
 """Rules and meshes, and that eight devices compute what one does. They are CPU ones of another process."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from helios_jax.sharding import MeshConfig, check_batch, make_mesh, shardings, s
 from helios_jax.training import loop, optim, run_checkpoints, state
 from helios_jax.training.run_config import TrainConfig
 from tests.closeness import assert_close
+from tests.processes import environment
 from tests.training import dummy
 
 
@@ -91,13 +91,7 @@ def one(tmp_path_factory):
 def eight(one):
     """`train_steps` in a process with eight devices, through the file it writes."""
     out = one[1] / "out.json"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "JAX_PLATFORMS": "cpu",
-    }
-    subprocess.run([sys.executable, __file__, str(out), str(one[1])], env=environment, check=True)
+    subprocess.run([sys.executable, __file__, str(out), str(one[1])], env=environment(devices=8), check=True)
     return json.loads(out.read_text())
 
 

@@ -1,9 +1,7 @@
 """Weights that are split over devices sample what one device does. The devices are CPU ones of another process."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +9,7 @@ from helios_jax import HeliosPipeline
 from helios_jax.sharding import MeshConfig, make_mesh
 from tests import tiny
 from tests.closeness import assert_close
+from tests.processes import environment
 
 
 def latents(folder, mesh=None):
@@ -26,14 +25,8 @@ def latents(folder, mesh=None):
 
 def test_a_mesh_of_four_samples_what_one_device_does(tmp_path):
     tiny.folder(tmp_path / "pipeline")
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "JAX_PLATFORMS": "cpu",
-    }
     command = [sys.executable, __file__, str(tmp_path / "pipeline"), str(tmp_path / "out.npz")]
-    subprocess.run(command, env=environment, check=True)
+    subprocess.run(command, env=environment(devices=4), check=True)
     one, _ = latents(tmp_path / "pipeline")
     with np.load(tmp_path / "out.npz") as four:
         assert_close(dict(four), {"stream": one, "whole": one}, ulps=60)

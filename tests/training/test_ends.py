@@ -215,7 +215,16 @@ def test_a_signal_before_the_first_step_is_one_line(number, tmp_path):
     code = f"{listening}runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
     command = [sys.executable, "-c", code, str(ROOT / "configs/toy/stage1.yaml"), f"run={tmp_path}"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        time.sleep(1)  # jax is being imported
+        while not catches(process.pid, signal.SIGTERM):
+            time.sleep(0.01)
+        time.sleep(0.5)  # jax is being imported
         process.send_signal(number)
         error = process.communicate(timeout=30)[1]
     assert (process.returncode, error) == (130, f"train.py: interrupted by {number.name}\n")
+
+
+def catches(pid: int, number: signal.Signals) -> bool:
+    """True if the process has a handler for the signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (number - 1) & 1)

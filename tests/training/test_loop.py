@@ -36,12 +36,12 @@ def config(tmp_path):
     return path
 
 
-def run(config, *overrides, **environment):
-    os.environ.update({k: str(v) for k, v in environment.items()})
+def run(config, *overrides, **variables):
+    os.environ.update({k: str(v) for k, v in variables.items()})
     try:
         return train.main([str(config), *overrides])
     finally:
-        for k in environment:
+        for k in variables:
             del os.environ[k]
 
 

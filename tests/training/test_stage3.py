@@ -75,7 +75,11 @@ def transformer(seed: int) -> Transformer:
 
 
 def make_players(config: DistillTrainConfig) -> Players:
-    """The players as the stage makes them, their values drawn without compiling each draw."""
+    """The players as the stage makes them, drawn in one program: compiling each draw takes longer."""
+    return jax.jit(lambda: _players(config))()
+
+
+def _players(config: DistillTrainConfig) -> Players:
     key, settings = jax.random.key(0), config.distill
     adapters = lora.LoRAConfig(LORA.rank, LORA.alpha, LORA.target_modules, init="gaussian")
     generator = lora.add(transformer(0), adapters, key, dtype=jnp.float32)
