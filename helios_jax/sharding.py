@@ -4,7 +4,6 @@ Parameters name their dimensions (`axes` of an `nnx.Param`); `RULES` says which 
 dimension that its mesh axis does not divide stays whole, so the same code runs on one device, eight and a pod.
 """
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

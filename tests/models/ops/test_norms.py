@@ -132,7 +132,7 @@ def test_heads_that_a_mesh_splits_are_normed_by_xla(caplog):
     with jax.sharding.use_abstract_mesh(mesh), compiling_for(TPU), caplog.at_level(logging.INFO, norms.__name__):
         assert norms.choose(x, 4, None) is None
         assert not norms.head_major(None)
-        with pytest.raises(ValueError, match="norms: heads are split over the mesh's tensor.*; leave norms out"):
+        with pytest.raises(ValueError, match=r"norms: heads are split over the mesh's tensor.*; leave norms out"):
             norms.choose(x, 4, "pallas")
     assert caplog.messages == [
         f"norms (TPU v5): queries and keys by xla ({norms.HEADS_SPLIT}); adaLN by xla, its gradient by pallas;"
