@@ -76,7 +76,9 @@ def gradients(name: str, root: Path, sizes: dict[str, Any]) -> dict[str, np.ndar
 
         loss, grads = run(model, batch)
     leaves = jax.tree.leaves_with_path(grads)
-    return {"loss": loss} | {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x) for path, x in leaves}
+    return {"loss": loss} | {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(x) for path, x in leaves
+    }
 
 
 def check(stage: str, root: Path, meshes: tuple[str, ...]) -> None:
