@@ -55,8 +55,8 @@ def test_mesh_that_does_not_fit_says_so():
 class Device:
     platform, device_kind = "gpu", "a GPU"
 
-    def __init__(self, host, slice_index=0):
-        self.process_index, self.slice_index, self.id = host, slice_index, None
+    def __init__(self, host, slice_index=0, number=0):
+        self.process_index, self.slice_index, self.id = host, slice_index, number
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ class Device:
 )
 def test_slices_split_data_outermost(monkeypatch, slices, own, sizes, groups):
     monkeypatch.setattr(sharding, "Mesh", lambda devices, *_, **__: devices)
-    devices = [Device(host=i % 4, slice_index=i % own) for i in range(8)]
+    devices = [Device(i % 4, i % own, i) for i in range(8)]
     config = MeshConfig(slices=slices, **sizes)
     if isinstance(groups, str):
         with pytest.raises(ValueError, match=re.escape(groups)):
@@ -87,7 +87,7 @@ def test_slices_split_data_outermost(monkeypatch, slices, own, sizes, groups):
 
 def test_slices_of_a_tpu_are_not_one(monkeypatch):
     monkeypatch.setattr(Device, "platform", "tpu")
-    with pytest.raises(ValueError, match="mesh.slices=1, but the devices are 2 slices"):
+    with pytest.raises(ValueError, match=r"mesh\.slices=1, but the devices are 2 slices"):
         make_mesh(MeshConfig(slices=1), [Device(i, i) for i in range(2)])
 
 

@@ -15,7 +15,6 @@ import pytest
 
 from helios_jax import HeliosPipeline
 from helios_jax.sharding import AXES, MeshConfig, make_mesh
-from tests import tiny
 from tests.closeness import assert_close
 
 RING = {"context_attention": "ring"}

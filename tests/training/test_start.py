@@ -90,7 +90,7 @@ def test_heads_that_context_does_not_divide_are_refused_before_weights_are_read(
     path, *flags = recipe.arguments(stage, root, root / "none")
     mesh = jax.sharding.AbstractMesh((1, 1, 2, 2), AXES)
     with jax.sharding.use_abstract_mesh(mesh):
-        with pytest.raises(ConfigError, match="mesh: context=2 does not divide the 1 heads .*context_attention=ring"):
+        with pytest.raises(ConfigError, match=r"mesh: context=2 does not divide the 1 heads .*context_attention=ring"):
             start.init_transformer(load_config(path, flags), jax.random.key(0))
         ring = load_config(path, [*flags, "mesh.context_attention=ring"])
         made = jax.eval_shape(lambda key: start.init_transformer(ring, key), jax.random.key(0))
