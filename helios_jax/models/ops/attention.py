@@ -63,17 +63,20 @@ def attention(
     return _by_segment(attend, query, key, value, segments, present)
 
 
-def check(implementation: Attention | None, head_dim: int, dtype: Any) -> None:
-    """Raises ValueError when the `implementation` asked for cannot run such queries here: known before weights are."""
+def check(implementation: Attention | None, head_dim: int, dtype: Any, context: ContextAttention | None = None) -> None:
+    """Raises ValueError when the `implementation` asked for cannot run such queries here: known before weights are.
+
+    `context` is the way of tokens that devices share.
+    """
     if implementation is not None:
-        _choose(jax.ShapeDtypeStruct((1, 1, 1, head_dim), dtype), implementation)
+        choose = _choose_for_ring if context == "ring" else _choose
+        choose(jax.ShapeDtypeStruct((1, 1, 1, head_dim), dtype), implementation)
 
 
 def _by_context(query: Array, context: ContextAttention, asked: Attention | None) -> Callable[..., Array]:
     """Attention to the keys of all devices; a function of this device's queries, keys, values and `present`."""
     if context == "ring":
-        _say(f"attention around the ring by xla ({device.kind()}): no kernel here gives log-sum-exps and takes them")
-        op: Callable[..., Array] = partial(ring, _XLA_PIECES)
+        op: Callable[..., Array] = partial(ring, _PIECES[_choose_for_ring(query, asked)])
     else:
         op = partial(ulysses, _IMPLEMENTATIONS[_choose(query, asked)])
 
@@ -126,6 +129,27 @@ def _choose(query: Array | jax.ShapeDtypeStruct, asked: Attention | None) -> Att
     return "xla"
 
 
+def _choose_for_ring(query: Array | jax.ShapeDtypeStruct, asked: Attention | None) -> Attention:
+    """The implementation of a piece of the keys, whose log-sum-exps are merged with those of others."""
+    reasons = {
+        "xla": None,
+        "cudnn": "cuDNN's attention has no gradient for a part of the keys, which a ring of devices needs",
+        "pallas": pallas.unsupported(query),
+    }
+    if asked is not None:
+        if reasons[asked]:
+            raise ValueError(f"attention: {reasons[asked]}; leave attention out, or ask for 'xla'")
+        return asked
+    best = choices.default("attention")
+    reason = _no_cudnn(query) if best == "cudnn" else None  # what cuDNN leaves to XLA, our kernel computes more slowly
+    reason = reason or reasons["pallas"]
+    if best == "xla" or reason:
+        _say(f"attention around the ring by xla ({device.kind()})" + (f": {reason}" if best != "xla" else ""))
+        return "xla"
+    _say(f"attention around the ring by pallas ({device.kind()})")
+    return "pallas"
+
+
 def _no_cudnn(query: Array | jax.ShapeDtypeStruct) -> str | None:
     """The reason that cuDNN's attention cannot run here for such queries, or None."""
     if device.platform() != "gpu":
@@ -154,7 +178,17 @@ def _by_platform(op: Callable[..., Any], *arrays: Array) -> Any:
 
 
 _IMPLEMENTATIONS: dict[Attention, Callable[..., Array]] = {"xla": _xla, "cudnn": _cudnn, "pallas": _pallas}
-_XLA_PIECES = Pieces(partial(_by_platform, blockwise_with_log_sums), partial(_by_platform, blockwise_gradients))
+
+
+def _of_kernel(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op` with the same length for all samples."""
+    return lambda query, *rest: op(query, *rest[:-1], jnp.full(query.shape[0], rest[-1], jnp.int32))
+
+
+_PIECES: dict[Attention, Pieces] = {
+    "xla": Pieces(partial(_by_platform, blockwise_with_log_sums), partial(_by_platform, blockwise_gradients)),
+    "pallas": Pieces(_of_kernel(pallas.with_log_sums), _of_kernel(pallas.gradients)),
+}
 
 
 def _by_segment(

@@ -16,6 +16,7 @@ from helios_jax.models.ops.attention import attention
 from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.transformer.packing import Packing
 from helios_jax.models.transformer.rope import Rotary
+from helios_jax.sharding import CONTEXT
 
 MAX_KEY_SCALE = 10.0  # history keys are multiplied by 1 to 10
 
@@ -209,7 +210,8 @@ def check_implementations(asked: Implementations, config: TransformerConfig, dty
     So it is known before weights are read.
     """
     context_attention.check(asked.context, config.num_attention_heads, mesh)
-    attentions.check(asked.attention, config.attention_head_dim, dtype)
+    shared = mesh is not None and mesh.shape[CONTEXT] > 1
+    attentions.check(asked.attention, config.attention_head_dim, dtype, asked.context if shared else None)
     norms.check(asked.norms, config.num_attention_heads, config.dim, dtype)
 
 

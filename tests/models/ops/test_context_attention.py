@@ -1,6 +1,7 @@
 """Attention over devices that share tokens is attention on one. The devices are a mapped axis of that name."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,11 @@ from helios_jax.models.ops.context_attention import Pieces, ring, ulysses
 from helios_jax.models.transformer.packing import Packing
 from helios_jax.sharding import AXES, CONTEXT
 from pallas_kernels.attention import reference
+from pallas_kernels.core.device import compiling_for
 from tests.closeness import assert_close
 
+TPU = SimpleNamespace(platform="tpu", device_kind="TPU v5")
+HOPPER = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
 WAYS = 4
 # In few blocks, and in many.
 PIECES = {
@@ -111,11 +115,27 @@ def test_ulysses_needs_heads_to_exchange(sizes, heads, reason):
     assert "\n" not in str(error.value)
 
 
-def test_the_way_is_logged(caplog):
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "line"),
+    [
+        (None, jnp.float32, 128, "by xla (cpu)"),
+        (TPU, jnp.bfloat16, 128, "by pallas (TPU v5)"),
+        (TPU, jnp.bfloat16, 32, "by xla (TPU v5): Pallas attention has kernels for head_dim 64 and 128, not 32"),
+        (HOPPER, jnp.bfloat16, 128, "by pallas (NVIDIA H100 80GB HBM3)"),
+        (HOPPER, jnp.float32, 128, "by xla (NVIDIA H100 80GB HBM3): cuDNN's attention is for bfloat16 and float16"),
+    ],
+)
+def test_what_computes_a_ring_is_logged(caplog, device, dtype, head_dim, line):
     attentions._say.cache_clear()
-    q, packing = jnp.zeros((1, 2, 2, 8)), Packing(2, (2,)).shared(2)
-    for context, line in (("ring", "attention around the ring by xla (cpu)"), ("ulysses", "attention by xla (cpu)")):
-        with caplog.at_level("INFO", attentions.__name__):
-            attentions._by_context(q, context, None)
-        assert caplog.messages[-1].startswith(line)
-    assert packing.num_tokens == 2
+    query = jax.ShapeDtypeStruct((1, 2, 2, head_dim), dtype)
+    with caplog.at_level("INFO", attentions.__name__), compiling_for(device):
+        chosen = attentions._choose_for_ring(query, None)
+    assert caplog.messages[0].startswith(f"attention around the ring {line}")
+    assert f" by {chosen} " in caplog.messages[0]
+
+
+def test_a_ring_by_cudnn_is_refused():
+    with pytest.raises(
+        ValueError, match=r"attention: cuDNN's attention has no gradient for a part of the keys.*'xla'$"
+    ):
+        attentions.check("cudnn", 128, jnp.bfloat16, "ring")
