@@ -53,7 +53,8 @@ def test_two_slices_of_tpus(monkeypatch, report, context, kernels, exchange):
 )
 def test_gpus(monkeypatch, report, context, kernels, exchange):
     devices = aot.gpu_topology(Path(__file__).with_name("h100_target.txt"), 8).devices
-    _, program = compiled(monkeypatch, "{data: 2, tensor: 2, context: 2}", devices, context)
+    monkeypatch.setattr(aot_training, "OPTIONS", {})  # those are of TPUs
+    _, program = compiled(monkeypatch, "{data: 2, fsdp: 1, tensor: 2, context: 2}", devices, context)
     calls = programs.custom_calls(program)
     assert {name: calls[name] for name in calls if "fmha" in name or "mosaic" in name} == kernels
     assert any(exchange in name for name in programs.collectives(program))
