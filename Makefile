@@ -13,13 +13,15 @@ ARGS ?=
 NEWER ?= $(shell for p in python3.13 python3.12 $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3; do \
 	path=$$(command -v $$p) && $$path -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null \
 	&& echo $$path && break; done)
+# Marks of the tests that need neither torch nor minutes.
+LIGHT := not reference and not slow and not heavy
 # Environments with compilers for absent devices. They are separate, because jax would look for those devices.
 AOT := .venv-aot
 # Configs whose training steps `make aot` compiles; `make test-all` compiles those of all stages.
 STEPS ?= configs/stage1_init.yaml
 ALL_STEPS := $(patsubst %,configs/%.yaml,stage1_init stage2_init stage3_ode stage3_post)
 
-.PHONY: sample test test-all test-light test-newest newer aot aot-oldest aot-newest gpu-report fuzz lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
+.PHONY: sample test test-all test-light test-newest newer aot aot-oldest aot-newest aot-steps gpu-report fuzz lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
 
 sample: $(VENV)/.run  ## sample a video of four chunks with the embedded model
 	$(BIN)/python sample.py configs/toy/sample.yaml --overwrite $(ARGS)
@@ -32,18 +34,19 @@ test-all: $(VENV)/.test newer  ## run all tests, including the heavy ones, and c
 	$(MAKE) aot STEPS="$(ALL_STEPS)"
 
 test-light: $(VENV)/.test-light  ## run the tests that need no torch, without the slow ones
-	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not reference and not slow and not heavy" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "$(LIGHT)" $(ARGS)
 
-test-newest: | newer  ## run test-light on the newest jax
-	$(MAKE) test-light PYTHON=$(NEWER) VENV=.venv-newest
+test-newest: | newer  ## run the tests of test-light that a release of jax can break, on the newest
+	$(MAKE) test-light PYTHON=$(NEWER) VENV=.venv-newest LIGHT="$(LIGHT) and not plain"
 
 newer:
 	@test -n "$(NEWER)" || { echo "the newest jax needs Python 3.12 or newer: make NEWER=/path/to/python3.12 ..."; exit 2; }
 
 aot: | newer  ## compile the 14B model, its training steps and the kernels for TPUs and an H100; needs neither
-	$(MAKE) -j2 --output-sync=target aot-oldest aot-newest
+	$(MAKE) -j2 --output-sync=target aot-newest aot-oldest aot-steps
 aot-newest: $(AOT)-newest/.aot
 	$(AOT)-newest/bin/python -m pytest -q -s tests/aot $(ARGS)
+aot-steps: $(AOT)-newest/.aot
 	JAX_PLATFORMS=cpu $(AOT)-newest/bin/python -m helios_jax.benchmarks.aot_training $(STEPS)
 aot-oldest: $(AOT)/.aot  ## compile the programs that a jax release may break: kernels, block, decoder, one training step
 	$(AOT)/bin/python -m pytest -q -s tests/aot/test_h100.py tests/aot/test_norms.py -k "not sampler_fits and not v6e" $(ARGS)

@@ -4,7 +4,7 @@ Parameters name their dimensions (`axes` of an `nnx.Param`); `RULES` says which 
 dimension that its mesh axis does not divide stays whole, so the same code runs on one device, eight and a pod.
 """
 
-import os
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -40,7 +40,7 @@ class MeshConfig:
     context: int | None = 1
     context_attention: ContextAttention = "ulysses"  # how tokens on `context` attend to one another
     slices: int | None = None  # groups of devices that a slow network connects, which split `data`; null: as they are
-    processes: int = 1  # one per host; more than one: each host runs the same command, see `join_hosts`
+    processes: int = 1  # one per host; more than one: each host runs the same command, see `runtime.hosts`
 
     def __post_init__(self):
         sizes = {name: getattr(self, name) for name in AXES}
@@ -50,22 +50,6 @@ class MeshConfig:
             require(size is None or size > 0, f"{name} must be at least 1, or null for the rest, got {size}")
         rest = [name for name, size in sizes.items() if size is None]
         require(len(rest) < 2, f"{(rest or [''])[-1]} cannot be null too: only one axis can take the rest, here {rest}")
-
-
-def join_hosts(processes: int) -> None:
-    """Connect this process to the others of a run of `processes`; to be called before anything asks for devices.
-
-    TPU pods and Slurm say where the others are; elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first process) and
-    JAX_PROCESS_ID (0 and up) do. Raises ValueError when they cannot be found.
-    """
-    if processes == 1 or jax.distributed.is_initialized():
-        return
-    number = os.environ.get("JAX_PROCESS_ID")
-    try:
-        jax.distributed.initialize(num_processes=processes, process_id=None if number is None else int(number))
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"mesh.processes: cannot join {processes} processes: {reason}") from None
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
@@ -163,27 +147,28 @@ def check_batch(batch_size: int, mesh: Mesh) -> None:
         )
 
 
-def check_hosts(mesh: Mesh) -> None:
-    """Raises ValueError unless each host's devices take exactly its own part of a batch.
+def batch_rows(batch_size: int, mesh: Mesh) -> list[int]:
+    """The rows of a global batch that this host's devices hold, in order.
 
-    Each host reads its own samples: devices of two hosts that take the same samples would be given others, and a host
-    with more shards of the batch than another would have too few.
+    Hosts whose devices share samples (tensor or context axes across hosts) have the same rows.
     """
-    shards = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
-    hosts = sorted({device.process_index for device in mesh.devices.flat})
-    owners = [{device.process_index for device in shard} for shard in shards]
-    counts = {host: sum(owner == {host} for owner in owners) for host in hosts}
-    share = len(shards) // len(hosts)
-    if set(counts.values()) != {share} or share * len(hosts) != len(shards):
-        each = shards.size // len(hosts)
-        raise ValueError(
-            f"mesh: tensor={mesh.shape['tensor']}, context={mesh.shape['context']} would split the samples of one host "
-            f"over several: each of {len(hosts)} hosts must have whole samples, as many as any other; give tensor x "
-            f"context a divisor of a host's {each} devices, and data x fsdp a multiple of {len(hosts)}"
-        )
+    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return sorted({row for index in places.values() if index for row in range(*index[0].indices(batch_size))})
 
 
-def put_batch(batch: Tree, mesh: Mesh) -> Tree:
-    """This host's part of a batch (numpy arrays) as global arrays on the mesh."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+def put_batch(batch: Tree, batch_size: int, mesh: Mesh) -> Tree:
+    """Global arrays on the mesh, of a batch of `batch_size` samples, from this host's rows (`batch_rows`) of it."""
+    sharding, rows = batch_sharding(mesh), batch_rows(batch_size, mesh)
+
+    def put(local: Any) -> jax.Array:
+        values = np.asarray(local)
+        assert len(values) == len(rows), (len(values), rows)
+
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            start, stop, _ = index[0].indices(batch_size) if index else (0, batch_size, 1)
+            first = bisect_left(rows, start)
+            return values[first : first + stop - start]
+
+        return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, shard, dtype=values.dtype)
+
+    return jax.tree.map(put, batch)

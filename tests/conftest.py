@@ -1,18 +1,26 @@
 """Shape annotations are checked in every test; hypothesis does not time them, machines differ.
 
-Laws, kernels as they are interpreted, and whole pipelines are tested on programs that are compiled fast, at half the
-time; values of networks beside a reference's, on programs as they are compiled for use. So is everything with
-JAX_DISABLE_MOST_OPTIMIZATIONS=0, as `make parity` is.
+Laws, kernels as they are interpreted, and whole pipelines are tested on programs that are compiled fast, at a third of
+the time; values of networks beside a reference's, on optimized programs. With JAX_DISABLE_MOST_OPTIMIZATIONS=0, as for
+`make parity`, everything is compiled as it is for use.
 """
 
+import importlib.metadata
 import os
 import shutil
 import tempfile
 
-# What one test has compiled, others and their processes read, in this run alone. Before jax, which reads it once.
+# Before jax, which reads its settings once. Workers and the tests' other processes inherit them.
 if "PYTEST_XDIST_WORKER" not in os.environ:
+    # What one test has compiled, others and their processes read, in this run alone.
     COMPILED = tempfile.TemporaryDirectory()
-    os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3"}
+    os.environ |= {"JAX_COMPILATION_CACHE_DIR": COMPILED.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    # XLA's older emitters of fused loops take half the time to compile. Later releases have none.
+    if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") != "0" and importlib.metadata.version("jaxlib").startswith(
+        "0.10."
+    ):
+        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 import jax
 import pytest
@@ -28,12 +36,21 @@ if "FUZZ_COUNTS" not in os.environ:  # a fuzzed input meets the code as it is us
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-FAST = {"data", "diffusion", "kernels", "models", "precompute", "runtime", "sampling", "training"}  # folders, and files
-FAST |= {"parity/test_context.py", "parity/test_lora.py", "parity/test_pipeline.py"}
+FAST = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+OPTIMIZED = {"aot", "fuzz", "parity"}  # folders; of parity not
+PIPELINES = {"parity/test_context.py", "parity/test_lora.py", "parity/test_pipeline.py"}
+# Of files, datasets, options and numpy: nothing that they run is compiled.
+PLAIN = {"data", "media", "toy", "test_config.py", "test_docs.py", "test_package.py", "benchmarks/test_gpu_report.py"}
+PLAIN |= {"models/test_tokenizer.py", "precompute/test_clips.py", "training/test_training_data.py"}
+PLAIN |= {f"sampling/test_{name}.py" for name in ("download", "prompts", "table")}
 
 
-def pytest_collection_modifyitems(items):
-    """Files with slow tests first, or one worker would end with them while others have nothing left to do."""
+def pytest_collection_modifyitems(config, items):
+    """Marks plain tests, and puts files with slow ones first, or one worker would end with them while others wait."""
+    for item in items:
+        path = item.path.relative_to(config.rootpath / "tests")
+        if PLAIN & {path.parts[0], path.as_posix()}:
+            item.add_marker("plain")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -41,15 +58,12 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True, scope="module")
 def compilation(request):
     """Also that of a test's other processes."""
-    name = "jax_disable_most_optimizations"
     path = request.path.relative_to(request.config.rootpath / "tests")
-    fast = bool(FAST & {path.parts[0], path.as_posix()}) and os.environ.get(name.upper()) != "0"
+    fast = (path.parts[0] not in OPTIMIZED or path.as_posix() in PIPELINES) and os.environ.get(FAST) != "0"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(name.upper(), str(int(fast)))
-        before = jax.config.read(name)
-        _switch(name, fast)
+        patch.setenv(FAST, str(int(fast)))
+        _switch(FAST.lower(), fast)
         yield
-        _switch(name, before)
 
 
 def _switch(name: str, value: bool) -> None:

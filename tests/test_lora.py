@@ -1,7 +1,6 @@
 """Adapters on a model: attaching, scales, merging and taking off, new ones, several devices."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +28,7 @@ from helios_jax.pretrained import (
 from helios_jax.sharding import MeshConfig, make_mesh, shardings
 from tests import tiny
 from tests.closeness import assert_close, error
+from tests.processes import environment
 from tests.tiny_lora import ARRAYS, FFN, PATCH, A, B, Q, model, pair
 
 
@@ -196,13 +196,7 @@ def test_gradients_reach_adapters_and_nothing_else():
 
 
 def test_adapters_are_sharded_like_weights(tmp_path):
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "JAX_PLATFORMS": "cpu",
-    }
-    subprocess.run([sys.executable, __file__, str(tmp_path / "out.json")], env=environment, check=True)
+    subprocess.run([sys.executable, __file__, str(tmp_path / "out.json")], env=environment(devices=8), check=True)
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["a"] == [None, "fsdp", None]
     assert result["b"] == [None, None, "tensor"]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 import socket
 import subprocess
@@ -39,6 +38,7 @@ from helios_jax.training.optim import make_optimizer
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.state import init_sharded
 from tests import tiny
+from tests.processes import environment
 
 ROOT = Path(__file__).parents[1]
 TEXT = UMT5Config(vocab_size=64, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4)
@@ -204,12 +204,7 @@ def test_two_hosts_load_and_save_the_same_as_one(folder, tmp_path):
     hosts = [
         subprocess.Popen(
             [sys.executable, __file__, str(folder), str(tmp_path), str(i), str(port)],
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-            },
+            env=environment(devices=4),
         )
         for i in range(2)
     ]
@@ -261,8 +256,7 @@ def as_a_host(folder: Path, out: Path, number: int, port: int) -> None:
 def test_the_host_never_holds_the_model():
     """3.4 GB of the 14B's tensors through the code of `load_model`, in a process whose peak is its own."""
     command = [sys.executable, "-m", "helios_jax.benchmarks.loading", "--layers", "4"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(command, env=environment(), check=True, capture_output=True, text=True).stdout
     total, largest, peak = (
         float(re.search(pattern, out)[1])
         for pattern in (r", ([\d.]+) GB", r"largest tensor: ([\d.]+)", r"baseline: ([\d.]+)")
@@ -294,9 +288,8 @@ print(memory("VmHWM") - before)
 
 
 def test_saving_holds_one_tensor(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", SAVING, str(tmp_path)]
-    out = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(command, env=environment(), check=True, capture_output=True, text=True).stdout
     assert (tmp_path / WEIGHTS).stat().st_size > 260e6
     assert int(out) < 100e6
 

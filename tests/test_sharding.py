@@ -1,7 +1,6 @@
 """Rules and meshes, and that eight devices compute what one does. They are CPU ones of another process."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -14,11 +13,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from helios_jax import sharding
-from helios_jax.config import ConfigError
-from helios_jax.sharding import MeshConfig, check_batch, check_hosts, make_mesh, shardings, spec
-from helios_jax.training import loop, optim, run_checkpoints, state, trainer
+from helios_jax.sharding import MeshConfig, check_batch, make_mesh, shardings, spec
+from helios_jax.training import loop, optim, run_checkpoints, state
 from helios_jax.training.run_config import TrainConfig
 from tests.closeness import assert_close
+from tests.processes import environment
 from tests.training import dummy
 
 
@@ -91,47 +90,6 @@ def test_slices_of_a_tpu_are_not_one(monkeypatch):
         make_mesh(MeshConfig(slices=1), [Device(i, i) for i in range(2)])
 
 
-class HostMesh(FakeMesh):
-    """A mesh over devices of these hosts, in order."""
-
-    def __init__(self, hosts, **shape):
-        super().__init__(**shape)
-        self.devices = np.array([Device(host) for host in hosts]).reshape(list(self.shape.values()))
-
-
-@pytest.mark.parametrize(
-    ("hosts", "shape", "fits"),
-    [
-        ([0] * 8, {"tensor": 8}, True),  # one host shares nothing with another
-        ([0] * 4 + [1] * 4, {"data": 8}, True),
-        ([0] * 4 + [1] * 4, {"data": 2, "fsdp": 2, "tensor": 2}, True),
-        ([0] * 4 + [1] * 4, {"data": 2, "tensor": 4}, True),
-        ([0, 1] * 4, {"data": 8}, True),  # whole samples, if not in the hosts' order
-        ([0, 1], {"fsdp": 2}, True),
-        ([0] * 4 + [1] * 4, {"tensor": 8}, False),
-        ([0] * 4 + [1] * 4, {"context": 8}, False),
-        ([0, 1] * 4, {"data": 4, "tensor": 2}, False),  # as devices of a pod may be laid
-        ([0] * 3 + [1] * 3, {"data": 3, "tensor": 2}, False),
-        ([0] * 6 + [1] * 2, {"data": 4, "tensor": 2}, False),  # whole samples, of one host more
-    ],
-)
-def test_hosts_have_whole_samples_and_equal_shares(hosts, shape, fits):
-    """Any other mesh would give devices of two hosts different samples as the same ones."""
-    mesh = HostMesh(hosts, **shape)
-    if fits:
-        check_hosts(mesh)
-        return
-    with pytest.raises(ValueError, match=r"each of 2 hosts must have whole samples, .* give tensor x context") as error:
-        check_hosts(mesh)
-    assert "\n" not in str(error.value)
-
-
-def test_a_run_checks_its_mesh_before_anything_else(monkeypatch):
-    monkeypatch.setattr(trainer, "make_mesh", lambda *_: HostMesh([0, 1], tensor=2))
-    with pytest.raises(ConfigError, match="mesh: tensor=2, context=1 would split the samples of one host over several"):
-        trainer.fit_mesh(TrainConfig())
-
-
 # Optimizers whose state is not like AdamW's.
 OTHERS = {"muon": {"name": "muon"}, "prodigy": {"name": "prodigy", "lr": 1.0}}
 
@@ -144,7 +102,7 @@ def train_steps(mesh_config, folder=None, restore_from=None, steps=3, **settings
     optimizer = optim.make_optimizer(config.optim, config.steps)
     with jax.set_mesh(mesh):
         made = state.init_sharded(stage.init, jax.random.key(0), optimizer, config.optim.ema, mesh)
-        batches, seed_key, metrics = stage.batches(), jax.random.key(config.seed), []
+        batches, seed_key, metrics = stage.batches(mesh), jax.random.key(config.seed), []
         if restore_from:
             made, position, _ = run_checkpoints.Checkpoints(restore_from, 1).restore(state.abstract_like(made))
             batches.set_state(position)
@@ -152,7 +110,7 @@ def train_steps(mesh_config, folder=None, restore_from=None, steps=3, **settings
         moments = [list(x.sharding.spec) for x in jax.tree.leaves(made.opt_state) if x.shape == (16, 64)]
         step = loop.make_step(stage, optimizer, made, mesh)
         for _ in range(int(made.step), steps):
-            made, m = step(made, loop.put_batch(loop.split_ids(next(batches))[0], mesh), seed_key)
+            made, m = step(made, loop.put_batch(loop.split_ids(next(batches))[0], 16, mesh), seed_key)
             metrics.append([float(m["loss"]), float(m["grad_norm"])])
         if folder:
             checkpoints = run_checkpoints.Checkpoints(folder, 1)
@@ -175,13 +133,7 @@ def one(tmp_path_factory):
 def eight(one):
     """`train_steps` in a process with eight devices, through the file it writes."""
     out = one[1] / "out.json"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "JAX_PLATFORMS": "cpu",
-    }
-    subprocess.run([sys.executable, __file__, str(out), str(one[1])], env=environment, check=True)
+    subprocess.run([sys.executable, __file__, str(out), str(one[1])], env=environment(devices=8), check=True)
     return json.loads(out.read_text())
 
 

@@ -1,9 +1,10 @@
 """Batches for training: a Grain pipeline that resumes exactly, on any number of hosts.
 
 Example `i` of the endless global stream (shuffled anew each epoch) and its random transform depend on the seed and `i`
-alone. Host `j` of `n` takes every n-th example, so the global batch of a step is the same set on 1, 2 or 4 hosts. The
-whole state is the number of the next step. A source with buckets has one stream per bucket. Every step belongs to one
-bucket, the same on all hosts; a bucket's share of the steps is its share of the examples.
+alone. A host reads some rows of each global batch (`helios_jax.sharding.batch_rows`), so a step has the same batch, in
+the same order, on any number of hosts. The whole state is the number of the next step. A source with buckets has one
+stream per bucket. Every step belongs to one bucket, the same on all hosts; a bucket's share of the steps is its share
+of the examples.
 """
 
 import os
@@ -39,27 +40,27 @@ def loader(
     seed: int,
     batch_size: int,
     transform: Transform | None = None,
-    num_hosts: int = 1,
-    host: int = 0,
+    rows: Sequence[int] | None = None,
     start: int = 0,
     threads: int = 2,
     workers: int = 0,
 ) -> Batches:
-    """An endless iterator over this host's `batch_size // num_hosts` examples a step, stacked along a first dimension.
+    """An endless iterator over `rows` of the global batch of each step (None: all), stacked along a first dimension.
 
     `batch_size` is global, `start` the first step. `get_state()` is {"next_index": step} and `set_state` takes that of
     any host, any number of hosts and of workers. `threads` read ahead (0: none), in each of `workers` processes if
     there are any: those are for transforms that keep a core busy, and take some seconds to begin. Batches of a source
-    with `buckets` (`records.Source`) are of one bucket each. Raises ValueError for an empty source, a batch that hosts
-    cannot share evenly, and a host, start, seed or number of workers out of range. The iteration ends with
+    with `buckets` (`records.Source`) are of one bucket each. Raises ValueError for an empty source, and for a size,
+    rows, start, seed or number of workers out of range. The iteration ends with
     RecordError at a record that cannot be read, or that `transform` refuses with ValueError or KeyError.
     """
     if len(source) == 0:
         raise ValueError("the source has no examples: a loader needs at least one")
-    if batch_size < 1 or num_hosts < 1 or batch_size % num_hosts:
-        raise ValueError(f"a batch of {batch_size} cannot be shared evenly by {num_hosts} hosts: choose a multiple")
-    if not 0 <= host < num_hosts:
-        raise ValueError(f"host {host} is not one of {num_hosts}: it must be 0 to {num_hosts - 1}")
+    if batch_size < 1:
+        raise ValueError(f"a batch of {batch_size} has no examples: it must have at least one")
+    rows = range(batch_size) if rows is None else rows
+    if not rows or not all(0 <= row < batch_size for row in rows):
+        raise ValueError(f"rows {list(rows)} are not of a batch of {batch_size}: they must be 0 to {batch_size - 1}")
     if start < 0:
         raise ValueError(f"start is {start}: it must be 0 or more")
     if not 0 <= seed < 2**64:
@@ -72,9 +73,9 @@ def loader(
         if len(examples) < len(source):
             data = data[examples.start : examples.stop]
         data = data.seed(seed).shuffle().repeat()
-        # Before each host takes its part: the transform's randomness then follows from the global index.
+        # Before each host takes its rows: the transform's randomness then follows from the global index.
         data = data.random_map(_Apply(transform, repr(source)))
-        return data[host::num_hosts].batch(batch_size // num_hosts, drop_remainder=True)
+        return _Rows(data, batch_size, rows).batch(len(rows), drop_remainder=True)
 
     buckets: Mapping[str, range] = getattr(source, "buckets", {"": range(len(source))})
     parts = [batches(examples, _seed(seed, i)) for i, examples in enumerate(buckets.values())]
@@ -96,6 +97,23 @@ def _seed(seed: int, bucket: int) -> int:
     if bucket == 0 and seed < 2**32:
         return seed
     return int(np.random.SeedSequence([seed, bucket]).generate_state(1)[0])
+
+
+class _Rows(grain.MapDataset):
+    """Some rows of each batch of `batch_size` examples, one batch after the other."""
+
+    def __init__(self, parent: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        super().__init__(parent)
+        self._batch_size, self._rows = batch_size, tuple(rows)
+
+    def __len__(self) -> int:
+        return len(self._parent) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, place = divmod(index, len(self._rows))
+        return self._parent[batch * self._batch_size + self._rows[place]]
 
 
 class _Numbered:

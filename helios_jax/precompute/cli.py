@@ -23,8 +23,8 @@ from helios_jax.precompute.encode import NEGATIVE_PROMPT, NEGATIVE_TEXT, TextEmb
 from helios_jax.precompute.tasks import Share
 from helios_jax.precompute.trajectories import Settings, Teacher
 from helios_jax.pretrained import CheckpointError
+from helios_jax.runtime import hosts
 from helios_jax.sampling.checkpoint import Checkpoint
-from helios_jax.sharding import join_hosts
 
 
 def build(videos: Path, vae: Path, text: Path, out: Path, max_length: int | None = None) -> None:
@@ -119,12 +119,12 @@ def _folders(args: argparse.Namespace, *parts: str) -> list[Path]:
 
 def _share(args: argparse.Namespace) -> Share:
     if args.processes > 1:
-        join_hosts(args.processes)
+        hosts.join(args.processes)
         return Share(args.shard_size, jax.process_index(), jax.process_count())
-    host, _, hosts = args.shard.partition("/")
-    if not (host.isdecimal() and hosts.isdecimal() and int(host) < int(hosts)):
+    host, _, of = args.shard.partition("/")
+    if not (host.isdecimal() and of.isdecimal() and int(host) < int(of)):
         raise ValueError(f"--shard is {args.shard!r}: it must read I/N with I from 0 to N - 1, as in 0/4")
-    return Share(args.shard_size, int(host), int(hosts))
+    return Share(args.shard_size, int(host), int(of))
 
 
 def _size(text: str) -> Size:

@@ -73,7 +73,7 @@ class TextEmbedder:
         size = _multiple(CAPTIONS, self._mesh)
         for group in _groups(captions, size):
             ids, mask = self.tokenizer(group + [""] * (size - len(group)), self.max_length)
-            rows = _embed(self._model, *sharding.put_batch((ids, mask), self._mesh))
+            rows = _embed(self._model, *sharding.put_batch((ids, mask), size, self._mesh))
             yield from np.asarray(rows)[: len(group)]
 
 
@@ -124,7 +124,7 @@ class VideoEncoder:
             pixels = np.stack([chunk for _, _, chunk in full])
             noise = np.stack([self._noise(*each) for each in full]) if self.sample else None
             with precise(jnp.float32):
-                rows = _encode(self._model, *sharding.put_batch((pixels, noise), self._mesh))
+                rows = _encode(self._model, *sharding.put_batch((pixels, noise), size, self._mesh))
             done.extend(np.asarray(rows)[: len(group)])
             while waiting and len(done) >= waiting[0]:
                 yield np.stack([done.popleft() for _ in range(waiting.popleft())])

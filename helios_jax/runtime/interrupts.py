@@ -44,6 +44,7 @@ class _State:
         self.came: signal.Signals | None = None
         self.noticed = threading.Event()
         self.temporary: set[str] = set()
+        self.at_leave: list[Callable[[], None]] = []
 
 
 _state = _State()
@@ -121,12 +122,19 @@ def wait(ready: Callable[[], bool]) -> None:
         time.sleep(POLL)
 
 
+def at_leave(action: Callable[[], None]) -> None:
+    """Calls `action`, which must not wait for anything, when `leave` ends the process."""
+    _state.at_leave.append(action)
+
+
 def leave(code: int) -> NoReturn:
     """Ends the process at once, without waiting for the work that a device's queue holds."""
     # In a thread: a reader of our output that has stopped reading would hold up the flush for ever.
     flush = threading.Thread(target=_flush, daemon=True)
     flush.start()
     flush.join(PATIENCE)
+    for action in _state.at_leave:
+        action()
     os._exit(code)
 
 

@@ -6,8 +6,8 @@ The config says what to run; `key=value` arguments override it. Input that canno
 
 import argparse
 import logging
-import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -78,11 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{program_name('train.py')}: warning: {message}", file=sys.stderr)
 
     try:
-        args = make_parser().parse_args(argv)
+        args = make_parser().parse_intermixed_args(argv)
     except ConfigError as error:
         return fail(error, 2)
     # After the arguments: jax takes seconds to import.
+    from helios_jax.data.records import one_line
     from helios_jax.pretrained import CheckpointError
+    from helios_jax.runtime import hosts
+    from helios_jax.runtime.compilation import enable_cache
     from helios_jax.training.errors import RunError
     from helios_jax.training.run_checkpoints import RestoreError
     from helios_jax.training.stage_table import load_config, make_stage
@@ -91,19 +94,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = CurrentStderr()
     logging.getLogger().addHandler(handler)
     logging.getLogger("helios_jax").setLevel(logging.INFO)
+    enable_cache()
+    watch = None
+
+    def end(error: Exception, code: int) -> int:
+        fail(error, code)
+        if watch is not None:
+            watch.tell(str(error), code)
+            watch.leave(code)
+        return code
+
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = show
         try:
-            return train(make_stage(load_config(args.config, args.overrides)))
+            stage = make_stage(load_config(args.config, args.overrides))
+            hosts.join(stage.config.mesh.processes)
+            watch = hosts.Watch(program_name("train.py")) if hosts.several() else None
+            code = train(stage, args.profile)
+            if watch is not None:
+                watch.close()
+            return code
         except RunError as error:
-            return fail(error, 1)
-        except (ConfigError, RestoreError, CheckpointError) as error:
-            return fail(error, 2)
+            return end(error, 1)
+        except (ConfigError, RestoreError, CheckpointError, hosts.JoinError) as error:
+            return end(error, 2)
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            return fail(MemoryError(f"{' '.join(str(error).split())[:200]}; {LESS_MEMORY}"), 1)
+            if is_out_of_memory(error):
+                return end(MemoryError(f"{' '.join(str(error).split())[:200]}; {LESS_MEMORY}"), 1)
+            if watch is not None:
+                watch.find_cause()
+                traceback.print_exc()
+                watch.tell(f"{type(error).__name__}: {one_line(error)}", 1)
+                watch.leave(1)
+            raise
         finally:
             logging.getLogger().removeHandler(handler)
 
@@ -120,14 +144,22 @@ def make_parser() -> Parser:
     parts += [table("exit codes", CODES), "\n".join(["examples:", *(f"  {prog} {example}" for example in EXAMPLES)])]
     parser = Parser(
         prog=prog,
-        usage="%(prog)s CONFIG [key=value ...]",
+        usage="%(prog)s CONFIG [key=value ...] [--profile STEPS]",
         description="Train one stage of Helios. The same command continues a run from its newest checkpoint.",
         epilog="\n\n".join(parts),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", help="a YAML file of configs/, or its name there, as in toy/stage1")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config, as in optim.lr=1e-4")
+    about = "record so many steps, from the third on, in RUN/profile"
+    parser.add_argument("--profile", type=_steps, default=0, metavar="STEPS", help=about)
     return parser
+
+
+def _steps(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of steps, 1 or more")
+    return int(text)
 
 
 def fail(error: Exception, code: int) -> int:
@@ -152,7 +184,5 @@ def entry_point() -> int:
     sys.unraisablehook = unraisable
     code = main()
     if code == 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        interrupts.leave(code)
     return code

@@ -1,8 +1,11 @@
 """The loop that every stage shares: one jitted step, batches, progress, metrics, checkpoints, and clean ends."""
 
+import contextlib
 import json
 import math
+import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from helios_jax.config import ConfigError
 from helios_jax.data.records import RecordError
-from helios_jax.runtime import interrupts, seeds
+from helios_jax.runtime import hosts, interrupts, seeds
 from helios_jax.sharding import BATCH, put_batch, shardings
 from helios_jax.training.errors import NotFiniteError, RunError, writing
+from helios_jax.training.profile import Profile
 from helios_jax.training.progress import Reporter
 from helios_jax.training.run_checkpoints import Checkpoints
 from helios_jax.training.run_config import TrainConfig
@@ -87,46 +91,62 @@ def run(
     checkpoints: Checkpoints,
     stage: Stage[Any, Any],
     mesh: Mesh,
+    began: float,
+    profiled: int = 0,
 ) -> tuple[TrainState, signal.Signals | None]:
     """Trains until `config.steps`; returns the last state and the signal that ended the run early, if one did.
 
     SIGTERM and SIGINT finish the step, save and return; a second one ends the process at once. Raises RunError for a
     NaN or infinite loss or gradient, for a record that cannot be used, and for files that cannot be written. Metrics
     are checked before every save, so the checkpoints stay good. The `id` of a batch, names of its samples, stays on the
-    host, for the error of a loss. With `config.validation`, the stage's `validate` runs at its interval.
+    host, for the error of a loss. With `config.validation`, the stage's `validate` runs at its interval. `began` is
+    when the process began, in seconds since 1970; `profiled` steps are recorded in `<run>/profile`.
     """
     config: TrainConfig = stage.config
     seed_key = seeds.key(config.seed)
     first = done = int(state.step)
-    stop = None
+    stop = metrics = before = None
     window: list[tuple[Metrics, list[str]]] = []
-    reporter = Reporter(Path(config.run), first, config, stage.learning_rate)
-    with _Signals() as signals, reporter:
-        # Decided once, for all hosts: whoever exports asks for `stop` alone.
+    since_save: list[tuple[int, float]] = []  # steps, and the mean of the checkpoints' metric over them
+    reporter = Reporter(Path(config.run), first, config, stage.learning_rates, began)
+    goodput, profile = reporter.goodput, Profile(Path(config.run) / "profile", profiled)
+    with _Signals() as signals, reporter, contextlib.closing(profile):
         while done < config.steps and stop is None:
+            begin = time.monotonic()
             try:
                 batch, ids = split_ids(next(batches))
             except RecordError as error:
                 raise RunError(f"step {done + 1}: {error}") from None
-            state, metrics = step(state, put_batch(batch, mesh), seed_key)
+            if metrics is not None and metrics["loss"].is_ready():  # the devices have waited, too
+                goodput.lose("input", time.monotonic() - begin)
+            placed = put_batch(batch, config.data.batch_size, mesh)
+            # One step at most waits behind the one that runs, so that a signal is answered within two.
+            jax.block_until_ready(before)
+            before = metrics
+            state, metrics = step(state, placed, seed_key)
             done += 1
+            profile.after_step(metrics)
             window.append((metrics, ids))
             log = done % config.log_every == 0 or done == first + 1 or done == config.steps
             if done < config.steps:
-                # Hosts must agree to stop; they ask one another only where they wait for the device anyway.
-                stop = signals.received(agree=log)
+                stop = signals.received(done)
             save = done % config.checkpoint.every == 0 or done == config.steps or stop is not None
             look = config.validation is not None and done % config.validation.every == 0 and stop is None
             if log or save or look:
-                reporter.report(done, _mean(window, done, Path(config.run)))
+                means = _mean(window, done, Path(config.run))
+                since_save.append((len(window), _metric(means, config)))
+                reporter.report(done, means)
                 window = []
             if save:
-                checkpoints.save(state, batches.get_state(), config)
+                with goodput.losing("saving"):
+                    checkpoints.save(state, batches.get_state(), config, _average(since_save))
+                since_save = []
             if look:
                 folder = Path(config.run) / "validation" / f"step_{done:06d}"
-                with writing(folder):
-                    pictures = stage.validate(state.best, folder)
-                reporter.pictures(done, pictures)
+                with goodput.losing("validation"):
+                    with writing(folder):
+                        pictures = stage.validate(state.best, folder)
+                    reporter.pictures(done, pictures)
     checkpoints.wait()
     return state, stop
 
@@ -154,6 +174,20 @@ def _mean(window: list[tuple[Metrics, list[str]]], done: int, run: Path) -> dict
     return means
 
 
+def _metric(means: dict[str, float], config: TrainConfig) -> float:
+    """The metric by which checkpoints are kept. Raises ConfigError for one that the stage does not have."""
+    name = config.checkpoint.metric
+    if config.checkpoint.keep_best and means and name not in means:
+        raise ConfigError(f"checkpoint.metric: there is no {name!r}; name one of {', '.join(means)}")
+    return means.get(name, math.nan)
+
+
+def _average(parts: list[tuple[int, float]]) -> float | None:
+    """The mean over steps of means over some of them; None where nothing is known."""
+    known = [(steps, mean) for steps, mean in parts if steps and math.isfinite(mean)]
+    return sum(steps * mean for steps, mean in known) / sum(steps for steps, _ in known) if known else None
+
+
 def _not_finite(step: int, name: str, value: float, ids: list[str], run: Path) -> NotFiniteError:
     """The error for a step, after writing the whole batch's ids beside the metrics."""
     batch = ""
@@ -173,25 +207,23 @@ class _Signals:
 
     def __enter__(self) -> "_Signals":
         self._seen: signal.Signals | None = None
-        self._paused = interrupts.pause()
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self._paused, self._several = interrupts.pause(), hosts.several()
+        # Of several hosts, jax's preemption service catches SIGTERM: `hosts.agreed_signal`.
+        mine = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
+        self._before = {s: signal.signal(s, self._note) for s in mine}
         return self
 
     def _note(self, number: int, frame: Any) -> None:
         self._seen = signal.Signals(number)
         self.__exit__()
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)  # tells the other hosts
 
     def __exit__(self, *error: Any) -> None:
         for s, handler in self._before.items():
             signal.signal(s, handler)
         interrupts.resume(self._paused)
 
-    def received(self, agree: bool) -> signal.Signals | None:
-        """The signal to act on; of several hosts, one that any of them got, known where all of them ask (`agree`)."""
-        if jax.process_count() == 1:
-            return self._seen
-        if agree:
-            seen = multihost_utils.process_allgather(np.int32(self._seen or 0))
-            self._seen = signal.Signals(int(seen.max())) if seen.max() else None
-            return self._seen
-        return None
+    def received(self, step: int) -> signal.Signals | None:
+        """The signal to act on after `step`; of several hosts, one that any of them got, at the same step."""
+        return hosts.agreed_signal(step, self._seen) if self._several else self._seen

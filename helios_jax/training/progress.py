@@ -1,28 +1,37 @@
 """Progress of a run: a bar or plain lines, `metrics.jsonl`, and TensorBoard's file, on the first host."""
 
 import contextlib
+import hashlib
+import io
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto import event_pb2, summary_pb2
 
+from helios_jax import config as configs
 from helios_jax.training.errors import writing
+from helios_jax.training.goodput import Goodput
 from helios_jax.training.run_config import TrainConfig
 
 EVENTS: Any = event_pb2  # its classes are made when it is imported
+SUMMARIES: Any = summary_pb2
 COMPILING = "compiling the first step"
+NOT_DRAWN = ("began", "computing_seconds")  # kept for the next process
+SHOWN, WIDE = 33, 320  # of a validation video: frames, and pixels from left to right
 
 
 class Board:
@@ -64,16 +73,25 @@ def make_bar(console: Console | None = None) -> Progress:
 class Reporter:
     """Means of the steps, shown in a bar (in plain lines where there is no terminal) and written, on the first host.
 
-    `learning_rate` is that of the step of a number, from 0. Raises RunError for files that cannot be written.
+    `learning_rates` are those of the step of a number, from 0, by name. `began` is when the process began, in seconds
+    since 1970. Raises RunError for files that cannot be written.
     """
 
-    def __init__(self, folder: Path, first: int, config: TrainConfig, learning_rate: Callable[[int], float]):
+    def __init__(
+        self,
+        folder: Path,
+        first: int,
+        config: TrainConfig,
+        learning_rates: Callable[[int], Mapping[str, float]],
+        began: float,
+    ):
         self._config, self._first, self._begin = config, first, time.monotonic()
+        self.goodput = Goodput({}, began)
         self._last = (first, self._begin)
         self._rate: float | None = None
-        self._learning_rate = learning_rate
+        self._learning_rates = learning_rates
         self._writes = jax.process_index() == 0
-        self._bar = None
+        self._bar = self._wandb = None
         if not self._writes:
             return
         self._metrics = folder / "metrics.jsonl"
@@ -86,7 +104,16 @@ class Reporter:
                 part = self._metrics.with_suffix(".part")
                 part.write_text("".join(f"{line}\n" for line in kept))
                 part.replace(self._metrics)
+            if kept:
+                self.goodput = Goodput(json.loads(kept[-1]), began)
             self._board = Board(folder / "tensorboard", first + 1)
+        if config.wandb is not None:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            # The same name after a restart: the run goes on there, too.
+            name = hashlib.sha256(f"{folder.absolute()} {self.goodput.began}".encode()).hexdigest()[:16]
+            settings = configs.to_dict(config)
+            self._wandb = wandb.init(project=config.wandb, id=name, resume="allow", dir=folder, config=settings)
         if sys.stdout.isatty():
             self._bar = make_bar()
             self._task = self._bar.add_task(COMPILING, total=config.steps, completed=first, left="")
@@ -101,6 +128,8 @@ class Reporter:
     def __exit__(self, *error: Any) -> None:
         if self._bar:
             self._bar.stop()
+        if self._wandb is not None:
+            self._wandb.finish()
         if self._writes:
             # A file whose disk is full fails again: the first error is the one to tell.
             with contextlib.suppress(OSError) if error[0] else writing(self._config.run):
@@ -114,31 +143,61 @@ class Reporter:
         self._last = (step, now)
         if not self._writes or not metrics:
             return
-        metrics = {**metrics, "lr": self._learning_rate(step - 1)}
+        metrics = {**metrics, **self._learning_rates(step - 1)}
+        figures = self.goodput.report()
         if self._rate is not None:
-            metrics["steps_per_second"] = self._rate
-        line = json.dumps({"step": step, "seconds": round(now - self._begin, 3), **metrics})
+            figures = {"steps_per_second": self._rate, **figures}
+        line = json.dumps({"step": step, "seconds": round(now - self._begin, 3), **metrics, **figures})
         with writing(self._config.run):
             with self._metrics.open("a") as file:
                 file.write(f"{line}\n")
-            for name, value in metrics.items():
-                self._board.add(summary.scalar(name, value), step)
+            for name, value in {**metrics, **figures}.items():
+                if name not in NOT_DRAWN:
+                    self._board.add(summary.scalar(name, value), step)
+        if self._wandb is not None:
+            self._wandb.log({**metrics, **figures}, step=step)
         total = self._config.steps
-        rate = "" if self._rate is None else f"{self._rate:.2f} steps/s"
+        rate = "" if self._rate is None else f"{self._rate:.3g} steps/s"
         left = "" if self._rate is None else f"{_clock((total - step) / self._rate)} left"
-        named = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if k != "steps_per_second")
+        named = [f"{name} {value:.4g}" for name, value in metrics.items()]
         if self._bar:
-            self._bar.update(self._task, completed=step, left=left, description=f"{rate}  {named}")
+            self._bar.update(self._task, completed=step, left=left, description="  ".join((rate, *named)))
         else:
-            print("  ".join(filter(None, (f"step {step}/{total}", named, rate, left))), flush=True)
+            print(fitting(list(filter(None, (f"step {step}/{total}", left, rate, *named)))), flush=True)
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Puts uint8 [h, w, 3] of a validation into TensorBoard; its time does not count as the steps'."""
+        """Puts pictures, uint8 [h, w, 3], and videos [t, h, w, 3] of a validation into TensorBoard.
+
+        Its time does not count as the steps'.
+        """
         self._last = (step, time.monotonic())
-        if self._writes:
-            with writing(self._config.run):
-                for name, picture in pictures.items():
-                    self._board.add(summary.image(f"validation/{name}", picture, dataformats="HWC"), step)
+        if not self._writes:
+            return
+        with writing(self._config.run):
+            for name, shown in pictures.items():
+                if shown.ndim == 3:
+                    self._board.add(summary.image(f"validation/{name}", shown, dataformats="HWC"), step)
+                else:
+                    self._board.add(_moving(f"validation/{name}", animation(shown)), step)
+
+
+def fitting(parts: Sequence[str], width: int = 80) -> str:
+    """The first of `parts` that fit a line of `width` columns; the first one always."""
+    line = parts[0]
+    for part in parts[1:]:
+        if len(line) + 2 + len(part) > width:
+            break
+        line += f"  {part}"
+    return line
+
+
+def animation(frames: UInt8[np.ndarray, "t h w 3"]) -> bytes:
+    """A GIF of a video, at most SHOWN frames of it at most WIDE pixels wide, at about its own pace."""
+    step, shrink = -(-len(frames) // SHOWN), -(-frames.shape[2] // WIDE)
+    pictures = [Image.fromarray(frame[::shrink, ::shrink]) for frame in frames[::step]]
+    file = io.BytesIO()
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=1000 * step // 24, loop=0)
+    return file.getvalue()
 
 
 def _step_of(line: str) -> float:
@@ -146,6 +205,13 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf  # half a line: the process was killed while writing it
+
+
+def _moving(name: str, gif: bytes) -> Any:
+    """A summary of an animation: TensorBoard shows the bytes of an image as a browser does."""
+    height, width = Image.open(io.BytesIO(gif)).size[::-1]
+    image = SUMMARIES.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
+    return SUMMARIES.Summary(value=[SUMMARIES.Summary.Value(tag=name, image=image)])
 
 
 def _clock(seconds: float) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,15 +20,17 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from etils import epath
+from orbax.checkpoint import checkpoint_managers as managers
 
 from helios_jax import config as configs
 from helios_jax.data.records import one_line
+from helios_jax.runtime import hosts
 from helios_jax.training.errors import RunError, cannot_write
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.state import TrainState
 
-FROZEN = "frozen_digest"
+FROZEN, METRIC = "frozen_digest", "metric"
 DAMAGED = "damaged"  # the end of the name of a checkpoint that was set aside
 
 Restored = tuple[TrainState, dict[str, Any], dict[str, Any]]  # (state, data state, config as saved)
@@ -50,26 +53,61 @@ class RestoreError(ValueError):
     """Checkpoints that do not belong to this model, or of which none is whole; the message is one line."""
 
 
-class Checkpoints:
-    """The checkpoints in one folder, the newest `keep` of them."""
+class Manager(ocp.CheckpointManager):
+    """Orbax's manager, which tells a host's fault at once.
 
-    def __init__(self, folder: str | Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    Orbax itself first waits for the other hosts, and they for the part that this one cannot write.
+    """
+
+    fault: Exception | None = None
+
+    def _wait_for_checkpointers(self) -> None:
+        try:
+            super()._wait_for_checkpointers()
+        except Exception as error:
+            self.fault = error
+            raise
+
+    def settle(self) -> None:
+        """Waits for the save in the background; raises the error of this host's part."""
+        while self.is_saving_in_progress() and self.fault is None:
+            time.sleep(0.005)
+        if self.fault is not None:
+            raise self.fault
+        self.wait_until_finished()
+
+
+class Checkpoints:
+    """The checkpoints in one folder: the newest `keep`, the `best` of the smallest metric, and each `every`-th step."""
+
+    def __init__(self, folder: str | Path, keep: int, best: int = 0, every: int | None = None):
+        policies: list[Any] = [managers.LatestN(keep)]
+        tracked: dict[str, Any] = {}
+        if every is not None:
+            policies.append(managers.EveryNSteps(every))
+        if best:
+            policies.append(managers.BestN(get_metric_fn=_metric, reverse=True, n=best))
+            tracked = {"best_fn": _metric, "best_mode": "min"}
+        options = ocp.CheckpointManagerOptions(
+            create=True, preservation_policy=managers.AnyPreservationPolicy(policies), **tracked
+        )
         self.folder = Path(folder).absolute()
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
         }
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self._manager = Manager(self.folder, options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, data: dict[str, Any], config: TrainConfig) -> None:
+    def save(self, state: TrainState, data: dict[str, Any], config: TrainConfig, metric: float | None = None) -> None:
         """Writes in the background; `data` is the batch iterator's state, a plain JSON mapping.
+
+        `metric` tells which checkpoints are the best.
 
         Raises RunError for what cannot be written, of this checkpoint or of the one before it.
         """
@@ -77,6 +115,7 @@ class Checkpoints:
         if step == self.latest:
             return
         with self._writing():
+            self._manager.settle()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -84,6 +123,7 @@ class Checkpoints:
                     data=ocp.args.JsonSave(data),
                     config=ocp.args.JsonSave(configs.to_dict(config)),
                 ),
+                metrics=None if metric is None else {METRIC: metric},
                 force=True,
             )
 
@@ -94,12 +134,16 @@ class Checkpoints:
         """
         damaged: list[tuple[int, str]] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
+            found, fault = None, ""
             try:
                 found = self.restore(state, step)
             except (RestoreError, MemoryError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # of Orbax, TensorStore and JSON, which know no common one
-                damaged.append((step, one_line(error)))
+                fault = one_line(error).partition(". See full TensorStore details")[0]
+            # A host reads its own part of the arrays: the others' may be whole.
+            if faults := [text for text in hosts.gather(f"restored/{step}", fault) if text]:
+                damaged.append((step, faults[0]))
                 continue
             self._set_aside(damaged, step)
             return found
@@ -126,8 +170,7 @@ class Checkpoints:
                 stacklevel=2,
             )
         if damaged:
-            if jax.process_count() > 1:
-                multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            hosts.of_first(f"set aside before {step}", "")
             self._manager.reload()
 
     def restore(self, state: TrainState, step: int | None = None) -> Restored:
@@ -139,20 +182,22 @@ class Checkpoints:
         step = self.latest if step is None else step
         target = _flat(_parts(state))
         self._check(target, step)
-        got: Any = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore(), config=ocp.args.JsonRestore()
-            ),
-        )
-        if FROZEN in target and not np.array_equal(got.state[FROZEN], state.frozen_digest):
+        # Not by the manager, where all hosts would wait for one that cannot read its part.
+        folder = epath.Path(self.folder) / str(step)
+        arrays: Any = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(target))
+        data, config = (ocp.JsonCheckpointHandler().restore(folder / name) for name in ("data", "config"))
+        if FROZEN in target and not np.array_equal(arrays[FROZEN], state.frozen_digest):
             raise RestoreError(
                 f"{self.folder}/{step}: the parameters that are not trained are others now; "
                 "give init (or seed) as it was, or this run another folder (run=...)"
             )
-        parts = jax.tree.unflatten(jax.tree.structure(_parts(state)), [got.state[name] for name in target])
+        parts = jax.tree.unflatten(jax.tree.structure(_parts(state)), [arrays[name] for name in target])
         done, params, opt_state, ema = (parts[name] for name in ("step", "model", "opt_state", "ema"))
-        return dataclasses.replace(state, step=done, params=params, opt_state=opt_state, ema=ema), got.data, got.config
+        return (
+            dataclasses.replace(state, step=done, params=params, opt_state=opt_state, ema=ema),
+            dict(data),
+            dict(config),
+        )
 
     def _check(self, target: dict[str, Any], step: int | None) -> None:
         where = f"{self.folder}/{step}"
@@ -173,11 +218,12 @@ class Checkpoints:
     def wait(self) -> None:
         """Returns when every save is on disk; raises RunError for one that cannot be written."""
         with self._writing():
-            self._manager.wait_until_finished()
+            self._manager.settle()
 
     def close(self) -> None:
         """Finishes writing; raises RunError for what cannot be written."""
         with self._writing():
+            self._manager.settle()
             self._manager.close()
 
     def kept(self) -> str:
@@ -197,6 +243,10 @@ class Checkpoints:
             raise
         except Exception as error:  # of Orbax and TensorStore, which know no common one
             raise cannot_write(self.folder, error) from None
+
+
+def _metric(metrics: dict[str, float]) -> float:
+    return metrics[METRIC]
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

@@ -68,15 +68,27 @@ class ValidationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """A checkpoint every `every` steps and at the end, the newest `keep` of them on disk."""
+    """A checkpoint every `every` steps and at the end.
+
+    Those stay on disk that are one of the newest `keep`, of the `keep_best` with the smallest `metric`, or of a step
+    that `keep_every` divides. The metric is the mean of the steps since the checkpoint before.
+    """
 
     folder: str | None = None  # null: `<run>/checkpoints`
     every: int = 500
     keep: int = 2
+    keep_best: int = 0
+    metric: str = "loss"
+    keep_every: int | None = None
 
     def __post_init__(self):
         require(self.every > 0, f"every must be at least 1, got {self.every}")
         require(self.keep > 0, f"keep must be at least 1, got {self.keep}")
+        require(self.keep_best >= 0, f"keep_best must not be negative, got {self.keep_best}")
+        require(
+            self.keep_every is None or (self.keep_every > 0 and self.keep_every % self.every == 0),
+            f"keep_every must be a multiple of every, {self.every}, or null, got {self.keep_every}",
+        )
 
 
 @dataclass
@@ -97,6 +109,7 @@ class TrainConfig:
     # it is, in `precision`.
     trainable: tuple[str, ...] = ("all",)
     validation: ValidationConfig | None = None
+    wandb: str | None = None  # project of Weights & Biases that gets the metrics, too; needs `pip install wandb`
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

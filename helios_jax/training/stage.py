@@ -4,20 +4,23 @@ A stage trains one model on one kind of batch towards one loss. The loop, the op
 line are the same for all of them (`training.loop`, `training.cli`).
 """
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
-import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from helios_jax.config import ConfigError
 from helios_jax.data.loader import Transform, loader
 from helios_jax.data.records import Source
+from helios_jax.runtime import hosts
+from helios_jax.sharding import batch_rows
 from helios_jax.training import optim
 from helios_jax.training.run_config import DataConfig, TrainConfig
 
@@ -37,23 +40,26 @@ class Batches(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
 
 
-def host_batches(source: Source, transform: Transform, data: DataConfig) -> Batches:
-    """This host's part of shuffled batches of `source`, each sample cut by `transform`.
+def host_batches(source: Source, transform: Transform, data: DataConfig, mesh: Mesh) -> Batches:
+    """This host's rows of shuffled batches of `source`, each sample cut by `transform`.
 
-    Raises ConfigError for a batch that the hosts cannot share.
+    Raises ConfigError where the hosts have different records.
     """
-    try:
-        return loader(
-            source,
-            seed=data.seed,
-            batch_size=data.batch_size,
-            transform=transform,
-            num_hosts=jax.process_count(),
-            host=jax.process_index(),
-            workers=data.workers,
+    buckets = {name: len(numbers) for name, numbers in getattr(source, "buckets", {}).items()}
+    here = json.dumps([len(source), buckets])
+    if (first := hosts.of_first("records", here)) != here:
+        raise ConfigError(
+            f"data.folder: {data.folder} has {len(source)} records here, {json.loads(first)[0]} on host 0, or other "
+            "sizes of them; give all hosts the same data"
         )
-    except ValueError as error:
-        raise ConfigError(f"data: {error}") from None
+    return loader(
+        source,
+        seed=data.seed,
+        batch_size=data.batch_size,
+        transform=transform,
+        rows=batch_rows(data.batch_size, mesh),
+        workers=data.workers,
+    )
 
 
 class Stage(ABC, Generic[ConfigT, ModelT]):
@@ -77,8 +83,11 @@ class Stage(ABC, Generic[ConfigT, ModelT]):
         raise ConfigError(f"init: the stage {self.config.stage} begins with random weights only; set init to null")
 
     @abstractmethod
-    def batches(self) -> Batches:
-        """Batches of this host; a batch is a mapping of names to arrays, samples first, its `id` names of samples."""
+    def batches(self, mesh: Mesh) -> Batches:
+        """This host's rows of each batch (`sharding.batch_rows`): a mapping of names to arrays, samples first.
+
+        Its `id`, if there is one, names the samples.
+        """
 
     @abstractmethod
     def loss(self, model: ModelT, batch: dict[str, Any], keys: Key[Array, " b"]) -> tuple[Float[Array, ""], Metrics]:
@@ -88,13 +97,13 @@ class Stage(ABC, Generic[ConfigT, ModelT]):
         """The optimizer that `config.optim` names."""
         return optim.make_optimizer(self.config.optim, self.config.steps)
 
-    def learning_rate(self, step: int) -> float:
-        """The learning rate that is shown of step `step`, from 0: that of the exported model's parameters."""
-        return optim.rate_at(self.config.optim, self.config.steps, step)
+    def learning_rates(self, step: int) -> Mapping[str, float]:
+        """The learning rates of step `step`, from 0, by the name under which they are shown."""
+        return {"lr": optim.rate_at(self.config.optim, self.config.steps, step)}
 
     def export(self, model: ModelT, folder: Path) -> None:
         """Writes the run's result into `folder`, in diffusers layout; by default nothing beside the checkpoints."""
 
     def validate(self, model: ModelT, folder: Path) -> Mapping[str, np.ndarray]:
-        """Writes samples of the model into `folder`; returns pictures of them, uint8 [h, w, 3]. By default none."""
+        """Writes samples of the model into `folder`; returns them, uint8 [h, w, 3] or [t, h, w, 3]. By default none."""
         return {}

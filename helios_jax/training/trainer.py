@@ -1,6 +1,9 @@
 """A run from its config to its export: checks, builds, restores, trains, exports."""
 
+import importlib.util
+import json
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,9 @@ from jax.sharding import Mesh
 
 from helios_jax import config as configs
 from helios_jax.config import ConfigError
-from helios_jax.runtime import seeds
+from helios_jax.runtime import hosts, seeds
 from helios_jax.runtime.compilation import precise
-from helios_jax.sharding import check_batch, check_hosts, join_hosts, make_mesh
+from helios_jax.sharding import check_batch, make_mesh
 from helios_jax.training import loop
 from helios_jax.training.errors import RunError, check_folder, writing
 from helios_jax.training.run_checkpoints import Checkpoints
@@ -20,19 +23,18 @@ from helios_jax.training.stage import Stage
 from helios_jax.training.state import abstract_like, init_sharded
 
 
-def train(stage: Stage[Any, Any]) -> int:
-    """Builds, restores, trains and exports; returns the exit code.
+def train(stage: Stage[Any, Any], profiled: int = 0) -> int:
+    """Builds, restores, trains and exports; returns the exit code. `profiled` steps are recorded in `<run>/profile`.
 
     0: done, or ended by SIGTERM after saving. 130: ended by Ctrl-C after saving. Raises ConfigError, CheckpointError or
     RestoreError for input that cannot be used, and RunError for a run that cannot go on.
     """
+    began = time.time()
     config: TrainConfig = stage.config
     run = Path(config.run)
     mesh = fit_mesh(config)
-    if jax.process_index() == 0:
-        check_folder(run, "run")
-        check_folder(Path(config.checkpoint.folder or run / "checkpoints"), "checkpoint.folder")
-    batches, optimizer = stage.batches(), stage.make_optimizer()
+    check_hosts(config)
+    batches, optimizer = stage.batches(mesh), stage.make_optimizer()
     with jax.set_mesh(mesh), precise(config.precision):
         state = init_sharded(
             stage.init,
@@ -45,7 +47,8 @@ def train(stage: Stage[Any, Any]) -> int:
             config.precision,
         )
         say(f"training {count(state.params):,} parameters, {count(state.frozen):,} stay as they are")
-        checkpoints = Checkpoints(config.checkpoint.folder or run / "checkpoints", config.checkpoint.keep)
+        kept = config.checkpoint
+        checkpoints = Checkpoints(kept.folder or run / "checkpoints", kept.keep, kept.keep_best, kept.keep_every)
         if checkpoints.latest is not None:
             state = abstract_like(state)  # frees the new state's memory before the old one is read
             restored = checkpoints.restore_newest(state)
@@ -59,7 +62,7 @@ def train(stage: Stage[Any, Any]) -> int:
                 with writing(run / "config.yaml"):
                     configs.save(config, run / "config.yaml")
             step = loop.make_step(stage, optimizer, state, mesh)
-            state, stopped = loop.run(step, state, batches, checkpoints, stage, mesh)
+            state, stopped = loop.run(step, state, batches, checkpoints, stage, mesh, began, profiled)
             checkpoints.close()
             if stopped is None:
                 with writing(run):
@@ -75,13 +78,30 @@ def train(stage: Stage[Any, Any]) -> int:
 def fit_mesh(config: TrainConfig) -> Mesh:
     """The mesh over all hosts; raises ConfigError when it fits neither the devices nor the batch."""
     try:
-        join_hosts(config.mesh.processes)
         mesh = make_mesh(config.mesh)
-        check_hosts(mesh)
         check_batch(config.data.batch_size // config.optim.accumulate, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return mesh
+
+
+def check_hosts(config: TrainConfig) -> None:
+    """Raises ConfigError for folders that cannot be written, or hosts with other settings or folders than the first."""
+    values = configs.to_dict(config)
+    if config.wandb is not None and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("wandb: the package is not installed; pip install wandb, or set wandb to null")
+    first = json.loads(hosts.of_first("config", json.dumps(values)))
+    if differ := changes(first, json.loads(json.dumps(values))):
+        raise ConfigError(f"all hosts must have the same settings as host 0{differ} here; give all the same command")
+    folders = {"run": Path(config.run)}
+    folders["checkpoint.folder"] = Path(config.checkpoint.folder or folders["run"] / "checkpoints")
+    for key, folder in folders.items():
+        if jax.process_index() == 0:
+            check_folder(folder, key)
+        try:
+            hosts.check_shared(str(folder), key)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
 
 
 def count(params: Any) -> int:

@@ -19,8 +19,6 @@ from helios_jax.training.pipeline_parts import open_components
 from helios_jax.training.run_config import ValidationConfig
 from helios_jax.training.trainable import settle_dtypes
 
-STRIP = 8  # frames of a validation video that are shown side by side
-
 
 def check_validation(config: FlowTrainConfig) -> None:
     """Raises ConfigError, in one line, for components that do not fit or cannot make the validation videos."""
@@ -60,7 +58,7 @@ def sampling_options(validation: ValidationConfig, config: FlowTrainConfig) -> S
 def make_videos(model: Transformer, config: FlowTrainConfig, folder: Path) -> dict[str, np.ndarray]:
     """Writes a video of each validation prompt, 0.mp4 and on, into `folder`.
 
-    Returns a strip of frames, uint8 [h, w, 3], of each. The VAE and the text encoder are loaded here and dropped at the
+    Returns the frames, uint8 [t, h, w, 3], of each. The VAE and the text encoder are loaded here and dropped at the
     end, so that training steps have their memory. All hosts must call; the first writes.
     """
     validation, checkpoint = config.validation, open_components(config)
@@ -83,5 +81,4 @@ def make_videos(model: Transformer, config: FlowTrainConfig, folder: Path) -> di
         for i, video in enumerate(frames):
             with VideoWriter(folder / f"{i}.mp4", validation.fps, validation.height, validation.width) as writer:
                 writer.write(video)
-    shown = np.linspace(0, frames.shape[1] - 1, STRIP).round().astype(int)
-    return {str(i): np.concatenate(list(video[shown]), 1) for i, video in enumerate(frames)}
+    return {str(i): video for i, video in enumerate(frames)}

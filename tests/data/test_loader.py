@@ -1,4 +1,4 @@
-"""Batches: a resumed run sees what an uninterrupted one does, and hosts share each global batch exactly."""
+"""Batches: a resumed run sees what an uninterrupted one does, and a host reads its rows of each global batch."""
 
 import json
 from itertools import chain
@@ -41,17 +41,13 @@ def test_resumed_loader_equals_uninterrupted_one(done, batch_size, **kwargs):
     assert take(again, 4) == take(make(batch_size=batch_size, start=done, **kwargs), 4) == whole[done:]
 
 
-@given(hosts=st.sampled_from([2, 4]), share=st.integers(1, 3), start=st.integers(0, 5), **sizes)
+@given(batch_size=st.integers(1, 9), start=st.integers(0, 5), data=st.data(), **sizes)
 @settings(max_examples=25, deadline=None)
-def test_hosts_partition_every_global_batch(hosts, share, start, **kwargs):
-    batch_size = hosts * share
+def test_a_host_reads_its_rows_of_every_global_batch(batch_size, start, data, **kwargs):
+    rows = sorted(data.draw(st.sets(st.integers(0, batch_size - 1), min_size=1)))
     alone = take(make(batch_size=batch_size, start=start, **kwargs), 5)
-    parts = [
-        take(make(batch_size=batch_size, start=start, num_hosts=hosts, host=host, **kwargs), 5) for host in range(hosts)
-    ]
-    for step, batch in enumerate(alone):
-        assert all(len(part[step]) == share for part in parts)
-        assert sorted(batch) == sorted(chain.from_iterable(part[step] for part in parts))
+    part = take(make(batch_size=batch_size, start=start, rows=rows, **kwargs), 5)
+    assert part == [[batch[row] for row in rows] for batch in alone]
 
 
 @given(length=st.integers(1, 30), epochs=st.integers(1, 3), seed=st.integers(0, 1000))
@@ -74,8 +70,8 @@ def test_epochs_and_seeds_have_their_own_order():
     ("change", "message"),
     [
         ({"length": 0}, "no examples"),
-        ({"num_hosts": 3}, "batch of 4 cannot be shared evenly by 3 hosts"),
-        ({"num_hosts": 2, "host": 2}, "host 2 is not one of 2"),
+        ({"rows": [2, 4]}, r"rows \[2, 4\] are not of a batch of 4"),
+        ({"rows": []}, r"rows \[\] are not of a batch of 4"),
         ({"start": -1}, "start is -1"),
         ({"seed": -1}, "seed is -1"),
         ({"batch_size": 0}, "batch of 0"),

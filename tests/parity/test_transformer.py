@@ -1,6 +1,8 @@
 """The transformer against diffusers' HeliosTransformer3DModel: values, gradients, names and shapes."""
 
 import dataclasses
+import os
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,6 @@ pytestmark = pytest.mark.reference
 torch = pytest.importorskip("torch")
 
 from diffusers import HeliosTransformer3DModel  # noqa: E402
-from flax import nnx  # noqa: E402
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
@@ -23,6 +24,7 @@ from helios_jax.models.transformer import (  # noqa: E402
     init_memory_patches,
 )
 from helios_jax.pretrained import count, file_entries, from_arrays, to_arrays  # noqa: E402
+from tests import tiny  # noqa: E402
 from tests.parity.reference import arrays, channels_first, channels_last, check, check_loss, error, randomise  # noqa: E402
 
 CASES = settings(
@@ -121,18 +123,23 @@ def run_theirs(model, x: dict):
     ).sample
 
 
-def run_ours(model: Transformer, x: dict, dtype=jnp.float32):
+def call(model: Transformer, latents, timestep, text, history, indices):
+    return model(latents, timestep, model.text_kv(text), history, indices)
+
+
+optimized = jax.jit(call)
+# As for use where everything is (`make parity`).
+FAST = {} if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "0" else {"xla_backend_optimization_level": 0}
+compiled_fast = partial(jax.jit, compiler_options=FAST)
+
+
+def run_ours(model: Transformer, x: dict, dtype=jnp.float32, forward=optimized):
     cast = {k: jnp.asarray(v, dtype) for k, v in x.items() if k in ("latents", "text", "short", "mid", "long")}
     history = indices = None
     if "short" in x:
         history = HistoryLatents(cast["short"], cast.get("mid"), cast.get("long"))
     indices = FrameIndices(x["indices"], *(x.get(f"{p}_indices") for p in ("short", "mid", "long")))
     return forward(model, cast["latents"], jnp.asarray(x["timestep"]), cast["text"], history, indices)
-
-
-@jax.jit
-def forward(model: Transformer, latents, timestep, text, history, indices):
-    return model(latents, timestep, model.text_kv(text), history, indices)
 
 
 @given(cases())
@@ -150,11 +157,11 @@ def test_values(case):
 @settings(CASES, max_examples=3)
 def test_stacked_blocks_are_the_same_model(case):
     config, sizes, seed = case
-    theirs, ours = build(config, seed)
+    (theirs, ours), fast = build(config, seed), compiled_fast(call)
     stacked = Transformer.abstract(config, stacked=True)
     stacked = from_arrays(stacked, arrays(theirs))
     x = inputs(config, sizes, seed)
-    assert error(run_ours(stacked, x), run_ours(ours, x)) <= 1e-5
+    assert error(run_ours(stacked, x, forward=fast), run_ours(ours, x, forward=fast)) <= 1e-5
     for key, value in to_arrays(stacked).items():
         np.testing.assert_array_equal(value, theirs.state_dict()[key].numpy())
 
@@ -168,7 +175,7 @@ def test_gradients(case):
     target = np.random.default_rng(seed + 1).standard_normal(x["latents"].shape, np.float32)
     out = run_theirs(theirs, x)
     (out * channels_first(target)).sum().backward()
-    grads = jax.grad(lambda m: (run_ours(m, x) * target).sum())(ours)
+    grads = compiled_fast(jax.grad(lambda m: (run_ours(m, x, forward=call) * target).sum()))(ours)
     ours_flat, theirs_flat = [], []
     for key, value in to_arrays(grads).items():
         reference = dict(theirs.named_parameters())[key].grad
@@ -217,8 +224,9 @@ def test_memory_patches_start_from_the_patch_embedding():
     config = TransformerConfig(
         num_attention_heads=1, attention_head_dim=12, rope_dim=(4, 4, 4), in_channels=3, num_layers=1
     )
-    model = jax.jit(lambda: init_memory_patches(Transformer(config, rngs=nnx.Rngs(0))))()
-    video = np.random.default_rng(0).standard_normal((1, 4, 16, 8, 3), np.float32)
+    rng = np.random.default_rng(0)
+    model = init_memory_patches(tiny.draw(Transformer.abstract(config), rng))
+    video = rng.standard_normal((1, 4, 16, 8, 3), np.float32)
     for scale, patch in ((1, model.patch_short), (2, model.patch_mid), (4, model.patch_long)):
         b, t, h, w, c = video.shape
         blocks = video.reshape(b, t // scale, scale, h // scale, scale, w // scale, scale, c)

@@ -3,7 +3,6 @@
 No axis divides the 27 noisy tokens of a chunk, and context 4 does not divide the 26 of its history.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from helios_jax import HeliosPipeline
 from helios_jax.sharding import AXES, MeshConfig, make_mesh
 from tests.closeness import assert_close
+from tests.processes import environment
 
 RING = {"context_attention": "ring"}
 MESHES: dict[str, dict[str, Any]] = {
@@ -53,10 +53,8 @@ def latents(folder, name: str) -> dict[str, np.ndarray]:
 
 def compare(folder: Path, out: Path, names: tuple[str, ...]) -> None:
     """Asserts that the meshes `names` sample what one device does."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
-    # A collective blocks the thread that waits in it.
-    environment |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "64"}
-    subprocess.run([sys.executable, __file__, str(folder), str(out), *names], env=environment, check=True)
+    settings = {**environment(devices=8), "NPROC": "64"}  # a collective blocks the thread that waits in it
+    subprocess.run([sys.executable, __file__, str(folder), str(out), *names], env=settings, check=True)
     one = HeliosPipeline.from_pretrained(folder)("a red plus", **ARGUMENTS).frames
     with np.load(out) as found:
         assert len(found) == len(names) + (STREAMED in names)

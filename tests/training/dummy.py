@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from helios_jax.models.layers import Linear
-from helios_jax.sharding import gather
+from helios_jax.sharding import batch_rows, gather
 from helios_jax.training.run_config import TrainConfig
-from helios_jax.training.stage import Stage
+from helios_jax.training.stage import Stage, host_batches
 
 WIDTH = 16
 
@@ -31,8 +32,9 @@ class Net(nnx.Module):
 class Batches:
     """Batch i is drawn from (seed, i); the position is plain JSON, as that of the real loader."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, mesh: Mesh):
         self.config, self.index = config, 0
+        self.rows = batch_rows(config.data.batch_size, mesh)
 
     def __iter__(self):
         return self
@@ -47,8 +49,7 @@ class Batches:
             x[0, 0] = np.nan
         if self.index == int(os.environ.get("DUMMY_SIGNAL_AT", -1)):
             os.kill(os.getpid(), int(os.environ["DUMMY_SIGNAL"]))
-        host, hosts = jax.process_index(), jax.process_count()
-        return {"x": np.split(x, hosts)[host], "id": np.split(ids, hosts)[host]}
+        return {"x": x[self.rows], "id": ids[self.rows]}
 
     def get_state(self):
         return {"next_index": self.index}
@@ -63,8 +64,8 @@ class Dummy(Stage[TrainConfig, Net]):
     def init(self, key: jax.Array) -> Net:
         return Net(rngs=nnx.Rngs(key))
 
-    def batches(self) -> Batches:
-        return Batches(self.config)
+    def batches(self, mesh: Mesh) -> Batches:
+        return Batches(self.config, mesh)
 
     def loss(self, model: Net, batch, keys: jax.Array):
         noise = 0.1 * jax.vmap(lambda key: jax.random.normal(key, (WIDTH,)))(keys)
@@ -82,3 +83,29 @@ class Dummy(Stage[TrainConfig, Net]):
         model = gather(model)
         if jax.process_index() == 0:
             np.save(folder / "weight.npy", np.asarray(model.up.weight[...]))
+
+
+class Loaded(Dummy):
+    """The stage with the real loader, over records that are made as they are read."""
+
+    def batches(self, mesh: Mesh):
+        def draw(example, rng: np.random.Generator):
+            if example["number"] == int(os.environ.get("DUMMY_DAMAGED", -1)):
+                raise ValueError("it is odd")
+            x = np.full(WIDTH, example["number"], np.float32) / 64 + rng.normal(size=WIDTH).astype(np.float32)
+            return {"x": x, "id": f"clip {example['number']}"}
+
+        return host_batches(Records(), draw, self.config.data, mesh)
+
+
+class Records:
+    """64 records."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, number: int):
+        return {"number": int(number)}
+
+    def __repr__(self) -> str:
+        return "data/x[train]"

@@ -3,7 +3,6 @@
 The devices are CPU ones of another process. No axis divides the numbers of tokens: 13 of history, 36 and 9 noisy ones.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from helios_jax.models.transformer import TransformerConfig
 from helios_jax.sharding import make_mesh, put_batch, shardings
 from helios_jax.training.loop import split_ids
 from helios_jax.training.stage_table import load_config, make_stage
+from tests.processes import environment
 from tests.training import recipe
 
 SIZES = TransformerConfig(
@@ -67,7 +67,7 @@ def gradients(name: str, root: Path, sizes: dict[str, Any]) -> dict[str, np.ndar
     with jax.set_mesh(mesh):
         abstract = jax.eval_shape(stage.init, jax.random.key(0))
         model = stage.load(abstract, shardings(abstract, mesh))
-        batch = put_batch(split_ids(next(stage.batches()))[0], mesh)
+        batch = put_batch(split_ids(next(stage.batches(mesh)))[0], config.data.batch_size, mesh)
         keys = jax.random.split(jax.random.key(1), config.data.batch_size)
 
         @jax.jit
@@ -97,12 +97,11 @@ def check(stage: str, root: Path, meshes: tuple[str, ...]) -> None:
 def compute(root: Path, cases: dict[str, tuple[str, ...]]) -> None:
     """Writes `gradients` of these stages on these meshes into `root`, from a process with eight devices."""
     recipe.build(root, SIZES, SIDE)
-    environment = {**os.environ, "PYTHONPATH": str(recipe.ROOT), "JAX_PLATFORMS": "cpu"}
     # A collective blocks the thread that waits in it: with a thread a device, devices that take two independent ones in
     # another order wait for one another for ever.
-    environment |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "64"}
+    settings = {**environment(devices=8), "NPROC": "64"}
     names = [f"{stage}, {mesh}" for stage, meshes in cases.items() for mesh in meshes]
-    subprocess.run([sys.executable, __file__, str(root), *names], env=environment, check=True)
+    subprocess.run([sys.executable, __file__, str(root), *names], env=settings, check=True)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from helios_jax.precompute import cli as precompute
 from helios_jax.precompute.encode import EMPTY_TEXT, VideoEncoder
 from helios_jax.pretrained import file_entries
 from helios_jax.sampling.checkpoint import Checkpoint
-from helios_jax.sharding import make_mesh
+from helios_jax.sharding import MeshConfig, make_mesh
 from helios_jax.toy import build as toy_build
 from helios_jax.training import start
 from helios_jax.training.flow_config import PyramidConfig
@@ -105,16 +105,16 @@ def test_videos_of_several_sizes_are_in_one_run(config, tmp_path):
     shards.run(shards.Build(tmp_path / "data", {**features, "id": text()}, plan, {}), make, "clips")
     np.save(tmp_path / "data" / EMPTY_TEXT, np.zeros((5, 16), np.float16))
     config.data.folder, config.flow.components = str(tmp_path / "data"), None
-    found = FlowStage(config).batches()
+    found = FlowStage(config).batches(make_mesh(MeshConfig()))
     seen = [next(found)["target"].shape for _ in range(8)]
     assert set(seen) == {(4, 9, 16, 8, 4), (4, 9, 8, 12, 4)}
     config.flow.pyramid = PyramidConfig()
     with pytest.raises(ConfigError, match="latents 12 wide, not a multiple of 8"):
-        FlowStage(config).batches()
+        FlowStage(config).batches(make_mesh(MeshConfig()))
 
 
 def batch_of(config) -> dict:
-    return jax.tree.map(jnp.asarray, split_ids(next(FlowStage(config).batches()))[0])
+    return jax.tree.map(jnp.asarray, split_ids(next(FlowStage(config).batches(make_mesh(MeshConfig()))))[0])
 
 
 def keys(count=4, seed=1):
@@ -122,7 +122,7 @@ def keys(count=4, seed=1):
 
 
 def test_batches_name_their_clips(config):
-    _, ids = split_ids(next(FlowStage(config).batches()))
+    _, ids = split_ids(next(FlowStage(config).batches(make_mesh(MeshConfig()))))
     assert len(ids) == 4
     clip, _, chunk = ids[0].rpartition(" chunk ")
     assert clip in {example["id"] for example in open_source(config.data.folder, "train")}
@@ -133,7 +133,7 @@ def test_processes_that_read_make_the_same_batches(config):
     found = []
     for workers in (0, 1):
         config.data.workers = workers
-        batches = FlowStage(config).batches()
+        batches = FlowStage(config).batches(make_mesh(MeshConfig()))
         batches.set_state({"next_index": 2})
         found.append(next(batches))
     for a, b in zip(*map(jax.tree.leaves, found), strict=True):
@@ -257,7 +257,7 @@ def test_validation_writes_a_video_of_each_prompt(config, tmp_path):
     )
     pictures = FlowStage(config).validate(draw(), tmp_path / "videos")
     assert sorted(p.name for p in (tmp_path / "videos").iterdir()) == ["0.mp4", "1.mp4"]
-    assert {name: x.shape for name, x in pictures.items()} == {"0": (32, 8 * 48, 3), "1": (32, 8 * 48, 3)}
+    assert {name: x.shape for name, x in pictures.items()} == {"0": (34, 32, 48, 3), "1": (34, 32, 48, 3)}
     assert not np.array_equal(pictures["0"], pictures["1"])
 
 
@@ -270,13 +270,13 @@ def test_what_cannot_be_is_one_line(config):
     for change, flow_change, message in cases:
         wrong = dataclasses.replace(config, **change, flow=dataclasses.replace(config.flow, **flow_change))
         with pytest.raises(ConfigError, match=message):
-            FlowStage(wrong).batches()
+            FlowStage(wrong).batches(make_mesh(MeshConfig()))
     config.flow.pyramid = PyramidConfig()
     with pytest.raises(ConfigError, match=r"latents 4 high, not a multiple of 8, which 3 levels in patches of 2 need"):
-        FlowStage(config).batches()
+        FlowStage(config).batches(make_mesh(MeshConfig()))
     config.data.folder = "nowhere"
     with pytest.raises(ConfigError, match=r"data\.folder: nowhere"):
-        FlowStage(config).batches()
+        FlowStage(config).batches(make_mesh(MeshConfig()))
     config.model.transformer = dataclasses.replace(tiny.TRANSFORMER, in_channels=8)
     with pytest.raises(ConfigError, match=r"4 is the channels of the VAE's latents, but the transformer takes 8"):
-        FlowStage(config).batches()
+        FlowStage(config).batches(make_mesh(MeshConfig()))

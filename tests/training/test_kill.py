@@ -15,7 +15,10 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+import helios_jax.training.trainer  # noqa: F401 (train.main would import it in each child)
 import train
+from tests.processes import environment
+from tests.training import dummy  # noqa: F401 (and this)
 
 EVERY, KILLS = 2, 5
 ENDLESS = 10**4  # steps: minutes, when nobody comes to kill it
@@ -28,11 +31,11 @@ def test_no_moment_to_be_killed_is_a_bad_one(tmp_path):
     settings |= {"checkpoint": {"every": EVERY, "keep": 2}, "optim": {"lr": 1e-2, "ema": {"decay": 0.9}}}
     config.write_text(yaml.safe_dump(settings))
     killed, whole = tmp_path / "killed", tmp_path / "whole"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "DUMMY_SECONDS": "0.01"}
-    environment |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "c"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     seen = tmp_path / "seen.jsonl"
     command = [sys.executable, __file__, str(config), str(killed), str(seen)]
-    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    # A cache of their own: the killed may leave half of what they were writing.
+    settings = {**environment(), "DUMMY_SECONDS": "0.01", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "c")}
+    told = subprocess.run(command, env=settings, check=True, capture_output=True, text=True)
     *rounds, last = [json.loads(line) for line in seen.read_text().splitlines()]
     assert len(rounds) == KILLS, told.stderr
     assert sum(x["while_saving"] for x in rounds) >= KILLS // 2

@@ -97,10 +97,10 @@ def test_lines_come_above_the_bar(capsys):
 def test_a_warning_is_one_line_with_the_program_s_name(tmp_path, capsys, monkeypatch):
     made = dummy.Dummy.batches
 
-    def batches(self):
+    def batches(self, mesh):
         warnings.warn("the data are old", stacklevel=2)
         logging.getLogger("helios_jax.models").info("attention: xla")
-        return made(self)
+        return made(self, mesh)
 
     monkeypatch.setattr(dummy.Dummy, "batches", batches)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({**BASE, "steps": 1}))
@@ -112,7 +112,7 @@ def test_a_warning_is_one_line_with_the_program_s_name(tmp_path, capsys, monkeyp
     assert "compiling" not in capsys.readouterr().out
 
 
-def test_the_learning_rate_of_stage_3_is_the_generator_s():
+def test_the_learning_rates_of_stage_3_are_its_players():
     """Adam moves by the learning rate where the gradient is constant."""
 
     class Two(nnx.Module):
@@ -135,12 +135,13 @@ def test_the_learning_rate_of_stage_3_is_the_generator_s():
         changes, state = optimizer.update(ones, state, params)
         moved = -float(np.asarray(changes["generator"]["bias"][...])[0])
         if step % 2 == 0:
-            shown = stage.learning_rate(step)
-            assert moved == pytest.approx(shown, rel=1e-4)
+            shown = stage.learning_rates(step)
+            assert moved == pytest.approx(shown["lr"], rel=1e-4)
         else:
             assert moved == 0
-            assert stage.learning_rate(step) == shown
-        assert -float(np.asarray(changes["score"]["bias"][...])[0]) == pytest.approx(5e-2, rel=1e-4)
+            assert stage.learning_rates(step) == shown
+        moved = -float(np.asarray(changes["score"]["bias"][...])[0])
+        assert moved == pytest.approx(shown["lr_critic"], rel=1e-4) == pytest.approx(5e-2)
 
 
 @pytest.mark.parametrize("seed", ["-1", str(2**64)])

@@ -3,7 +3,6 @@
 The devices are CPU ones of another process. A step of gradient descent at rate 1 shows the gradient.
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from helios_jax.training.stage import Stage
 from helios_jax.training.stage_table import load_config, make_stage
 from helios_jax.training.state import abstract_like, init_sharded
 from tests.closeness import assert_close
+from tests.processes import environment
 from tests.training import recipe
 
 STAGES = (
@@ -58,13 +58,15 @@ def step(name: str, root: Path, mesh: tuple[str, ...], folder: Path | None = Non
     with jax.set_mesh(laid):
         state, optimizer = begin(stage, laid)
         before = recipe.host(state.params)
-        batches = stage.batches()
+        batches = stage.batches(laid)
         batch, _ = loop.split_ids(next(batches))
         run = loop.make_step(stage, optimizer, state, laid)
         fast = jax.config.read(FAST)
         if name == "stage3_gan":  # slow convolutions would take longer than their compilation
             jax.config.update(FAST, False)
-        state, metrics = run(state, put_batch(batch, laid), jax.random.key(stage.config.seed))
+        state, metrics = run(
+            state, put_batch(batch, stage.config.data.batch_size, laid), jax.random.key(stage.config.seed)
+        )
         jax.config.update(FAST, fast)
         if folder is not None:
             checkpoints = Checkpoints(folder, 1)
@@ -93,11 +95,10 @@ def restored(name: str, root: Path, mesh: tuple[str, ...], folder: Path) -> dict
 @pytest.mark.parametrize("stage", STAGES)
 def test_eight_devices_step_as_one_does(stage, tmp_path):
     recipe.build(tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(recipe.ROOT), "JAX_PLATFORMS": "cpu"}
     # A collective blocks the thread that waits in it: with a thread a device, devices that take two independent ones in
     # another order wait for one another for ever.
-    environment |= {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "64"}
-    subprocess.run([sys.executable, __file__, str(tmp_path), stage], env=environment, check=True)
+    settings = {**environment(devices=8), "NPROC": "64"}
+    subprocess.run([sys.executable, __file__, str(tmp_path), stage], env=settings, check=True)
     one, eight = (dict(np.load(tmp_path / f"{stage}-{name}.npz")) for name in ("one", "eight"))
     for name, x in one.items():
         if name.startswith("begin/"):

@@ -18,6 +18,7 @@ from helios_jax.diffusion import exits
 from helios_jax.diffusion.distillation import PenaltyConfig, RenoiseConfig
 from helios_jax.models.discriminator import Discriminator, DiscriminatorConfig, Head
 from helios_jax.models.transformer import Transformer
+from helios_jax.sharding import MeshConfig, make_mesh
 from helios_jax.training.flow_config import FlowConfig, PyramidConfig
 from helios_jax.training.optim import EMAConfig, OptimConfig
 from helios_jax.training.stages.distill import distill_stage, player_losses, players, rollout
@@ -74,7 +75,11 @@ def transformer(seed: int) -> Transformer:
 
 
 def make_players(config: DistillTrainConfig) -> Players:
-    """The players as the stage makes them, their values drawn without compiling each draw."""
+    """The players as the stage makes them, drawn in one program: compiling each draw takes longer."""
+    return jax.jit(lambda: _players(config))()
+
+
+def _players(config: DistillTrainConfig) -> Players:
     key, settings = jax.random.key(0), config.distill
     adapters = lora.LoRAConfig(LORA.rank, LORA.alpha, LORA.target_modules, init="gaussian")
     generator = lora.add(transformer(0), adapters, key, dtype=jnp.float32)
@@ -384,5 +389,5 @@ def test_players_that_do_not_fit_are_refused_in_one_line(monkeypatch, change, pa
     config = config_of(distill={"score": ScoreConfig(), "gan": None, **parts})
     config = dataclasses.replace(config, **change)
     with pytest.raises(ConfigError, match=rule) as error:
-        distill_stage.DistillStage(config).batches()
+        distill_stage.DistillStage(config).batches(make_mesh(MeshConfig()))
     assert "\n" not in str(error.value)

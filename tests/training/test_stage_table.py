@@ -18,7 +18,7 @@ LEAST = {"vae": [], "flow": [], "ode": ["flow.pyramid={}"], "distill": ["flow.py
 class Half(Stage[TrainConfig, Dummy]):
     """A stage that lacks methods."""
 
-    def batches(self):
+    def batches(self, mesh):
         return iter(())
 
 

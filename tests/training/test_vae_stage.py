@@ -13,6 +13,7 @@ import train
 from helios_jax import pretrained
 from helios_jax.config import ConfigError
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
+from helios_jax.sharding import MeshConfig, make_mesh
 from helios_jax.toy import build as toy_build
 from helios_jax.training.stage_table import load_config
 from helios_jax.training.stages import vae
@@ -63,10 +64,10 @@ def test_trains_and_exports(config):
 
 
 def test_batches_are_crops_of_clips_without_text(config):
-    batch = next(VAEStage(load_config(config)).batches())
+    batch = next(VAEStage(load_config(config)).batches(make_mesh(MeshConfig())))
     assert set(batch) == {"video"}
     assert batch["video"].shape == (4, 5, 8, 8, 3)
-    whole = next(VAEStage(load_config(config, ["data.crop=null", "data.frames=33"])).batches())
+    whole = next(VAEStage(load_config(config, ["data.crop=null", "data.frames=33"])).batches(make_mesh(MeshConfig())))
     assert whole["video"].shape == (4, 33, 16, 16, 3)
 
 
@@ -82,6 +83,6 @@ def test_batches_are_crops_of_clips_without_text(config):
 )
 def test_bad_input(config, overrides, message):
     with pytest.raises(ConfigError) as e:
-        VAEStage(load_config(config, overrides)).batches()
+        VAEStage(load_config(config, overrides)).batches(make_mesh(MeshConfig()))
     assert message in str(e.value)
     assert "\n" not in str(e.value)

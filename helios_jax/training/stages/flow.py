@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from helios_jax.config import ConfigError
@@ -42,12 +43,12 @@ MAKE = "python -m helios_jax.precompute --help"
 class FlowStage(TransformerStage[FlowTrainConfig]):
     """Flow matching of the transformer; with `flow.pyramid`, at all levels."""
 
-    def batches(self) -> Batches:
-        """Random chunks and their history, this host's part of each batch.
+    def batches(self, mesh: Mesh) -> Batches:
+        """Random chunks and their history, this host's rows of each batch.
 
         Raises ConfigError for data or components that are not there or do not fit.
         """
-        return chunks(self.config, open_latents(self.config))
+        return chunks(self.config, open_latents(self.config), mesh)
 
     def loss(
         self, model: Transformer, batch: dict[str, Any], keys: Key[Array, " b"]
@@ -109,7 +110,9 @@ def text_field(model: TransformerConfig) -> Field:
     return Field((Axis("tokens"), Axis("features", model.text_dim, "text_dim of the transformer")))
 
 
-def chunks(config: FlowTrainConfig, source: Source, num_chunks: int = 1, constant: str | None = None) -> Batches:
+def chunks(
+    config: FlowTrainConfig, source: Source, mesh: Mesh, num_chunks: int = 1, constant: str | None = None
+) -> Batches:
     """Batches of `num_chunks` chunks in a row of `source`, their latents one after the other in `target`.
 
     `constant` is the name of an embedding beside the records that every sample gets, as `negative`.
@@ -131,7 +134,7 @@ def chunks(config: FlowTrainConfig, source: Source, num_chunks: int = 1, constan
         known = {"id": f"{example['id']} chunk {example['chunk']}"} if "id" in example else {}
         return {**arrays, "text": text.astype(np.float32), "chunk": example["chunk"], **known, **more}
 
-    return host_batches(source, transform, config.data)
+    return host_batches(source, transform, config.data, mesh)
 
 
 def check_size(size: tuple[int, ...], config: FlowTrainConfig) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from helios_jax.config import ConfigError
@@ -42,8 +43,8 @@ class ODEStage(TransformerStage[ODETrainConfig]):
 
     Config = ODETrainConfig
 
-    def batches(self) -> Batches:
-        """A step of each level of random chunks of the teacher's videos, this host's part of each batch.
+    def batches(self, mesh: Mesh) -> Batches:
+        """A step of each level of random chunks of the teacher's videos, this host's rows of each batch.
 
         Raises ConfigError for data or components that are not there or do not fit.
         """
@@ -59,7 +60,7 @@ class ODEStage(TransformerStage[ODETrainConfig]):
             arrays = jax.tree.map(lambda x: np.asarray(x, np.float32), {name: example[name] for name in names})
             return {**arrays, "chunk": example["chunk"], "id": example["id"]}
 
-        return host_batches(source, transform, config.data)
+        return host_batches(source, transform, config.data, mesh)
 
     def loss(
         self, model: Transformer, batch: dict[str, Any], keys: Key[Array, " b"]

@@ -35,5 +35,5 @@ class TransformerStage(Stage[FlowConfigT, Transformer]):
         export_pipeline(model, self.config, folder)
 
     def validate(self, model: Transformer, folder: Path) -> Mapping[str, np.ndarray]:
-        """Writes a video of each validation prompt into `folder`; returns a strip of frames of each."""
+        """Writes a video of each validation prompt into `folder`; returns their frames."""
         return make_videos(model, self.config, folder)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 from PIL import Image
 
@@ -118,15 +119,15 @@ class VAEStage(Stage[VAETrainConfig, AutoencoderKLWan]):
         sizes = "model.vae of this run's config"
         return pretrained.load_model(model, part, dtype="model", shardings=shardings, sizes=sizes)
 
-    def batches(self) -> Batches:
-        """Random clips of `config.data.frames` frames, this host's part of each batch."""
+    def batches(self, mesh: Mesh) -> Batches:
+        """Random clips of `config.data.frames` frames, this host's rows of each batch."""
         self._sizes()
         data = self.config.data
         source = open_records(data, MAKE)
         for split, least in ((source, data.frames), (open_records(data, MAKE, "test"), 1)):
             for example in one_of_each(split):
                 _check(example, least, data)
-        return host_batches(source, _clips(data.frames, data.crop), data)
+        return host_batches(source, _clips(data.frames, data.crop), data, mesh)
 
     def loss(
         self, model: AutoencoderKLWan, batch: dict[str, Any], keys: Key[Array, " b"]

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from helios_jax import lora
@@ -60,7 +61,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         """The generator from `config.init`, the scores from `distill.score.init`."""
         return players.load(self.config, model, shardings)
 
-    def batches(self) -> Batches:
+    def batches(self, mesh: Mesh) -> Batches:
         """Batches of `stages.flow`, with the negative text, and as many chunks as a rollout may have.
 
         Raises ConfigError for data or components that are not there or do not fit.
@@ -71,7 +72,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         if distill.gan is not None:
             check_discriminator(config, distill.gan, source)
         name = {"negative": NEGATIVE_TEXT, "empty": EMPTY_TEXT}[distill.negative_text]
-        return flow.chunks(config, source, distill.rollout.largest, name)
+        return flow.chunks(config, source, mesh, distill.rollout.largest, name)
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """An optimizer for the generator, on every `critic.steps_per_generator`-th step, and one for all others."""
@@ -95,10 +96,14 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         """Steps of the generator in the whole run."""
         return math.ceil(self.config.steps / self.config.distill.critic.steps_per_generator)
 
-    def learning_rate(self, step: int) -> float:
-        """The generator's, of its last turn up to `step`; the critic has another."""
-        turn = step // self.config.distill.critic.steps_per_generator
-        return optim.rate_at(self.config.optim, self._turns, turn)
+    def learning_rates(self, step: int) -> Mapping[str, float]:
+        """The generator's, of its last turn up to `step`, and that of the critic, which the discriminator shares."""
+        critic = self.config.distill.critic
+        turn = step // critic.steps_per_generator
+        return {
+            "lr": optim.rate_at(self.config.optim, self._turns, turn),
+            "lr_critic": optim.rate_at(critic.optim, self.config.steps, step),
+        }
 
     def loss(self, model: Players, batch: dict[str, Any], keys: Key[Array, " b"]) -> tuple[Float[Array, ""], Metrics]:
         """The generator's loss, on its turns, plus the critic's; neither has a gradient for the other's parameters."""
@@ -123,7 +128,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         export_pipeline(model.student, self.config, folder)
 
     def validate(self, model: Players, folder: Path) -> Mapping[str, np.ndarray]:
-        """Writes the student's videos into `folder`; returns a strip of frames of each."""
+        """Writes the student's videos into `folder`; returns their frames."""
         return make_videos(model.student, self.config, folder)
 
 

@@ -1,0 +1,223 @@
+"""The hosts of one run: they join, compare what they were given, watch each other, and end together by one line.
+
+A host that cannot go on says so (`tell`), and the others end with its line and exit code, whatever they are waiting
+for: left alone, they would wait for it in the next collective. A host that was killed says nothing. The first host
+counts signs of life and tells the others that it is gone.
+
+All of this goes through the key-value store of jax's coordination service, which the first host keeps.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from typing import Any, NoReturn
+
+import jax
+from etils import epath
+from jax._src import distributed  # the store has no public name
+from jax.experimental import multihost_utils
+
+from helios_jax.runtime import interrupts
+
+BEAT = 1.0  # seconds between two signs of life
+SILENCE = 30.0  # seconds without one after which a host counts as gone
+# The same once a collective has failed, when it is only asked who is to blame.
+SILENCE_AFTER_FAILURE = 5.0
+WAIT = 3600.0  # seconds: whoever waits for a host that is gone is ended before
+FAREWELL = 5.0  # seconds that the first host keeps the store for others that have not read how the run ended
+VISIBLE = 10.0  # seconds that a network's file system may take to show a new file
+FOLDER = "helios_jax"  # of the keys
+DONE = "done"
+FOR_EVER = 2**31  # milliseconds: 24 days
+AGAIN = "the same command on all hosts goes on from the newest checkpoint"
+GONE = f"is gone; {AGAIN}"
+
+
+class JoinError(ValueError):
+    """Hosts that cannot be found; the message is one line."""
+
+
+def join(processes: int) -> None:
+    """Connects this process to the others of a run of `processes`; to be called before anything asks for devices.
+
+    TPU pods and Slurm say where the others are; elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first process) and
+    JAX_PROCESS_ID (0 and up) do. Raises JoinError when they cannot be found.
+    """
+    if processes == 1 or jax.distributed.is_initialized():
+        return
+    number = os.environ.get("JAX_PROCESS_ID")
+    try:
+        jax.distributed.initialize(num_processes=processes, process_id=None if number is None else int(number))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise JoinError(f"cannot join {processes} hosts (mesh.processes): {reason}") from None
+
+
+def several() -> bool:
+    """True in a run of several hosts that has begun."""
+    return distributed.global_state.client is not None
+
+
+def gather(name: str, text: str) -> list[str]:
+    """The text of every host, in their order; all hosts must call it, once for each `name`."""
+    if not several():
+        return [text]
+    client: Any = distributed.global_state.client
+    client.key_value_set(f"{FOLDER}/{name}/{jax.process_index():06d}", text)
+    client.wait_at_barrier(f"{FOLDER}/{name}", timeout_in_ms=int(WAIT * 1000))
+    return [value for _, value in sorted(client.key_value_dir_get(f"{FOLDER}/{name}/"))]
+
+
+def of_first(name: str, text: str) -> str:
+    """The first host's text; all hosts must call it, once for each `name`."""
+    if not several():
+        return text
+    client: Any = distributed.global_state.client
+    if jax.process_index() == 0:
+        client.key_value_set(f"{FOLDER}/{name}", text)
+    return client.blocking_key_value_get(f"{FOLDER}/{name}", int(WAIT * 1000))
+
+
+def check_shared(folder: str, key: str) -> None:
+    """Raises ValueError unless all hosts see a file that the first one makes in `folder`, the config's `key`."""
+    if not several():
+        return
+    name = of_first(f"shared/{key}/name", f".host.{os.getpid()}.{time.time_ns()}")
+    path = epath.Path(folder) / name
+    first = jax.process_index() == 0
+    absent = not path.parent.exists()
+    if first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    of_first(f"shared/{key}/made", "")
+    seen, until = path.exists(), time.monotonic() + VISIBLE
+    while not seen and time.monotonic() < until:
+        time.sleep(0.1)
+        seen = path.exists()
+    blind = [str(host) for host, text in enumerate(gather(f"shared/{key}/seen", str(seen))) if text != "True"]
+    if first:
+        path.unlink()
+        if absent:
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()
+    if blind:
+        raise ValueError(
+            f"{key}: {folder} is another folder on host {', '.join(blind)} than on host 0; name one on a file system "
+            "that all hosts share, such as gs://BUCKET/NAME"
+        )
+
+
+def agreed_signal(step: int, seen: signal.Signals | None) -> signal.Signals | None:
+    """The signal that ends the run after `step` on all hosts, if any of them got one; `seen` is what this one got.
+
+    All hosts must call it after every step. A host that got SIGTERM tells the others through jax's preemption service,
+    which catches it; they agree on a step that none of them has passed.
+    """
+    if not multihost_utils.reached_preemption_sync_point(step):
+        return None
+    numbers = [int(text) for text in gather(f"signal/{step}", str(int(seen or signal.SIGTERM)))]
+    return signal.SIGINT if signal.SIGINT in numbers else signal.SIGTERM
+
+
+def _leave_word(program: str) -> None:
+    """Starts a shell that prints a line if this process is ended from outside, or by jax where host 0 is gone."""
+    script = 'trap "" INT TERM; read -r _ || echo "$0" >&2'
+    command = ["sh", "-c", script, f"{program}: this host was killed or has lost host 0; {AGAIN}"]
+    pipe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL).stdin
+    assert pipe is not None
+
+    def dismiss() -> None:
+        with contextlib.suppress(OSError):
+            os.write(pipe.fileno(), b"ended\n")
+
+    atexit.register(dismiss)
+    interrupts.at_leave(dismiss)
+
+
+class Watch:
+    """Threads that end this process when another host has failed or is gone."""
+
+    def __init__(self, program: str):
+        self._program = program
+        self._client: Any = distributed.global_state.client
+        self._host, self._hosts = jax.process_index(), jax.process_count()
+        self._over = threading.Event()
+        self._signs: dict[str, tuple[str, float]] = {}  # of each host: the last sign, and when it came
+        _leave_word(program)
+        for work in (self._listen, self._show_life):
+            threading.Thread(target=work, name="hosts", daemon=True).start()
+
+    def tell(self, line: str, code: int) -> None:
+        """Ends the other hosts with `line` and exit code `code`, but for those that another host was first to end."""
+        self._over.set()
+        self._end_all(f"host {self._host}: {line}", code)
+
+    def find_cause(self) -> None:
+        """Waits some seconds for the end of another host, of which an error here may be a consequence."""
+        with contextlib.suppress(Exception):
+            self._set(f"broken/{self._host}", "", allow_overwrite=True)
+        time.sleep(SILENCE_AFTER_FAILURE + 5 * BEAT)
+
+    def leave(self, code: int) -> NoReturn:
+        """Ends this process; the first host waits until the others have read how the run ended."""
+        with contextlib.suppress(Exception):
+            self._set(f"left/{self._host}", "", allow_overwrite=True)
+            until = time.monotonic() + FAREWELL
+            while self._host == 0 and time.monotonic() < until and len(self._all("left")) < self._hosts:
+                time.sleep(0.05)
+        interrupts.leave(code)
+
+    def close(self) -> None:
+        """Ends the watch of a run that is done."""
+        self._over.set()
+        with contextlib.suppress(Exception):  # told of a failure in the same moment
+            self._set(f"alive/{self._host}", DONE, allow_overwrite=True)
+            self._set(f"end/{self._host}", DONE)
+
+    def _set(self, name: str, value: str, **options: Any) -> None:
+        self._client.key_value_set(f"{FOLDER}/watch/{name}", value, **options)
+
+    def _all(self, name: str) -> list[tuple[str, str]]:
+        return self._client.key_value_dir_get(f"{FOLDER}/watch/{name}/")
+
+    def _end_all(self, line: str, code: int) -> None:
+        for host in range(self._hosts):
+            with contextlib.suppress(Exception):  # it has been told already, or the store is gone
+                self._set(f"end/{host}", json.dumps({"line": line, "code": code}))
+
+    def _listen(self) -> None:
+        try:
+            told = self._client.blocking_key_value_get(f"{FOLDER}/watch/end/{self._host}", FOR_EVER)
+        except Exception:  # the store is gone, and the first host with it
+            told = json.dumps({"line": f"host 0 {GONE}", "code": 1})
+        if self._over.is_set():
+            return
+        end = json.loads(told)
+        # Straight to the file: the main thread may hold the lock of sys.stderr.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{self._program}: {end['line']}\n".encode())
+        self.leave(end["code"])
+
+    def _show_life(self) -> None:
+        beats = 0
+        while not self._over.wait(BEAT):
+            beats += 1
+            with contextlib.suppress(Exception):  # `_listen` has the same error
+                self._set(f"alive/{self._host}", str(beats), allow_overwrite=True)
+                if self._host == 0:
+                    self._count()
+
+    def _count(self) -> None:
+        """Ends the run if there are hosts without signs of life."""
+        now = time.monotonic()
+        limit = SILENCE_AFTER_FAILURE if self._all("broken") else SILENCE
+        for key, sign in self._all("alive"):
+            if self._signs.get(key, ("", 0.0))[0] != sign:
+                self._signs[key] = sign, now
+            elif sign != DONE and now - self._signs[key][1] > limit:
+                self._end_all(f"host {key.rpartition('/')[2]} {GONE}", 1)

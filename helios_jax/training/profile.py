@@ -1,0 +1,36 @@
+"""Profiles of training steps, for TensorBoard's profile page, xprof and Perfetto."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+SKIPPED = 2  # steps of a process before the recorded ones: the first compiles, the second still fills caches
+
+
+class Profile:
+    """Records `steps` steps of this process into `folder`, on every host; 0 records nothing."""
+
+    def __init__(self, folder: Path, steps: int):
+        self._folder, self._left, self._seen, self._recording = folder, steps, 0, False
+
+    def after_step(self, results: Any) -> None:
+        """To be called after each step, with some of its results."""
+        self._seen += 1
+        if self._recording:
+            self._left -= 1
+            if self._left == 0:
+                jax.block_until_ready(results)
+                self.close()
+        elif self._left and self._seen == SKIPPED:
+            jax.block_until_ready(results)
+            jax.profiler.start_trace(str(self._folder))
+            self._recording = True
+
+    def close(self) -> None:
+        """Writes what was recorded, also where the run ends before all steps are."""
+        if self._recording:
+            jax.profiler.stop_trace()
+            self._recording, self._left = False, 0
+            if jax.process_index() == 0:
+                print(f"profile of steps in {self._folder}: tensorboard --logdir {self._folder}", flush=True)

@@ -1,0 +1,193 @@
+"""Runs of several hosts: the same losses as one, and one end for all of them, by one line, whatever happens to one."""
+
+import json
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.several_hosts import Host, Hosts
+from tests.training.test_ends import largest
+
+CONFIG = {
+    "stage": "tests.training.dummy.Loaded",
+    "steps": 8,
+    "log_every": 1,
+    "precision": "float32",
+    "data": {"batch_size": 8},
+    "optim": {"lr": 1e-2, "ema": {"decay": 0.9}},
+    "checkpoint": {"every": 4, "keep": 2},
+}
+ENDLESS = "steps=100000"
+# Of two devices on each axis: a sum of four may be taken in another order by other hosts.
+EXACT = ["mesh.data=2", "mesh.tensor=2"]
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    started = Hosts(tmp_path_factory.mktemp("hosts"))
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trained(hosts, tmp_path_factory):
+    """The run of CONFIG to its end, on one host with four devices."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    hosts.run([str(folder / "c.yaml"), f"run={folder / 'r'}"], hosts=1, devices=4)
+    return folder / "r"
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for(run: Path, step: int) -> None:
+    """Returns when the run has logged `step`."""
+    path, until = run / "metrics.jsonl", time.monotonic() + 120
+    while not path.exists() or len(path.read_text().splitlines()) < step:
+        assert time.monotonic() < until, "the run does not begin"
+        time.sleep(0.02)
+
+
+def last_line(host: Host) -> str:
+    """The one line of train.py's own that a host ended with."""
+    until = time.monotonic() + 10  # a shell may say it, after the process is gone
+    while not (told := [line for line in host.said.splitlines() if line.startswith("train.py: ")]):
+        assert time.monotonic() < until, host.said
+        time.sleep(0.05)
+    assert len(told) == 1, host.said
+    assert "Traceback" not in host.said or "Gloo" in host.said, host.said
+    return told[0].removeprefix("train.py: ")
+
+
+def test_losses_are_those_of_one_host_bit_for_bit(hosts, config, trained, tmp_path):
+    """On one mesh; of four hosts, two share each sample."""
+    runs = [tmp_path / str(number) for number in (1, 2, 4)]
+    for number, run in zip((1, 2, 4), runs):
+        hosts.run([config, f"run={run}", *EXACT], hosts=number, devices=4 // number)
+    one, two, four = map(losses, runs)
+    assert one == two == four
+    np.testing.assert_allclose(one, losses(trained), rtol=1e-5)
+    weights = [np.load(run / "weight.npy") for run in runs]
+    np.testing.assert_array_equal(weights[1:], weights[:1] * 2)
+
+
+@pytest.mark.parametrize(
+    ("number", "mesh"),
+    [(2, ["mesh.data=1", "mesh.tensor=4"]), (4, ["mesh.data=2", "mesh.fsdp=2"])],
+    ids=["samples across hosts", "weights across hosts"],
+)
+def test_losses_are_those_of_one_host_on_any_mesh(hosts, config, trained, tmp_path, number, mesh):
+    hosts.run([config, f"run={tmp_path / 'r'}", *mesh], hosts=number, devices=4 // number)
+    np.testing.assert_allclose(losses(tmp_path / "r"), losses(trained), rtol=1e-5)
+    np.testing.assert_allclose(np.load(tmp_path / "r" / "weight.npy"), np.load(trained / "weight.npy"), atol=1e-5)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_to_one_host_saves_and_ends_all_and_others_go_on(hosts, config, tmp_path, number, code):
+    run = tmp_path / "r"
+    started = hosts.start([config, f"run={run}", ENDLESS, "checkpoint.every=100000", *EXACT])
+    wait_for(run, 3)
+    started[1].kill(number)
+    assert hosts.wait(started) == [code, code]
+    (told,) = [line for line in started[0].said.splitlines() if line.startswith(number.name)]
+    step = int(told.split("saved step ")[1].split()[0])
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [str(step)]
+    assert len(losses(run)) == step
+    assert not (run / "weight.npy").exists(), "a half-trained model was exported"
+
+    more = f"steps={step + 3}"
+    goes_on = hosts.run([config, f"run={run}", more, *EXACT], hosts=4, devices=1)
+    assert f"resumed at step {step} " in goes_on[0].said
+    hosts.run([config, f"run={tmp_path / 'whole'}", more, *EXACT], hosts=1, devices=4)
+    assert losses(run) == losses(tmp_path / "whole")
+    np.testing.assert_array_equal(np.load(run / "weight.npy"), np.load(tmp_path / "whole" / "weight.npy"))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_host_that_is_killed_ends_the_others_by_one_line(hosts, config, tmp_path, victim):
+    run = tmp_path / "r"
+    started = hosts.start([config, f"run={run}", ENDLESS, *EXACT])
+    wait_for(run, 9)
+    started[victim].kill(signal.SIGKILL)
+    codes = hosts.wait(started)
+    assert codes[victim] == -signal.SIGKILL
+    left = started[1 - victim]
+    # jax itself aborts a process that loses the first host, which keeps the store.
+    assert codes[1 - victim] in ([1] if victim else [1, -signal.SIGABRT]), left.said
+    lost, _, remedy = last_line(left).partition("; ")
+    assert lost == f"host {victim} is gone" or (victim == 0 and lost == "this host was killed or has lost host 0")
+    assert remedy == "the same command on all hosts goes on from the newest checkpoint"
+    step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+    (first, *_) = hosts.run([config, f"run={run}", f"steps={step + 2}", *EXACT])
+    assert f"resumed at step {step} " in first.said
+    hosts.run([config, f"run={tmp_path / 'whole'}", f"steps={step + 2}", *EXACT], hosts=1, devices=4)
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_a_damaged_record_of_one_host_ends_all_by_its_line(hosts, config, tmp_path):
+    started = hosts.start([config, f"run={tmp_path / 'r'}"], environments={1: {"DUMMY_DAMAGED": "5"}})
+    assert hosts.wait(started) == [1, 1]
+    line = last_line(started[1])
+    assert "data/x[train]: record 5: it is odd, or leave it out with data.leave_out=[5]" in line
+    assert last_line(started[0]) == f"host 1: {line}"
+
+
+def test_a_disk_that_is_full_on_one_host_ends_all_by_its_line(hosts, config, tmp_path):
+    run = tmp_path / "r"
+    started = hosts.start([config, f"run={run}", ENDLESS, "mesh.data=1", "mesh.fsdp=4"])
+    wait_for(run, 9)
+    resource.prlimit(started[1].pid, resource.RLIMIT_FSIZE, (4000, 4000))
+    assert hosts.wait(started) == [1, 1], started[0].said + started[1].said
+    line = last_line(started[1])
+    assert "checkpoints cannot be written: File too large; free space there" in line
+    assert last_line(started[0]) == f"host 1: {line}"
+    step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+    assert f"step {step} in {run / 'checkpoints'} is whole, the same command goes on from it" in line
+    (first, *_) = hosts.run([config, f"run={run}", f"steps={step + 2}", "mesh.data=1", "mesh.fsdp=4"])
+    assert f"resumed at step {step} " in first.said
+
+
+def test_a_checkpoint_that_one_host_cannot_read_is_set_aside_by_all(hosts, config, trained, tmp_path):
+    run = tmp_path / "r"
+    shutil.copytree(trained, run)
+    file = largest(run / "checkpoints" / "8")
+    file.write_bytes(file.read_bytes()[:100])
+    first, second = hosts.run([config, f"run={run}", "steps=10", "mesh.data=1", "mesh.fsdp=4"])
+    assert "8.damaged, and the run goes on from step 4" in first.said + second.said
+    assert "resumed at step 4 " in first.said
+    np.testing.assert_allclose(losses(run)[:8], losses(trained), rtol=1e-5)
+
+
+def test_hosts_with_other_settings_or_folders_are_refused(hosts, config, tmp_path):
+    """Of the hosts' relative folders only the names are the same."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    started = hosts.start([config, "run=r"], folders=folders)
+    assert hosts.wait(started) == [2, 2]
+    assert last_line(started[0]).startswith("run: r is another folder on host 1 than on host 0; name one on a file ")
+    assert [list(folder.iterdir()) for folder in folders] == [[], []]
+
+    other = tmp_path / "b" / "c.yaml"
+    other.write_text(yaml.safe_dump({**CONFIG, "seed": 5}))
+    shutil.copy(config, tmp_path / "a" / "c.yaml")
+    started = hosts.start(["c.yaml", f"run={tmp_path / 'r'}"], folders=folders)
+    assert hosts.wait(started) == [2, 2]
+    told = "all hosts must have the same settings as host 0; seed was 0, is 5 here; give all the same command"
+    assert last_line(started[1]) == told
+    assert last_line(started[0]) == f"host 1: {told}"
