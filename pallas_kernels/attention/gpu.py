@@ -103,9 +103,9 @@ def gradients(
 ) -> tuple[Float[Array, "b n heads head_dim"], Float[Array, "b m heads head_dim"], Float[Array, "b m heads head_dim"]]:
     """Gradients of queries, keys and values where these keys are some of those that the queries see."""
     n, m = query.shape[1], key.shape[1]
-    padded = [hopper.padded(x) for x in (query, key, value, cotangent.astype(query.dtype))]
-    rows = [jnp.pad(x, [(0, 0), (0, 0), (0, -n % hopper.ROWS)]) for x in (log_sums / math.log(2), dots)]
-    arrays = (*padded, *rows, jnp.maximum(key_lengths, 1).astype(jnp.int32))
+    q, k, v, cotangent = (hopper.padded(x) for x in (query, key, value, cotangent.astype(query.dtype)))
+    sums, dots = (jnp.pad(x, [(0, 0), (0, 0), (0, -n % hopper.ROWS)]) for x in (log_sums / math.log(2), dots))
+    arrays = (q, k, v, cotangent, sums, dots, jnp.maximum(key_lengths, 1).astype(jnp.int32))
     d_query = query_gradient(*arrays, tiles["attention_dq"], interpret=interpret)
     others = key_value_gradients(*arrays, tiles["attention_dkv"], interpret=interpret)
     seen = key_lengths[:, None, None, None] > 0

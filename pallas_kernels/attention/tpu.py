@@ -36,7 +36,8 @@ def attention(
     time. Padded keys form a segment of their own.
     """
     kernel, inputs = _prepared(query, key, value, key_lengths, tiles, interpret=interpret)
-    return _tokens(jax.vmap(kernel)(*inputs), query.shape[1])
+    out: Array = jax.vmap(kernel)(*inputs)  # pyright: ignore[reportAssignmentType]
+    return _tokens(out, query.shape[1])
 
 
 def with_log_sums(
