@@ -4,16 +4,15 @@ Parameters name their dimensions (`axes` of an `nnx.Param`); `RULES` says which 
 dimension that its mesh axis does not divide stays whole, so the same code runs on one device, eight and a pod.
 """
 
-import dataclasses
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from helios_jax.config import require
@@ -27,6 +26,8 @@ AXES = ("data", "fsdp", "tensor", "context")
 RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
 
 BATCH = ("data", "fsdp")  # samples are split over both
+CONTEXT = "context"  # splits tokens within the transformer
+ContextAttention = Literal["ulysses", "ring"]
 
 
 @dataclass
@@ -37,11 +38,14 @@ class MeshConfig:
     fsdp: int | None = 1
     tensor: int | None = 1
     context: int | None = 1
+    context_attention: ContextAttention = "ulysses"  # how tokens on `context` attend to one another
+    slices: int | None = None  # groups of devices that a slow network connects, which split `data`; null: as they are
     processes: int = 1  # one per host; more than one: each host runs the same command, see `runtime.hosts`
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
-        require(sizes.pop("processes") > 0, f"processes must be at least 1, got {self.processes}")
+        sizes = {name: getattr(self, name) for name in AXES}
+        require(self.processes > 0, f"processes must be at least 1, got {self.processes}")
+        require(self.slices is None or self.slices > 0, f"slices must be at least 1, or null, got {self.slices}")
         for name, size in sizes.items():
             require(size is None or size > 0, f"{name} must be at least 1, or null for the rest, got {size}")
         rest = [name for name, size in sizes.items() if size is None]
@@ -60,14 +64,38 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if int(np.prod(shape)) != len(devices):
         asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(f"mesh {asked} does not fit {len(devices)} devices; change a size or set one to null")
+    (data, *others), (slices, by_host) = shape, _slices(config.slices, devices)
+    if data % slices:
+        raise ValueError(f"mesh: data={data} must be a multiple of the {slices} slices that split it, see mesh.slices")
+    alone = (data // slices, *others)  # in each slice
+    splits = {"allow_split_physical_axes": devices[0].device_kind in ("TPU v5 lite", "TPU v5e")}  # as jax.make_mesh
     try:
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        if slices == 1:
+            laid = mesh_utils.create_device_mesh(shape, devices, **splits)
+        else:
+            slow = (slices, 1, 1, 1)
+            laid = mesh_utils.create_hybrid_device_mesh(alone, slow, devices, process_is_granule=by_host, **splits)
     except NotImplementedError:  # of a TPU pod, whose links are a grid
-        asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape))
+        asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, alone))
         raise ValueError(
             f"mesh {asked} cannot be laid over this pod: each size must be a product of some of the pod's sides "
             "(of 4x4x4: 4, 16 or 64)"
         ) from None
+    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _slices(asked: int | None, devices: Sequence[Any]) -> tuple[int, bool]:
+    """(number of slices, True where each is a host); raises ValueError for a number that the devices do not have."""
+    own, hosts = (len({getattr(device, name, 0) for device in devices}) for name in ("slice_index", "process_index"))
+    if asked is None or asked == own:
+        return own, False
+    if asked == 1 and devices[0].platform != "tpu":  # GPUs of several slices reach one another, if slowly
+        return 1, False
+    if asked == hosts:
+        return hosts, True
+    raise ValueError(
+        f"mesh.slices={asked}, but the devices are {own} slices of {hosts} hosts: give one of these, or null"
+    )
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

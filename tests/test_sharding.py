@@ -1,15 +1,18 @@
 """Rules and meshes, and that eight devices compute what one does. They are CPU ones of another process."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from helios_jax import sharding
 from helios_jax.sharding import MeshConfig, check_batch, make_mesh, shardings, spec
 from helios_jax.training import loop, optim, run_checkpoints, state
 from helios_jax.training.run_config import TrainConfig
@@ -46,6 +49,45 @@ def test_mesh_that_does_not_fit_says_so():
         make_mesh(MeshConfig(data=None, tensor=3), jax.devices()[:1])
     with pytest.raises(ValueError, match=r"does not divide .* try 12"):
         check_batch(10, FakeMesh(data=2, fsdp=3))
+
+
+class Device:
+    platform, device_kind = "gpu", "a GPU"
+
+    def __init__(self, host, slice_index=0, number=0):
+        self.process_index, self.slice_index, self.id = host, slice_index, number
+
+
+@pytest.mark.parametrize(
+    ("slices", "own", "sizes", "groups"),
+    [
+        (None, 2, {}, [0] * 4 + [1] * 4),  # as the devices say
+        (2, 2, {"fsdp": 2}, [0] * 4 + [1] * 4),
+        (4, 2, {}, [0, 0, 1, 1, 2, 2, 3, 3]),  # hosts
+        (None, 1, {"data": 2, "fsdp": 4}, None),
+        (1, 2, {"data": 1, "fsdp": 8}, None),  # of GPUs, which reach one another
+        (2, 2, {"data": 1, "fsdp": None}, "mesh: data=1 must be a multiple of the 2 slices that split it"),
+        (8, 2, {}, "mesh.slices=8, but the devices are 2 slices of 4 hosts: give one of these, or null"),
+    ],
+)
+def test_slices_split_data_outermost(monkeypatch, slices, own, sizes, groups):
+    monkeypatch.setattr(sharding, "Mesh", lambda devices, *_, **__: devices)
+    devices = [Device(i % 4, i % own, i) for i in range(8)]
+    config = MeshConfig(slices=slices, **sizes)
+    if isinstance(groups, str):
+        with pytest.raises(ValueError, match=re.escape(groups)):
+            make_mesh(config, devices)
+        return
+    laid: Any = make_mesh(config, devices)
+    assert {id(device) for device in laid.flat} == {id(device) for device in devices}
+    if groups:
+        assert [getattr(device, "process_index" if slices == 4 else "slice_index") for device in laid.flat] == groups
+
+
+def test_slices_of_a_tpu_are_not_one(monkeypatch):
+    monkeypatch.setattr(Device, "platform", "tpu")
+    with pytest.raises(ValueError, match=r"mesh\.slices=1, but the devices are 2 slices"):
+        make_mesh(MeshConfig(slices=1), [Device(i, i) for i in range(2)])
 
 
 # Optimizers whose state is not like AdamW's.

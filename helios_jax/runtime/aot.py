@@ -21,13 +21,16 @@ from helios_jax.runtime.compilation import compiler_options
 from pallas_kernels.core.device import compiling_for
 
 
-def tpu_topology(name: str) -> topologies.TopologyDescription:
-    """The chips of a TPU slice such as "v5e:2x2", "v5p:4x4x4" or "v6e:2x4" (`.devices`). Needs libtpu, but no TPU."""
+def tpu_topology(name: str, slices: int = 1) -> topologies.TopologyDescription:
+    """The chips of `slices` TPU slices such as "v5e:2x2", "v5p:4x4x4" or "v6e:2x4" (`.devices`).
+
+    Needs libtpu, but no TPU.
+    """
     _needs("libtpu", "TPUs")
     # libtpu would ask a metadata server what machine this is, and lock itself for one process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(platform="tpu", topology_name=name)
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices)
 
 
 def gpu_topology(target: Path, devices: int = 1) -> topologies.TopologyDescription:

@@ -32,6 +32,7 @@ from helios_jax.sampling.plan import Plan, Variant, make_plan
 from helios_jax.sampling.prompts import Schedule, make_schedule
 from helios_jax.sampling.stream import Call, State, Stream, check_latents, read_state
 from helios_jax.sampling.text import Texts, encode_prompts
+from helios_jax.sharding import ContextAttention
 
 
 @dataclass
@@ -78,6 +79,7 @@ class HeliosPipeline:
         attention: Attention | None = None,
         norms: Norms | None = None,
         mesh: jax.sharding.Mesh | None = None,
+        context_attention: ContextAttention = "ulysses",
     ) -> "HeliosPipeline":
         """The pipeline in a diffusers folder, a hub repository (at a `revision`) or an opened checkpoint.
 
@@ -88,10 +90,11 @@ class HeliosPipeline:
         With `offload_text_encoder` (the default where there is an accelerator) the text encoder, 11 GB of the released
         weights, waits in the host's memory and is on the device only while a prompt is encoded. `attention` and `norms`
         name the implementations in the transformer (docs/kernels.md), by default the device's best. With a `mesh`
-        (`helios_jax.sharding.make_mesh`) each device gets its shard of every tensor.
+        (`helios_jax.sharding.make_mesh`) each device gets its shard of every tensor; where its `context` splits the
+        tokens, `context_attention` names the way that they attend to one another.
 
         Raises:
-            ValueError: the `attention` or `norms` asked for cannot run here.
+            ValueError: the `attention` or `norms` asked for cannot run here, or the mesh does not fit the heads.
             CheckpointError: something in the folder is missing, broken or does not fit, before weights are read.
         """
         checkpoint = (
@@ -100,8 +103,8 @@ class HeliosPipeline:
         backend = jax.default_backend()
         dtype = compute_dtype(dtype)
         stacked = backend == "tpu" if stacked is None else stacked
-        implementations = Implementations(attention, norms)
-        check_implementations(implementations, checkpoint.transformer, dtype)
+        implementations = Implementations(attention, norms, context_attention)
+        check_implementations(implementations, checkpoint.transformer, dtype, mesh)
         vae_dtype = jnp.dtype(vae_dtype or (jnp.float32 if backend == "cpu" else dtype))
         offloaded = backend != "cpu" if offload_text_encoder is None else offload_text_encoder
         networks = checkpoint.load(dtype, vae_dtype, stacked, mesh, offloaded, implementations)

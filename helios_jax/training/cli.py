@@ -41,6 +41,7 @@ KEYS = {
     "checkpoint.every": "steps between checkpoints [500]",
     "checkpoint.keep": "checkpoints kept on disk [2]",
     "mesh.fsdp": "devices that share the weights [1]",
+    "mesh.context": "devices that share the tokens of a sample [1]",
     "mesh.processes": "hosts, each of which runs the same command [1]",
 }
 CODES = {

@@ -9,6 +9,8 @@ from flax import nnx
 
 from helios_jax import lora, pretrained
 from helios_jax.config import ConfigError
+from helios_jax.models.ops import context_attention
+from helios_jax.models.ops.choices import Implementations
 from helios_jax.models.transformer import MEMORY_PATCHES, Transformer, TransformerConfig, init_memory_patches
 from helios_jax.models.transformer.embeddings import Patches, coarser
 from helios_jax.pretrained import CheckpointError
@@ -36,9 +38,16 @@ def transformer_config(config: FlowTrainConfig) -> TransformerConfig:
 
 
 def init_transformer(config: FlowTrainConfig, key: jax.Array) -> Transformer:
-    """Random parameters, the memory patches made from the patch embedding, with adapters where `config.lora` asks."""
-    sizes = transformer_config(config)
-    model = Transformer(sizes, stacked=True, rngs=nnx.Rngs(key))
+    """Random parameters, the memory patches made from the patch embedding, with adapters where `config.lora` asks.
+
+    Raises ConfigError when the mesh that is set splits what its attention needs whole.
+    """
+    sizes, context = transformer_config(config), config.mesh.context_attention
+    try:
+        context_attention.check(context, sizes.num_attention_heads, jax.sharding.get_abstract_mesh())
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    model = Transformer(sizes, stacked=True, implementations=Implementations(context=context), rngs=nnx.Rngs(key))
     if sizes.has_multi_term_memory_patch:
         model = init_memory_patches(model)
     return model if config.lora is None else _add_adapters(model, config.lora, config.seed)

@@ -1,6 +1,6 @@
 """Attention of every query to the first keys of its row, without the [n, m] matrix: values and gradients."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,43 @@ def attention(
         return reference(query, key, value, key_lengths)
     if reason:
         raise ValueError(f"{reason}: implementation='xla' runs everywhere")
+    kernels, sizes = _kernels(query)
+    return kernels.attention(query, key, value, key_lengths, sizes)
+
+
+def with_log_sums(
+    query: Float[Array, "b n heads head_dim"],
+    key: Float[Array, "b m heads head_dim"],
+    value: Float[Array, "b m heads head_dim"],
+    key_lengths: Int[Array, " b"],
+) -> tuple[Float[Array, "b n heads head_dim"], Float[Array, "b heads n"]]:
+    """`attention` by the kernel, and log(sum(exp(logits))) of each query and head, to merge it with other keys'.
+
+    The sum of a row without keys counts for nothing beside others. It has no gradient of its own: see `gradients`.
+    """
+    kernels, sizes = _kernels(query)
+    return kernels.with_log_sums(query, key, value, key_lengths, sizes)
+
+
+def gradients(
+    query: Float[Array, "b n heads head_dim"],
+    key: Float[Array, "b m heads head_dim"],
+    value: Float[Array, "b m heads head_dim"],
+    cotangent: Float[Array, "b n heads head_dim"],
+    log_sums: Float[Array, "b heads n"],
+    dots: Float[Array, "b heads n"],
+    key_lengths: Int[Array, " b"],
+) -> tuple[Float[Array, "b n heads head_dim"], Float[Array, "b m heads head_dim"], Float[Array, "b m heads head_dim"]]:
+    """Gradients by the kernel of queries, keys and values, where these keys are some of those that the queries see.
+
+    `log_sums` are over all of those keys, and `dots` are the products of each output with its `cotangent`.
+    """
+    kernels, sizes = _kernels(query)
+    return kernels.gradients(query, key, value, cotangent, log_sums, dots, key_lengths, sizes)
+
+
+def _kernels(query: Array) -> tuple[Any, dict[str, tiles.Tiles]]:
+    """(the module with this device's kernels, their block sizes)."""
     kernels = attention_tpu if device.platform() == "tpu" else attention_gpu
     names = kernels.tables(query.dtype)
-    sizes = {op: tiles.lookup(name, device.kind(), query.shape[1]) for op, name in names.items()}
-    return kernels.attention(query, key, value, key_lengths, sizes)
+    return kernels, {op: tiles.lookup(name, device.kind(), query.shape[1]) for op, name in names.items()}

@@ -22,6 +22,7 @@ from pallas_kernels.attention.gpu_backward import key_value_gradients, query_gra
 from pallas_kernels.attention.hopper import GROUPS, Dialect, Ring
 from pallas_kernels.core.tiles import Tiles
 
+LOWEST = -1e30  # the log of a sum of nothing: finite, as differences of it must be
 OPS = ("attention", "attention_dq", "attention_dkv")
 
 
@@ -66,6 +67,50 @@ def attention(
 
     attend.defvjp(keep, backward)
     return attend(query, key, value, lengths)[:, :n]
+
+
+def with_log_sums(
+    query: Float[Array, "b n heads head_dim"],
+    key: Float[Array, "b m heads head_dim"],
+    value: Float[Array, "b m heads head_dim"],
+    key_lengths: Int[Array, " b"],
+    tiles: Mapping[str, Tiles],
+    *,
+    interpret: Any = None,
+) -> tuple[Float[Array, "b n heads head_dim"], Float[Array, "b heads n"]]:
+    """`attention`, and log(sum(exp(logits))) of each query and head; without gradients.
+
+    A row without keys has a sum that counts for nothing beside others.
+    """
+    n, (query, key, value) = query.shape[1], (hopper.padded(x) for x in (query, key, value))
+    lengths = jnp.maximum(key_lengths, 1).astype(jnp.int32)
+    out, sums = forward(query, key, value, lengths, tiles["attention"], log_sums=True, interpret=interpret)
+    sums = jnp.where(key_lengths[:, None, None] > 0, sums[:, :, :n] * math.log(2), LOWEST)
+    return out[:, :n], sums
+
+
+def gradients(
+    query: Float[Array, "b n heads head_dim"],
+    key: Float[Array, "b m heads head_dim"],
+    value: Float[Array, "b m heads head_dim"],
+    cotangent: Float[Array, "b n heads head_dim"],
+    log_sums: Float[Array, "b heads n"],
+    dots: Float[Array, "b heads n"],
+    key_lengths: Int[Array, " b"],
+    tiles: Mapping[str, Tiles],
+    *,
+    interpret: Any = None,
+) -> tuple[Float[Array, "b n heads head_dim"], Float[Array, "b m heads head_dim"], Float[Array, "b m heads head_dim"]]:
+    """Gradients of queries, keys and values where these keys are some of those that the queries see."""
+    n, m = query.shape[1], key.shape[1]
+    q, k, v, cotangent = (hopper.padded(x) for x in (query, key, value, cotangent.astype(query.dtype)))
+    sums, dots = (jnp.pad(x, [(0, 0), (0, 0), (0, -n % hopper.ROWS)]) for x in (log_sums / math.log(2), dots))
+    arrays = (q, k, v, cotangent, sums, dots, jnp.maximum(key_lengths, 1).astype(jnp.int32))
+    d_query = query_gradient(*arrays, tiles["attention_dq"], interpret=interpret)
+    others = key_value_gradients(*arrays, tiles["attention_dkv"], interpret=interpret)
+    seen = key_lengths[:, None, None, None] > 0
+    d_query, d_key, d_value = (jnp.where(seen, x, jnp.zeros((), x.dtype)) for x in (d_query, *others))
+    return d_query[:, :n], d_key[:, :m], d_value[:, :m]
 
 
 def forward(

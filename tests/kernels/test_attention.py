@@ -60,3 +60,29 @@ def test_unsupported_calls_give_the_reason():
     q, k, v, _ = draw(3, 3, 64)
     with pytest.raises(ValueError, match=r"runs on cpu.*implementation='xla'"):
         attention(q, k, v, implementation="pallas")
+
+
+def pieces(kernels, tiles, lengths, dtype, head_dim, interpret):
+    """Attention and its gradients, merged of two pieces of the keys, of which the second has `lengths`; and at once."""
+    n, m = 9, 12
+    *inputs, cotangent = draw(n, 2 * m, head_dim, dtype)
+    q, k, v = inputs
+    options = {"tiles": tiles, "interpret": interpret}
+    cut = [(k[:, :m], v[:, :m], jnp.full(2, m)), (k[:, m:], v[:, m:], jnp.asarray(lengths))]
+    outs, sums = zip(*(kernels.with_log_sums(q, k, v, length, **options) for k, v, length in cut))
+    total = jnp.logaddexp(*sums)
+    weights = [jnp.exp(x - total).swapaxes(1, 2)[..., None] for x in sums]
+    out = sum(x.astype(jnp.float32) * weight for x, weight in zip(outs, weights))
+    dots = jnp.einsum("bnhd,bnhd->bhn", out, cotangent.astype(jnp.float32))
+    found = [kernels.gradients(q, k, v, cotangent, total, dots, length, **options) for k, v, length in cut]
+    d_query = sum(x[0].astype(jnp.float32) for x in found)
+    got = out, d_query, jnp.concatenate([x[1] for x in found], 1), jnp.concatenate([x[2] for x in found], 1)
+    wide = [x.astype(jnp.float32) for x in inputs]
+    expected, vjp = jax.vjp(lambda *x: reference(*x, m + jnp.asarray(lengths)), *wide)
+    return got, (expected, *vjp(cotangent.astype(jnp.float32)))
+
+
+def test_pieces_of_the_keys_merge():
+    """As around a ring of devices, of which one may have nothing but padding."""
+    got, expected = pieces(attention_tpu, TILES, (0, 7), jnp.float32, 64, True)
+    assert_close(got, expected, terms=1)

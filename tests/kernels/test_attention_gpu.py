@@ -10,6 +10,7 @@ from pallas_kernels.attention import reference
 from pallas_kernels.core.tiles import lookup
 from tests.closeness import assert_close
 from tests.kernels.interpreted import InterpretGPUParams
+from tests.kernels.test_attention import pieces
 
 # Like TMA, the interpreter reads zeros beyond an end.
 INTERPRET = InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
@@ -50,3 +51,9 @@ def test_dtypes_have_their_own_sizes():
         for name in attention_gpu.tables(dtype).values():
             assert lookup(name, "NVIDIA H100 80GB HBM3", 11040)
     assert attention_gpu.tables(jnp.float32)["attention_dq"] == "attention_dq_float32"
+
+
+def test_pieces_of_the_keys_merge():
+    """As around a ring of devices, of which one may have nothing but padding."""
+    got, expected = pieces(attention_gpu, TILES, (0, 7), jnp.bfloat16, 64, INTERPRET)
+    assert_close(got, expected, dtype=jnp.bfloat16, terms=1)

@@ -34,22 +34,22 @@ TEXT = (5, 16)
 SIDE = 8  # of the latents; two levels
 
 
-def build(root: Path) -> None:
-    """Writes what runs begin with into `root`: helios, teacher, latents, ode."""
+def build(root: Path, sizes: TransformerConfig = SIZES, side: int = SIDE) -> None:
+    """Writes what runs begin with into `root`: helios, teacher, latents of `side`, ode."""
     rng = np.random.default_rng(0)
     for name in ("helios", "teacher"):
-        model = tiny.draw(Transformer.abstract(SIZES), rng)
-        pretrained.save_model(model, SIZES, root / name / "transformer", dtype=jnp.float32)
+        model = tiny.draw(Transformer.abstract(sizes), rng)
+        pretrained.save_model(model, sizes, root / name / "transformer", dtype=jnp.float32)
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float16)
 
     def clip(i: int) -> records.Example:
-        return {"latents": normal(3, 9, SIDE, SIDE, 4), "text": normal(*TEXT), "id": f"clip {i}"}
+        return {"latents": normal(3, 9, side, side, 4), "text": normal(*TEXT), "id": f"clip {i}"}
 
     def pair(i: int) -> records.Example:
-        made = {"history": normal(19, SIDE, SIDE, 4), "anchor": normal(1, SIDE, SIDE, 4), "text": normal(*TEXT)}
-        for level, size in enumerate((SIDE // 2, SIDE)):
+        made = {"history": normal(19, side, side, 4), "anchor": normal(1, side, side, 4), "text": normal(*TEXT)}
+        for level, size in enumerate((side // 2, side)):
             times = np.linspace(1, 0.5, 2, dtype=np.float32)
             made |= {f"latents_{level}": normal(3, 9, size, size, 4)}
             made |= {f"timesteps_{level}": 1000 * times, f"sigmas_{level}": times}

@@ -3,10 +3,14 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
+from helios_jax.config import ConfigError
 from helios_jax.models.transformer import TransformerConfig
-from helios_jax.training import cli
+from helios_jax.sharding import AXES
+from helios_jax.training import cli, start
+from helios_jax.training.stage_table import load_config
 from tests.training import recipe
 
 WAN = {
@@ -79,6 +83,18 @@ def test_weights_that_are_not_their_config_s_blame_that(root, tmp_path, capsys):
     (moved / "config.json").unlink()
     (moved / "config.json").write_text(json.dumps({**values, "ffn_dim": 64}))
     assert "does not fit its config.json: " in refused(root, capsys, "stage1_post", f"init={moved}")
+
+
+@pytest.mark.parametrize("stage", ["stage1_init", "stage3_post"])
+def test_heads_that_context_does_not_divide_are_refused_before_weights_are_read(root, stage):
+    path, *flags = recipe.arguments(stage, root, root / "none")
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 2), AXES)
+    with jax.sharding.use_abstract_mesh(mesh):
+        with pytest.raises(ConfigError, match=r"mesh: context=2 does not divide the 1 heads .*context_attention=ring"):
+            start.init_transformer(load_config(path, flags), jax.random.key(0))
+        ring = load_config(path, [*flags, "mesh.context_attention=ring"])
+        made = jax.eval_shape(lambda key: start.init_transformer(ring, key), jax.random.key(0))
+    assert made.implementations.context == "ring"
 
 
 def test_the_rule_names_the_released_size():

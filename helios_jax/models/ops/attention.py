@@ -1,7 +1,6 @@
 """Attention over [b, n, heads, head_dim], by one of three implementations."""
 
 import logging
-import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -9,13 +8,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from helios_jax.models.ops import choices
-from helios_jax.models.ops.blockwise import CACHE, MEMORY, blockwise
+from helios_jax.models.ops import choices, mesh_axes
+from helios_jax.models.ops.blockwise import (
+    CACHE,
+    MEMORY,
+    blockwise,
+    blockwise_gradients,
+    blockwise_with_log_sums,
+)
 from helios_jax.models.ops.choices import Attention
-from helios_jax.sharding import BATCH, RULES
+from helios_jax.models.ops.context_attention import Pieces, Present, ring, ulysses
+from helios_jax.models.ops.token_runs import runs_of, take
+from helios_jax.sharding import ContextAttention
 from pallas_kernels import attention as pallas
 from pallas_kernels.core import device
 
@@ -32,6 +38,8 @@ def attention(
     *,
     segments: Segments | None = None,
     num_keys: int | None = None,
+    present: Present | None = None,
+    context: ContextAttention = "ulysses",
     implementation: Attention | None = None,
 ) -> Float[Array, "b n heads head_dim"]:
     """softmax(query key^T / sqrt(head_dim)) value, every query seeing every key; the softmax is float32.
@@ -39,22 +47,53 @@ def attention(
     With `num_keys` it sees the first so many; those behind them are padding.
     With `segments` a query sees the keys of its own segment only: several sequences packed into one. Each of them is
     then computed on its own, so that nothing is spent on what a mask would hide.
+    With `present` the arrays are this device's share of tokens that are split over the mesh's context, and a query sees
+    the keys of all devices that are present, by the way that `context` names.
     Without `implementation` the device's default runs (`choices`), and XLA where that cannot; the log says which.
     Raises ValueError when the one asked for cannot run.
     """
-    implementation = _choose(query, implementation)
-    attend: Callable[..., Array] = {"xla": _xla, "cudnn": _cudnn, "pallas": _pallas}[implementation]
-    if num_keys is not None and num_keys < key.shape[1]:
-        attend = partial(attend, num_keys=num_keys)
+    if present is not None:
+        attend = _by_context(query, context, implementation)
+    else:
+        attend = _IMPLEMENTATIONS[_choose(query, implementation)]
+        if num_keys is not None and num_keys < key.shape[1]:
+            attend = partial(attend, num_keys=num_keys)
     if segments is None:
-        return attend(query, key, value)
-    return _by_segment(attend, query, key, value, segments)
+        return attend(query, key, value, *(() if present is None else (present,)))
+    return _by_segment(attend, query, key, value, segments, present)
 
 
-def check(implementation: Attention | None, head_dim: int, dtype: Any) -> None:
-    """Raises ValueError when the `implementation` asked for cannot run such queries here: known before weights are."""
+def check(implementation: Attention | None, head_dim: int, dtype: Any, context: ContextAttention | None = None) -> None:
+    """Raises ValueError when the `implementation` asked for cannot run such queries here: known before weights are.
+
+    `context` is the way of tokens that devices share.
+    """
     if implementation is not None:
-        _choose(jax.ShapeDtypeStruct((1, 1, 1, head_dim), dtype), implementation)
+        choose = _choose_for_ring if context == "ring" else _choose
+        choose(jax.ShapeDtypeStruct((1, 1, 1, head_dim), dtype), implementation)
+
+
+def _by_context(query: Array, context: ContextAttention, asked: Attention | None) -> Callable[..., Array]:
+    """Attention to the keys of all devices; a function of this device's queries, keys, values and `present`."""
+    if context == "ring":
+        op: Callable[..., Array] = partial(ring, _PIECES[_choose_for_ring(query, asked)])
+    else:
+        op = partial(ulysses, _IMPLEMENTATIONS[_choose(query, asked)])
+
+    def attend(query: Array, key: Array, value: Array, present: Present) -> Array:
+        return _each_device(partial(op, present=present))(query, key, value)
+
+    return attend
+
+
+def _each_device(attend: Callable[..., Array]) -> Callable[..., Array]:
+    """`attend` by each device of its samples and heads, where they divide."""
+
+    def run(query: Array, key: Array, value: Array) -> Array:
+        split = mesh_axes.heads_split(query.shape[0], query.shape[2])
+        return mesh_axes.each_device(attend, split, split)(query, key, value)
+
+    return run
 
 
 def _lengths(query: Array, num_keys: int | None) -> Array | None:
@@ -62,23 +101,18 @@ def _lengths(query: Array, num_keys: int | None) -> Array | None:
 
 
 def _cudnn(query: Array, key: Array, value: Array, num_keys: int | None = None) -> Array:
-    lengths = _lengths(query, num_keys)
-    return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation="cudnn")
+    def attend(query: Array, key: Array, value: Array) -> Array:
+        lengths = _lengths(query, num_keys)
+        return jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation="cudnn")
+
+    return _each_device(attend)(query, key, value)
 
 
 def _pallas(query: Array, key: Array, value: Array, num_keys: int | None = None) -> Array:
-    """Under a mesh (`jax.set_mesh`) each device runs the kernel on its samples and heads, if they divide."""
-
     def attend(query: Array, key: Array, value: Array) -> Array:
         return pallas.attention(query, key, value, _lengths(query, num_keys), implementation="pallas")
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh is None or mesh.empty or mesh.size == 1:
-        return attend(query, key, value)
-    samples = BATCH if query.shape[0] % math.prod(mesh.shape[axis] for axis in BATCH) == 0 else None
-    heads = RULES["heads"] if query.shape[2] % mesh.shape[RULES["heads"]] == 0 else None
-    split = PartitionSpec(samples, None, heads)
-    return jax.shard_map(attend, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)(query, key, value)
+    return _each_device(attend)(query, key, value)
 
 
 def _choose(query: Array | jax.ShapeDtypeStruct, asked: Attention | None) -> Attention:
@@ -93,6 +127,27 @@ def _choose(query: Array | jax.ShapeDtypeStruct, asked: Attention | None) -> Att
         return best
     _say(f"attention by xla ({device.kind()}): {reasons[best]}")
     return "xla"
+
+
+def _choose_for_ring(query: Array | jax.ShapeDtypeStruct, asked: Attention | None) -> Attention:
+    """The implementation of a piece of the keys, whose log-sum-exps are merged with those of others."""
+    reasons = {
+        "xla": None,
+        "cudnn": "cuDNN's attention has no gradient for a part of the keys, which a ring of devices needs",
+        "pallas": pallas.unsupported(query),
+    }
+    if asked is not None:
+        if reasons[asked]:
+            raise ValueError(f"attention: {reasons[asked]}; leave attention out, or ask for 'xla'")
+        return asked
+    best = choices.default("attention")
+    reason = _no_cudnn(query) if best == "cudnn" else None  # what cuDNN leaves to XLA, our kernel computes more slowly
+    reason = reason or reasons["pallas"]
+    if best == "xla" or reason:
+        _say(f"attention around the ring by xla ({device.kind()})" + (f": {reason}" if best != "xla" else ""))
+        return "xla"
+    _say(f"attention around the ring by pallas ({device.kind()})")
+    return "pallas"
 
 
 def _no_cudnn(query: Array | jax.ShapeDtypeStruct) -> str | None:
@@ -112,27 +167,38 @@ def _say(line: str) -> None:
 
 
 def _xla(query: Array, key: Array, value: Array, num_keys: int | None = None) -> Array:
-    key, value = key[:, :num_keys], value[:, :num_keys]
+    return _by_platform(blockwise, query, key[:, :num_keys], value[:, :num_keys])
+
+
+def _by_platform(op: Callable[..., Any], *arrays: Array) -> Any:
+    """`op` in blocks that fit the device."""
     # The choice falls while lowering, so a program compiled on a host for another platform gets that platform's.
-    cache, memory = (partial(blockwise, block=block) for block in (CACHE, MEMORY))
-    return jax.lax.platform_dependent(query, key, value, cpu=cache, default=memory)
+    cache, memory = (partial(op, block=block) for block in (CACHE, MEMORY))
+    return jax.lax.platform_dependent(*arrays, cpu=cache, default=memory)
 
 
-def _by_segment(attend: Callable[..., Array], query: Array, key: Array, value: Array, segments: Segments) -> Array:
+_IMPLEMENTATIONS: dict[Attention, Callable[..., Array]] = {"xla": _xla, "cudnn": _cudnn, "pallas": _pallas}
+
+
+def _of_kernel(op: Callable[..., Any]) -> Callable[..., Any]:
+    """`op` with the same length for all samples."""
+    return lambda query, *rest: op(query, *rest[:-1], jnp.full(query.shape[0], rest[-1], jnp.int32))
+
+
+_PIECES: dict[Attention, Pieces] = {
+    "xla": Pieces(partial(_by_platform, blockwise_with_log_sums), partial(_by_platform, blockwise_gradients)),
+    "pallas": Pieces(_of_kernel(pallas.with_log_sums), _of_kernel(pallas.gradients)),
+}
+
+
+def _by_segment(
+    attend: Callable[..., Array], query: Array, key: Array, value: Array, segments: Segments, present: Present | None
+) -> Array:
     parts: list[tuple[int, Array]] = []  # (first token, outputs) of each run of tokens of one segment
     for segment in np.unique(segments[0]):
-        asks, answers = (_runs(ids == segment) for ids in segments)
-        out = attend(_take(query, asks), _take(key, answers), _take(value, answers))
+        asks, answers = (runs_of(ids == segment) for ids in segments)
+        mine = () if present is None else (present[:, segments[1] == segment],)
+        out = attend(take(query, asks), take(key, answers), take(value, answers), *mine)
         ends = np.cumsum([stop - start for start, stop in asks])
         parts += [(start, run) for (start, _), run in zip(asks, jnp.split(out, ends[:-1], 1))]
     return jnp.concatenate([part for _, part in sorted(parts, key=lambda part: part[0])], 1)
-
-
-def _runs(chosen: np.ndarray) -> list[tuple[int, int]]:
-    """[start, stop) of each run of True."""
-    edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
-    return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
-
-
-def _take(x: Array, runs: list[tuple[int, int]]) -> Array:
-    return jnp.concatenate([x[:, start:stop] for start, stop in runs], 1)

@@ -3,11 +3,15 @@
 On a CPU they stay in its caches; elsewhere they would not fit into memory: 20 GB in the 14B model's self-attention.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 CACHE, MEMORY = 2**21, 2**28  # logits of a block: 8 MB, 1 GB
+LOWEST = -1e30  # a hidden key's logit: finite, since a row may have no other
 
 
 def blockwise(
@@ -21,22 +25,116 @@ def blockwise(
 
     A block has about `block` logits; twice as many are left together.
     """
-    query, key, value = (jnp.moveaxis(x, 2, 1) for x in (query * query.shape[-1] ** -0.5, key, value))
-    b, heads, n, head_dim = query.shape
-    total = b * heads * n * key.shape[2]
-    size = n if total <= 2 * block else -(-n // -(-total // block))
+    query, key, value = (jnp.moveaxis(x, 2, 1) for x in (_scaled(query), key, value))
 
     def attend(query: Array) -> Array:
-        logits = jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=jnp.float32)
-        weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True)))
-        out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-        return (out / weights.sum(-1, keepdims=True)).astype(value.dtype)
+        out, weights, _ = _softmax(query, key, value)
+        return (out / weights).astype(value.dtype)
 
+    return jnp.moveaxis(_by_block(attend, query, num_keys=key.shape[2], block=block), 1, 2)
+
+
+def blockwise_with_log_sums(
+    query: Float[Array, "b n heads head_dim"],
+    key: Float[Array, "b m heads head_dim"],
+    value: Float[Array, "b m heads head_dim"],
+    length: Int[Array, ""] | int,
+    *,
+    block: int,
+) -> tuple[Float[Array, "b n heads head_dim"], Float[Array, "b heads n"]]:
+    """`blockwise` over the first `length` keys, in float32, and log(sum(exp(logits))) of each query.
+
+    Without any key (`length` 0) the sum counts as nothing beside others, and the values mean nothing.
+    """
+    query, key, value = (jnp.moveaxis(x, 2, 1) for x in (_scaled(query), key, value))
+
+    def attend(query: Array) -> tuple[Array, Array]:
+        out, weights, largest = _softmax(query, key, value, length)
+        return out / weights, jnp.log(weights) + largest
+
+    out, log_sums = _by_block(attend, query, num_keys=key.shape[2], block=block)
+    return jnp.moveaxis(out, 1, 2), log_sums[..., 0]
+
+
+def blockwise_gradients(
+    query: Float[Array, "b n heads head_dim"],
+    key: Float[Array, "b m heads head_dim"],
+    value: Float[Array, "b m heads head_dim"],
+    cotangent: Float[Array, "b n heads head_dim"],
+    log_sums: Float[Array, "b heads n"],
+    dots: Float[Array, "b heads n"],
+    length: Int[Array, ""] | int,
+    *,
+    block: int,
+) -> tuple[Float[Array, "b n heads head_dim"], Float[Array, "b m heads head_dim"], Float[Array, "b m heads head_dim"]]:
+    """Float32 gradients of attention for the queries and the first `length` keys and values of those that they see.
+
+    `log_sums` are over all keys that the queries see, and `dots` the products of each output with its `cotangent`.
+    """
+    scale = query.shape[-1] ** -0.5
+    query, key, value, cotangent = (jnp.moveaxis(x, 2, 1) for x in (_scaled(query), key, value, cotangent))
+    zeros = jnp.zeros(key.shape, jnp.float32)
+
+    def product(spec: str, a: Array, b: Array) -> Array:
+        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+    def add(sums: tuple[Array, Array], rows: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+        query, cotangent, log_sums, dots = rows
+        logits = _hidden(product("bhnd,bhmd->bhnm", query, key), length)
+        weights = jnp.exp(logits - log_sums)
+        d_logits = weights * (product("bhnd,bhmd->bhnm", cotangent, value) - dots)
+        weights, d_logits = weights.astype(value.dtype), d_logits.astype(key.dtype)
+        d_key = sums[0] + product("bhnm,bhnd->bhmd", d_logits, query)
+        d_value = sums[1] + product("bhnm,bhnd->bhmd", weights, cotangent)
+        return (d_key, d_value), product("bhnm,bhmd->bhnd", d_logits, key) * scale
+
+    rows = (query, cotangent.astype(value.dtype), log_sums[..., None], dots[..., None])
+    size = _size(query.shape, key.shape[2], block)
+    (d_key, d_value), d_query = jax.lax.scan(add, (zeros, zeros), jax.tree.map(lambda x: _blocks(x, size), rows))
+    d_query = _joined(d_query, query.shape[2])
+    return jnp.moveaxis(d_query, 1, 2), jnp.moveaxis(d_key, 1, 2), jnp.moveaxis(d_value, 1, 2)
+
+
+def _scaled(query: Array) -> Array:
+    return query * query.shape[-1] ** -0.5
+
+
+def _hidden(logits: Float[Array, "b heads n m"], length: Any) -> Float[Array, "b heads n m"]:
+    """Logits, all but the first `length` of each row so low that they count for nothing beside others."""
+    return logits if length is None else jnp.where(jnp.arange(logits.shape[-1]) < length, logits, LOWEST)
+
+
+def _softmax(query: Array, key: Array, value: Array, length: Any = None) -> tuple[Array, Array, Array]:
+    """(sums of values by weight, sums of weights, largest logits) of each query, float32, heads before tokens."""
+    logits = jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=jnp.float32)
+    logits = _hidden(logits, length)
+    largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    weights = jnp.exp(logits - largest)
+    out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    return out, weights.sum(-1, keepdims=True), largest
+
+
+def _by_block(attend: Callable[[Array], Any], query: Float[Array, "b heads n d"], *, num_keys: int, block: int) -> Any:
+    """`attend` of a block of queries after the other, or of all at once if they are few."""
+    size, n = _size(query.shape, num_keys, block), query.shape[2]
     if size == n:
-        out = attend(query)
-    else:
-        blocks = -(-n // size)
-        padded = jnp.pad(query, [(0, 0), (0, 0), (0, blocks * size - n), (0, 0)])
-        split = jnp.moveaxis(padded.reshape(b, heads, blocks, size, head_dim), 2, 0)
-        out = jnp.moveaxis(jax.lax.map(attend, split), 0, 2).reshape(b, heads, blocks * size, head_dim)[:, :, :n]
-    return jnp.moveaxis(out, 1, 2)
+        return attend(query)
+    return jax.tree.map(lambda x: _joined(x, n), jax.lax.map(attend, _blocks(query, size)))
+
+
+def _size(query: tuple[int, ...], num_keys: int, block: int) -> int:
+    """Queries of a block, of all [b, heads, n, d]."""
+    b, heads, n, _ = query
+    total = b * heads * n * num_keys
+    return n if total <= 2 * block else -(-n // -(-total // block))
+
+
+def _blocks(x: Float[Array, "b heads n d"], size: int) -> Float[Array, "blocks b heads size d"]:
+    b, heads, n, d = x.shape
+    padded = jnp.pad(x, [(0, 0), (0, 0), (0, -n % size), (0, 0)])
+    return jnp.moveaxis(padded.reshape(b, heads, -1, size, d), 2, 0)
+
+
+def _joined(x: Float[Array, "blocks b heads size d"], n: int) -> Float[Array, "b heads n d"]:
+    blocks, b, heads, size, d = x.shape
+    return jnp.moveaxis(x, 0, 2).reshape(b, heads, blocks * size, d)[:, :, :n]

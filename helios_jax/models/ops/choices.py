@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from helios_jax.sharding import ContextAttention
 from pallas_kernels.core import device
 
 PATH = Path(__file__).with_name("choices.json")
@@ -19,10 +20,14 @@ Norms = Literal["xla", "pallas"]
 
 @dataclass(frozen=True)
 class Implementations:
-    """Implementations asked for by name; None leaves the choice to the device, and to XLA what no other can do."""
+    """Implementations asked for by name; None leaves the choice to the device, and to XLA what no other can do.
+
+    `context` is the way of self-attention where the mesh splits tokens (`context_attention`).
+    """
 
     attention: Attention | None = None
     norms: Norms | None = None
+    context: ContextAttention = "ulysses"
 
 
 DEVICE = Implementations()  # the device chooses

@@ -1,7 +1,6 @@
 """Norms with what surrounds them, by the kernels of `pallas_kernels` where these pay, and by XLA elsewhere."""
 
 import logging
-import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, Literal
@@ -10,9 +9,9 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from helios_jax.models.ops import choices
+from helios_jax.models.ops import choices, mesh_axes
 from helios_jax.models.ops.choices import Norms
-from helios_jax.sharding import BATCH
+from helios_jax.sharding import BATCH, CONTEXT, RULES
 from pallas_kernels import adaln as adaln_kernel
 from pallas_kernels import gated_residual as gated_residual_kernel
 from pallas_kernels import norm_rope as norm_rope_kernel
@@ -22,6 +21,7 @@ from pallas_kernels.norm_rope import Rotary
 
 log = logging.getLogger(__name__)
 
+HEADS_SPLIT = "heads are split over the mesh's tensor, and their norm is across all heads"
 # "xla" for all, or what each kernel's own op says pays on this device.
 Choice = Literal["xla"] | None
 
@@ -29,15 +29,15 @@ Choice = Literal["xla"] | None
 def choose(x: Float[Array, "b n d"] | jax.ShapeDtypeStruct, heads: int, asked: Norms | None) -> Choice:
     """The implementation of a block's norms.
 
-    Left to the device (`choices`), it is XLA where the kernels cannot run, and under a mesh that splits features or
-    tokens: the norm of queries and keys is across all heads. The log says which, and why. Raises ValueError when
-    "pallas" is asked for and cannot run.
+    Left to the device (`choices`), it is XLA where the kernels cannot run. Under a mesh that splits heads, XLA norms
+    queries and keys, whose norm is across all heads, with a sum over devices. The log says which, and why. Raises
+    ValueError when "pallas" is asked for and cannot run.
     """
     if asked == "xla":
         return "xla"
     reason = norm_rope_kernel.unsupported(x, heads) or _split(x.shape[0])
-    if asked == "pallas" and reason:
-        raise ValueError(f"norms: {reason}; leave norms out, or ask for 'xla'")
+    if asked == "pallas" and (reason or _heads_split()):
+        raise ValueError(f"norms: {reason or HEADS_SPLIT}; leave norms out, or ask for 'xla'")
     if asked is None and choices.default("norms") == "xla":
         _say(f"norms by xla ({device.kind()})")
         return "xla"
@@ -45,8 +45,9 @@ def choose(x: Float[Array, "b n d"] | jax.ShapeDtypeStruct, heads: int, asked: N
         _say(f"norms by xla ({device.kind()}): {reason}")
         return "xla"
     gated = "pallas" if device.platform() == "gpu" else "xla"
+    own = f"xla ({HEADS_SPLIT})" if _heads_split() else "pallas"
     _say(
-        f"norms ({device.kind()}): queries and keys by pallas; adaLN by xla, its gradient by pallas;"
+        f"norms ({device.kind()}): queries and keys by {own}; adaLN by xla, its gradient by pallas;"
         f" gated residual by {gated}"
     )
     return None
@@ -76,6 +77,8 @@ def norm_rope(
 ) -> Float[Array, "b n heads head_dim"]:
     """`pallas_kernels.norm_rope.norm_rope`."""
 
+    by = "xla" if _heads_split() else by
+
     def op(x, table, weight, scale):
         return norm_rope_kernel.norm_rope(x, weight, heads, eps, table, scale, num_history, implementation=by)
 
@@ -97,34 +100,28 @@ def fuses_residual(by: Choice) -> bool:
 
 def head_major(by: Choice) -> bool:
     """True if attention reads heads one after the other."""
-    return by is None and device.platform() == "tpu"
+    return by is None and device.platform() == "tpu" and not _heads_split()
 
 
-def _mesh() -> Any:
-    mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh is None or mesh.empty or mesh.size == 1 else mesh
+def _heads_split() -> bool:
+    return mesh_axes.size(RULES["heads"]) > 1
 
 
 def _split(samples: int) -> str | None:
-    """The reason that the mesh's split rules the kernels out, or None."""
-    mesh = _mesh()
-    if mesh is None:
-        return None
-    for axis, what in (("tensor", "heads"), ("context", "tokens")):
-        if mesh.shape[axis] > 1:
-            return f"{what} are split over the mesh's {axis}, and the kernels need them whole"
-    devices = math.prod(mesh.shape[axis] for axis in BATCH)
+    """The reason that the mesh's split rules all kernels out, or None."""
+    if mesh_axes.size(CONTEXT) > 1 and not mesh_axes.in_context():
+        return f"tokens are split over the mesh's {CONTEXT}, and here no device has a share of its own"
+    devices = mesh_axes.size(*BATCH)
     return f"{samples} samples cannot be split over {devices} devices" if samples % devices else None
 
 
 def _on_samples(op: Callable[..., Any], by: Choice, x: Array, *rest: Any) -> Any:
     """`op` on each device's samples: under a mesh nothing else splits what a kernel reads."""
-    mesh = _mesh()
-    if mesh is None or by == "xla":
+    if by == "xla":
         return op(x, *rest)
     samples = PartitionSpec(BATCH)
     specs = jax.tree.map(lambda of: samples if of.ndim == 3 and of.shape[0] == x.shape[0] else PartitionSpec(), rest)
-    return jax.shard_map(op, mesh=mesh, in_specs=(samples, *specs), out_specs=samples, check_vma=False)(x, *rest)
+    return mesh_axes.each_device(op, (samples, *specs), samples)(x, *rest)
 
 
 @cache

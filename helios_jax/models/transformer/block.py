@@ -11,11 +11,12 @@ from jaxtyping import Array, Float
 
 from helios_jax.models.layers import LayerNorm, Linear, RMSNorm, normal, ones, param
 from helios_jax.models.ops import attention as attentions
-from helios_jax.models.ops import norms
+from helios_jax.models.ops import context_attention, norms
 from helios_jax.models.ops.attention import attention
 from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.transformer.packing import Packing
 from helios_jax.models.transformer.rope import Rotary
+from helios_jax.sharding import CONTEXT
 
 MAX_KEY_SCALE = 10.0  # history keys are multiplied by 1 to 10
 
@@ -169,6 +170,8 @@ class Block(nnx.Module):
                 value,
                 segments=segments,
                 num_keys=packing.num_tokens,
+                present=packing.present(),
+                context=implementations.context,
                 implementation=implementations.attention,
             )
             attended = self.attn1.out(attended)
@@ -201,9 +204,14 @@ class Block(nnx.Module):
             return _residual(x, fed, row(5))
 
 
-def check_implementations(asked: Implementations, config: TransformerConfig, dtype: Any) -> None:
-    """Raises ValueError when one that is asked for cannot run here with tokens of `dtype`: before weights are read."""
-    attentions.check(asked.attention, config.attention_head_dim, dtype)
+def check_implementations(asked: Implementations, config: TransformerConfig, dtype: Any, mesh: Any = None) -> None:
+    """Raises ValueError when one that is asked for cannot run here, or over `mesh`, with tokens of `dtype`.
+
+    So it is known before weights are read.
+    """
+    context_attention.check(asked.context, config.num_attention_heads, mesh)
+    shared = mesh is not None and mesh.shape[CONTEXT] > 1
+    attentions.check(asked.attention, config.attention_head_dim, dtype, asked.context if shared else None)
     norms.check(asked.norms, config.num_attention_heads, config.dim, dtype)
 
 

@@ -1,17 +1,19 @@
 """The Helios transformer: one denoising pass over compressed history and noisy latents (paper section 3)."""
 
 import math
+from functools import partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange, repeat
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from helios_jax.models.layers import Linear, Shapes, layer_norm, normal, param, zeros
+from helios_jax.models.ops import mesh_axes
 from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.transformer.block import Block, TextKV, TransformerConfig
 from helios_jax.models.transformer.embeddings import ConditionEmbedder, Patches, coarser
@@ -19,6 +21,7 @@ from helios_jax.models.transformer.history import MEMORY_PATCHES, SCALES, FrameI
 from helios_jax.models.transformer.packing import Packing
 from helios_jax.models.transformer.remat import BLOCK_INPUT, Remat, policy
 from helios_jax.models.transformer.rope import Rotary, pad_replicate, rotary
+from helios_jax.sharding import CONTEXT
 
 # Keys and values of all blocks: one array each when the blocks are stacked, else a tuple over blocks.
 TextCache = (
@@ -175,41 +178,20 @@ class Transformer(nnx.Module):
         past = jnp.zeros_like(timesteps[:, :1]) if config.zero_history_timestep else timesteps
         time, modulation = self.condition_embedder.time(jnp.concatenate([past, timesteps], 1), x.dtype)
 
-        def run(block: Block, kv: Any, x: Array, keep_history: bool) -> Array:
-            x = checkpoint_name(x, BLOCK_INPUT)
-            return block(x, modulation, table, kv, packing, keep_history=keep_history, implementations=implementations)
+        run = partial(_pass, packing=packing, kept=kept, remat=remat, implementations=implementations)
+        if packing.whole is not None:
+            tokens = PartitionSpec(None, CONTEXT)
+            whole = PartitionSpec()
+            run = mesh_axes.over_context(run, (whole, tokens, tokens, whole, whole, whole), tokens)
+        layers = self.blocks, self.norm_out, self.proj_out
+        x, states = run(layers, x, table, text, time, modulation)
 
-        if remat is not None:
-            # In a scan nothing could take the place of what is computed again.
-            run = jax.checkpoint(
-                run, static_argnums=3, policy=policy(remat), prevent_cse=isinstance(self.blocks, nnx.List)
-            )
-        noisy = slice(packing.num_history, packing.num_tokens)
-        states: Any = []  # noisy tokens after each block, where any are to be kept
-        if isinstance(self.blocks, nnx.List):
-            for i, (block, kv) in enumerate(zip(self.blocks, text, strict=True)):
-                last = i == len(self.blocks) - 1
-                with jax.named_scope(f"block_{i}"):
-                    x = run(block, kv, x, not last)
-                states.append(x[:, : sum(packing.noisy)] if last else x[:, noisy])
-        else:
-
-            def layer(x: Array, xs: Any) -> tuple[Array, Any]:
-                block, kv = xs
-                x = run(block, kv, x, True)
-                return x, x[:, noisy] if kept else None
-
-            x, states = jax.lax.scan(layer, x, (self.blocks, text))
-            x = x[:, packing.num_history :]
-
-        x = self.proj_out(self.norm_out(x, time, packing))
         pt, ph, pw = config.patch_size
-        parts = jnp.split(x[:, : sum(packing.noisy)], np.cumsum(packing.noisy)[:-1], 1)
         out = tuple(
             rearrange(part, "b (t h w) (pt ph pw c) -> b (t pt) (h ph) (w pw) c", t=t, h=h, w=w, pt=pt, ph=ph, pw=pw)
-            for part, (t, h, w) in zip(parts, grids)
+            for part, (t, h, w) in zip(packing.noisy_parts(x), grids)
         )
-        return out, [states[i] for i in kept]
+        return out, [jnp.concatenate(packing.noisy_parts(state), 1) for state in states]
 
     def _tokens(
         self, latents: tuple[Array, ...], history: HistoryLatents | None, indices: FrameIndices
@@ -232,12 +214,55 @@ class Transformer(nnx.Module):
         packing = Packing(
             history=sum(math.prod(x.shape[1:4]) for x, _ in past),
             noisy=tuple(math.prod(x.shape[1:4]) for x, _ in noisy),
-        ).padded()
+        ).shared(mesh_axes.size(CONTEXT))
         parts = past * len(latents) + noisy
         tokens = jnp.concatenate([rearrange(x, "b t h w d -> b (t h w) d") for x, _ in parts], 1)
         cos, sin = (jnp.concatenate(tables, 1) for tables in _shared_batch([table for _, table in parts]))
-        tokens, cos, sin = (jnp.pad(x, ((0, 0), (0, packing.padding), (0, 0))) for x in (tokens, cos, sin))
+        tokens, cos, sin = (packing.laid_out(x) for x in (tokens, cos, sin))
         return tokens, (cos, sin), packing
+
+
+def _pass(
+    layers: tuple[Any, OutputNorm, Linear],
+    x: Float[Array, "b n d"],
+    table: Rotary,
+    text: TextCache,
+    time: Float[Array, "b rows d"],
+    modulation: Float[Array, "b rows 6 d"],
+    *,
+    packing: Packing,
+    kept: tuple[int, ...],
+    remat: Remat | None,
+    implementations: Implementations,
+) -> tuple[Float[Array, "b noisy values"], list[Float[Array, "b noisy d"]]]:
+    """(the output's values of the noisy tokens, those tokens after each of the blocks `kept`); `layers` are the blocks,
+    the norm of their output and its projection. Where devices share tokens, each runs it on its own."""
+    blocks, norm_out, proj_out = layers
+
+    def run(block: Block, kv: Any, x: Array, keep_history: bool) -> Array:
+        x = checkpoint_name(x, BLOCK_INPUT)
+        return block(x, modulation, table, kv, packing, keep_history=keep_history, implementations=implementations)
+
+    if remat is not None:
+        # In a scan nothing could take the place of what is computed again.
+        run = jax.checkpoint(run, static_argnums=3, policy=policy(remat), prevent_cse=isinstance(blocks, nnx.List))
+    states: Any = []  # noisy tokens after each block, where any are to be kept
+    if isinstance(blocks, nnx.List):
+        for i, (block, kv) in enumerate(zip(blocks, text, strict=True)):
+            last = i == len(blocks) - 1
+            with jax.named_scope(f"block_{i}"):
+                x = run(block, kv, x, not last)
+            states.append(x if last else x[:, packing.num_history :])
+    else:
+
+        def layer(x: Array, xs: Any) -> tuple[Array, Any]:
+            block, kv = xs
+            x = run(block, kv, x, True)
+            return x, x[:, packing.num_history :] if kept else None
+
+        x, states = jax.lax.scan(layer, x, (blocks, text))
+        x = x[:, packing.num_history :]
+    return proj_out(norm_out(x, time, packing)), [states[i] for i in kept]
 
 
 def _shared_batch(tables: list) -> tuple[list, list]:

@@ -1,9 +1,10 @@
-"""Several sequences in one (NaViT, arXiv 2307.06304): the levels of the pyramid in training."""
+"""Several sequences in one (NaViT, arXiv 2307.06304): the levels of the pyramid in training; and shares of devices."""
 
 from dataclasses import dataclass, replace
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from helios_jax.models.ops.attention import Segments
 from pallas_kernels.core import device
@@ -16,11 +17,16 @@ class Packing:
 
     One sequence is the usual case. All history comes first, so that what treats it apart need not know of packing.
     One sequence may have `padding` behind its noisy tokens: tokens that are computed like them, attended to by none.
+
+    With `whole` it is the share of one of `ways` devices, each of which has as many tokens of every part as the others.
+    The last shares of a part may end with padding.
     """
 
     history: int
     noisy: tuple[int, ...]
     padding: int = 0
+    ways: int = 1
+    whole: "Packing | None" = None
 
     def __post_init__(self) -> None:
         if self.padding and len(self.noisy) > 1:
@@ -32,6 +38,14 @@ class Packing:
             return self
         return replace(self, padding=-self.num_tokens % 8)
 
+    def shared(self, ways: int) -> "Packing":
+        """The share of each of `ways` devices; on a GPU padded as by `padded`."""
+        if ways == 1:
+            return self.padded()
+        share = Packing(-(-self.history // ways), tuple(-(-n // ways) for n in self.noisy), ways=ways, whole=self)
+        extra = share.padded().padding
+        return replace(share, noisy=(share.noisy[0] + extra, *share.noisy[1:]))
+
     @property
     def num_history(self) -> int:
         """History tokens of all sequences."""
@@ -39,8 +53,39 @@ class Packing:
 
     @property
     def num_tokens(self) -> int:
-        """History and noisy tokens of all sequences, without the padding."""
+        """History and noisy tokens of all sequences, without `padding`."""
         return self.num_history + sum(self.noisy)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Tokens of each sequence's history, then of each one's noisy part."""
+        return (self.history,) * len(self.noisy) + self.noisy
+
+    def present(self) -> Bool[np.ndarray, "ways tokens"] | None:
+        """True for tokens of each device's share that are no padding; None where one device has all tokens."""
+        if self.whole is None:
+            return None
+        first = [np.arange(self.ways)[:, None] * share + np.arange(share) for share in self.parts]
+        return np.concatenate([at < size for at, size in zip(first, self.whole.parts)], 1)
+
+    def laid_out(self, x: Float[Array, "b n d"]) -> Float[Array, "b n_out d"]:
+        """Tokens of all parts in order, with padding; shares of devices one after the other."""
+        if self.whole is None:
+            return jnp.pad(x, ((0, 0), (0, self.padding), (0, 0)))
+        parts = jnp.split(x, np.cumsum(self.whole.parts)[:-1], 1)
+        shares = [
+            jnp.pad(part, ((0, 0), (0, share * self.ways - part.shape[1]), (0, 0))).reshape(
+                x.shape[0], self.ways, share, x.shape[2]
+            )
+            for part, share in zip(parts, self.parts)
+        ]
+        return jnp.concatenate(shares, 2).reshape(x.shape[0], -1, x.shape[2])
+
+    def noisy_parts(self, x: Float[Array, "b n d"]) -> list[Float[Array, "b _n d"]]:
+        """The noisy tokens of each sequence, without padding, from all shares of noisy tokens."""
+        whole, ends = self.whole or self, np.cumsum(self.noisy)
+        shares = jnp.split(x.reshape(x.shape[0], self.ways, -1, x.shape[2]), ends, 2)[: len(ends)]
+        return [s.reshape(x.shape[0], -1, x.shape[2])[:, :n] for s, n in zip(shares, whole.noisy, strict=True)]
 
     def runs(self, rows: Float[Array, "b rows d"], *, history: bool = True) -> tuple[Float[Array, "b runs d"], Runs]:
         """The `rows` that tokens take, and how many tokens take each; without `history` only for noisy tokens.

@@ -93,6 +93,7 @@ class VAETrainConfig(TrainConfig):
             self.validation is None,
             "validation must be null: the vae stage makes no videos of prompts, its export shows reconstructions",
         )
+        require(self.mesh.context == 1, "mesh.context must be 1: the autoencoder has no tokens to split")
 
 
 class VAEStage(Stage[VAETrainConfig, AutoencoderKLWan]):

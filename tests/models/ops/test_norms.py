@@ -108,7 +108,7 @@ def test_kernels_that_are_asked_for_and_cannot_run_say_why(device, dtype, reason
     [
         ((2, 1, 1, 1), None),
         ((1, 4, 1, 1), None),
-        ((1, 1, 2, 1), "heads are split"),
+        ((2, 1, 2, 1), None),
         ((1, 1, 1, 2), "tokens are split"),
         ((4, 2, 1, 1), "4 samples cannot be split over 8 devices"),
     ],
@@ -122,6 +122,22 @@ def test_a_mesh_that_splits_what_kernels_need_leaves_xla(sizes, reason):
             with pytest.raises(ValueError, match=f"norms: .*{reason}"):
                 norms.choose(jnp.zeros((4, 3, 256)), 4, "pallas")
     assert found is None if reason is None else found.startswith(reason)
+
+
+def test_heads_that_a_mesh_splits_are_normed_by_xla(caplog):
+    """Their norm is across all heads; the other norms' kernels have whole tokens."""
+    norms._say.cache_clear()
+    mesh = AbstractMesh((1, 1, 2, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    x = jnp.zeros((4, 3, 256))
+    with jax.sharding.use_abstract_mesh(mesh), compiling_for(TPU), caplog.at_level(logging.INFO, norms.__name__):
+        assert norms.choose(x, 4, None) is None
+        assert not norms.head_major(None)
+        with pytest.raises(ValueError, match=r"norms: heads are split over the mesh's tensor.*; leave norms out"):
+            norms.choose(x, 4, "pallas")
+    assert caplog.messages == [
+        f"norms (TPU v5): queries and keys by xla ({norms.HEADS_SPLIT}); adaLN by xla, its gradient by pallas;"
+        " gated residual by xla"
+    ]
 
 
 def test_profiles_name_the_parts_of_a_block():

@@ -1,0 +1,48 @@
+"""The mesh that a program is traced for (`jax.set_mesh`), and functions that each device runs on its own part."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from helios_jax.sharding import BATCH, CONTEXT, RULES
+
+
+def current() -> Any:
+    """The mesh, or None for one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh is None or mesh.empty or mesh.size == 1 else mesh
+
+
+def size(*axes: str) -> int:
+    """Devices along `axes`, all together; 1 without a mesh."""
+    mesh = current()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in axes)
+
+
+def in_context() -> bool:
+    """True inside `over_context`, where arrays are a device's share of the tokens."""
+    mesh = current()
+    return mesh is not None and CONTEXT in mesh.manual_axes
+
+
+def over_context(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function` on each device's share of what the specs split over `context`; other axes stay the compiler's."""
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={CONTEXT}, check_vma=False)
+
+
+def each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function` on each device's part of what the specs split over all axes (within `over_context`: all others)."""
+    mesh = current()
+    axes = set() if mesh is None else set(mesh.axis_names) - set(mesh.manual_axes)
+    if not axes:
+        return function
+    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
+
+
+def heads_split(samples: int, heads: int) -> PartitionSpec:
+    """The split of [b, n, heads, head_dim] by samples and heads, each where its axes divide it."""
+    by_samples = BATCH if samples % size(*BATCH) == 0 else None
+    return PartitionSpec(by_samples, None, RULES["heads"] if heads % size(RULES["heads"]) == 0 else None)
