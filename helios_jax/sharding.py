@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from helios_jax.config import require
 
 Tree = TypeVar("Tree")
+AnyMesh = Mesh | AbstractMesh
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -67,7 +68,8 @@ def join_hosts(processes: int) -> None:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The (data, fsdp, tensor, context) mesh over `devices` (default: all); a null size takes the devices left over.
 
-    Raises ValueError when the sizes do not multiply to the number of devices, or fit no grid of a TPU pod's links.
+    Several slices of TPUs, which a slow network joins, each take a part of the `data` axis. Raises ValueError when the
+    sizes do not multiply to the number of devices, or fit no grid of a TPU pod's links.
     """
     devices = list(devices or jax.devices())
     sizes = {name: getattr(config, name) for name in AXES}
@@ -76,17 +78,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if int(np.prod(shape)) != len(devices):
         asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(f"mesh {asked} does not fit {len(devices)} devices; change a size or set one to null")
+    tpu = devices[0].platform == "tpu"  # GPUs of several hosts have several numbers too
+    slices = len({getattr(device, "slice_index", None) for device in devices}) if tpu else 1
+    asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape))
+    types = (AxisType.Auto,) * len(AXES)
+    if shape[0] % slices:
+        raise ValueError(f"mesh {asked} cannot be laid over {slices} slices: data must be a multiple of {slices}")
     try:
-        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        if slices == 1:
+            return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+        within, between = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
+        return Mesh(mesh_utils.create_hybrid_device_mesh(within, between, devices), AXES, axis_types=types)
     except NotImplementedError:  # of a TPU pod, whose links are a grid
-        asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape))
+        sides = "x".join(str(len(set(places))) for places in zip(*(device.coords for device in devices)))
         raise ValueError(
-            f"mesh {asked} cannot be laid over this pod: each size must be a product of some of the pod's sides "
-            "(of 4x4x4: 4, 16 or 64)"
+            f"mesh {asked} cannot be laid over this pod of {sides}: each size must be a product of some of its sides, "
+            "each side used once"
         ) from None
 
 
-def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
     """The split of an array of `shape` whose last dimensions are `axes`; leading ones (stacked layers) stay whole."""
     names = (None,) * (len(shape) - len(axes)) + tuple(axes)
     split: list[str | None] = []
@@ -98,7 +109,7 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Partit
     return PartitionSpec(*split)
 
 
-def shardings(tree: Tree, mesh: Mesh) -> Tree:
+def shardings(tree: Tree, mesh: AnyMesh) -> Tree:
     """A tree like `tree` (a model or whole train state, concrete or abstract) with a NamedSharding for each array.
 
     Leaves that are no parameter (counters, schedules' state) are replicated.
@@ -120,7 +131,7 @@ def gather(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Samples, the first dimension, over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 

@@ -1,0 +1,188 @@
+"""Memory and time of a training step from its sizes alone, in seconds of work and without any compiler.
+
+The arguments of a step and the operations of its products are exact. Temporaries, memory traffic and collectives are
+sums of a few terms whose factors were read from compiled programs; tests hold them to a sixth of what is compiled. The
+search ranks meshes by them, and `--quick` prints them.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from helios_jax.models.transformer import TransformerConfig
+from helios_jax.models.transformer.remat import Remat
+from helios_jax.planner import program
+from helios_jax.planner.cost import Cost
+from helios_jax.planner.machines import Machine
+from helios_jax.sharding import AXES
+from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.start import transformer_config
+
+# Arrays [tokens, dim] in bfloat16 that a block's backward pass holds at once, and that each block keeps, by policy:
+# of its input more than one, because the loops over the blocks copy part of what they keep.
+WORKING = 58
+KEPT: dict[Remat | None, float] = {
+    "block": 1.83,
+    "offload": 0,
+    "dots_with_no_batch_dims_saveable": 19,
+    "dots_saveable": 21,
+    None: 40,
+}
+LAYERS = 5  # blocks whose gathered weights are there at once
+# Share of the forward pass that is computed again, by policy; 0 where everything is kept.
+AGAIN: dict[Remat | None, float] = {
+    "block": 1,
+    "offload": 1,
+    "dots_with_no_batch_dims_saveable": 0.3,
+    "dots_saveable": 0.05,
+    None: 0,
+}
+TEXT = 16  # bytes for each feature of a text token in each block: keys, values, their norms and gradients
+TRAFFIC = 109  # arrays [tokens, dim] in bfloat16 that each pass over a block reads and writes
+GATHERED = 2.3  # times that the weights of all blocks are gathered for each part of a batch
+REDUCED = 3  # arrays [tokens, dim] that a block adds up over `tensor` in each pass
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is known of a config before any mesh: its state, and the operations that a sample needs."""
+
+    config: FlowTrainConfig
+    state: Any
+    model_flops: int  # forward and backward, of one sample
+    forward_flops: int
+
+    @staticmethod
+    def of(config: FlowTrainConfig) -> "Work":
+        return Work(config, program.abstract_state(config), *program.model_flops(config))
+
+    @cached_property
+    def sizes(self) -> TransformerConfig:
+        return transformer_config(self.config)
+
+    @cached_property
+    def sequences(self) -> list[list[int]]:
+        return program.sequences(self.config)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one sample, over all levels."""
+        return sum(map(sum, self.sequences))
+
+    @cached_property
+    def attention_flops(self) -> int:
+        """Operations of self-attention in one forward pass of one sample."""
+        return sum(4 * n * n for levels in self.sequences for n in levels) * self.sizes.dim * self.sizes.num_layers
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device by kind. `temporaries` are activations, gradients and everything else of the step itself."""
+
+    parameters: float
+    frozen: float
+    optimizer: float
+    average: float
+    batch: float
+    temporaries: float
+
+    @property
+    def peak(self) -> float:
+        return self.parameters + self.frozen + self.optimizer + self.average + self.batch + self.temporaries
+
+
+def arguments(work: Work, config: FlowTrainConfig, mesh: Any) -> dict[str, int]:
+    """Bytes of the step's arguments on each device by kind, exactly; `mesh` may be abstract."""
+    state, each = program.placed(work.state, mesh), program.bytes_on_each
+    return {
+        "parameters": each(state.params),
+        "frozen": each(state.frozen),
+        "optimizer": each(state.opt_state),
+        "average": each(state.ema),
+        "batch": each(program.batch(config, mesh)),
+    }
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """A mesh of such sizes without devices."""
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def samples(config: FlowTrainConfig, mesh: dict[str, int]) -> int:
+    """Samples of each device in one part of a batch."""
+    return config.data.batch_size // config.optim.accumulate // (mesh["data"] * mesh["fsdp"])
+
+
+def memory(work: Work, config: FlowTrainConfig, mesh: dict[str, int]) -> Memory:
+    """The memory of a step on each device."""
+    given = arguments(work, config, abstract_mesh(mesh))
+    b, d, layers, split = samples(config, mesh), work.sizes.dim, work.sizes.num_layers, mesh["tensor"]
+    array = 2 * b * max(map(sum, work.sequences)) * d
+    kept = KEPT[config.remat]
+    # The residual stream is whole on each device of `tensor`; what is between two products is split.
+    activations = array * (layers * (min(kept, 1) + max(kept - 1, 0) / split) + WORKING / split)
+    text = b * program.TEXT * d * layers * TEXT / split
+    weights = LAYERS * 2 * sum(x.size for x in jax.tree.leaves(work.state.frozen)) / layers / split
+    copies = 2.4 if config.optim.accumulate > 1 else 1.4  # of the gradients, and of adapters in bfloat16
+    return Memory(**given, temporaries=activations + text + weights + copies * given["parameters"])
+
+
+def cost(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, int]) -> Cost:
+    """The time of a step; nothing is taken to hide collectives, as in what libtpu compiles by default."""
+    b, parts, split = samples(config, mesh), config.optim.accumulate, mesh["tensor"]
+    d, layers, chip, total = work.sizes.dim, work.sizes.num_layers, machine.chip, Cost()
+    again = AGAIN[config.remat]
+    share = b * parts / split
+    # Going back, attention's kernel computes the scores again: 5 products for its 2.
+    attention = share * work.attention_flops * (1 + again + 2.5)
+    products = share * (work.model_flops + again * work.forward_flops) - share * work.attention_flops * (3 + again)
+    total.flops.update(products=int(products), attention=int(attention))
+    moved = 2 * b * parts * work.tokens * d * layers * TRAFFIC * (2 + again) * (0.4 + 0.6 / split)
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((work.state.params, work.state.opt_state)))
+    moved += 3 * state / (mesh["fsdp"] * split)
+    total.bytes["main memory"] = int(moved)
+    for name, work_done, limit, reached in (
+        ("products", products, chip.flops, chip.efficiency[0]),
+        ("attention", attention, chip.flops, chip.efficiency[1]),
+        ("memory", moved, chip.bandwidth, chip.efficiency[2]),
+    ):
+        total.bound[name] = work_done / limit
+        total.expected[name] = work_done / limit / reached
+    for kind, axis, received in _received(work, config, mesh):
+        if received:
+            total.received[kind] += received
+            seconds = received / machine.axis_rate(mesh, axis)
+            for part in (total.bound, total.expected):
+                part["collectives"] += seconds
+    return total
+
+
+def _received(work: Work, config: FlowTrainConfig, mesh: dict[str, int]) -> list[tuple[str, str, float]]:
+    """(kind, mesh axis, bytes that each device receives in a step) of the collectives."""
+    b, parts, split = samples(config, mesh), config.optim.accumulate, mesh["tensor"]
+    weights = sum(x.size * 2 for x in jax.tree.leaves((work.state.params, work.state.frozen))) / split
+    gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(work.state.params)) / split
+    array = 2 * b * work.tokens * work.sizes.dim
+
+    def others(axis: str) -> float:
+        return (mesh[axis] - 1) / mesh[axis]
+
+    passes = 3 + AGAIN[config.remat]
+    return [
+        ("all-gather", "fsdp", parts * GATHERED * weights * others("fsdp")),
+        ("all-reduce", "fsdp", parts * gradients * others("fsdp")),
+        ("all-reduce", "data", 2 * gradients / mesh["fsdp"] * others("data")),
+        ("all-reduce", "tensor", parts * passes * REDUCED * work.sizes.num_layers * array * 2 * others("tensor")),
+    ]
+
+
+def tokens_a_second(work: Work, seconds: float) -> float:
+    return work.tokens * work.config.data.batch_size / seconds
+
+
+def mfu(work: Work, machine: Machine, seconds: float) -> float:
+    """The share of the machine's peak that the operations a step needs would take up."""
+    return work.model_flops * work.config.data.batch_size / (seconds * machine.count * machine.chip.flops)
