@@ -24,7 +24,6 @@ from helios_jax.planner.analytic import Memory, Work, arguments
 from helios_jax.planner.machines import EXAMPLES, Machine, machine
 from helios_jax.planner.report import Answer, page, remedies
 from helios_jax.planner.search import Candidate
-from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import aot
 from helios_jax.runtime.command import Parser
 from helios_jax.runtime.memory import is_out_of_memory
@@ -38,12 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     logging.getLogger("jax").setLevel(logging.ERROR)  # it would tell of TPUs that are not here
     try:
-        args = make_parser().parse_args(argv)
+        args = make_parser().parse_intermixed_args(argv)
         rented = machine(args.topology)
-        with program.released_sizes() as folder:
-            work = Work.of(program.open_config(args.config, args.overrides, folder))
-            return plan(args, work, rented)
-    except (ConfigError, CheckpointError) as error:
+        return plan(args, Work.of(program.open_config(args.config, args.overrides)), rented)
+    except ConfigError as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
 

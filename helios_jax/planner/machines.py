@@ -51,29 +51,31 @@ _CLOUD = "cloud.google.com/tpu/docs"
 CHIPS = {
     "v5e": Chip(
         "TPU v5e", 15.75 * 2**30, 197e12, 819e9, 50e9, 3.1e9, 4, _TPU,
-        f"{_CLOUD}/v5e: 197 TFLOP/s, 15.75 GiB usable at 819 GB/s, 400 GB/s both ways over 4 links, 6.4 Tbit/s a pod of 256",
+        f"{_CLOUD}/v5e (197 TFLOP/s, 819 GB/s, 400 GB/s both ways over 4 links, 6.4 Tbit/s a pod of 256); memory that "
+        "libtpu leaves to programs: 15.75 of 16 GiB",
         sides=2, wraps=16, clock=1.5e9,
     ),
     "v5p": Chip(
         "TPU v5p", 95.74 * 2**30, 459e12, 2765e9, 100e9, 6.2e9, 4, _TPU,
-        f"{_CLOUD}/v5p: 459 TFLOP/s, 95.74 GiB usable at 2765 GB/s, 4800 Gbit/s over 6 links; 200 Gbit/s a host of 4 (assumed)",
+        f"{_CLOUD}/v5p (459 TFLOP/s, 2765 GB/s, 4800 Gbit/s over 6 links); assumed: 200 Gbit/s a host of 4; memory "
+        "that libtpu leaves to programs: 95.74 of 96 GiB",
         cores=2, sides=3, wraps=4, clock=1.75e9,
     ),
     "v6e": Chip(
         "TPU v6e", 31.25 * 2**30, 918e12, 1638e9, 100e9, 12.5e9, 4, _TPU,
-        f"{_CLOUD}/v6e: 918 TFLOP/s, 31.25 GiB usable at 1638 GB/s, 800 GB/s both ways over 4 links, "
-        "25.6 Tbit/s a pod of 256",
+        f"{_CLOUD}/v6e (918 TFLOP/s, 1638 GB/s, 800 GB/s both ways over 4 links, 25.6 Tbit/s a pod of 256); memory "
+        "that libtpu leaves to programs: 31.25 of 32 GiB",
         sides=2, wraps=16, clock=1.75e9,
     ),
     "H100": Chip(
         "H100 SXM", 80e9, 989e12, 3352e9, 450e9, 50e9, 8, _GPU,
-        "NVIDIA's H100 data sheet: 989 TFLOP/s dense, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways; 400 Gbit/s "
-        "InfiniBand a GPU (assumed)",
+        "NVIDIA's H100 data sheet (989 TFLOP/s dense, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways); assumed: 400 "
+        "Gbit/s of InfiniBand a GPU",
     ),
     "H200": Chip(
         "H200 SXM", 141e9, 989e12, 4800e9, 450e9, 50e9, 8, _GPU,
-        "NVIDIA's H200 data sheet: 989 TFLOP/s dense, 141 GB at 4.8 TB/s, NVLink 900 GB/s both ways; 400 Gbit/s "
-        "InfiniBand a GPU (assumed)",
+        "NVIDIA's H200 data sheet (989 TFLOP/s dense, 141 GB at 4.8 TB/s, NVLink 900 GB/s both ways); assumed: 400 "
+        "Gbit/s of InfiniBand a GPU",
     ),
 }  # fmt: skip
 # Chips of a slice -> its grid.

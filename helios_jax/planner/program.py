@@ -5,12 +5,9 @@ of the time. They are made with little effort unless all is asked for: a few tim
 5% lower than with all effort, which fetches more ahead.
 """
 
-import contextlib
 import dataclasses
 import math
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +16,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from helios_jax import pretrained
 from helios_jax.benchmarks.throughput_flops import traced
 from helios_jax.config import ConfigError
 from helios_jax.models.transformer import TransformerConfig
@@ -40,30 +36,16 @@ TEXT = 512  # tokens of a caption
 _CPU = SimpleNamespace(platform="cpu", device_kind="cpu")  # has attention written as products, which can be counted
 
 
-@contextlib.contextmanager
-def released_sizes() -> Iterator[Path]:
-    """A folder to start from that has the 14B model's config.json and no weights."""
-    with tempfile.TemporaryDirectory() as folder:
-        pretrained.write_config(TransformerConfig(), Path(folder) / "transformer")
-        yield Path(folder)
-
-
-def open_config(path: str, overrides: Sequence[str], folder: Path) -> FlowTrainConfig:
-    """The config at `path`, starting from `released_sizes` unless it gives the transformer's sizes itself.
+def open_config(path: str, overrides: Sequence[str]) -> FlowTrainConfig:
+    """The config at `path`, with the sizes of the released 14B model unless it gives others itself.
 
     Raises ConfigError for one that cannot be read, and for a stage without a transformer.
     """
-    first = load_config(path, overrides)
-    if not isinstance(first, FlowTrainConfig):
-        raise ConfigError(f"{path}: the stage {first.stage} has no transformer; give a config that trains one")
-    if first.model.transformer is not None:
-        return first
-    start = [f"init={folder}", "init_subfolder=transformer"]
-    if isinstance(first, DistillTrainConfig):
-        start.append(f"distill.score.init={folder}")
-    config = load_config(path, [*overrides, *start])
-    assert isinstance(config, FlowTrainConfig)  # as before
-    return config
+    config = load_config(path, overrides)
+    if not isinstance(config, FlowTrainConfig):
+        raise ConfigError(f"{path}: the stage {config.stage} has no transformer; give a config that trains one")
+    sizes = config.model.transformer or TransformerConfig()
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, transformer=sizes))
 
 
 def batch(config: FlowTrainConfig, mesh: Mesh | AbstractMesh | None = None) -> dict[str, Any]:

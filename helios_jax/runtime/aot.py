@@ -29,6 +29,10 @@ def tpu_topology(name: str, slices: int = 1, alone: bool = False) -> topologies.
     # libtpu would ask a metadata server what machine this is, and lock itself for one process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # Without these it complains on stderr of the machine that it runs on; the slice is the one that is asked for.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_WORKER_ID", "0")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     host = {"chips_per_host_bounds": (1, 1, 1)} if alone else {}
     several = {"num_slices": slices} if slices > 1 else {}
     return topologies.get_topology_desc(platform="tpu", topology_name=name, **several, **host)

@@ -16,8 +16,7 @@ def stage1():
 
     def work(accumulate: int, fsdp: int) -> Work:
         overrides = [f"optim.accumulate={accumulate}", f"mesh.fsdp={fsdp}"]
-        with program.released_sizes() as folder:
-            return Work.of(program.open_config("configs/stage1_init.yaml", overrides, folder))
+        return Work.of(program.open_config("configs/stage1_init.yaml", overrides))
 
     return work
 
