@@ -32,14 +32,16 @@ KEPT: dict[Remat | None, float] = {
     None: 40,
 }
 LAYERS = 5  # blocks whose gathered weights are there at once
-# Share of the forward pass that is computed again, by policy; 0 where everything is kept.
-AGAIN: dict[Remat | None, float] = {
-    "block": 1,
-    "offload": 1,
-    "dots_with_no_batch_dims_saveable": 0.3,
-    "dots_saveable": 0.05,
-    None: 0,
+# Shares of the forward pass's products, attention and memory traffic that are done again. Attention is a kernel, which
+# the policies that keep results of products do not keep.
+AGAIN: dict[Remat | None, tuple[float, float, float]] = {
+    "block": (1, 1, 1),
+    "offload": (1, 1, 1),
+    "dots_with_no_batch_dims_saveable": (0, 1, 0.5),
+    "dots_saveable": (0, 1, 0.5),
+    None: (0, 0, 0),
 }
+WHOLE = 0.76  # share of the traffic that a split of the products over `tensor` leaves as it is
 TEXT = 16  # bytes for each feature of a text token in each block: keys, values, their norms and gradients
 TRAFFIC = 109  # arrays [tokens, dim] in bfloat16 that each pass over a block reads and writes
 GATHERED = 2.3  # times that the weights of all blocks are gathered for each part of a batch
@@ -134,13 +136,16 @@ def cost(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, 
     """The time of a step; nothing is taken to hide collectives, as in what libtpu compiles by default."""
     b, parts, split = samples(config, mesh), config.optim.accumulate, mesh["tensor"]
     d, layers, chip, total = work.sizes.dim, work.sizes.num_layers, machine.chip, Cost()
-    again = AGAIN[config.remat]
+    products_again, attention_again, traffic_again = AGAIN[config.remat]
     share = b * parts / split
     # Going back, attention's kernel computes the scores again: 5 products for its 2.
-    attention = share * work.attention_flops * (1 + again + 2.5)
-    products = share * (work.model_flops + again * work.forward_flops) - share * work.attention_flops * (3 + again)
+    attention = share * work.attention_flops * (1 + attention_again + 2.5)
+    products = work.model_flops - 3 * work.attention_flops
+    products += products_again * (work.forward_flops - work.attention_flops)
+    products *= share
     total.flops.update(products=int(products), attention=int(attention))
-    moved = 2 * b * parts * work.tokens * d * layers * TRAFFIC * (2 + again) * (0.4 + 0.6 / split)
+    moved = 2 * b * parts * work.tokens * d * layers * TRAFFIC * (2 + traffic_again)
+    moved *= WHOLE + (1 - WHOLE) / split
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((work.state.params, work.state.opt_state)))
     moved += 3 * state / (mesh["fsdp"] * split)
     total.bytes["main memory"] = int(moved)
@@ -170,7 +175,7 @@ def _received(work: Work, config: FlowTrainConfig, mesh: dict[str, int]) -> list
     def others(axis: str) -> float:
         return (mesh[axis] - 1) / mesh[axis]
 
-    passes = 3 + AGAIN[config.remat]
+    passes = 3 + AGAIN[config.remat][0]
     return [
         ("all-gather", "fsdp", parts * GATHERED * weights * others("fsdp")),
         ("all-reduce", "fsdp", parts * gradients * others("fsdp")),

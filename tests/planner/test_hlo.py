@@ -132,9 +132,8 @@ def test_groups(groups, first):
     assert found.group == first
 
 
-START = (
-    "%s = (f32[256,1024]{1,0}, f32[1024,1024]{1,0}) all-gather-start(%x), replica_groups=[4,4]<=[16], dimensions={0}"
-)
+START = "%s = (f32[256,1024], f32[1024,1024]) all-gather-start(%x), replica_groups=[4,4]<=[16], dimensions={0}"
+
 DONE = "%d = f32[1024,1024]{1,0} all-gather-done(%s)"
 PRODUCT = "%p = f32[1024,1024]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
 

@@ -59,9 +59,8 @@ def refused(stage1, name: str, **settings) -> str:
 
 def test_a_mesh_without_a_place_is_refused_with_the_nearest(stage1):
     assert "nearest that has is mesh.data=8 mesh.fsdp=8" in refused(stage1, "v6e-64")  # fsdp 16 of 8x8
-    assert "4x4x4 of v5p-128; the nearest that has is mesh.data=4 mesh.fsdp=16" in refused(
-        stage1, "v5p-128", mesh={"fsdp": 8}
-    )
+    odd = refused(stage1, "v5p-128", mesh={"fsdp": 8})
+    assert "the 64 chips of 4x4x4 of v5p-128; the nearest that has is mesh.data=4 mesh.fsdp=16" in odd
     assert "mesh.fsdp=16 has no place on the 8 chips" in refused(stage1, "H100x8")
 
 
