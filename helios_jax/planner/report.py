@@ -44,9 +44,9 @@ def _verdict(work: Work, machine: Machine, answer: Answer) -> list[str]:
     room, peak = machine.chip.memory, answer.memory.peak
     how = f"compiled in {answer.seconds:.0f} s" if answer.compiled else "estimated; nothing was compiled"
     if answer.fits(machine):
-        first = (
-            f"FITS: {peak / GB:.1f} of {room / GB:.0f} GB on each chip, {(room - peak) / GB:.1f} GB are left ({how})"
-        )
+        sure = answer.compiled or answer.candidate.fits(machine)
+        word = "FITS" if sure else "MAY FIT (estimates are a tenth off; compile it)"
+        first = f"{word}: {peak / GB:.1f} of {room / GB:.0f} GB on each chip, {(room - peak) / GB:.1f} GB left ({how})"
     else:
         need = f"it needs {peak / GB:.1f} of {room / GB:.0f} GB on each chip, {(peak - room) / GB:.1f} GB are missing"
         first = f"DOES NOT FIT: {need} ({how})"
