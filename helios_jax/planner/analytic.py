@@ -21,22 +21,40 @@ from helios_jax.sharding import AXES
 from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.start import transformer_config
 
-# Arrays [tokens, dim] in bfloat16 that a block's backward pass holds at once, and that each block keeps, by policy:
-# of its input more than one, because the loops over the blocks copy part of what they keep.
-WORKING = 58
+
+@dataclass(frozen=True)
+class Factors:
+    """What the programs of one compiler have of arrays [tokens, dim] in bfloat16, and of weights.
+
+    A block's backward pass holds `working` of them at once, and weights of `layers` blocks. A block's input is kept
+    `inputs` times, because the loops over the blocks copy part of what they keep. `hidden` is the share of collectives
+    that runs beside other work.
+    """
+
+    working: float
+    inputs: float
+    layers: float
+    hidden: float
+
+
+TPU, GPU = Factors(working=58, inputs=1.83, layers=5, hidden=0), Factors(working=32, inputs=1, layers=2.5, hidden=0.9)
+# Such arrays that each block keeps beside its input.
 KEPT: dict[Remat | None, float] = {
-    "block": 1.83,
+    "block": 0,
     "offload": 0,
-    "dots_with_no_batch_dims_saveable": 19,
-    "dots_saveable": 27,
-    None: 40,
+    "attention": 1.9,
+    "products": 11.5,
+    "dots_with_no_batch_dims_saveable": 17.2,
+    "dots_saveable": 25,
+    None: 38,
 }
-LAYERS = 5  # blocks whose gathered weights are there at once
 # Shares of the forward pass's products, attention and memory traffic that are done again. Attention is a kernel, which
 # the policies that keep results of products do not keep.
 AGAIN: dict[Remat | None, tuple[float, float, float]] = {
     "block": (1, 1, 1),
     "offload": (1, 1, 1),
+    "attention": (1, 0, 1),
+    "products": (0, 0, 0.5),
     "dots_with_no_batch_dims_saveable": (0, 1, 0.5),
     "dots_saveable": (0, 1, 0.5),
     None: (0, 0, 0),
@@ -119,22 +137,24 @@ def samples(config: FlowTrainConfig, mesh: dict[str, int]) -> int:
     return config.data.batch_size // config.optim.accumulate // (mesh["data"] * mesh["fsdp"])
 
 
-def memory(work: Work, config: FlowTrainConfig, mesh: dict[str, int]) -> Memory:
+def memory(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, int]) -> Memory:
     """The memory of a step on each device."""
     given = arguments(work, config, abstract_mesh(mesh))
     b, d, layers, split = samples(config, mesh), work.sizes.dim, work.sizes.num_layers, mesh["tensor"]
     array = 2 * b * max(map(sum, work.sequences)) * d
-    kept = KEPT[config.remat]
+    factors = TPU if machine.is_tpu else GPU
+    inputs = 0 if config.remat == "offload" else factors.inputs
     # The residual stream is whole on each device of `tensor`; what is between two products is split.
-    activations = array * (layers * (min(kept, 1) + max(kept - 1, 0) / split) + WORKING / split)
+    kept = min(inputs, 1) + (max(inputs - 1, 0) + KEPT[config.remat]) / split
+    activations = array * (layers * kept + factors.working / split)
     text = b * program.TEXT * d * layers * TEXT / split
-    weights = LAYERS * 2 * sum(x.size for x in jax.tree.leaves(work.state.frozen)) / layers / split
+    weights = factors.layers * 2 * sum(x.size for x in jax.tree.leaves(work.state.frozen)) / layers / split
     copies = 2.4 if config.optim.accumulate > 1 else 1.4  # of the gradients, and of adapters in bfloat16
     return Memory(**given, temporaries=activations + text + weights + copies * given["parameters"])
 
 
 def cost(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, int]) -> Cost:
-    """The time of a step; nothing is taken to hide collectives, as in what libtpu compiles by default."""
+    """The time of a step. libtpu's programs wait for their collectives, by default; a GPU's do other work."""
     b, parts, split = samples(config, mesh), config.optim.accumulate, mesh["tensor"]
     d, layers, chip, total = work.sizes.dim, work.sizes.num_layers, machine.chip, Cost()
     products_again, attention_again, traffic_again = AGAIN[config.remat]
@@ -160,7 +180,9 @@ def cost(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, 
     for kind, axis, received in _received(work, config, mesh):
         if received:
             total.received[kind] += received
-            seconds = received / machine.axis_rate(mesh, axis)
+            hidden = 0 if machine.is_tpu else GPU.hidden
+            total.overlapped[kind] += hidden * received
+            seconds = (1 - hidden) * received / machine.axis_rate(mesh, axis)
             for part in (total.bound, total.expected):
                 part["collectives"] += seconds
     return total

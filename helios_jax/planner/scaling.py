@@ -78,8 +78,9 @@ def draw(title: str, curves: dict[str, list[Point]], batch: int, out: Path) -> N
         0.01,
         f"Estimates, not measurements. Batch {batch}, one sample a chip beyond; the fastest mesh, accumulation and "
         "remat policy that fit.\nShares of the peak in products and attention and of the memory's bandwidth: TPUs "
-        f"{tpu}, H100 {gpu}. Nothing hides collectives.\nLinks: a ring along each closed side of a pod's grid, the "
-        "data-center network between two slices of v6e-256; NVLink in hosts of 8, 400 Gbit/s a GPU between them.",
+        f"{tpu}, H100 {gpu}. Nothing hides TPUs' collectives, work nine tenths of GPUs'.\n"
+        "Links: a ring along each closed side of a pod's grid, the data-center network between two slices of v6e-256; "
+        "NVLink in hosts of 8, 400 Gbit/s a GPU between them.",
         fontsize=8,
     )
     figure.tight_layout(rect=(0, 0.1, 1, 1))

@@ -44,7 +44,9 @@ class Candidate:
 
 
 def candidate(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, int]) -> Candidate:
-    return Candidate(config, mesh, analytic.memory(work, config, mesh), analytic.cost(work, config, machine, mesh))
+    return Candidate(
+        config, mesh, analytic.memory(work, config, machine, mesh), analytic.cost(work, config, machine, mesh)
+    )
 
 
 def given(work: Work, machine: Machine) -> Candidate:

@@ -29,7 +29,7 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
     inner = module.called(instruction) if opcode == "fusion" else None
     if inner is None:
         return _outside(instruction) + sum(map(_outside, operands))
-    read = sum(_read(inner, number, one) for number, one in enumerate(operands))
+    read = sum(_read(module, inner, number, one) for number, one in enumerate(operands))
     return read + _written(inner, instruction)
 
 
@@ -38,7 +38,7 @@ def _outside(instruction: Instruction) -> int:
     return sum(shape.bytes for shape in instruction.shapes if shape.space == 0)
 
 
-def _read(inner: Computation, number: int, operand: Instruction) -> int:
+def _read(module: Module, inner: Computation, number: int, operand: Instruction) -> int:
     """Bytes that a fusion reads of an operand: all of it, or the slices that it takes."""
     if not _outside(operand) or number not in inner.parameters:
         return _outside(operand)
@@ -48,6 +48,11 @@ def _read(inner: Computation, number: int, operand: Instruction) -> int:
             sliced += user.bytes
         elif user.opcode == "dynamic-update-slice":
             continue  # what is updated in place is not read
+        elif user.opcode == "fusion" and (nested := module.called(user)) is not None:
+            places = [
+                i for i, one in enumerate(inner.operands(user)) if _source(inner, one) == inner.parameters[number]
+            ]
+            sliced += sum(_read(module, nested, i, operand) for i in places)
         else:
             return _outside(operand)
     return min(sliced, _outside(operand))
@@ -61,6 +66,13 @@ def _users(inner: Computation, source: Instruction) -> list[Instruction]:
     return found
 
 
+def _source(inner: Computation, one: Instruction) -> Instruction:
+    """What `one` is a view of."""
+    while one.opcode == "bitcast":
+        one = inner.operands(one)[0]
+    return one
+
+
 def _written(inner: Computation, fusion: Instruction) -> int:
     """Bytes that a fusion writes: its result, or the slices that it updates."""
     root = inner.root
@@ -68,9 +80,7 @@ def _written(inner: Computation, fusion: Instruction) -> int:
     if len(parts) != len(fusion.shapes):
         return _outside(fusion)
     total = 0
-    for part, shape in zip(parts, fusion.shapes):
-        while part.opcode == "bitcast":
-            part = inner.operands(part)[0]
+    for part, shape in zip((_source(inner, one) for one in parts), fusion.shapes):
         if shape.space:
             continue
         update = inner.operands(part)[1:2] if part.opcode == "dynamic-update-slice" else []

@@ -9,6 +9,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import FullMask, MultiHeadMask
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention.residuals import KEPT_ATTENTION
 from pallas_kernels.core.tiles import Tiles
 
 OPS = ("attention", "attention_dkv")  # the backward kernel also computes the queries' gradient
@@ -39,7 +40,14 @@ def attention(
     query = _head_major((query.astype(jnp.float32) * head_dim**-0.5).astype(query.dtype), sizes.block_q)
     key, value = _head_major(key, sizes.block_kv), _head_major(value, sizes.block_kv)
     mask = MultiHeadMask([FullMask((query.shape[2], key.shape[2]))] * heads)
-    kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    kernel = splash.make_splash_mha(
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=KEPT_ATTENTION,
+        interpret=interpret,
+    )
 
     segments = None
     if key_lengths is not None or key.shape[2] != m:

@@ -15,7 +15,15 @@ def test_a_page_tells_what_fits(capsys):
     assert (code, err) == (0, "")
     assert len(out.splitlines()) < 50
     assert max(map(len, out.splitlines())) < 220
-    for part in ("FITS:", "frozen parameters", "optimiser state", "all-reduce", "MFU", "tokens/s", "settings were estimated"):
+    for part in (
+        "FITS:",
+        "frozen parameters",
+        "optimiser state",
+        "all-reduce",
+        "MFU",
+        "tokens/s",
+        "settings were estimated",
+    ):
         assert part in out
     assert "nothing was compiled" in out
 

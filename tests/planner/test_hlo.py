@@ -188,3 +188,30 @@ def test_a_program_of_xla_is_read():
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.parse("HloModule m\n")
+
+
+def test_a_slice_in_a_fusion_of_a_fusion_is_read_alone():
+    text = """HloModule m
+
+%inner (p: f32[5,8,16], i: s32[]) -> f32[1,8,16] {
+  %p = f32[5,8,16]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,8,16]{2,1,0} dynamic-slice(%p, %i, %zero, %zero), dynamic_slice_sizes={1,8,16}
+}
+
+%outer (q: f32[5,8,16], j: s32[]) -> f32[1,8,16] {
+  %q = f32[5,8,16]{2,1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %view = f32[5,8,16]{2,1,0} bitcast(%q)
+  %nested = f32[1,8,16]{2,1,0} fusion(%view, %j), kind=kLoop, calls=%inner
+  ROOT %negative = f32[1,8,16]{2,1,0} negate(%nested)
+}
+
+ENTRY %main (x: f32[5,8,16], k: s32[]) -> f32[1,8,16] {
+  %x = f32[5,8,16]{2,1,0} parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %made = f32[1,8,16]{2,1,0} fusion(%x, %k), kind=kLoop, calls=%outer
+}
+"""
+    assert spent(text).bytes["main memory"] == 2 * 4 * 8 * 16 + 4
