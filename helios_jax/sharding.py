@@ -37,11 +37,15 @@ class MeshConfig:
     fsdp: int | None = 1
     tensor: int | None = 1
     context: int | None = 1
-    processes: int = 1  # one per host; more than one: each host runs the same command, see `runtime.hosts`
+    processes: int | None = 1  # one per host, each runs the same command; null: as many as TPU pod or Slurm say
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
-        require(sizes.pop("processes") > 0, f"processes must be at least 1, got {self.processes}")
+        processes = sizes.pop("processes")
+        require(
+            processes is None or processes > 0,
+            f"processes must be at least 1, or null for as many as the cluster says, got {processes}",
+        )
         for name, size in sizes.items():
             require(size is None or size > 0, f"{name} must be at least 1, or null for the rest, got {size}")
         rest = [name for name, size in sizes.items() if size is None]
