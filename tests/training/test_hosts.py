@@ -97,10 +97,13 @@ def test_losses_are_those_of_one_host_on_any_mesh(hosts, config, trained, tmp_pa
     np.testing.assert_allclose(np.load(tmp_path / "r" / "weight.npy"), np.load(trained / "weight.npy"), atol=1e-5)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_to_one_host_saves_and_ends_all_and_others_go_on(hosts, config, tmp_path, number, code):
+    """Slurm says how many there are, and tells a stopped run from one that is done by `stopped_code`."""
     run = tmp_path / "r"
-    started = hosts.start([config, f"run={run}", ENDLESS, "checkpoint.every=100000", *EXACT])
+    started = hosts.start(
+        [config, f"run={run}", ENDLESS, "checkpoint.every=100000", "stopped_code=75", *EXACT], slurm=True
+    )
     wait_for(run, 3)
     started[1].kill(number)
     assert hosts.wait(started) == [code, code]
@@ -182,6 +185,10 @@ def test_hosts_with_other_settings_or_folders_are_refused(hosts, config, tmp_pat
     assert hosts.wait(started) == [2, 2]
     assert last_line(started[0]).startswith("run: r is another folder on host 1 than on host 0; name one on a file ")
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
+
+    alone = hosts.start([config, "run=r"], hosts=1, environments={0: {"JAX_PROCESS_ID": "1"}}, folders=folders, slurm=True)
+    assert hosts.wait(alone) == [2]
+    assert last_line(alone[0]).endswith("no cluster says how many hosts there are: set mesh.processes")
 
     other = tmp_path / "b" / "c.yaml"
     other.write_text(yaml.safe_dump({**CONFIG, "seed": 5}))
