@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
 FAKES = ("gcloud", "git", "sudo", "mountpoint", "python3", "systemd-run", "systemctl", "journalctl", "srun", "scontrol")
 SLICE = {"TPU": "helios", "ZONE": "us-east5-a", "TYPE": "v5p-128", "SHARE": "10.0.0.2:/helios", "POLL": "0"}
-PROMPT = "validation.prompts=[\"a cat's $HOME, 100% `real`; really\"]"
+PROMPT = 'validation.prompts=["a cat\'s $HOME, 100% `real`; really"]'
 TRAIN = ["train.py", "configs/stage1_init.yaml", PROMPT]
 
 
@@ -200,7 +200,8 @@ def test_slurm_gives_every_word_and_requeues_what_was_stopped(cloud, code, reque
 
 
 def test_slurm_directives():
-    directives = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?", (DEPLOY / "slurm.sbatch").read_text(), re.MULTILINE))
+    script = (DEPLOY / "slurm.sbatch").read_text()
+    directives = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?", script, re.MULTILINE))
     assert directives["ntasks-per-node"] == "1"  # jax counts a process for each task
     assert directives["gpus-per-node"] == "8"
     assert directives["signal"] == "TERM@300"  # to the steps; B: would signal this script alone
@@ -213,7 +214,7 @@ def jobset():
     return yaml.safe_load((DEPLOY / "jobset.yaml").read_text())
 
 
-# Fields of the JobSet, Job and Pod schemas (jobset.x-k8s.io/v1alpha2, batch/v1, v1) that the file uses; {} has any keys.
+# Fields of JobSet (jobset.x-k8s.io/v1alpha2), Job (batch/v1) and Pod (v1) that the file uses; {} may have any keys.
 FIELDS = {
     "apiVersion": str,
     "kind": str,
@@ -259,22 +260,22 @@ JOB = {
 def misfits(value, fields, path="") -> list[str]:
     """The paths at which `value` has a key or a type that `fields` has not."""
     fields = JOB if fields == "job" else fields
-    if isinstance(fields, dict):
-        if not isinstance(value, dict):
-            return [path]
-        return [
-            found
-            for key, part in value.items()
-            for found in (misfits(part, fields[key], f"{path}.{key}") if key in fields else [f"{path}.{key}"] * bool(fields))
-        ]
+    if isinstance(fields, type):
+        return [] if type(value) is fields else [path]
+    if type(value) is not type(fields):
+        return [path]
     if isinstance(fields, list):
         return [found for part in value for found in misfits(part, fields[0], f"{path}[]")]
-    return [] if type(value) is fields else [path]
+    if not fields:
+        return []
+    unknown = [f"{path}.{key}" for key in value if key not in fields]
+    known = [misfits(part, fields[key], f"{path}.{key}") for key, part in value.items() if key in fields]
+    return sum(known, unknown)
 
 
 def test_jobset_fits_its_schema(jobset):
     assert misfits(jobset, FIELDS) == []
-    assert misfits({"kind": 1, "extra": {}}, FIELDS) == [".kind", ".extra"]
+    assert misfits({"kind": 1, "extra": {}}, FIELDS) == [".extra", ".kind"]
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
 
 

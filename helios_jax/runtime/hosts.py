@@ -45,8 +45,9 @@ class JoinError(ValueError):
 def join(processes: int | None) -> None:
     """Connects this process to the others of a run of `processes`; to be called before anything asks for devices.
 
-    TPU pods and Slurm say where the others are and, if `processes` is None, how many; elsewhere JAX_COORDINATOR_ADDRESS
-    (host:port of the first process) and JAX_PROCESS_ID (0 and up) say where. Raises JoinError when they cannot be found.
+    TPU pods and Slurm say where the others are, and how many if `processes` is None (1 where there is neither).
+    Elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first process) and JAX_PROCESS_ID (0 and up) say where. Raises
+    JoinError when they cannot be found.
     """
     if jax.distributed.is_initialized():
         return

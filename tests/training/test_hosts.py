@@ -186,7 +186,8 @@ def test_hosts_with_other_settings_or_folders_are_refused(hosts, config, tmp_pat
     assert last_line(started[0]).startswith("run: r is another folder on host 1 than on host 0; name one on a file ")
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
 
-    alone = hosts.start([config, "run=r"], hosts=1, environments={0: {"JAX_PROCESS_ID": "1"}}, folders=folders, slurm=True)
+    lost = {0: {"JAX_PROCESS_ID": "1"}}
+    alone = hosts.start([config, f"run={tmp_path / 'r'}"], hosts=1, environments=lost, slurm=True)
     assert hosts.wait(alone) == [2]
     assert last_line(alone[0]).endswith("no cluster says how many hosts there are: set mesh.processes")
 
