@@ -17,9 +17,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-POLL=${POLL:-60} # seconds between two looks
-RESTARTS=3       # of a run that failed; one that was stopped or preempted starts again without limit
-STOPPED="75 130" # exit codes: saved after SIGTERM; SIGTERM before the first step
+POLL=${POLL:-60}    # seconds between two looks
+RESTARTS=3          # of a run that failed; one that was stopped or preempted starts again without limit
+STOPPED="75 130 15" # exit codes: saved after SIGTERM; SIGTERM before the first step, and of a program that saves nothing
 EXAMPLE="TPU=helios ZONE=us-east5-a TYPE=v5p-128 SHARE=10.0.0.2:/helios"
 spot=""
 

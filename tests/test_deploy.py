@@ -142,7 +142,7 @@ def test_run_gives_python_every_word_and_ends_when_it_is_done(cloud):
 
 @pytest.mark.parametrize(
     ("codes", "starts", "code"),
-    [("75 0", 2, 0), ("75 130 75 75 75 0", 6, 0), ("1 0", 2, 0), ("1 75 9 1 1", 5, 1), ("2", 1, 2)],
+    [("75 0", 2, 0), ("75 130 75 15 75 0", 6, 0), ("1 0", 2, 0), ("1 75 9 1 1", 5, 1), ("2", 1, 2)],
 )
 def test_run_starts_again_what_was_stopped_and_thrice_what_failed(cloud, codes, starts, code):
     cloud.answer(states="ABSENT ACTIVE", codes=codes)

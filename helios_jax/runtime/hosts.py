@@ -162,10 +162,15 @@ class Watch:
         self._client: Any = distributed.global_state.client
         self._host, self._hosts = jax.process_index(), jax.process_count()
         self._over = threading.Event()
+        self._word = threading.Lock()  # held for ever by the thread that says why this host ends
         self._signs: dict[str, tuple[str, float]] = {}  # of each host: the last sign, and when it came
         _leave_word(program)
         for work in (self._listen, self._show_life):
             threading.Thread(target=work, name="hosts", daemon=True).start()
+
+    def take_word(self) -> None:
+        """Returns if this thread may say why this host ends; waits for the end if another is saying it."""
+        self._word.acquire()
 
     def tell(self, line: str, code: int) -> None:
         """Ends the other hosts with `line` and exit code `code`, but for those that another host was first to end."""
@@ -210,7 +215,7 @@ class Watch:
             told = self._client.blocking_key_value_get(f"{FOLDER}/watch/end/{self._host}", FOR_EVER)
         except Exception:  # the store is gone, and the first host with it
             told = json.dumps({"line": f"host 0 {GONE}", "code": 1})
-        if self._over.is_set():
+        if self._over.is_set() or not self._word.acquire(blocking=False):
             return
         end = json.loads(told)
         # Straight to the file: the main thread may hold the lock of sys.stderr.

@@ -99,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     watch = None
 
     def end(error: Exception, code: int) -> int:
+        if watch is not None:
+            watch.take_word()
         fail(error, code)
         if watch is not None:
             watch.tell(str(error), code)
@@ -125,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return end(MemoryError(f"{' '.join(str(error).split())[:200]}; {LESS_MEMORY}"), 1)
             if watch is not None:
                 watch.find_cause()
+                watch.take_word()
                 traceback.print_exc()
                 watch.tell(f"{type(error).__name__}: {one_line(error)}", 1)
                 watch.leave(1)

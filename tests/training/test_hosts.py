@@ -7,10 +7,14 @@ import signal
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
 
+from helios_jax.config import ConfigError
+from helios_jax.training.run_config import TrainConfig
+from helios_jax.training.trainer import check_hosts
 from tests.several_hosts import Host, Hosts
 from tests.training.test_ends import largest
 
@@ -183,7 +187,8 @@ def test_hosts_with_other_settings_or_folders_are_refused(hosts, config, tmp_pat
         folder.mkdir()
     started = hosts.start([config, "run=r"], folders=folders)
     assert hosts.wait(started) == [2, 2]
-    assert last_line(started[0]).startswith("run: r is another folder on host 1 than on host 0; name one on a file ")
+    told = last_line(started[0]).removeprefix("host 1: ")  # whichever was first to tell
+    assert told.startswith("run: r is another folder on host 1 than on host 0; name one on a file ")
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
 
     lost = {0: {"JAX_PROCESS_ID": "1"}}
@@ -199,3 +204,12 @@ def test_hosts_with_other_settings_or_folders_are_refused(hosts, config, tmp_pat
     told = "all hosts must have the same settings as host 0; seed was 0, is 5 here; give all the same command"
     assert last_line(started[1]) == told
     assert last_line(started[0]) == f"host 1: {told}"
+
+
+def test_a_host_of_a_pod_that_was_not_joined_is_refused(monkeypatch):
+    """The runtime of a TPU pod counts its hosts by itself, where the config says that there is one."""
+    monkeypatch.setattr(jax, "process_count", lambda: 16)
+    with pytest.raises(
+        ConfigError, match=r"mesh\.processes is 1, but this is one of 16 hosts; set mesh\.processes=null"
+    ):
+        check_hosts(TrainConfig())
