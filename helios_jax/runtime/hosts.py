@@ -15,6 +15,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -139,8 +140,11 @@ def agreed_signal(step: int, seen: signal.Signals | None) -> signal.Signals | No
     return signal.SIGINT if signal.SIGINT in numbers else signal.SIGTERM
 
 
-def _leave_word(program: str) -> None:
-    """Starts a shell that prints a line if this process is ended from outside, or by jax where host 0 is gone."""
+def _leave_word(program: str) -> Callable[[], None]:
+    """Starts a shell that prints a line if this process is ended from outside, or by jax where host 0 is gone.
+
+    What this returns dismisses the shell.
+    """
     script = 'trap "" INT TERM; read -r _ || echo "$0" >&2'
     command = ["sh", "-c", script, f"{program}: this host was killed or has lost host 0; {AGAIN}"]
     pipe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL).stdin
@@ -152,6 +156,7 @@ def _leave_word(program: str) -> None:
 
     atexit.register(dismiss)
     interrupts.at_leave(dismiss)
+    return dismiss
 
 
 class Watch:
@@ -164,7 +169,7 @@ class Watch:
         self._over = threading.Event()
         self._word = threading.Lock()  # held for ever by the thread that says why this host ends
         self._signs: dict[str, tuple[str, float]] = {}  # of each host: the last sign, and when it came
-        _leave_word(program)
+        self._dismiss_word = _leave_word(program)
         for work in (self._listen, self._show_life):
             threading.Thread(target=work, name="hosts", daemon=True).start()
 
@@ -185,6 +190,7 @@ class Watch:
 
     def leave(self, code: int) -> NoReturn:
         """Ends this process; the first host waits until the others have read how the run ended."""
+        self._dismiss_word()  # the line has been printed, and jax may abort this process while it says goodbye
         with contextlib.suppress(Exception):
             self._set(f"left/{self._host}", "", allow_overwrite=True)
             until = time.monotonic() + FAREWELL

@@ -209,7 +209,5 @@ def test_hosts_with_other_settings_or_folders_are_refused(hosts, config, tmp_pat
 def test_a_host_of_a_pod_that_was_not_joined_is_refused(monkeypatch):
     """The runtime of a TPU pod counts its hosts by itself, where the config says that there is one."""
     monkeypatch.setattr(jax, "process_count", lambda: 16)
-    with pytest.raises(
-        ConfigError, match=r"mesh\.processes is 1, but this is one of 16 hosts; set mesh\.processes=null"
-    ):
+    with pytest.raises(ConfigError, match=r"this is one of 16 hosts; set mesh\.processes=null"):
         check_hosts(TrainConfig())
