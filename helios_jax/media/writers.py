@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from helios_jax.media.files import check_writable, kind_of, replacing
+from helios_jax.locations import location, replacing
+from helios_jax.media.files import check_writable, kind_of
 from helios_jax.media.mp4 import VideoWriter
 
 Format = Literal["mp4", "png", "npz"]
@@ -46,7 +47,7 @@ class FrameWriter:
     takes = "np"
 
     def __init__(self, path: str | os.PathLike, keep: int = 0):
-        self.path = Path(path)
+        self.path = location(path)
         self.frames = 0
         kind = kind_of(self.path)
         if kind in ("file", "special"):
@@ -83,7 +84,7 @@ class LatentWriter:
     takes = "latent"
 
     def __init__(self, path: str | os.PathLike, keep: int = 0):
-        self.path = Path(path)
+        self.path = location(path)
         self._chunks: list[np.ndarray] = []
         check_writable(self.path)
         if keep and kind_of(self.path) == "file":
@@ -165,7 +166,7 @@ class ThreadedWriter:
 
 def file_format(path: str | os.PathLike, chosen: Format | None) -> Format:
     """Output format by the suffix of `path`; `chosen` must agree if given. Raises ValueError."""
-    suffix = Path(path).suffix.lower()
+    suffix = location(path).suffix.lower()
     by_suffix: dict[str, Format] = {".mp4": "mp4", ".npz": "npz", "": "png"}
     if suffix not in by_suffix:
         raise ValueError(f"{path}: unknown suffix {suffix!r}; name .mp4, .npz (latents), or a folder (PNG frames)")
@@ -193,7 +194,7 @@ def remove_frames(folder: Path, first: int = 0) -> None:
 
 def sidecar(path: str | os.PathLike) -> Path:
     """Path of a video's JSON: x.json beside x.mp4, x.npz or the folder x."""
-    path = Path(path)
+    path = location(path)
     return path.with_suffix(".json") if path.suffix in (".mp4", ".npz") else path.with_name(f"{path.name}.json")
 
 

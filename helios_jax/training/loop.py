@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from helios_jax.data.records import RecordError
+from helios_jax.locations import location
 from helios_jax.runtime import hosts, interrupts, seeds
 from helios_jax.sharding import BATCH, put_batch, shardings
 from helios_jax.training.errors import NotFiniteError, RunError, writing
@@ -100,7 +101,7 @@ def run(
     first = done = int(state.step)
     stop = metrics = before = None
     window: list[tuple[Metrics, list[str]]] = []
-    reporter = Reporter(Path(config.run), first, config, stage.learning_rate)
+    reporter = Reporter(location(config.run), first, config, stage.learning_rate)
     with _Signals() as signals, reporter:
         while done < config.steps and stop is None:
             try:
@@ -120,12 +121,12 @@ def run(
             save = done % config.checkpoint.every == 0 or done == config.steps or stop is not None
             look = config.validation is not None and done % config.validation.every == 0 and stop is None
             if log or save or look:
-                reporter.report(done, _mean(window, done, Path(config.run)))
+                reporter.report(done, _mean(window, done, location(config.run)))
                 window = []
             if save:
                 checkpoints.save(state, batches.get_state(), config)
             if look:
-                folder = Path(config.run) / "validation" / f"step_{done:06d}"
+                folder = location(config.run) / "validation" / f"step_{done:06d}"
                 with writing(folder):
                     pictures = stage.validate(state.best, folder)
                 reporter.pictures(done, pictures)

@@ -18,6 +18,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 
+from helios_jax.locations import Mirror
 from helios_jax.training.errors import writing
 from helios_jax.training.run_config import TrainConfig
 
@@ -76,9 +77,10 @@ class Reporter:
         self._bar = None
         if not self._writes:
             return
-        self._metrics = folder / "metrics.jsonl"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            self._mirror = Mirror(folder)
+            self._metrics = self._mirror.take("metrics.jsonl")
             # A run that was killed after its last checkpoint repeats those steps: their lines are removed.
             lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
             kept = [line for line in lines if _step_of(line) <= first]
@@ -86,7 +88,7 @@ class Reporter:
                 part = self._metrics.with_suffix(".part")
                 part.write_text("".join(f"{line}\n" for line in kept))
                 part.replace(self._metrics)
-            self._board = Board(folder / "tensorboard", first + 1)
+            self._board = Board(self._mirror.folder / "tensorboard", first + 1)
         if sys.stdout.isatty():
             self._bar = make_bar()
             self._task = self._bar.add_task(COMPILING, total=config.steps, completed=first, left="")
@@ -105,6 +107,7 @@ class Reporter:
             # A file whose disk is full fails again: the first error is the one to tell.
             with contextlib.suppress(OSError) if error[0] else writing(self._config.run):
                 self._board.close()
+                self._mirror.close()
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Shows and writes the means of the steps since the last report."""
@@ -123,6 +126,7 @@ class Reporter:
                 file.write(f"{line}\n")
             for name, value in metrics.items():
                 self._board.add(summary.scalar(name, value), step)
+            self._mirror.sync()
         total = self._config.steps
         rate = "" if self._rate is None else f"{self._rate:.2f} steps/s"
         left = "" if self._rate is None else f"{_clock((total - step) / self._rate)} left"

@@ -24,6 +24,7 @@ from helios_jax import pretrained
 from helios_jax.config import ConfigError, require
 from helios_jax.data.loader import Example, Transform, clip_transform
 from helios_jax.data.records import open_source
+from helios_jax.locations import replacing
 from helios_jax.models.layers import Conv
 from helios_jax.models.vae import (
     AttentionBlock,
@@ -277,4 +278,5 @@ def _picture(video: np.ndarray, made: np.ndarray, path: Path) -> None:
     columns = np.unique(np.linspace(0, video.shape[1] - 1, 9).astype(int))
     made = np.clip((made + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
     rows = [np.concatenate(list(x[columns]), 1) for pair in zip(video, made) for x in pair]
-    Image.fromarray(np.concatenate(rows, 0)).save(path)
+    with replacing(path) as part:
+        Image.fromarray(np.concatenate(rows, 0)).save(part, "png")
