@@ -4,6 +4,7 @@
 what takes only local files is given a copy: `local_copy` to read, `replacing` to write, `Mirror` for files that grow.
 """
 
+import argparse
 import errno
 import io
 import os
@@ -53,7 +54,7 @@ class _Backend:
 BACKEND = _Backend()
 
 
-class BucketPath(PosixGPath):
+class BucketPath(PosixGPath, Path):
     """A file or folder of a bucket, with the methods of pathlib.Path that etils leaves out or defines otherwise."""
 
     @property
@@ -109,14 +110,14 @@ def location(name: str | os.PathLike) -> Path:
 
     Raises LocationError for a scheme that is not known, and for one whose package is not installed.
     """
-    if isinstance(name, Path | BucketPath):
-        return cast(Path, name)
+    if isinstance(name, Path):
+        return name
     text = os.fspath(name)
     found = ADDRESS.match(text)
     if found is None:
         return Path(text)
     scheme = found[1]
-    if scheme not in PACKAGES or not re.match(r"[a-z0-9]+://[^/]", text):
+    if scheme not in PACKAGES or not re.match(r"[a-z0-9]+://[^/]+/[^/]", text):
         raise LocationError(
             f"{text} names no place that can be used; a bucket's is gs://BUCKET/NAME or s3://BUCKET/NAME, and a local "
             f"name with a colon is ./{text}"
@@ -129,7 +130,15 @@ def location(name: str | os.PathLike) -> Path:
         fsspec.get_filesystem_class(scheme)
     except ImportError:
         raise LocationError(f"{text} needs another package: pip install {PACKAGES[scheme]}") from None
-    return cast(Path, BucketPath(text))
+    return BucketPath(text)
+
+
+def argument(text: str) -> Path:
+    """`location`, as the type of a command line's argument."""
+    try:
+        return location(text)
+    except LocationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def is_remote(path: str | os.PathLike) -> bool:
@@ -183,15 +192,26 @@ def copy_tree(source: Path, target: Path) -> None:
 
 @contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
-    """A local file with the content of `path`: the file itself, or a temporary copy of a bucket's."""
+    """A local file or folder with the content of `path`: that itself, or a temporary copy of a bucket's.
+
+    ValueError and FileNotFoundError about the copy name `path` instead.
+    """
     if not is_remote(path):
         yield path
         return
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
     with tempfile.TemporaryDirectory(prefix="helios-") as folder:
         copy = Path(folder) / path.name
-        with copy.open("wb") as file:
-            download(path, file)
-        yield copy
+        if path.is_dir():
+            copy_tree(path, copy)
+        else:
+            with copy.open("wb") as file:
+                download(path, file)
+        try:
+            yield copy
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(str(error).replace(str(copy), str(path))) from None
 
 
 @contextmanager
@@ -240,10 +260,13 @@ class Mirror:
 
     def take(self, name: str) -> Path:
         """The local file of this name, with what `path` has of it."""
-        if self._temporary is not None and (self.path / name).exists():
-            with (self.folder / name).open("wb") as file:
+        copy = self.folder / name
+        if self._temporary is not None and (self.path / name).is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with copy.open("wb") as file:
                 download(self.path / name, file)
-        return self.folder / name
+            self._sizes[copy] = copy.stat().st_size
+        return copy
 
     def sync(self, *, now: bool = False) -> None:
         """Copies what has changed; not more often than `MIRRORED_EVERY`, unless `now`."""

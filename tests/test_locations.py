@@ -2,16 +2,22 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from orbax.checkpoint._src.path import gcs_utils
+from PIL import Image
 
 import train
 from helios_jax import locations
+from helios_jax.data import records
 from helios_jax.locations import LocationError, location
-from tests import bucket
+from helios_jax.pretrained import CheckpointError, files
+from tests import bucket, tiny_run
+from tests.data import test_shards
 from tests.training.test_loop import BASE
 
 
@@ -149,3 +155,134 @@ def test_bad_location_of_a_run_is_one_line(config, override, capfd, tmp_path):
     assert told.count("\n") == 1
     assert override.partition("=")[0] in told
     assert override.partition("=")[2] in told
+
+
+def whole(folder) -> dict[str, list]:
+    return {split: [example["id"] for example in records.open_source(folder, split)] for split in ("train", "test")}
+
+
+def test_dataset_made_in_a_bucket_equals_a_local_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    out = location("gs://bucket/data")
+    test_shards.run(test_shards.begin(tmp_path / "data"))
+    first = test_shards.begin(out, host=0, hosts=2)
+    test_shards.run(first)
+    with pytest.raises(FileNotFoundError, match="is not finished"):
+        records.open_source(out, "train")
+    test_shards.run(test_shards.begin(out, host=1, hosts=2))
+    assert names("bucket/data") == sorted(test_shards.content(tmp_path / "data"))
+    assert whole(out) == whole(tmp_path / "data")
+    with pytest.raises(FileExistsError, match="gs://bucket/data already exists"):
+        test_shards.begin(out)
+
+
+def test_shard_is_copied_when_its_first_record_is_asked_for_and_once(tmp_path, monkeypatch):
+    features = {"x": records.tensor((None,), np.uint8), "id": records.text()}
+    examples = [{"x": np.arange(i, dtype=np.uint8), "id": str(i)} for i in range(6)]
+    records.write("gs://bucket/data", features, {"train": examples}, shard_bytes=60)
+    reads, opened = [], bucket.Bucket._open
+
+    def tell(self, path, mode="rb", **options):
+        reads.append(path)
+        return opened(self, path, mode, **options)
+
+    monkeypatch.setattr(bucket.Bucket, "_open", tell)
+
+    def shards_read() -> list[str]:
+        return [path for path in reads if "array_record" in path]
+
+    source = records.open_source("gs://bucket/data", "train", cache=tmp_path / "cache")
+    assert not shards_read()
+    assert source[1]["id"] == "1"
+    assert len(shards_read()) == 1
+    again = pickle.loads(pickle.dumps(source))
+    assert [example["id"] for example in again] == [str(i) for i in range(6)]
+    assert [example["id"] for example in source] == [str(i) for i in range(6)]
+    count = len([name for name in bucket.OBJECTS if "array_record" in name])
+    assert count > 1
+    assert len(shards_read()) == count
+
+    # A dataset that was made anew is copied anew, and one that is cut off is told.
+    cut = min(name for name in bucket.OBJECTS if "array_record" in name)
+    bucket.put(cut, bucket.OBJECTS[cut][1][:-7])
+    with pytest.raises(records.RecordError, match="damaged"):
+        records.open_source("gs://bucket/data", "train", cache=tmp_path / "cache")[0]
+    monkeypatch.setattr(bucket.Bucket, "_open", opened)
+    del bucket.OBJECTS[cut]
+    with pytest.raises(ValueError, match="is missing"):
+        records.open_source("gs://bucket/data", "train", cache=tmp_path / "cache")
+
+
+def test_copy_that_fails_is_no_damaged_record(tmp_path):
+    features = {"x": records.tensor((1,), np.uint8)}
+    records.write("gs://bucket/data", features, {"train": [{"x": np.zeros(1, np.uint8)}]})
+    (tmp_path / "cache").write_text("a file")
+    source = records.open_source("gs://bucket/data", "train", cache=tmp_path / "cache")
+    with pytest.raises(records.RecordError, match="cannot be copied to") as error:
+        source[0]
+    assert "damaged" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def objects(folder):
+    """The tiny pipeline and a LoRA, to be put into the bucket."""
+    bucket.OBJECTS.clear()
+    locations.copy_tree(folder, location("gs://bucket/model"))
+    return dict(bucket.OBJECTS)
+
+
+@pytest.fixture
+def sample_config(tmp_path, folder):
+    path = tmp_path / "sample.yaml"
+    path.write_text(f"{tiny_run.CONFIG}num_frames: 9\nmodel: {folder}\n")
+    return path
+
+
+@pytest.mark.parametrize("out", ["a.mp4", "a.npz", "a"])
+def test_video_of_a_model_in_a_bucket_into_a_bucket(sample_config, objects, tmp_path, out):
+    bucket.OBJECTS.update(objects)
+    assert tiny_run.run(sample_config, "--out", tmp_path / out) == 0
+    remote = ["--model", "gs://bucket/model", "--out", f"gs://bucket/out/{out}", "--state", "gs://bucket/out/state"]
+    assert tiny_run.run(sample_config, *remote) == 0
+    made = [p for p in [*tmp_path.glob("a*"), *tmp_path.glob("a/*")] if p.is_file()]
+    ours = {p.relative_to(tmp_path).as_posix(): p.read_bytes() for p in made}
+    theirs = {name: bucket.OBJECTS[f"bucket/out/{name}"][1] for name in names("bucket/out") if name != "state"}
+    assert set(ours) == set(theirs)
+    compared = [name for name in ours if not name.endswith((".json", ".npz"))]
+    assert {name: ours[name] for name in compared} == {name: theirs[name] for name in compared}
+    assert tiny_run.run(sample_config, *remote) == 2  # it is there already
+    assert tiny_run.run(sample_config, "--resume", "gs://bucket/out/state", *remote[2:4], "--num-frames", "18") == 0
+
+
+def test_input_image_in_a_bucket(sample_config, tmp_path):
+    Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(tmp_path / "i.png")
+    locations.upload(tmp_path / "i.png", location("gs://bucket/i.png"))
+    assert tiny_run.run(sample_config, "--image", "gs://bucket/i.png", "--out", tmp_path / "i.mp4") == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "told"),
+    [
+        ("--out", "htp://b/x.mp4", "names no place"),
+        ("--model", "gs://bucket/absent", "no folder gs://bucket/absent"),
+        ("--image", "gs://bucket/absent.png", "gs://bucket/absent.png: no such file"),
+        ("--image", "gs:/x.png", "gs:/x.png"),
+        ("--lora", "gs://bucket/absent", "no file gs://bucket/absent"),
+        ("--profile", "gs://bucket/profile", "must be local"),
+    ],
+)
+def test_bad_location_of_a_video_is_one_line(sample_config, tmp_path, capsys, flag, text, told):
+    assert tiny_run.run(sample_config, "--out", tmp_path / "x.mp4", flag, text) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert told in line
+
+
+def test_weights_in_a_bucket_are_read_by_ranges(objects):
+    bucket.OBJECTS.update(objects)
+    path = location("gs://bucket/model/vae/diffusion_pytorch_model.safetensors")
+    tensors, _ = files.read_header(path)
+    assert all(np.isfinite(tensor.read().astype(np.float32)).all() for tensor in tensors.values())
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
+        files.read_header(path)

@@ -168,7 +168,7 @@ class VAEStage(Stage[VAETrainConfig, AutoencoderKLWan]):
         if jax.process_index():
             return
         encode, decode = jax.jit(lambda m, v: m.encode(to_float(v))[0]), jax.jit(lambda m, z: m.decode(z))
-        data = self.config.data.folder
+        data = self.config.data
         latents = np.concatenate([np.asarray(encode(model, v)) for v in first_chunks(data, "train", STATISTICS_CLIPS)])
         mean, std = latents.mean((0, 1, 2, 3)), latents.std((0, 1, 2, 3))
         statistics = {"latents_mean": tuple(mean.tolist()), "latents_std": tuple(std.tolist())}
@@ -265,9 +265,9 @@ def _clips(frames: int, crop: int | None) -> Transform:
     return transform
 
 
-def first_chunks(folder: str, split: str, num: int, batch: int = 16) -> Iterator[np.ndarray]:
+def first_chunks(data: DataConfig, split: str, num: int, batch: int = 16) -> Iterator[np.ndarray]:
     """The first chunk of up to `num` videos of a split, uint8 [<= batch, CHUNK, h, w, 3] at a time."""
-    source = open_source(folder, split)
+    source = open_source(data.folder, split, cache=data.cache)
     num = min(num, len(source))
     for start in range(0, num, batch):
         yield np.stack([source[i]["video"][:CHUNK] for i in range(start, min(num, start + batch))])
