@@ -16,12 +16,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, Self, cast
 
 import fsspec
 from etils import epath
 from etils.epath.backend import fsspec_backend
 from etils.epath.gpath import PosixGPath
+from fsspec.config import conf
 
 # The schemes that etils knows, and the packages that fsspec reads them with.
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
@@ -54,14 +55,14 @@ class _Backend:
 BACKEND = _Backend()
 
 
-class BucketPath(PosixGPath, Path):
+class BucketPath(PosixGPath, Path):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A file or folder of a bucket, with the methods of pathlib.Path that etils leaves out or defines otherwise."""
 
     @property
     def _backend(self) -> Any:
         return BACKEND
 
-    def open(
+    def open(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         mode: str = "r",
         buffering: int = -1,
@@ -85,7 +86,10 @@ class BucketPath(PosixGPath, Path):
     def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
         return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
 
-    def write_text(self, data: str, encoding: str | None = None, errors: str | None = None) -> int:
+    def write_text(
+        self, data: str, encoding: str | None = None, errors: str | None = None, newline: str | None = None
+    ) -> int:
+        assert newline is None, "text is written as it is"
         return self.write_bytes(data.encode(encoding or "utf-8", errors or "strict"))
 
     def touch(self, mode: int = 0o666, exist_ok: bool = True) -> None:
@@ -94,15 +98,16 @@ class BucketPath(PosixGPath, Path):
         elif not exist_ok:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self))
 
-    def stat(self) -> Any:
+    def stat(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         found = super().stat()
         mode = stat.S_IFDIR | 0o777 if found.is_directory else stat.S_IFREG | 0o666
         return os.stat_result((mode, 0, 0, 1, 0, 0, found.length or 0, *[found.mtime or 0] * 3))
 
-    def resolve(self, strict: bool = False) -> "BucketPath":
+    def resolve(self, strict: bool = False) -> Self:
         return self
 
-    absolute = resolve
+    def absolute(self) -> Self:
+        return self
 
 
 def location(name: str | os.PathLike) -> Path:
@@ -123,9 +128,9 @@ def location(name: str | os.PathLike) -> Path:
             f"name with a colon is ./{text}"
         )
     # Hosts of one run must see each other's new files.
-    fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     if scheme == "gs":
-        fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+        conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     try:
         fsspec.get_filesystem_class(scheme)
     except ImportError:

@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ import train
 from helios_jax import locations
 from helios_jax.data import records
 from helios_jax.locations import LocationError, location
+from helios_jax.media.mp4 import VideoWriter
+from helios_jax.precompute import cli as precompute
 from helios_jax.pretrained import CheckpointError, files
 from tests import bucket, tiny_run
 from tests.data import test_shards
@@ -143,6 +147,27 @@ def test_damaged_checkpoint_in_a_bucket_is_set_aside(config, capfd):
     assert "8.damaged" in told.err
     assert "resumed at step 4" in told.out
     assert "8.damaged" in {name.partition("/")[0] for name in names("bucket/run/checkpoints")}
+
+
+def test_compilation_cache_in_an_unknown_place_is_one_line(config, monkeypatch, capfd):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "htp://bucket/cache")
+    assert train.main([str(config)]) == 2
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1
+    assert "JAX_COMPILATION_CACHE_DIR: htp://bucket/cache names no place" in told
+
+
+def test_compiled_programs_are_kept_in_a_bucket(monkeypatch):
+    code = "import jax, jax.numpy as jnp\nfrom tests import bucket\nbucket.register()\n"
+    code += "from helios_jax.runtime.compilation import enable_cache\nenable_cache()\n"
+    code += "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+    code += (
+        "jax.jit(lambda x: jnp.sin(x) + 1)(1.0)\nassert any(name.startswith('bucket/xla/') for name in bucket.OBJECTS)"
+    )
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": "gs://bucket/xla", "JAX_PLATFORMS": "cpu"}
+    environment.pop("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -286,3 +311,35 @@ def test_weights_in_a_bucket_are_read_by_ranges(objects):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="is not a whole safetensors file"):
         files.read_header(path)
+
+
+def test_clips_of_a_bucket_become_a_dataset_in_a_bucket(folder, tmp_path, capsys, monkeypatch):
+    """The videos lie beside the list, at an address of their own, and nowhere."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    frames = np.random.default_rng(0).integers(0, 255, (10, 32, 48, 3), np.uint8)
+    with VideoWriter(tmp_path / "v.mp4", 24, 32, 48) as video:
+        video.write(frames)
+    entries = [
+        {"path": path, "cut": [0, 9], "crop": [0, 48, 0, 32], "fps": 24, "cap": "a cat"}
+        for path in ("v.mp4", "gs://other/v.mp4", "absent.mp4")
+    ]
+    (tmp_path / "clips.json").write_text(json.dumps(entries))
+    for name in ("bucket/clips.json", "bucket/v.mp4", "other/v.mp4"):
+        locations.upload(tmp_path / name.partition("/")[2], location(f"gs://{name}"))
+    command = ["clips", "--json", "gs://bucket/clips.json", "--model", str(folder), "--size", "32x48"]
+    command += ["--chunk-frames", "9", "--min-frames", "9", "--out", "gs://bucket/latents"]
+    assert precompute.main(command) == 0, capsys.readouterr().err
+    source = records.open_source("gs://bucket/latents", "train")
+    assert [example["id"] for example in source] == ["v_0-9", "gs:/other/v_0-9"]
+    assert "gs://bucket/absent.mp4: no such file" in location("gs://bucket/latents/rejected.jsonl").read_text()
+    assert precompute.main(command) == 2
+    assert "gs://bucket/latents already exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["--out", "--json"])
+def test_bad_location_of_precompute_is_told(argument, capsys):
+    given = {"--out": "x", "--json": "y", argument: "htp://b/x"}
+    with pytest.raises(SystemExit) as ended:
+        precompute.main(["clips", *[part for pair in given.items() for part in pair]])
+    assert ended.value.code == 2
+    assert "htp://b/x names no place" in capsys.readouterr().err

@@ -186,17 +186,14 @@ class BucketWriter:
             self._writer = open_writer(local, fps, height, width, keep)
         except ValueError as error:
             raise ValueError(str(error).replace(str(local), str(self.path))) from None
-        self.takes, self._kept = self._writer.takes, self._writer.frames
-
-    @property
-    def frames(self) -> int:
-        """Number of frames written."""
-        return self._writer.frames
+        self.takes = self._writer.takes
+        self.frames = self._kept = self._writer.frames
 
     def write(self, chunk: Any) -> None:
         if self.frames == self._kept:
             remove_frames(self.path, self._kept)
         self._writer.write(chunk)
+        self.frames = self._writer.frames
         self._mirror.sync(now=True)
 
     def close(self) -> None:
