@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Self, cast
+from typing import IO, Any, Self
 
 import fsspec
 from etils import epath
@@ -35,21 +35,54 @@ class LocationError(ValueError):
     """A location that cannot be used; the message is one line."""
 
 
+@contextmanager
+def _errors(path: Any) -> Iterator[None]:
+    """Makes errors of a bucket's service, which know no common class, OSErrors in one line."""
+    try:
+        yield
+    except (OSError, ValueError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, _line(error), os.fspath(path)) from error
+
+
 class _Backend:
-    """etils' access to buckets. Errors of the service, which know no common class, become OSError in one line."""
+    """etils' access to buckets."""
 
     def __getattr__(self, name: str) -> Any:
-        method = getattr(fsspec_backend, name)
-
         def call(path: Any, *rest: Any, **options: Any) -> Any:
-            try:
-                return method(path, *rest, **options)
-            except (OSError, ValueError, NotImplementedError):
-                raise
-            except Exception as error:
-                raise OSError(errno.EIO, _line(error), os.fspath(path)) from error
+            with _errors(path):
+                return getattr(fsspec_backend, name)(path, *rest, **options)
 
         return call
+
+
+class _File:
+    """An open file of a bucket. What is written arrives when it is closed, so that closing has errors, too."""
+
+    def __init__(self, file: Any, path: str):
+        self._file, self._path = file, path
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._file, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            with _errors(self._path):
+                return found(*arguments, **options)
+
+        return call
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with _errors(self._path):
+            self._file.__exit__(*error)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._file)
 
 
 BACKEND = _Backend()
@@ -75,13 +108,9 @@ class BucketPath(PosixGPath, Path):  # pyright: ignore[reportIncompatibleMethodO
         kind = f"{mode.replace('b', '').replace('t', '')}b"
         if kind not in ("rb", "wb"):
             raise io.UnsupportedOperation(f"{self}: a file of a bucket is read or written whole, not opened as {mode}")
-        try:
-            file = fsspec_backend.fs(str(self)).open(str(self), kind, **options)
-        except (OSError, ValueError):
-            raise
-        except Exception as error:
-            raise OSError(errno.EIO, _line(error), str(self)) from error
-        return file if "b" in mode else io.TextIOWrapper(cast(Any, file), encoding or "utf-8", errors, newline)
+        with _errors(self):
+            file: Any = _File(fsspec_backend.fs(str(self)).open(str(self), kind, **options), str(self))
+        return file if "b" in mode else io.TextIOWrapper(file, encoding or "utf-8", errors, newline)
 
     def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
         return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
@@ -174,14 +203,9 @@ def upload(source: Path, path: Path) -> None:
 
 
 def download(path: Path, file: IO[bytes]) -> None:
-    """Copies a file of a bucket into an open one. Raises OSError, with the path in its text, if that fails."""
-    try:
-        with path.open("rb") as source:
-            shutil.copyfileobj(source, file, BLOCK)
-    except OSError:
-        raise
-    except Exception as error:
-        raise OSError(errno.EIO, _line(error), str(path)) from error
+    """Copies a file of a bucket into an open one."""
+    with path.open("rb") as source:
+        shutil.copyfileobj(source, file, BLOCK)
 
 
 def copy_tree(source: Path, target: Path) -> None:

@@ -23,7 +23,7 @@ def put(name: str, content: bytes) -> int:
     return generation
 
 
-class _Upload(io.BytesIO):
+class Upload(io.BytesIO):
     """An object that is there once it is closed."""
 
     def __init__(self, name: str):
@@ -57,7 +57,7 @@ class Bucket(AbstractFileSystem):
 
     def _open(self, path, mode="rb", **kwargs):
         if mode != "rb":
-            return _Upload(path)
+            return Upload(path)
         try:
             return io.BytesIO(OBJECTS[path][1])
         except KeyError:

@@ -89,16 +89,20 @@ def test_bucket_path_is_used_as_pathlibs():
     assert names("bucket") == ["other/a.txt"]
 
 
-def test_errors_of_the_service_become_one_oserror(monkeypatch):
+@pytest.mark.parametrize("where", ["_open", "close", "info"])
+def test_errors_of_the_service_become_one_oserror(monkeypatch, where):
     class HttpError(Exception):
         pass
 
     def fail(*_, **__):
         raise HttpError("Anonymous caller does not\nhave access")
 
-    monkeypatch.setattr(bucket.Bucket, "_open", fail)
-    with pytest.raises(OSError, match="Anonymous caller does not have access"):
-        location("gs://bucket/a").write_text("x")
+    monkeypatch.setattr(bucket.Upload if where == "close" else bucket.Bucket, where, fail)
+    path = location("gs://bucket/a")
+    with pytest.raises(OSError, match="Anonymous caller does not have access") as error:  # noqa: PT012
+        path.write_text("x")
+        path.stat()
+    assert error.value.filename == "gs://bucket/a"
 
 
 def test_replacing_uploads_at_the_end_only(here):
