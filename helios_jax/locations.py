@@ -26,7 +26,8 @@ from fsspec.config import conf
 
 # The schemes that etils knows, and the packages that fsspec reads them with.
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
-ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)
+# With one slash, only the schemes of buckets are taken for an address that was mistyped: names may have colons.
+ADDRESS = re.compile(rf"(?:([a-z][a-z0-9+.-]*):/|({'|'.join(PACKAGES)}):)/", re.IGNORECASE)
 BLOCK = 16 * 2**20  # bytes that are copied at a time
 MIRRORED_EVERY = 60.0  # seconds between two uploads of files that grow
 
@@ -150,7 +151,7 @@ def location(name: str | os.PathLike) -> Path:
     found = ADDRESS.match(text)
     if found is None:
         return Path(text)
-    scheme = found[1]
+    scheme = found[1] or found[2]
     if scheme not in PACKAGES or not re.match(r"[a-z0-9]+://[^/]+/[^/]", text):
         raise LocationError(
             f"{text} names no place that can be used; a bucket's is gs://BUCKET/NAME or s3://BUCKET/NAME, and a local "

@@ -56,9 +56,12 @@ def names(begin: str) -> list[str]:
 def test_local_text_is_a_pathlib_path():
     assert type(location("runs/x")) is type(Path("runs/x"))
     assert location("take:1.mp4") == Path("take:1.mp4")
+    assert location("take:/1.mp4") == Path("take:/1.mp4")
 
 
-@pytest.mark.parametrize("text", ["htp://bucket/x", "gs:/bucket/x", "gs://", "GS://bucket/x", "file:/x"])
+@pytest.mark.parametrize(
+    "text", ["htp://bucket/x", "gs:/bucket/x", "gs://", "GS://bucket/x", "gs://bucket", "file:///x"]
+)
 def test_unknown_scheme_is_one_line(text):
     with pytest.raises(LocationError, match=r"gs://BUCKET/NAME") as error:
         location(text)
