@@ -7,14 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
+from flax import nnx
 from orbax.checkpoint._src.path import gcs_utils
 from PIL import Image
 
 import train
-from helios_jax import locations
+from helios_jax import HeliosPipeline, locations
 from helios_jax.data import records
 from helios_jax.locations import LocationError, location
 from helios_jax.media.mp4 import VideoWriter
@@ -350,3 +352,13 @@ def test_bad_location_of_precompute_is_told(argument, capsys):
         precompute.main(["clips", *[part for pair in given.items() for part in pair]])
     assert ended.value.code == 2
     assert "htp://b/x names no place" in capsys.readouterr().err
+
+
+def test_pipeline_saved_in_a_bucket_is_the_one_that_was_loaded(objects):
+    bucket.OBJECTS.update(objects)
+    HeliosPipeline.from_pretrained("gs://bucket/model").save_pretrained("gs://bucket/saved")
+    again = HeliosPipeline.from_pretrained("gs://bucket/saved")
+    first = HeliosPipeline.from_pretrained("gs://bucket/model")
+    for name in ("transformer", "vae", "text_encoder"):
+        ours, theirs = (jax.tree.leaves(nnx.state(getattr(pipe, name))) for pipe in (again, first))
+        assert all(np.array_equal(one, other) for one, other in zip(ours, theirs, strict=True))
