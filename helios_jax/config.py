@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from helios_jax import config_files
 from helios_jax.config_types import got, misfit, misfit_at, nearest, options
+from helios_jax.locations import location, replacing
 
 T = TypeVar("T")
 
@@ -68,7 +69,10 @@ def find(path: str | Path) -> Path:
 
     Raises ConfigError when there is neither.
     """
-    path = Path(path)
+    try:
+        path = location(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     try:
         if path.is_file():
             return path
@@ -102,11 +106,10 @@ def peek(path: str | Path, overrides: Sequence[str], key: str) -> tuple[Any, str
 
 def save(config: Any, path: str | Path) -> None:
     """Write a dataclass instance as YAML that `load` reads back to an equal one."""
-    path = Path(path)
+    path = location(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
-    temporary.replace(path)
+    with replacing(path) as part:
+        part.write_text(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -22,11 +22,16 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
+from helios_jax.data.shard_cache import CachedRecords, CacheError, default_folder
+from helios_jax.locations import is_remote, location, upload
+
 Example = dict[str, Any]
 # One record per group, so that every example can be read alone.
 WRITER_OPTIONS = "group_size:1"
 # Stored beside the records: the buckets of each split, [name, number of records], in the records' order.
 BUCKETS = "buckets.json"
+# What a dataset that is being made consists of (`helios_jax.data.shards`).
+PLAN = "plan.json"
 OPENERS = 16  # array_record files whose indices are read at a time
 DAMAGED = "copy the folder again, or delete it and make it again"
 
@@ -59,11 +64,12 @@ def write(
     killed leaves at most a hidden `.NAME.*` folder beside it. Raises FileExistsError when `folder` holds anything,
     ValueError for a split without examples or an example that does not fit `features`.
     """
-    folder = Path(folder)
+    folder = location(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} already exists: a dataset is never overwritten; delete it or name another")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    parent = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    remote = is_remote(folder)
+    parent = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=None if remote else folder.parent))
     part = parent / "dataset"  # mkdtemp's own folder is private to its user
     part.mkdir()
     try:
@@ -71,7 +77,12 @@ def write(
         template = shard_template(part, folder.name)
         infos = [_write_split(split, template, connector, each, shard_bytes) for split, each in splits.items()]
         write_metadata(part, connector, infos)
-        os.rename(part, folder)  # atomic: the same disk
+        if remote:
+            # The metadata come last: without them the folder is no dataset.
+            for file in sorted(part.iterdir(), key=lambda file: file.suffix == ".json"):
+                upload(file, folder / file.name)
+        else:
+            os.rename(part, folder)  # atomic: the same disk
     finally:
         shutil.rmtree(parent, ignore_errors=True)
     return folder
@@ -90,14 +101,14 @@ def shard_template(folder: Path, name: str, split: str | None = None) -> tfds.co
     """The pattern of the names of a dataset's array_record files in `folder`."""
     name = "".join(c if c.isalnum() else "_" for c in name.lower()).strip("_") or "dataset"
     return tfds.core.ShardedFileTemplate(
-        epath.Path(folder), dataset_name=name, split=split, filetype_suffix="array_record"
+        epath.Path(str(folder)), dataset_name=name, split=split, filetype_suffix="array_record"
     )
 
 
 def write_metadata(folder: Path, features: tfds.features.FeaturesDict, splits: Sequence[tfds.core.SplitInfo]) -> None:
     """Writes the metadata that makes a folder of array_record files a dataset."""
     tfds.folder_dataset.write_metadata(
-        data_dir=folder,
+        data_dir=epath.Path(str(folder)),
         features=features,
         split_infos=list(splits),
         filename_template=splits[0].filename_template,
@@ -190,6 +201,8 @@ class Source:
             example = dict(self._records[number])
             for key in self._text_keys:
                 example[key] = example[key].decode()
+        except CacheError as error:
+            raise RecordError(f"{self._name}: {error}") from None
         except Exception as error:  # of array_record, protobuf and TFDS, which know no common one
             i = bisect_right(self._ends, number)
             place = number - (self._ends[i - 1] if i else 0)
@@ -223,19 +236,28 @@ def one_line(error: Exception) -> str:
 
 
 def open_source(
-    folder: str | os.PathLike, split: str, *, make: str | None = None, leave_out: Sequence[int] = ()
+    folder: str | os.PathLike,
+    split: str,
+    *,
+    make: str | None = None,
+    leave_out: Sequence[int] = (),
+    cache: str | os.PathLike | None = None,
 ) -> Source:
     """A random-access sequence of a split's examples, in the order they were written.
 
-    `make` is the command that would write the folder, for the error. The index of each file is read, no record is.
+    `make` is the command that would write the folder, for the error. The index of each file is read, no record is. Of a
+    bucket's files only the names are looked at; they are copied to `cache` when their records are asked for
+    (`helios_jax.data.shard_cache`).
+
     Raises FileNotFoundError when the folder is missing or incomplete, and ValueError when it has no such split, when
     its metadata or a file is damaged, or for a `leave_out` that does not fit (`Source`).
     """
-    folder = Path(folder)
+    folder = location(folder)
     if not (folder / "dataset_info.json").is_file() or not (folder / "features.json").is_file():
-        if partial_folder(folder).is_dir():
+        begun = partial_folder(folder)
+        if (begun / PLAN).is_file() if is_remote(folder) else begun.is_dir():
             raise FileNotFoundError(
-                f"{folder} is not finished, {partial_folder(folder).name} holds what there is: repeat the command that "
+                f"{folder} is not finished, {begun.name} holds what there is: repeat the command that "
                 "was making it, it goes on where it stopped"
             )
         state = "is not a complete dataset" if folder.exists() else "does not exist"
@@ -251,15 +273,22 @@ def open_source(
         raise ValueError(f"{folder}: its metadata is damaged: {one_line(error)}; {DAMAGED}") from None
     if split not in splits:
         raise ValueError(f"{folder} has no split {split!r}: choose one of {', '.join(sorted(splits))}")
-    files = list(zip(map(Path, splits[split].filepaths), splits[split].shard_lengths, strict=True))
+    files = list(zip(map(location, splits[split].filepaths), splits[split].shard_lengths, strict=True))
     buckets = None if stored is None else dict(stored.get(split, ()))
     if buckets is not None and sum(buckets.values()) != sum(count for _, count in files):
         raise ValueError(f"{folder}: {BUCKETS} and dataset_info.json give other numbers of records; {DAMAGED}")
-    with ThreadPoolExecutor(OPENERS) as pool:
-        if fault := next(filter(None, pool.map(_fault, files)), None):
-            raise ValueError(f"{fault}; {DAMAGED}")
+    records = builder.as_data_source(split)
+    if is_remote(folder):
+        present = {path.name for path in folder.iterdir()}
+        if missing := [path for path, _ in files if path.name not in present]:
+            raise ValueError(f"{missing[0]} is missing; {DAMAGED}")
+        records.data_source = CachedRecords(files, default_folder() if cache is None else Path(cache))
+    else:
+        with ThreadPoolExecutor(OPENERS) as pool:
+            if fault := next(filter(None, pool.map(_fault, files)), None):
+                raise ValueError(f"{fault}; {DAMAGED}")
     text_keys = [key for key, feature in features.items() if isinstance(feature, tfds.features.Text)]
-    return Source(builder.as_data_source(split), text_keys, f"{folder}[{split}]", files, buckets, leave_out)
+    return Source(records, text_keys, f"{folder}[{split}]", files, buckets, leave_out)
 
 
 def _fault(file: tuple[Path, int]) -> str | None:
@@ -277,5 +306,10 @@ def _fault(file: tuple[Path, int]) -> str | None:
 
 
 def partial_folder(folder: Path) -> Path:
-    """The folder beside `folder` that holds a dataset while it is being made (`helios_jax.data.shards`)."""
+    """The folder that holds a dataset while it is being made (`helios_jax.data.shards`): one beside `folder`.
+
+    In a bucket it is `folder` itself, where renaming would copy every byte: the metadata, written last, complete it.
+    """
+    if is_remote(folder):
+        return folder
     return folder.with_name(f"{folder.name}.partial")

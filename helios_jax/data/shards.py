@@ -11,7 +11,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from helios_jax.data import records
+from helios_jax.locations import is_remote, location, replacing
 
-PLAN, MANIFESTS, REJECTED = "plan.json", "shards", "rejected.jsonl"
+MANIFESTS, REJECTED = "shards", "rejected.jsonl"
 
 
 Tick = Callable[[], None]
@@ -83,7 +85,9 @@ class Build:
         host: int = 0,
         hosts: int = 1,
     ):
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        self.folder = records.partial_folder(out)
+        begun = self.folder == out and (out / records.PLAN).is_file() and not (out / "dataset_info.json").is_file()
+        if not begun and out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise FileExistsError(f"{out} already exists: a dataset is never overwritten; delete it or name another")
         if not 0 <= host < hosts:
             raise ValueError(f"shard {host} is not one of {hosts}: the first is 0, the last {hosts - 1}")
@@ -91,7 +95,6 @@ class Build:
             reason = f"; the first: {rejected[0].id}: {rejected[0].reason}" if rejected else ""
             raise ValueError(f"{out}: there is nothing to make, {len(rejected)} items were refused{reason}")
         self.out = out
-        self.folder = records.partial_folder(out)
         self.shards = tuple(shards)
         self._features = tfds.features.FeaturesDict(dict(features))
         self._mine = self.shards[host::hosts]
@@ -106,7 +109,7 @@ class Build:
         facts = {**settings, "shards": names, "items": items.hexdigest()}
         facts = json.loads(json.dumps(facts))
         (self.folder / MANIFESTS).mkdir(parents=True, exist_ok=True)
-        path = self.folder / PLAN
+        path = self.folder / records.PLAN
         if not path.is_file():
             _write(path, json.dumps(facts, indent=2))
         begun = json.loads(path.read_text())
@@ -123,11 +126,8 @@ class Build:
 
     def save(self, name: str, array: np.ndarray) -> None:
         """Writes `array` to a file beside the records."""
-        path = self.folder / name
-        part = _part(path)
-        with part.open("wb") as file:
+        with _made(self.folder / name) as part, part.open("wb") as file:
             np.save(file, array)
-        part.replace(path)
 
     @property
     def pending(self) -> list[Shard]:
@@ -137,27 +137,26 @@ class Build:
     def write(self, shard: Shard, made: Iterable[Sequence[records.Example] | Rejected], tick: Tick) -> None:
         """Writes the results of a shard's items; calls `tick` after each item."""
         path = self._path(shard)
-        part = _part(path)
         count = size = 0
         rejected = []
-        writer = ArrayRecordWriter(str(part), records.WRITER_OPTIONS)
-        try:
-            for item in made:
-                if isinstance(item, Rejected):
-                    rejected.append(vars(item))
-                    print(f"skipped {item.id}: {item.reason}", file=sys.stderr, flush=True)
-                else:
-                    for example in item:
-                        record = records.serialize(self._features, example)
-                        writer.write(record)
-                        count += 1
-                        size += len(record)
-                tick()
-        finally:
-            writer.close()
-        with part.open("rb") as file:  # the manifest must not reach the disk before its shard
-            os.fsync(file.fileno())
-        part.replace(path)
+        with _made(path) as part:
+            writer = ArrayRecordWriter(str(part), records.WRITER_OPTIONS)
+            try:
+                for item in made:
+                    if isinstance(item, Rejected):
+                        rejected.append(vars(item))
+                        print(f"skipped {item.id}: {item.reason}", file=sys.stderr, flush=True)
+                    else:
+                        for example in item:
+                            record = records.serialize(self._features, example)
+                            writer.write(record)
+                            count += 1
+                            size += len(record)
+                    tick()
+            finally:
+                writer.close()
+            with part.open("rb") as file:  # the manifest must not reach the disk before its shard
+                os.fsync(file.fileno())
         facts = {"records": count, "bytes": size, "file": path.stat().st_size, "rejected": rejected}
         _write(self.folder / MANIFESTS / f"{shard.name}.json", json.dumps(facts))
 
@@ -204,11 +203,12 @@ class Build:
         _write(self.folder / REJECTED, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in refused))
         _write(self.folder / records.BUCKETS, json.dumps(buckets))
         records.write_metadata(self.folder, self._features, infos)
-        for left in self.folder.rglob(".*"):
-            left.unlink(missing_ok=True)
-        if self.out.is_dir():
-            self.out.rmdir()  # checked to be empty
-        os.rename(self.folder, self.out)
+        if self.folder != self.out:
+            for left in self.folder.rglob(".*"):
+                left.unlink(missing_ok=True)
+            if self.out.is_dir():
+                self.out.rmdir()  # checked to be empty
+            os.rename(self.folder, self.out)
         return {
             "records": sum(manifest["records"] for manifest in done),
             "rejected": len(refused),
@@ -218,7 +218,7 @@ class Build:
     def _path(self, shard: Shard) -> Path:
         template = records.shard_template(self.folder, self.out.name, shard.split)
         total = sum(other.split == shard.split for other in self.shards)
-        return Path(template.sharded_filepath(shard_index=shard.index, num_shards=total))
+        return location(template.sharded_filepath(shard_index=shard.index, num_shards=total))
 
     def _manifest(self, shard: Shard) -> dict[str, Any] | None:
         """Reads a shard's manifest; None unless the shard's file exists with the manifest's size."""
@@ -258,7 +258,7 @@ def run(build: Build, make: Make, unit: str, *, every: float = 10.0) -> None:
             f"({REJECTED}); here {figures}",
             flush=True,
         )
-    elif not build.out.is_dir() and (missing := build.missing()):
+    elif not (build.out / "dataset_info.json").is_file() and (missing := build.missing()):
         print(
             f"{build.folder}: {figures}; {len(missing)} shards of other hosts are missing, the first {missing[0]}: "
             "when all are in this folder, run the command once more",
@@ -276,7 +276,18 @@ def _part(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
 
 
+@contextmanager
+def _made(path: Path) -> Iterator[Path]:
+    """A local path to write to, which becomes `path` at the end; several hosts may write the same."""
+    if is_remote(path):
+        with replacing(path) as part:
+            yield part
+    else:
+        part = _part(path)
+        yield part
+        part.replace(path)
+
+
 def _write(path: Path, text: str) -> None:
-    part = _part(path)
-    part.write_text(text)
-    part.replace(path)
+    with _made(path) as part:
+        part.write_text(text)

@@ -8,11 +8,11 @@ config.json and weights. Exit code 2 for input that cannot be used, with one lin
 
 import argparse
 import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 
 from helios_jax import lora, pretrained
+from helios_jax.locations import argument
 from helios_jax.models.transformer import Transformer, TransformerConfig
 
 
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m helios_jax.lora", description="Merge LoRA files into a model.")
     parser.add_argument("model", help="a diffusers folder or a hub name")
-    parser.add_argument("out", type=Path, help="the folder to write the transformer to")
+    parser.add_argument("out", type=argument, help="the folder to write the transformer to")
     parser.add_argument(
         "--lora", action="append", required=True, metavar="FILE[=SCALE]", help="file or hub name; may be repeated"
     )

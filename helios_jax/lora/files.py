@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from helios_jax.locations import LocationError, is_remote, location
 from helios_jax.lora.keys import IMAGE, part_of
 from helios_jax.pretrained import CheckpointError, read_json
 from helios_jax.pretrained.configs import parse_json
@@ -89,14 +90,14 @@ def file_and_scale(text: str) -> tuple[str, float]:
     ends before it.
     """
     name, equals, scale = text.rpartition("=")
-    if not equals or Path(text).exists():
+    if not equals or location(text).exists():
         return text, 1.0
     try:
         return name, check_scale(float(scale), f"LoRA {text}")
     except ValueError as error:
         if "finite" in str(error):
             raise
-    if name.endswith(".safetensors") or Path(name).exists():
+    if name.endswith(".safetensors") or location(name).exists():
         raise ValueError(f"LoRA {text}: the scale after = is not a number")
     return text, 1.0
 
@@ -115,11 +116,16 @@ def from_arrays(arrays: Mapping[str, Any], config: Mapping[str, Any] | None = No
 
 def _find(name: str | Path, weight_name: str | None, revision: str | None) -> Path:
     """The file of `name`, downloaded if it is on the hub."""
-    path = Path(name)
+    try:
+        path = location(name)
+    except LocationError as error:
+        raise CheckpointError(str(error)) from None
     if path.is_file():
         return path
     if path.is_dir():
         return path / (weight_name or _guess(name, [file.name for file in path.iterdir()]))
+    if is_remote(path):
+        raise CheckpointError(f"no file {name}: give a LoRA's safetensors file or its folder")
     repository = str(name)
     if path.suffix == ".safetensors":
         # A path whose first folder is here is a file that is missing, rather than one on the hub.

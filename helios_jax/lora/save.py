@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from helios_jax.locations import location
 from helios_jax.lora.adapters import LoRA, Target, check_names, module_at, names, targets
 from helios_jax.lora.files import METADATA, WEIGHTS
 from helios_jax.pretrained import files
@@ -37,7 +38,7 @@ def save(model: nnx.Module, path: Path | str, name: str | None = None, *, dtype:
         raise ValueError(f"which adapter is to be saved? There is {', '.join(known) or 'none'}")
     name = name or known[0]
     check_names([name], known)
-    path = Path(path)
+    path = location(path)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS[0]
 
     found: dict[str, tuple[Target, LoRA]] = {}

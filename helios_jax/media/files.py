@@ -1,12 +1,12 @@
-"""Checks of the paths of media files, and files that are replaced as a whole."""
+"""Checks of the paths of media files."""
 
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
+
+from helios_jax.locations import is_remote
 
 Kind = Literal["missing", "file", "folder", "special"]
 
@@ -35,7 +35,7 @@ def check_readable(path: Path, example: str) -> None:
         raise ValueError(f"{path}: is a folder; name {example}")
     if kind == "special":  # reading from a FIFO would wait for ever
         raise ValueError(f"{path}: is a device or a pipe, not a regular file; name {example}")
-    if not os.access(path, os.R_OK):
+    if not is_remote(path) and not os.access(path, os.R_OK):
         raise ValueError(f"{path}: reading it is not permitted; name {example}")
 
 
@@ -48,7 +48,7 @@ def check_writable(path: Path) -> None:
     if kind == "special":
         raise ValueError(f"{path}: is a device or a pipe; only regular files are written, name another file")
     check_folder(path.parent, path)
-    if kind == "file" and not os.access(path, os.W_OK):
+    if kind == "file" and not is_remote(path) and not os.access(path, os.W_OK):
         raise ValueError(f"{path}: writing there is not permitted; name another folder")
 
 
@@ -61,35 +61,17 @@ def check_folder(folder: Path, path: Path | None = None) -> None:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{_short(path or folder)}: {which} ({reason}); name another folder") from None
     try:  # permissions alone do not tell: the superuser has all of them, in /proc, too
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        if is_remote(folder):
+            probe = folder / f".probe.{os.uname().nodename}.{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        else:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
     except OSError as error:
         raise ValueError(
             f"{path or folder}: writing there is not permitted ({error.strerror}); name another folder"
         ) from None
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which replaces `path` at the end. On an error `path` stays as it was, and nothing is left.
-
-    Raises OSError with `path` in its text if writing fails.
-    """
-    part = _part(path)
-    try:
-        yield part
-        part.replace(path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise write_error(error, path) from None
-        raise
-
-
-def write_error(error: OSError, path: Path) -> OSError:
-    """The error of a failed write, with the path in its text."""
-    reason = f"{error.strerror or error}; what was whole before is kept"
-    return OSError(error.errno or 0, reason, str(path))
 
 
 def _part(path: Path) -> Path:

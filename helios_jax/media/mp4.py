@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, BinaryIO, NoReturn
 import numpy as np
 from jaxtyping import UInt8
 
-from helios_jax.media.files import check_writable, kind_of, write_error
+from helios_jax.locations import write_error
+from helios_jax.media.files import check_writable, kind_of
 
 if TYPE_CHECKING:
     import av

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from helios_jax.media.files import check_writable, kind_of, replacing
+from helios_jax.locations import Mirror, is_remote, location, replacing
+from helios_jax.media.files import check_writable, kind_of
 from helios_jax.media.mp4 import VideoWriter
 
 Format = Literal["mp4", "png", "npz"]
@@ -46,7 +47,7 @@ class FrameWriter:
     takes = "np"
 
     def __init__(self, path: str | os.PathLike, keep: int = 0):
-        self.path = Path(path)
+        self.path = location(path)
         self.frames = 0
         kind = kind_of(self.path)
         if kind in ("file", "special"):
@@ -83,7 +84,7 @@ class LatentWriter:
     takes = "latent"
 
     def __init__(self, path: str | os.PathLike, keep: int = 0):
-        self.path = Path(path)
+        self.path = location(path)
         self._chunks: list[np.ndarray] = []
         check_writable(self.path)
         if keep and kind_of(self.path) == "file":
@@ -163,9 +164,47 @@ class ThreadedWriter:
             raise
 
 
+class BucketWriter:
+    """Writes as `open_writer` does, to a temporary local file or folder, and copies it to the bucket after every chunk.
+
+    Only frames that are new are copied; an mp4 or npz is copied whole, as a bucket's files cannot grow.
+    """
+
+    def __init__(self, path: str | os.PathLike, fps: float, height: int, width: int, keep: int):
+        self.path = location(path)
+        self._mirror = Mirror(self.path.parent)
+        local = self._mirror.folder / self.path.name
+        for frame in self.path.glob("*.png") if self.path.is_dir() else ():
+            if keep:
+                self._mirror.take(f"{self.path.name}/{frame.name}")
+            else:
+                local.mkdir(exist_ok=True)
+                (local / frame.name).touch()
+        if keep:
+            self._mirror.take(self.path.name)
+        try:
+            self._writer = open_writer(local, fps, height, width, keep)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(local), str(self.path))) from None
+        self.takes = self._writer.takes
+        self.frames = self._kept = self._writer.frames
+
+    def write(self, chunk: Any) -> None:
+        if self.frames == self._kept:
+            remove_frames(self.path, self._kept)
+        self._writer.write(chunk)
+        self.frames = self._writer.frames
+        self._mirror.sync(now=True)
+
+    def close(self) -> None:
+        """Completes the file in the bucket, if anything was written."""
+        self._writer.close()
+        self._mirror.close()
+
+
 def file_format(path: str | os.PathLike, chosen: Format | None) -> Format:
     """Output format by the suffix of `path`; `chosen` must agree if given. Raises ValueError."""
-    suffix = Path(path).suffix.lower()
+    suffix = location(path).suffix.lower()
     by_suffix: dict[str, Format] = {".mp4": "mp4", ".npz": "npz", "": "png"}
     if suffix not in by_suffix:
         raise ValueError(f"{path}: unknown suffix {suffix!r}; name .mp4, .npz (latents), or a folder (PNG frames)")
@@ -179,6 +218,8 @@ def file_format(path: str | os.PathLike, chosen: Format | None) -> Format:
 def open_writer(path: str | os.PathLike, fps: float, height: int, width: int, keep: int = 0) -> Writer:
     """The writer for `path`. Raises ValueError before anything is written if the writer cannot work."""
     kind = file_format(path, None)
+    if is_remote(path):
+        return BucketWriter(path, fps, height, width, keep)
     if kind == "png":
         return FrameWriter(path, keep)
     return LatentWriter(path, keep) if kind == "npz" else VideoWriter(path, fps, height, width, keep)
@@ -193,7 +234,7 @@ def remove_frames(folder: Path, first: int = 0) -> None:
 
 def sidecar(path: str | os.PathLike) -> Path:
     """Path of a video's JSON: x.json beside x.mp4, x.npz or the folder x."""
-    path = Path(path)
+    path = location(path)
     return path.with_suffix(".json") if path.suffix in (".mp4", ".npz") else path.with_name(f"{path.name}.json")
 
 

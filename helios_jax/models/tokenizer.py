@@ -3,13 +3,14 @@
 import html
 import json
 import re
-import shutil
 import warnings
 from pathlib import Path
 
 import ftfy
 import numpy as np
 import tokenizers
+
+from helios_jax.locations import location
 
 PAD, END = 0, 1
 LIMIT = 512  # tokens of a prompt
@@ -44,12 +45,12 @@ class Tokenizer:
         Raises:
             ValueError: the file is missing or broken, or it is not a tokenizer with `<pad>` 0 that ends with `</s>` 1.
         """
-        folder = Path(folder)
+        folder = location(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{path} is missing: copy the tokenizer folder of a Helios or Wan 2.1 checkpoint")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the package raises nothing narrower
             raise ValueError(f"{path} is not a tokenizer ({error}): download it again") from None
         for token, number in (("<pad>", PAD), ("</s>", END)):
@@ -89,12 +90,12 @@ class Tokenizer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies the tokenizer's files to `folder`."""
-        folder = Path(folder)
+        folder = location(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in FILES:
             source = self._folder / name
             if source.is_file() and source.resolve() != (folder / name).resolve():
-                shutil.copyfile(source, folder / name)
+                (folder / name).write_bytes(source.read_bytes())
 
 
 def _encoded(backend: tokenizers.Tokenizer, path: Path) -> list[int]:

@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 
 from helios_jax import pretrained
+from helios_jax.locations import argument
 from helios_jax.precompute import tasks
 from helios_jax.precompute.clips import SIZES, Selection, Size
 from helios_jax.precompute.encode import NEGATIVE_PROMPT, NEGATIVE_TEXT, TextEmbedder, VideoEncoder
@@ -43,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     except (CheckpointError, FileNotFoundError, FileExistsError, ValueError) as error:
         print(f"precompute: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full disk, or a bucket that does not answer
+        print(f"precompute: {error}; the same command goes on", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"precompute: interrupted; the same command goes on with {args.out}", file=sys.stderr)
         return 130
@@ -153,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     def task(name: str, run, text: str, *, shard_size: int = 64, batch: str | None = None) -> argparse.ArgumentParser:
         sub = found.add_parser(name, help=text, description=text, formatter_class=_Help)
         sub.set_defaults(run=run)
-        sub.add_argument("--out", type=Path, required=True, help="folder to make; it must be empty or absent")
+        sub.add_argument("--out", type=argument, required=True, help="folder to make; it must be empty or absent")
         sub.add_argument(
             "--negative-prompt", default=NEGATIVE_PROMPT, help=f"text whose embedding is written to {NEGATIVE_TEXT}"
         )
@@ -170,15 +174,17 @@ def _parser() -> argparse.ArgumentParser:
     def networks(sub: argparse.ArgumentParser, vae: bool = True) -> None:
         sub.add_argument("--model", help="diffusers folder or hub name with all networks")
         if vae:
-            sub.add_argument("--vae", type=Path, help="folder with the VAE's config.json and weights")
-        sub.add_argument("--text", type=Path, help="folder with text_encoder/ and tokenizer/")
+            sub.add_argument("--vae", type=argument, help="folder with the VAE's config.json and weights")
+        sub.add_argument("--text", type=argument, help="folder with text_encoder/ and tokenizer/")
         sub.add_argument("--max-length", type=int, help="tokens of a caption (default: what the tokenizer allows)")
 
     sub = task(
         "clips", _clips, "latents and embeddings of the clips in JSON lists", batch="chunks per device at a time"
     )
-    sub.add_argument("--json", type=Path, required=True, nargs="+", help="upstream's lists: cut, crop, fps, cap, path")
-    sub.add_argument("--root", type=Path, help="folder that paths are relative to (default: each list's own)")
+    sub.add_argument(
+        "--json", type=argument, required=True, nargs="+", help="upstream's lists: cut, crop, fps, cap, path"
+    )
+    sub.add_argument("--root", type=argument, help="folder that paths are relative to (default: each list's own)")
     networks(sub)
     sub.add_argument(
         "--size", nargs="+", default=["384x640"], help="HEIGHTxWIDTH of the buckets; all: upstream's sizes"
@@ -200,16 +206,20 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--readers", type=int, default=2, help="number of clips decoded at a time")
 
     sub = task("videos", _videos, "latents and embeddings of a dataset of pixels", batch="chunks per device at a time")
-    sub.add_argument("--videos", type=Path, required=True, help="a dataset of pixels and captions")
+    sub.add_argument("--videos", type=argument, required=True, help="a dataset of pixels and captions")
     networks(sub)
 
     sub = task("text", _prompts, "embeddings of prompts alone")
-    sub.add_argument("--prompts", type=Path, required=True, nargs="+", help=".txt with one prompt per line, or .csv")
+    sub.add_argument(
+        "--prompts", type=argument, required=True, nargs="+", help=".txt with one prompt per line, or .csv"
+    )
     networks(sub, vae=False)
 
     sub = task("ode", _ode, "ODE pairs of a teacher", shard_size=8, batch="prompts per copy of the model at a time")
     default = Settings()
-    sub.add_argument("--prompts", type=Path, required=True, nargs="+", help=".txt with one prompt per line, or .csv")
+    sub.add_argument(
+        "--prompts", type=argument, required=True, nargs="+", help=".txt with one prompt per line, or .csv"
+    )
     sub.add_argument("--model", required=True, help="diffusers folder or hub name of the teacher, such as Helios-Mid")
     sub.add_argument("--transformer", default="transformer", help="subfolder of the transformer")
     sub.add_argument("--size", default=f"{default.height}x{default.width}", help="HEIGHTxWIDTH of the videos")

@@ -21,6 +21,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from helios_jax.data.shards import Rejected
+from helios_jax.locations import is_remote, local_copy, location
 from helios_jax.media.video import frames_at
 
 Size = tuple[int, int]
@@ -105,8 +106,9 @@ def read_clip(clip: Clip) -> UInt8[np.ndarray, "k f h w 3"]:
     """A clip's chunks at its size. Raises FileNotFoundError or ValueError, in one line, for an unusable file."""
     count = clip.chunks * clip.chunk_frames
     out = np.empty((count, *clip.size, 3), np.uint8)
-    for i, frame in enumerate(frames_at(clip.file, _numbers(clip.first, clip.step, count))):
-        out[i] = fit(frame, clip.crop, clip.size)
+    with local_copy(location(clip.file)) as file:
+        for i, frame in enumerate(frames_at(file, _numbers(clip.first, clip.step, count))):
+            out[i] = fit(frame, clip.crop, clip.size)
     return out.reshape(clip.chunks, clip.chunk_frames, *clip.size, 3)
 
 
@@ -164,7 +166,7 @@ def _clip(entry: Any, root: Path, selection: Selection) -> Clip:
         raise ValueError(f"{frames} frames are fewer than --min-frames {selection.min_frames}")
     return Clip(
         id=f"{Path(path).with_suffix('')}_{first}-{last}",
-        file=str(root / path),
+        file=str(location(path) if is_remote(path) else root / path),
         caption=caption,
         first=first,
         step=step,

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from helios_jax.locations import LocationError, is_remote, location
 from helios_jax.pretrained.configs import read_json
 from helios_jax.pretrained.errors import CheckpointError
 from helios_jax.pretrained.hub import check_hub_name, from_hub, list_files
@@ -20,7 +21,10 @@ def local(name: str | Path) -> Path:
     A name that begins with helios_jax/, such as helios_jax/assets/toy, is taken in the installed package when there is
     no such folder here, so that configs name the embedded model alike in a checkout and outside it.
     """
-    folder = Path(name)
+    try:
+        folder = location(name)
+    except LocationError as error:
+        raise CheckpointError(str(error)) from None
     if folder.parts[:1] == (PACKAGE.name,) and not folder.exists():
         return PACKAGE.parent / folder
     return folder
@@ -38,8 +42,13 @@ def resolve(name: str | Path, parts: Sequence[str] | None = None, revision: str 
         CheckpointError: there is no such folder, and the hub has no such repository or cannot be reached.
     """
     folder = local(name)
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+        if is_remote(folder):
+            raise CheckpointError(f"no folder {name}: give a diffusers folder")
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error.strerror or error}") from None
     if folder.is_file():
         raise CheckpointError(f"{name} is one file, not a diffusers folder: {SINGLE}, or give a LoRA as such")
     check_hub_name(name)

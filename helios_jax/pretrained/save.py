@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
+from helios_jax.locations import location
 from helios_jax.models.layers import Layout
 from helios_jax.pretrained import files
 from helios_jax.pretrained.configs import write_config
@@ -35,7 +36,7 @@ def save_model(
         dtype: what is written, but for the class's `FLOAT32` islands; None writes what the model has.
         max_shard_size: bytes, or a string such as "5GB", that no file exceeds unless one tensor alone does.
     """
-    folder = Path(folder)
+    folder = location(folder)
     values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     entries = file_entries(model)
     shards = plan_shards(model, config, dtype=dtype, max_shard_size=max_shard_size)
@@ -87,7 +88,7 @@ def write_index(folder: Path, config: Any, shards: Mapping[str, Mapping[str, fil
 def _remove_weights(folder: Path, stem: str) -> None:
     """Removes old weights: a leftover index or shard would be loaded with the new weights, or instead of them."""
     pattern = re.compile(rf"{re.escape(stem)}(-\d{{5}}-of-\d{{5}})?\.safetensors(\.index\.json)?")
-    for path in folder.iterdir():
+    for path in folder.iterdir() if folder.is_dir() else ():
         if pattern.fullmatch(path.name):
             path.unlink()
 

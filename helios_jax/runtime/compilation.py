@@ -8,14 +8,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from helios_jax.locations import check_locations
+
 # cuDNN convolves channels-last without transposes, and cublasLt adds bias and GELU to a product itself, which Triton's
 # products would leave to another kernel.
 GPU_OPTIONS = {"xla_gpu_force_conv_nhwc": True, "xla_gpu_enable_triton_gemm": False}
 
 
 def enable_cache() -> None:
-    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, or in helios_jax/ of the user's cache folder."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, or in helios_jax/ of the user's cache folder.
+
+    Raises LocationError for a folder that is no place.
+    """
+    named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if named:
+        check_locations(JAX_COMPILATION_CACHE_DIR=named)
+    elif named is None:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "helios_jax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

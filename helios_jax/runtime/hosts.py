@@ -18,10 +18,10 @@ import time
 from typing import Any, NoReturn
 
 import jax
-from etils import epath
 from jax._src import clusters, distributed  # the clusters and the store have no public names
 from jax.experimental import multihost_utils
 
+from helios_jax.locations import location
 from helios_jax.runtime import interrupts
 
 BEAT = 1.0  # seconds between two signs of life
@@ -103,7 +103,7 @@ def check_shared(folder: str, key: str) -> None:
     if not several():
         return
     name = of_first(f"shared/{key}/name", f".host.{os.getpid()}.{time.time_ns()}")
-    path = epath.Path(folder) / name
+    path = location(folder) / name
     first = jax.process_index() == 0
     absent = not path.parent.exists()
     if first:

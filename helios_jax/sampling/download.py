@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from helios_jax.locations import PACKAGES, LocationError, local_copy, location
 from helios_jax.runtime import interrupts
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,15 @@ def local(name: str | os.PathLike, kind: str) -> Iterator[Path]:
     What is raised about the temporary file names the address instead.
     """
     if not is_url(name):
-        if (scheme := SCHEME.match(str(name))) and not Path(name).exists():
-            raise ValueError(f"{name}: {scheme[1]} is not read; name a file, or an address of http or https")
-        yield Path(name)
+        try:
+            path = location(name)
+        except LocationError as error:
+            if not (scheme := SCHEME.match(str(name))) or scheme[1] in PACKAGES:
+                raise
+            text = f"{name}: {scheme[1]} is not read; name a file, or an address of http or https"
+            raise ValueError(text) from error
+        with local_copy(path) as file:
+            yield file
         return
     with tempfile.NamedTemporaryFile(prefix="helios-") as file, interrupts.temporary(file.name):
         log.info("downloading %s", name)

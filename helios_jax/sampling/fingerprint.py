@@ -5,6 +5,9 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from helios_jax.locations import location
+from helios_jax.sampling.download import is_url
+
 SAMPLE = 2**20
 PATTERNS = ("*.safetensors", "*.json", "*.model")  # weights, configs and tokenizers
 
@@ -44,7 +47,9 @@ def content_hash(name: str) -> str | None:
 
     Of a URL it is the text: what it names is not loaded for this.
     """
-    path = Path(name)
+    if is_url(name):
+        return hashlib.sha256(name.encode()).hexdigest()
+    path = location(name)
     try:
         if path.is_dir():
             lines = [f"{part.name} {content_hash(str(part))}" for part in sorted(path.iterdir()) if part.is_file()]
@@ -52,4 +57,4 @@ def content_hash(name: str) -> str | None:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
-        return hashlib.sha256(name.encode()).hexdigest() if "://" in name else None
+        return None

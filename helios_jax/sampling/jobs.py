@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helios_jax.config import ConfigError, to_dict
+from helios_jax.locations import is_remote, location
 from helios_jax.media.writers import Format, file_format, read_sidecar, sidecar
 from helios_jax.sampling import table
 from helios_jax.sampling.download import is_url
@@ -80,7 +81,7 @@ def make_jobs(config: SampleConfig, chunk_frames: int, weights: Mapping[str, Any
         names = [("video", "", config)]
     else:
         kind = config.format or "mp4"
-        if Path(config.out).suffix:
+        if location(config.out).suffix:
             raise ConfigError(f"out: {config.out} must be a folder for the videos of {config.csv}, without a suffix")
         names = [(f"id {row}", row, one) for row, one in _rows(config, chunk_frames)]
     return [
@@ -99,19 +100,19 @@ def _out(config: SampleConfig, one: SampleConfig, row: str, seed: int, kind: For
     several = f"_seed{seed}" if config.num_videos_per_prompt > 1 else ""
     suffix = "" if kind == "png" else f".{kind}"
     if config.csv is None:
-        path = Path(config.out)
+        path = location(config.out)
         return path.with_name(f"{path.stem}{several}{suffix}")
     if config.naming == "heliosbench":
         if several:
             raise ConfigError("naming: heliosbench has one video per prompt; set num_videos_per_prompt to 1")
-        return Path(config.out) / f"{row}_{one.num_frames}_ori{one.num_frames}{suffix}"
-    return Path(config.out) / f"{row}{several}{suffix}"
+        return location(config.out) / f"{row}_{one.num_frames}_ori{one.num_frames}{suffix}"
+    return location(config.out) / f"{row}{several}{suffix}"
 
 
 def _rows(config: SampleConfig, chunk_frames: int) -> Iterator[tuple[str, SampleConfig]]:
     """Each video of the CSV: its id and its config."""
     assert config.csv is not None
-    videos = {rows[0].fields["id"]: rows for rows in table.read(Path(config.csv))}
+    videos = {rows[0].fields["id"]: rows for rows in table.read(location(config.csv))}
     if config.ids is not None:
         if missing := set(config.ids) - set(videos):
             raise ConfigError(f"ids: {config.csv} has no id {sorted(missing)[0]}")
@@ -129,7 +130,7 @@ def _one(config: SampleConfig, rows: list[table.Row], chunk_frames: int) -> Samp
     first = rows[0]
     prompts = [row.get("refined_prompt", "prompt") for row in rows]
     given: dict[str, Any] = {
-        name: value if is_url(value) else str(first.path.parent / value)
+        name: value if is_url(value) or is_remote(value) else str(first.path.parent / value)
         for column, name in table.INPUTS.items()
         if (value := first.get(column))
     }

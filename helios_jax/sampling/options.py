@@ -8,11 +8,11 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from helios_jax.config import nearest
 from helios_jax.config_types import got, unreadable
+from helios_jax.locations import check_locations, location
 from helios_jax.runtime.seeds import checked
 
 # More than anyone waits for; numbers past them would overflow or fill the memory before a message.
@@ -261,7 +261,9 @@ class SampleConfig(SamplingOptions):
         for name in PATHS:
             if (path := getattr(self, name)) is not None:
                 _is_text(**{name: path})
-                if not path.strip() or (name in ("out", "state") and not Path(path).name):  # "/" and "."
+                if name not in ("image", "video"):  # which can be addresses, too (`sampling.download`)
+                    check_locations(**{name: path}, local=name == "profile")  # jax writes a profile locally
+                if not path.strip() or (name in ("out", "state") and not location(path).name):  # "/" and "."
                     raise ValueError(f"{name} must name a file or a folder, got {path!r}")
                 setattr(self, name, os.path.expanduser(path))
         _is_text(prompt=self.prompt, negative_prompt=self.negative_prompt)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 from helios_jax import lora
 from helios_jax.config import ConfigError
+from helios_jax.locations import is_remote, location
 from helios_jax.media.files import check_folder, check_writable
 from helios_jax.media.writers import read_sidecar, sidecar
 from helios_jax.runtime import interrupts
+from helios_jax.sampling.download import is_url
 from helios_jax.sampling.jobs import Job
 
 
@@ -23,9 +25,9 @@ def check(job: Job, *, goes_on: bool = False) -> None:
     config = job.config
     written = {"out": job.out, "the JSON beside it": sidecar(job.out)}
     if config.state is not None:
-        written["state"] = Path(config.state)
+        written["state"] = location(config.state)
     if config.profile is not None:
-        written["profile"] = Path(config.profile)
+        written["profile"] = location(config.profile)
     read = {"image": config.image, "video": config.video, "resume": config.resume}
     read |= {f"lora {i + 1}": lora.file_and_scale(text)[0] for i, text in enumerate(config.loras)}
     places: dict[Path, str] = {}
@@ -33,14 +35,14 @@ def check(job: Job, *, goes_on: bool = False) -> None:
         if (other := places.setdefault(path.resolve(), name)) != name:
             raise ConfigError(f"{name}: {path} is also {other}: name another file")
     for name, path in read.items():
-        target = None if path is None else places.get(Path(path).resolve())
+        target = None if path is None or is_url(path) else places.get(location(path).resolve())
         if target is not None and (target, name) != ("state", "resume"):
             raise ConfigError(f"{target}: {path} is the run's {name}, and would be overwritten: name another file")
-    for path in (_lock(job.out), sidecar(job.out), None if config.state is None else Path(config.state)):
-        if path is not None:
-            check_writable(path)
+    checked = [None if is_remote(job.out) else _lock(job.out), sidecar(job.out), written.get("state")]
+    for path in filter(None, checked):
+        check_writable(path)
     if config.profile is not None:
-        check_folder(Path(config.profile))
+        check_folder(location(config.profile))
     if config.overwrite or goes_on:
         return
     if _made(job.out) and not is_rest_of(job):
@@ -53,7 +55,7 @@ def check(job: Job, *, goes_on: bool = False) -> None:
         raise ConfigError(
             f"out: {facts}, where the facts of the video go, is another file: name another out, or --overwrite"
         )
-    if config.state is not None and Path(config.state).exists() and not _same(config.state, config.resume):
+    if config.state is not None and location(config.state).exists() and not _same(config.state, config.resume):
         raise ConfigError(
             f"state: {config.state} is there already: go on from it by --resume, name another file, or --overwrite"
         )
@@ -69,8 +71,11 @@ def is_rest_of(job: Job) -> bool:
 def claim(path: Path) -> Iterator[bool]:
     """Holds the video at `path` for this process: False if another process is making it, which may be one that ends.
 
-    The lock lies beside the video, and goes with the process, however that ends.
+    The lock lies beside the video, and goes with the process, however that ends. A bucket has no locks.
     """
+    if is_remote(path):
+        yield True
+        return
     lock = _lock(path)
     lock.parent.mkdir(parents=True, exist_ok=True)
     while True:
@@ -108,4 +113,4 @@ def _made(path: Path) -> bool:
 
 
 def _same(one: str, other: str | None) -> bool:
-    return other is not None and Path(one).resolve() == Path(other).resolve()
+    return other is not None and location(one).resolve() == location(other).resolve()

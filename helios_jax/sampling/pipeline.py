@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from helios_jax import pretrained
 from helios_jax.diffusion.schedule import SchedulerConfig
+from helios_jax.locations import location
 from helios_jax.models.ops.choices import Attention, Implementations, Norms
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.transformer import Transformer, TransformerConfig
@@ -112,7 +113,7 @@ class HeliosPipeline:
 
     def save_pretrained(self, folder: str | Path, *, dtype: Any = None, max_shard_size: int | str = "5GB") -> None:
         """Writes the pipeline as a folder that this class and diffusers load, tensor by tensor."""
-        folder = Path(folder)
+        folder = location(folder)
         for name in ("transformer", "vae", "text_encoder"):
             model = getattr(self, name)
             pretrained.save_model(model, model.config, folder / name, dtype=dtype, max_shard_size=max_shard_size)

@@ -8,13 +8,13 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from helios_jax import lora
 from helios_jax.config import ConfigError
+from helios_jax.locations import location
 from helios_jax.media.writers import ThreadedWriter, Writer, open_writer, remove_frames, sidecar, write_sidecar
 from helios_jax.models.transformer import Transformer
 from helios_jax.runtime import interrupts
@@ -48,7 +48,7 @@ def run(config: SampleConfig) -> int:
     lora.check(Transformer.abstract(checkpoint.transformer), files)
     hashes: dict[str, Any] = {"weights": checkpoint.hash()}
     if files:
-        hashes["loras"] = [f"{file_hash(Path(file.source))}={scales[i]}" for i, file in files.items()]
+        hashes["loras"] = [f"{file_hash(location(file.source))}={scales[i]}" for i, file in files.items()]
     jobs = make_jobs(config, chunk_frames(config, checkpoint.vae), hashes)
     todo = [job for job in jobs if config.csv is None or not job.done()]
     if config.csv is not None:

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +16,8 @@ from safetensors.numpy import save_file
 
 from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, Level
 from helios_jax.diffusion.memory import History
-from helios_jax.media.files import kind_of, replacing
+from helios_jax.locations import local_copy, location, replacing
+from helios_jax.media.files import kind_of
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling import sampler
 from helios_jax.sampling.noise import Noise, SeededNoise, draw
@@ -193,7 +193,7 @@ class Snapshot:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the file, which is whole or absent. Raises OSError, which names it, if that fails."""
         history = {name: np.asarray(getattr(self.history, name)) for name in _HISTORY}
-        path = Path(path)
+        path = location(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as part:
             try:
@@ -218,11 +218,11 @@ class State:
 
 def read_state(path: str | os.PathLike) -> State:
     """Raises ValueError, in one line, for a file that is missing, broken or of another kind."""
-    path = Path(path)
+    path = location(path)
     if kind_of(path) in ("folder", "special"):  # reading from a pipe would wait for ever
         raise ValueError(f"{path}: not the state of a stream; name a file that save_state wrote")
     try:
-        with safe_open(path, "numpy") as file:
+        with local_copy(path) as copy, safe_open(copy, "numpy") as file:
             told = file.metadata() or {}
             if f'"{STATE_FORMAT}"' not in told.get("state", ""):
                 raise ValueError(f"{path}: not the state of a stream; name a file that save_state wrote")

@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error, 2)
     # After the arguments: jax takes seconds to import.
     from helios_jax.data.records import one_line
+    from helios_jax.locations import LocationError
     from helios_jax.pretrained import CheckpointError
     from helios_jax.runtime import hosts
     from helios_jax.runtime.compilation import enable_cache
@@ -96,7 +97,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = CurrentStderr()
     logging.getLogger().addHandler(handler)
     logging.getLogger("helios_jax").setLevel(logging.INFO)
-    enable_cache()
     watch = None
 
     def end(error: Exception, code: int) -> int:
@@ -108,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("default", UserWarning)
         warnings.showwarning = show
         try:
+            enable_cache()
             stage = make_stage(load_config(args.config, args.overrides))
             hosts.join(stage.config.mesh.processes)
             watch = hosts.Watch(program_name("train.py")) if hosts.several() else None
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         except RunError as error:
             return end(error, 1)
-        except (ConfigError, RestoreError, CheckpointError, hosts.JoinError) as error:
+        except (ConfigError, LocationError, RestoreError, CheckpointError, hosts.JoinError) as error:
             return end(error, 2)
         except Exception as error:
             if is_out_of_memory(error):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from helios_jax.config import ConfigError
+from helios_jax.locations import is_remote
 
 
 class RunError(Exception):
@@ -42,17 +43,20 @@ def writing(path: str | Path) -> Iterator[None]:
 
 def check_folder(folder: Path, key: str) -> None:
     """Raises ConfigError unless files can be made in `folder`; leaves nothing there, also no new folder."""
-    absent = [path for path in (folder, *folder.parents) if not path.exists()]
+    # The folders of a bucket are names alone: there is none to make.
+    absent = [] if is_remote(folder) else [path for path in (folder, *folder.parents) if not path.exists()]
     made: list[Path] = []
     try:
         for path in reversed(absent):
             path.mkdir()
             made.append(path)
-        probe = folder / f".probe.{os.getpid()}"
+        probe = folder / f".probe.{os.uname().nodename}.{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        blocking = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+        blocking = None
+        if not is_remote(folder):
+            blocking = next((path for path in (folder, *folder.parents) if path.is_file()), None)
         reason = f"{blocking} is a file" if blocking is not None else error.strerror or error
         raise ConfigError(
             f"{key}: {folder} cannot be written: {reason}; name another folder, as in {key}=..."

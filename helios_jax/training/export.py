@@ -1,12 +1,12 @@
 """The end of a run that trains the transformer: a diffusers folder of it, and of the parts around it."""
 
-import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from helios_jax import lora, pretrained
+from helios_jax.locations import copy_tree
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling.checkpoint import write_index
 from helios_jax.training.flow_config import FlowTrainConfig
@@ -31,7 +31,7 @@ def export_pipeline(model: Transformer, config: FlowTrainConfig, folder: Path) -
         return
     if checkpoint is not None:
         for part in COPIED:
-            shutil.copytree(checkpoint.folder / part, out / part, dirs_exist_ok=True)
+            copy_tree(checkpoint.folder / part, out / part)
         pretrained.write_config(checkpoint.scheduler, out / "scheduler", "scheduler_config.json")
         write_index(out, checkpoint.scheduler, checkpoint.variant)
     print(f"exported {out}", flush=True)

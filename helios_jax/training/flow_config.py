@@ -12,6 +12,7 @@ from helios_jax.diffusion.corruption import CorruptionConfig, DropConfig
 from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.diffusion.targets import TimesConfig
+from helios_jax.locations import check_locations
 from helios_jax.models.transformer.remat import Remat
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.trainable import AdapterConfig
@@ -80,6 +81,7 @@ class FlowConfig:
 
     def __post_init__(self):
         require(self.memory.anchor != "second", "memory.anchor must be first or null: second is for sampling only")
+        check_locations(components=self.components)
         require(0 <= self.text_drop < 1, f"text_drop must lie in [0, 1), got {self.text_drop}")
         require(
             self.first_chunk is None or 0 < self.first_chunk <= 1,

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from helios_jax.config import ConfigError
 from helios_jax.data.records import RecordError
+from helios_jax.locations import location
 from helios_jax.runtime import hosts, interrupts, seeds
 from helios_jax.sharding import BATCH, put_batch, shardings
 from helios_jax.training.errors import NotFiniteError, RunError, writing
@@ -108,8 +109,9 @@ def run(
     stop = metrics = before = None
     window: list[tuple[Metrics, list[str]]] = []
     since_save: list[tuple[int, float]] = []  # steps, and the mean of the checkpoints' metric over them
-    reporter = Reporter(Path(config.run), first, config, stage.learning_rates, began)
-    goodput, profile = reporter.goodput, Profile(Path(config.run) / "profile", profiled)
+    folder = location(config.run)
+    reporter = Reporter(folder, first, config, stage.learning_rates, began)
+    goodput, profile = reporter.goodput, Profile(folder / "profile", profiled)
     with _Signals() as signals, reporter, contextlib.closing(profile):
         while done < config.steps and stop is None:
             begin = time.monotonic()
@@ -133,7 +135,7 @@ def run(
             save = done % config.checkpoint.every == 0 or done == config.steps or stop is not None
             look = config.validation is not None and done % config.validation.every == 0 and stop is None
             if log or save or look:
-                means = _mean(window, done, Path(config.run))
+                means = _mean(window, done, folder)
                 since_save.append((len(window), _metric(means, config)))
                 reporter.report(done, means)
                 window = []
@@ -142,10 +144,10 @@ def run(
                     checkpoints.save(state, batches.get_state(), config, _average(since_save))
                 since_save = []
             if look:
-                folder = Path(config.run) / "validation" / f"step_{done:06d}"
+                videos = folder / "validation" / f"step_{done:06d}"
                 with goodput.losing("validation"):
-                    with writing(folder):
-                        pictures = stage.validate(state.best, folder)
+                    with writing(videos):
+                        pictures = stage.validate(state.best, videos)
                     reporter.pictures(done, pictures)
     checkpoints.wait()
     return state, stop

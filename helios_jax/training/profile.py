@@ -1,9 +1,13 @@
 """Profiles of training steps, for TensorBoard's profile page, xprof and Perfetto."""
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from helios_jax.locations import copy_tree, is_remote
 
 SKIPPED = 2  # steps of a process before the recorded ones: the first compiles, the second still fills caches
 
@@ -13,6 +17,7 @@ class Profile:
 
     def __init__(self, folder: Path, steps: int):
         self._folder, self._left, self._seen, self._recording = folder, steps, 0, False
+        self._local = folder
 
     def after_step(self, results: Any) -> None:
         """To be called after each step, with some of its results."""
@@ -24,13 +29,18 @@ class Profile:
                 self.close()
         elif self._left and self._seen == SKIPPED:
             jax.block_until_ready(results)
-            jax.profiler.start_trace(str(self._folder))
+            # The profiler writes local files only.
+            self._local = Path(tempfile.mkdtemp()) if is_remote(self._folder) else self._folder
+            jax.profiler.start_trace(str(self._local))
             self._recording = True
 
     def close(self) -> None:
         """Writes what was recorded, also where the run ends before all steps are."""
         if self._recording:
             jax.profiler.stop_trace()
+            if self._local is not self._folder:
+                copy_tree(self._local, self._folder)
+                shutil.rmtree(self._local)
             self._recording, self._left = False, 0
             if jax.process_index() == 0:
                 print(f"profile of steps in {self._folder}: tensorboard --logdir {self._folder}", flush=True)

@@ -23,6 +23,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
 from helios_jax import config as configs
+from helios_jax.locations import Mirror
 from helios_jax.training.errors import writing
 from helios_jax.training.goodput import Goodput
 from helios_jax.training.run_config import TrainConfig
@@ -94,9 +95,10 @@ class Reporter:
         self._bar = self._wandb = None
         if not self._writes:
             return
-        self._metrics = folder / "metrics.jsonl"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            self._mirror = Mirror(folder)
+            self._metrics = self._mirror.take("metrics.jsonl")
             # A run that was killed after its last checkpoint repeats those steps: their lines are removed.
             lines = self._metrics.read_text().splitlines() if self._metrics.exists() else []
             kept = [line for line in lines if _step_of(line) <= first]
@@ -106,14 +108,14 @@ class Reporter:
                 part.replace(self._metrics)
             if kept:
                 self.goodput = Goodput(json.loads(kept[-1]), began)
-            self._board = Board(folder / "tensorboard", first + 1)
+            self._board = Board(self._mirror.folder / "tensorboard", first + 1)
         if config.wandb is not None:
             import wandb  # pyright: ignore[reportMissingImports]
 
             # The same name after a restart: the run goes on there, too.
             name = hashlib.sha256(f"{folder.absolute()} {self.goodput.began}".encode()).hexdigest()[:16]
-            settings = configs.to_dict(config)
-            self._wandb = wandb.init(project=config.wandb, id=name, resume="allow", dir=folder, config=settings)
+            to = {"project": config.wandb, "id": name, "resume": "allow", "dir": self._mirror.folder}
+            self._wandb = wandb.init(**to, config=configs.to_dict(config))
         if sys.stdout.isatty():
             self._bar = make_bar()
             self._task = self._bar.add_task(COMPILING, total=config.steps, completed=first, left="")
@@ -134,6 +136,7 @@ class Reporter:
             # A file whose disk is full fails again: the first error is the one to tell.
             with contextlib.suppress(OSError) if error[0] else writing(self._config.run):
                 self._board.close()
+                self._mirror.close()
 
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Shows and writes the means of the steps since the last report."""
@@ -154,6 +157,7 @@ class Reporter:
             for name, value in {**metrics, **figures}.items():
                 if name not in NOT_DRAWN:
                     self._board.add(summary.scalar(name, value), step)
+            self._mirror.sync()
         if self._wandb is not None:
             self._wandb.log({**metrics, **figures}, step=step)
         total = self._config.steps

@@ -20,11 +20,11 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
 from helios_jax import config as configs
 from helios_jax.data.records import one_line
+from helios_jax.locations import location, standard
 from helios_jax.runtime import hosts
 from helios_jax.training.errors import RunError, cannot_write
 from helios_jax.training.run_config import TrainConfig
@@ -91,13 +91,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=True, preservation_policy=managers.AnyPreservationPolicy(policies), **tracked
         )
-        self.folder = Path(folder).absolute()
+        self.folder = location(folder).absolute()
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
             "data": ocp.JsonCheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
         }
-        self._manager = Manager(self.folder, options=options, item_handlers=handlers)
+        self._manager = Manager(standard(self.folder), options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int | None:
@@ -183,7 +183,7 @@ class Checkpoints:
         target = _flat(_parts(state))
         self._check(target, step)
         # Not by the manager, where all hosts would wait for one that cannot read its part.
-        folder = epath.Path(self.folder) / str(step)
+        folder = standard(self.folder / str(step))
         arrays: Any = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(target))
         data, config = (ocp.JsonCheckpointHandler().restore(folder / name) for name in ("data", "config"))
         if FROZEN in target and not np.array_equal(arrays[FROZEN], state.frozen_digest):

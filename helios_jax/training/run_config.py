@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from helios_jax.config import require
+from helios_jax.locations import check_locations, is_remote
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
 from helios_jax.runtime.seeds import checked
@@ -32,9 +33,12 @@ class DataConfig:
     seed: int = 0  # of the shuffle, apart from the run's seed so that two runs can see the same samples
     workers: int = 0  # processes that read and cut samples; 0: threads of the run's own do
     leave_out: tuple[int, ...] = ()
+    cache: str | None = None  # local copies of files of a bucket; null: helios_jax/data of the user's cache folder
 
     def __post_init__(self):
         require(bool(self.folder), "folder must name the folder of the training data")
+        check_locations(folder=self.folder)
+        check_locations(cache=self.cache, local=True)
         checked(self.seed)
         require(min(self.leave_out, default=0) >= 0, f"leave_out must hold numbers from 0 up, got {self.leave_out}")
         require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
@@ -89,6 +93,7 @@ class CheckpointConfig:
             self.keep_every is None or (self.keep_every > 0 and self.keep_every % self.every == 0),
             f"keep_every must be a multiple of every, {self.every}, or null, got {self.keep_every}",
         )
+        check_locations(folder=self.folder)
 
 
 @dataclass
@@ -122,6 +127,13 @@ class TrainConfig:
         require(self.log_every > 0, f"log_every must be at least 1, got {self.log_every}")
         require(0 <= self.stopped_code < 256, f"stopped_code must be from 0 to 255, got {self.stopped_code}")
         require(bool(self.run), "run must name a folder")
+        check_locations(run=self.run, init=self.init)
+        checkpoints = self.checkpoint.folder or self.run
+        # Orbax takes others for local folders.
+        require(
+            not is_remote(checkpoints) or checkpoints.startswith("gs://"),
+            f"checkpoint.folder: {checkpoints} cannot hold checkpoints; name a folder of gs://, or a local one",
+        )
         checked(self.seed)
         require(bool(self.trainable), "trainable must name something: all, adapters or parameters")
         parts = self.optim.accumulate

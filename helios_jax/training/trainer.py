@@ -4,7 +4,6 @@ import importlib.util
 import json
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 
 from helios_jax import config as configs
 from helios_jax.config import ConfigError
+from helios_jax.locations import location
 from helios_jax.runtime import hosts, seeds
 from helios_jax.runtime.compilation import precise
 from helios_jax.sharding import check_batch, make_mesh
@@ -31,7 +31,7 @@ def train(stage: Stage[Any, Any], profiled: int = 0) -> int:
     """
     began = time.time()
     config: TrainConfig = stage.config
-    run = Path(config.run)
+    run = location(config.run)
     mesh = fit_mesh(config)
     check_hosts(config)
     batches, optimizer = stage.batches(mesh), stage.make_optimizer()
@@ -98,8 +98,8 @@ def check_hosts(config: TrainConfig) -> None:
     first = json.loads(hosts.of_first("config", json.dumps(values)))
     if differ := changes(first, json.loads(json.dumps(values))):
         raise ConfigError(f"all hosts must have the same settings as host 0{differ} here; give all the same command")
-    folders = {"run": Path(config.run)}
-    folders["checkpoint.folder"] = Path(config.checkpoint.folder or folders["run"] / "checkpoints")
+    folders = {"run": location(config.run)}
+    folders["checkpoint.folder"] = location(config.checkpoint.folder or folders["run"] / "checkpoints")
     for key, folder in folders.items():
         if jax.process_index() == 0:
             check_folder(folder, key)

@@ -1,13 +1,13 @@
 """Checks of a run's records before anything is built: fields, shapes, dtypes, and the embeddings beside them."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from helios_jax.config import ConfigError
 from helios_jax.data.records import Example, RecordError, Source, open_source
+from helios_jax.locations import location
 from helios_jax.training.run_config import DataConfig
 
 
@@ -36,8 +36,9 @@ def open_records(data: DataConfig, make: str, split: str = "train") -> Source:
     Raises ConfigError, in one line, for a folder that is missing or damaged, or that holds no records.
     """
     try:
-        source = open_source(data.folder, split, make=make, leave_out=data.leave_out if split == "train" else ())
-    except (FileNotFoundError, ValueError) as error:
+        left_out = data.leave_out if split == "train" else ()
+        source = open_source(data.folder, split, make=make, leave_out=left_out, cache=data.cache)
+    except (OSError, ValueError) as error:
         key = "data." if str(error).startswith("leave_out:") else "data.folder: "
         raise ConfigError(f"{key}{error}") from None
     if not len(source):
@@ -91,9 +92,10 @@ def load_embedding(data: DataConfig, name: str, like: Example, make: str) -> np.
 
     Raises ConfigError, in one line, for one that is missing, damaged or of another shape.
     """
-    path = Path(data.folder) / name
+    path = location(data.folder) / name
     try:
-        array = np.load(path)
+        with path.open("rb") as file:
+            array = np.load(file)
     except (OSError, ValueError, EOFError) as error:
         state = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise ConfigError(f"data.folder: {path} {state}; make the folder again with `{make}`") from None

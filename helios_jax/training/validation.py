@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from helios_jax.config import ConfigError
+from helios_jax.locations import replacing
 from helios_jax.media.mp4 import VideoWriter
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling.frames import decode_video
@@ -79,6 +80,10 @@ def make_videos(model: Transformer, config: FlowTrainConfig, folder: Path) -> di
     frames = decode_video(pipe.vae, latents, plan.memory.frames_per_chunk, dtype="uint8")[:, : validation.num_frames]
     if jax.process_index() == 0:
         for i, video in enumerate(frames):
-            with VideoWriter(folder / f"{i}.mp4", validation.fps, validation.height, validation.width) as writer:
+            folder.mkdir(parents=True, exist_ok=True)
+            with (
+                replacing(folder / f"{i}.mp4") as part,
+                VideoWriter(part, validation.fps, validation.height, validation.width) as writer,
+            ):
                 writer.write(video)
     return {str(i): video for i, video in enumerate(frames)}

@@ -76,13 +76,15 @@ class Dummy(Stage[TrainConfig, Net]):
 
     def validate(self, model: Net, folder: Path) -> dict[str, np.ndarray]:
         folder.mkdir(parents=True)
-        np.save(folder / "weight.npy", np.asarray(model.up.weight[...]))
+        with (folder / "weight.npy").open("wb") as file:
+            np.save(file, np.asarray(model.up.weight[...]))
         return {"weight": np.zeros((4, 4, 3), np.uint8)}
 
     def export(self, model: Net, folder: Path) -> None:
         model = gather(model)
         if jax.process_index() == 0:
-            np.save(folder / "weight.npy", np.asarray(model.up.weight[...]))
+            with (folder / "weight.npy").open("wb") as file:
+                np.save(file, np.asarray(model.up.weight[...]))
 
 
 class Loaded(Dummy):

@@ -56,7 +56,7 @@ def test_trains_and_exports(config):
     model = jax.eval_shape(lambda: AutoencoderKLWan(measured, rngs=nnx.Rngs(0)))
     model = pretrained.load_model(model, run / "vae")
     encode = jax.jit(lambda m, v: m.encode(vae.to_float(v))[0])
-    latents = [np.asarray(encode(model, v)) for v in vae.first_chunks(load_config(config).data.folder, "train", 6)]
+    latents = [np.asarray(encode(model, v)) for v in vae.first_chunks(load_config(config).data, "train", 6)]
     np.testing.assert_allclose(np.concatenate(latents).mean((0, 1, 2, 3)), measured.latents_mean, atol=1e-5)
     stage = VAEStage(load_config(config, [f"init={run}"]))
     started = stage.load(jax.eval_shape(lambda: stage.init(jax.random.key(1))))

@@ -24,6 +24,7 @@ from helios_jax import pretrained
 from helios_jax.config import ConfigError, require
 from helios_jax.data.loader import Example, Transform, clip_transform
 from helios_jax.data.records import open_source
+from helios_jax.locations import replacing
 from helios_jax.models.layers import Conv
 from helios_jax.models.vae import (
     AttentionBlock,
@@ -168,7 +169,7 @@ class VAEStage(Stage[VAETrainConfig, AutoencoderKLWan]):
         if jax.process_index():
             return
         encode, decode = jax.jit(lambda m, v: m.encode(to_float(v))[0]), jax.jit(lambda m, z: m.decode(z))
-        data = self.config.data.folder
+        data = self.config.data
         latents = np.concatenate([np.asarray(encode(model, v)) for v in first_chunks(data, "train", STATISTICS_CLIPS)])
         mean, std = latents.mean((0, 1, 2, 3)), latents.std((0, 1, 2, 3))
         statistics = {"latents_mean": tuple(mean.tolist()), "latents_std": tuple(std.tolist())}
@@ -265,9 +266,9 @@ def _clips(frames: int, crop: int | None) -> Transform:
     return transform
 
 
-def first_chunks(folder: str, split: str, num: int, batch: int = 16) -> Iterator[np.ndarray]:
+def first_chunks(data: DataConfig, split: str, num: int, batch: int = 16) -> Iterator[np.ndarray]:
     """The first chunk of up to `num` videos of a split, uint8 [<= batch, CHUNK, h, w, 3] at a time."""
-    source = open_source(folder, split)
+    source = open_source(data.folder, split, cache=data.cache)
     num = min(num, len(source))
     for start in range(0, num, batch):
         yield np.stack([source[i]["video"][:CHUNK] for i in range(start, min(num, start + batch))])
@@ -278,4 +279,5 @@ def _picture(video: np.ndarray, made: np.ndarray, path: Path) -> None:
     columns = np.unique(np.linspace(0, video.shape[1] - 1, 9).astype(int))
     made = np.clip((made + 1) * 127.5 + 0.5, 0, 255).astype(np.uint8)
     rows = [np.concatenate(list(x[columns]), 1) for pair in zip(video, made) for x in pair]
-    Image.fromarray(np.concatenate(rows, 0)).save(path)
+    with replacing(path) as part:
+        Image.fromarray(np.concatenate(rows, 0)).save(part, "png")

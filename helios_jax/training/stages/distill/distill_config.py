@@ -9,6 +9,7 @@ from jaxtyping import Array, Int, Key
 
 from helios_jax.config import require
 from helios_jax.diffusion.distillation import PenaltyConfig, RenoiseConfig
+from helios_jax.locations import check_locations
 from helios_jax.models.discriminator import DiscriminatorConfig
 from helios_jax.training.flow_config import StudentConfig, StudentTrainConfig
 from helios_jax.training.optim import OptimConfig
@@ -34,6 +35,9 @@ class ScoreConfig:
     renoise: RenoiseConfig = field(default_factory=lambda: RenoiseConfig(distribution="beta"))
 
     def __post_init__(self):
+        check_locations(init=self.init)
+        for text in self.adapters:
+            check_locations(adapters=text)
         require(
             self.init is None or not self.adapters,
             "adapters must be empty where init names the teacher: they make the student out of the run's own init",

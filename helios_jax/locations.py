@@ -1,0 +1,326 @@
+"""Locations of files: local paths, and folders of buckets such as gs://BUCKET/NAME.
+
+`location` turns a text into a path. A local one is pathlib's. One of a bucket has the same methods (`BucketPath`), and
+what takes only local files is given a copy: `local_copy` to read, `replacing` to write, `Mirror` for files that grow.
+"""
+
+import argparse
+import errno
+import io
+import os
+import re
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Self
+
+import fsspec
+from etils import epath
+from etils.epath.backend import fsspec_backend
+from etils.epath.gpath import PosixGPath
+from fsspec.config import conf
+
+# The schemes that etils knows, and the packages that fsspec reads them with.
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
+# With one slash, only the schemes of buckets are taken for an address that was mistyped: names may have colons.
+ADDRESS = re.compile(rf"(?:([a-z][a-z0-9+.-]*):/|({'|'.join(PACKAGES)}):)/", re.IGNORECASE)
+BLOCK = 16 * 2**20  # bytes that are copied at a time
+MIRRORED_EVERY = 60.0  # seconds between two uploads of files that grow
+
+
+class LocationError(ValueError):
+    """A location that cannot be used; the message is one line."""
+
+
+@contextmanager
+def _errors(path: Any) -> Iterator[None]:
+    """Makes errors of a bucket's service, which know no common class, OSErrors in one line."""
+    try:
+        yield
+    except (OSError, ValueError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise OSError(errno.EIO, _line(error), os.fspath(path)) from error
+
+
+class _Backend:
+    """etils' access to buckets."""
+
+    def __getattr__(self, name: str) -> Any:
+        def call(path: Any, *rest: Any, **options: Any) -> Any:
+            with _errors(path):
+                return getattr(fsspec_backend, name)(path, *rest, **options)
+
+        return call
+
+
+class _File:
+    """An open file of a bucket. What is written arrives when it is closed, so that closing has errors, too."""
+
+    def __init__(self, file: Any, path: str):
+        self._file, self._path = file, path
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._file, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            with _errors(self._path):
+                return found(*arguments, **options)
+
+        return call
+
+    def __enter__(self) -> "_File":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        with _errors(self._path):
+            self._file.__exit__(*error)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._file)
+
+
+BACKEND = _Backend()
+
+
+class BucketPath(PosixGPath, Path):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """A file or folder of a bucket, with the methods of pathlib.Path that etils leaves out or defines otherwise."""
+
+    @property
+    def _backend(self) -> Any:
+        return BACKEND
+
+    def open(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+    ) -> Any:
+        """As pathlib's, for modes r, w, rb and wb. Unbuffered reads ask for no bytes but those that are read."""
+        options = {"cache_type": "none"} if buffering == 0 and mode == "rb" else {}
+        kind = f"{mode.replace('b', '').replace('t', '')}b"
+        if kind not in ("rb", "wb"):
+            raise io.UnsupportedOperation(f"{self}: a file of a bucket is read or written whole, not opened as {mode}")
+        with _errors(self):
+            file: Any = _File(fsspec_backend.fs(str(self)).open(str(self), kind, **options), str(self))
+        return file if "b" in mode else io.TextIOWrapper(file, encoding or "utf-8", errors, newline)
+
+    def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
+        return self.read_bytes().decode(encoding or "utf-8", errors or "strict")
+
+    def write_text(
+        self, data: str, encoding: str | None = None, errors: str | None = None, newline: str | None = None
+    ) -> int:
+        assert newline is None, "text is written as it is"
+        return self.write_bytes(data.encode(encoding or "utf-8", errors or "strict"))
+
+    def touch(self, mode: int = 0o666, exist_ok: bool = True) -> None:
+        if not self.exists():
+            self.write_bytes(b"")
+        elif not exist_ok:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self))
+
+    def stat(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = super().stat()
+        mode = stat.S_IFDIR | 0o777 if found.is_directory else stat.S_IFREG | 0o666
+        return os.stat_result((mode, 0, 0, 1, 0, 0, found.length or 0, *[found.mtime or 0] * 3))
+
+    def resolve(self, strict: bool = False) -> Self:
+        return self
+
+    def absolute(self) -> Self:
+        return self
+
+
+def location(name: str | os.PathLike) -> Path:
+    """The path of a text. One of a bucket is a `BucketPath`, which is used as pathlib's.
+
+    Raises LocationError for a scheme that is not known, and for one whose package is not installed.
+    """
+    if isinstance(name, Path):
+        return name
+    text = os.fspath(name)
+    found = ADDRESS.match(text)
+    if found is None:
+        return Path(text)
+    scheme = found[1] or found[2]
+    if scheme not in PACKAGES or not re.match(r"[a-z0-9]+://[^/]+/[^/]", text):
+        raise LocationError(
+            f"{text} names no place that can be used; a bucket's is gs://BUCKET/NAME or s3://BUCKET/NAME, and a local "
+            f"name with a colon is ./{text}"
+        )
+    # Hosts of one run must see each other's new files.
+    conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    if scheme == "gs":
+        conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError:
+        raise LocationError(f"{text} needs another package: pip install {PACKAGES[scheme]}") from None
+    return BucketPath(text)
+
+
+def argument(text: str) -> Path:
+    """`location`, as the type of a command line's argument."""
+    try:
+        return location(text)
+    except LocationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """True for a place in a bucket."""
+    return ADDRESS.match(os.fspath(path)) is not None
+
+
+def check_locations(local: bool = False, **names: str | None) -> None:
+    """Raises LocationError, which begins with the name of the setting, for a text that cannot be a location.
+
+    With `local`, it must be one of this machine.
+    """
+    for key, text in names.items():
+        if text is None:
+            continue
+        if local and is_remote(text):
+            raise LocationError(f"{key}: {text} is remote, and this must be local: name a local folder or file")
+        try:
+            location(text)
+        except LocationError as error:
+            raise LocationError(f"{key}: {error}") from None
+
+
+def upload(source: Path, path: Path) -> None:
+    """Copies a local file. Readers see the whole file or what was there before."""
+    with source.open("rb") as file, path.open("wb") as out:
+        shutil.copyfileobj(file, out, BLOCK)
+
+
+def download(path: Path, file: IO[bytes]) -> None:
+    """Copies a file of a bucket into an open one."""
+    with path.open("rb") as source:
+        shutil.copyfileobj(source, file, BLOCK)
+
+
+def copy_tree(source: Path, target: Path) -> None:
+    """Copies the files of a folder and its subfolders, from and to any place; files of the same name are replaced."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        if path.is_dir():
+            copy_tree(path, target / path.name)
+        else:
+            with path.open("rb") as file, (target / path.name).open("wb") as out:
+                shutil.copyfileobj(file, out, BLOCK)
+
+
+@contextmanager
+def local_copy(path: Path) -> Iterator[Path]:
+    """A local file or folder with the content of `path`: that itself, or a temporary copy of a bucket's.
+
+    ValueError and FileNotFoundError about the copy name `path` instead.
+    """
+    if not is_remote(path):
+        yield path
+        return
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    with tempfile.TemporaryDirectory(prefix="helios-") as folder:
+        copy = Path(folder) / path.name
+        if path.is_dir():
+            copy_tree(path, copy)
+        else:
+            with copy.open("wb") as file:
+                download(path, file)
+        try:
+            yield copy
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(str(error).replace(str(copy), str(path))) from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A local path to write to, which replaces `path` at the end. On an error `path` stays as it was.
+
+    Nothing else is left. Raises OSError with `path` in its text if writing fails.
+    """
+    remote = is_remote(path)
+    folder = Path(tempfile.mkdtemp(prefix="helios-")) if remote else path.parent
+    part = folder / (path.name if remote or not path.name else f".{path.name}")
+    try:
+        yield part
+        if remote:
+            upload(part, path)
+        else:
+            part.replace(path)
+    except OSError as error:
+        raise write_error(error, path) from None
+    finally:
+        if remote:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+def write_error(error: OSError, path: Path) -> OSError:
+    """The error of a failed write, with the path in its text."""
+    reason = f"{error.strerror or error}; what was whole before is kept"
+    return OSError(error.errno or 0, reason, str(path))
+
+
+class Mirror:
+    """A folder for files that grow line by line, which a bucket's cannot.
+
+    `folder` is the local one to write in. Where `path` is a bucket's, it is a temporary one, and `sync` copies the
+    files that have changed to `path`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._temporary = tempfile.TemporaryDirectory(prefix="helios-") if is_remote(path) else None
+        self.folder = path if self._temporary is None else Path(self._temporary.name)
+        self._sizes: dict[Path, int] = {}
+        self._last = -MIRRORED_EVERY
+
+    def take(self, name: str) -> Path:
+        """The local file of this name, with what `path` has of it."""
+        copy = self.folder / name
+        if self._temporary is not None and (self.path / name).is_file():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with copy.open("wb") as file:
+                download(self.path / name, file)
+            self._sizes[copy] = copy.stat().st_size
+        return copy
+
+    def sync(self, *, now: bool = False) -> None:
+        """Copies what has changed; not more often than `MIRRORED_EVERY`, unless `now`."""
+        if self._temporary is None or (not now and time.monotonic() < self._last + MIRRORED_EVERY):
+            return
+        self._last = time.monotonic()
+        for file in self.folder.rglob("*"):
+            if file.is_file() and self._sizes.get(file) != (size := file.stat().st_size):
+                upload(file, self.path / file.relative_to(self.folder).as_posix())
+                self._sizes[file] = size
+
+    def close(self) -> None:
+        """Copies what has changed, and removes the temporary folder."""
+        if self._temporary is not None:
+            self.sync(now=True)
+            self._temporary.cleanup()
+
+
+def standard(path: Path) -> epath.Path:
+    """The path as etils itself has it, for libraries that take no other."""
+    return epath.Path(str(path))
+
+
+def _line(error: Exception) -> str:
+    """The error's text on one line, of at most 200 characters."""
+    text = " ".join(f"{error}".split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."
