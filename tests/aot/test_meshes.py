@@ -43,19 +43,13 @@ def test_two_slices_of_tpus(monkeypatch, report, context, kernels, exchange):
     report(f"training step over two slices, {context}", devices[0], program)
 
 
-@pytest.mark.parametrize(
-    ("context", "kernels", "exchange"),
-    [
-        ("ulysses", {"__cudnn$fmhaSoftmax": 4, "__cudnn$fmhaSoftmaxBackward": 2}, "all-to-all"),
-        # A turn is one kernel forward and two backward.
-        ("ring", {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 1, "mosaic_gpu_v2": 2 * 4}, "permute"),
-    ],
-)
-def test_gpus(monkeypatch, report, context, kernels, exchange):
+def test_gpus_around_a_ring(monkeypatch, report):
+    """A turn is one kernel forward and two backward; attention to the text is cuDNN's, on each device's heads."""
     devices = aot.gpu_topology(Path(__file__).with_name("h100_target.txt"), 8).devices
     monkeypatch.setattr(aot_training, "OPTIONS", {})  # those are of TPUs
-    _, program = compiled(monkeypatch, "{data: 2, fsdp: 1, tensor: 2, context: 2}", devices, context)
+    _, program = compiled(monkeypatch, "{data: 2, fsdp: 1, tensor: 2, context: 2}", devices, "ring")
     calls = programs.custom_calls(program)
-    assert {name: calls[name] for name in calls if "fmha" in name or "mosaic" in name} == kernels
-    assert any(exchange in name for name in programs.collectives(program))
-    report(f"training step over 8 GPUs, {context}", devices[0], program)
+    expected = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 1, "mosaic_gpu_v2": 2 * (2 + 2)}
+    assert {name: calls[name] for name in calls if "fmha" in name or "mosaic" in name} == expected
+    assert programs.collectives(program)["collective-permute"] > 0
+    report("training step over 8 GPUs, ring", devices[0], program)
