@@ -13,11 +13,12 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from helios_jax.config import require
 
 Tree = TypeVar("Tree")
+AnyMesh = Mesh | AbstractMesh
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -55,7 +56,8 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """The (data, fsdp, tensor, context) mesh over `devices` (default: all); a null size takes the devices left over.
 
-    Raises ValueError when the sizes do not multiply to the number of devices, or fit no grid of a TPU pod's links.
+    Several slices of TPUs, which a slow network joins, each take a part of the `data` axis. Raises ValueError when the
+    sizes do not multiply to the number of devices, or fit no grid of a TPU pod's links.
     """
     devices = list(devices or jax.devices())
     sizes = {name: getattr(config, name) for name in AXES}
@@ -64,7 +66,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if int(np.prod(shape)) != len(devices):
         asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(f"mesh {asked} does not fit {len(devices)} devices; change a size or set one to null")
-    (data, *others), (slices, by_host) = shape, _slices(config.slices, devices)
+    (data, *others), (slices, by_host) = shape, _slices(config.slices, shape[0], devices)
     if data % slices:
         raise ValueError(f"mesh: data={data} must be a multiple of the {slices} slices that split it, see mesh.slices")
     alone = (data // slices, *others)  # in each slice
@@ -77,19 +79,22 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             laid = mesh_utils.create_hybrid_device_mesh(alone, slow, devices, process_is_granule=by_host, **splits)
     except NotImplementedError:  # of a TPU pod, whose links are a grid
         asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, alone))
+        sides = "x".join(str(len(set(places))) for places in zip(*(device.coords for device in devices)))
         raise ValueError(
-            f"mesh {asked} cannot be laid over this pod: each size must be a product of some of the pod's sides "
-            "(of 4x4x4: 4, 16 or 64)"
+            f"mesh {asked} cannot be laid over this pod of {sides}: each size must be a product of some of its sides, "
+            "each side used once"
         ) from None
     return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _slices(asked: int | None, devices: Sequence[Any]) -> tuple[int, bool]:
+def _slices(asked: int | None, data: int, devices: Sequence[Any]) -> tuple[int, bool]:
     """(number of slices, True where each is a host); raises ValueError for a number that the devices do not have."""
     own, hosts = (len({getattr(device, name, 0) for device in devices}) for name in ("slice_index", "process_index"))
-    if asked is None or asked == own:
+    tpu = devices[0].platform == "tpu"
+    # GPUs of several hosts or racks reach one another, if slowly: their `data` need not be as many.
+    if asked == own or (asked is None and (tpu or data % own == 0)):
         return own, False
-    if asked == 1 and devices[0].platform != "tpu":  # GPUs of several slices reach one another, if slowly
+    if not tpu and asked in (None, 1):
         return 1, False
     if asked == hosts:
         return hosts, True
@@ -98,7 +103,7 @@ def _slices(asked: int | None, devices: Sequence[Any]) -> tuple[int, bool]:
     )
 
 
-def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh) -> PartitionSpec:
     """The split of an array of `shape` whose last dimensions are `axes`; leading ones (stacked layers) stay whole."""
     names = (None,) * (len(shape) - len(axes)) + tuple(axes)
     split: list[str | None] = []
@@ -110,7 +115,7 @@ def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> Partit
     return PartitionSpec(*split)
 
 
-def shardings(tree: Tree, mesh: Mesh) -> Tree:
+def shardings(tree: Tree, mesh: AnyMesh) -> Tree:
     """A tree like `tree` (a model or whole train state, concrete or abstract) with a NamedSharding for each array.
 
     Leaves that are no parameter (counters, schedules' state) are replicated.
@@ -132,7 +137,7 @@ def gather(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Samples, the first dimension, over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 

@@ -65,6 +65,7 @@ class Device:
         (2, 2, {"fsdp": 2}, [0] * 4 + [1] * 4),
         (4, 2, {}, [0, 0, 1, 1, 2, 2, 3, 3]),  # hosts
         (None, 1, {"data": 2, "fsdp": 4}, None),
+        (None, 2, {"data": 1, "fsdp": 8}, None),  # of GPUs, which reach one another
         (1, 2, {"data": 1, "fsdp": 8}, None),  # of GPUs, which reach one another
         (2, 2, {"data": 1, "fsdp": None}, "mesh: data=1 must be a multiple of the 2 slices that split it"),
         (8, 2, {}, "mesh.slices=8, but the devices are 2 slices of 4 hosts: give one of these, or null"),

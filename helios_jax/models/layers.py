@@ -13,6 +13,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.adaln import layer_norm
@@ -21,6 +22,8 @@ Initializer = Callable[..., jax.Array]
 # "same": as it is; "linear": transposed; "conv": [*kernel, in, out] here, [out, in, *kernel] there;
 # a tuple: reshaped to it in the file.
 Layout = Literal["same", "linear", "conv"] | tuple[int, ...]
+
+LINEAR = "linear"  # the name by which policies of rematerialization keep outputs of linear layers
 
 zeros = jax.nn.initializers.zeros
 ones = jax.nn.initializers.ones
@@ -75,7 +78,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         y = x @ self.weight[...].astype(x.dtype)
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
-        return with_adapters(y, x, self.adapters)
+        return checkpoint_name(with_adapters(y, x, self.adapters), LINEAR)
 
     def head_major(self, x: Float[Array, "b n in"], heads: int) -> Float[Array, "b n heads head_dim"]:
         """The layer's output split into `heads`, written head by head: TPUs would transpose it otherwise."""
@@ -83,7 +86,9 @@ class Linear(nnx.Module):
         y = jnp.einsum("bnd,dhk->bhnk", x, weight).transpose(0, 2, 1, 3)
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape(heads, -1)
         split = y.shape
-        return y if not self.adapters else with_adapters(y.reshape(*split[:2], -1), x, self.adapters).reshape(split)
+        if self.adapters:
+            y = with_adapters(y.reshape(*split[:2], -1), x, self.adapters).reshape(split)
+        return checkpoint_name(y, LINEAR)
 
 
 class Conv(nnx.Module):

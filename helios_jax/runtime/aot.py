@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,26 +20,32 @@ from helios_jax.runtime.compilation import compiler_options
 from pallas_kernels.core.device import compiling_for
 
 
-def tpu_topology(name: str, slices: int = 1) -> topologies.TopologyDescription:
-    """The chips of `slices` TPU slices such as "v5e:2x2", "v5p:4x4x4" or "v6e:2x4" (`.devices`).
+def tpu_topology(name: str, slices: int = 1, alone: bool = False) -> topologies.TopologyDescription:
+    """The chips of a TPU slice such as "v5e:2x2", "v5p:4x4x4" or "v6e:2x4" (`.devices`), or of several such slices.
 
-    Needs libtpu, but no TPU.
+    `alone`: one chip that has a host for itself, as in "v6e:1x1". Needs libtpu, but no TPU.
     """
     _needs("libtpu", "TPUs")
     # libtpu would ask a metadata server what machine this is, and lock itself for one process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices)
+    # Without these it complains on stderr of the machine that it runs on; the slice is the one that is asked for.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_WORKER_ID", "0")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    host = {"chips_per_host_bounds": (1, 1, 1)} if alone else {}
+    several = {"num_slices": slices} if slices > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=name, **several, **host)
 
 
-def gpu_topology(target: Path, devices: int = 1) -> topologies.TopologyDescription:
-    """So many GPUs (`.devices`) of the kind that `target`, a file of XLA's GpuTargetConfig in text, tells of.
+def gpu_topology(target: str, hosts: int = 1, devices: int = 1) -> topologies.TopologyDescription:
+    """Hosts of so many GPUs each (`.devices`) of the kind that `target`, XLA's GpuTargetConfig in text, tells of.
 
     Needs jax's CUDA plugin, and cuDNN for its attention and convolutions, but no GPU.
     """
     _needs("jax_plugins.xla_cuda13", "NVIDIA GPUs")
     return topologies.get_topology_desc(
-        platform="cuda", topology_name="", topology=f"1x{devices}x1", target_config=target.read_text()
+        platform="cuda", topology_name="", topology=f"1x{hosts}x{devices}", target_config=target
     )
 
 

@@ -1,8 +1,8 @@
 """The hosts of one run: they join, compare what they were given, watch each other, and end together by one line.
 
-A host that cannot go on says so (`tell`), and the others end with its line and exit code, whatever they are waiting
-for: left alone, they would wait for it in the next collective. A host that was killed says nothing. The first host
-counts signs of life and tells the others that it is gone.
+A host that cannot go on says so (`Watch.end`), and the others end with its line and exit code, whatever they wait for:
+left alone, they would wait for it in the next collective. A host that was killed says nothing. The first host counts
+signs of life and tells the others that it is gone.
 
 All of this goes through the key-value store of jax's coordination service, which the first host keeps.
 """
@@ -124,38 +124,50 @@ def agreed_signal(step: int, seen: signal.Signals | None) -> signal.Signals | No
     return signal.SIGINT if signal.SIGINT in numbers else signal.SIGTERM
 
 
-def _leave_word(program: str) -> None:
-    """Starts a shell that prints a line if this process is ended from outside, or by jax where host 0 is gone."""
-    script = 'trap "" INT TERM; read -r _ || echo "$0" >&2'
-    command = ["sh", "-c", script, f"{program}: this host was killed or has lost host 0; {AGAIN}"]
-    pipe = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL).stdin
-    assert pipe is not None
+class _LastWord:
+    """A shell that prints one line: the first that it is given, or its own when this process is gone without one.
 
-    def dismiss() -> None:
-        with contextlib.suppress(OSError):
-            os.write(pipe.fileno(), b"ended\n")
+    That is so where something kills this process, or jax ends it because host 0 is gone.
+    """
 
-    atexit.register(dismiss)
-    interrupts.at_leave(dismiss)
+    def __init__(self, program: str):
+        self._program = program
+        script = 'trap "" INT TERM; if read -r line; then test -z "$line" || echo "$line"; else echo "$0"; fi >&2'
+        command = ["sh", "-c", script, f"{program}: this host was killed or has lost host 0; {AGAIN}"]
+        self._shell = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        atexit.register(self._give, "")
+        interrupts.at_leave(lambda: self._give(""))
+
+    def say(self, line: str) -> None:
+        """Prints the line, unless there was one before."""
+        self._give(f"{self._program}: {line}")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._shell.wait(1)
+
+    def _give(self, line: str) -> None:
+        assert self._shell.stdin is not None
+        with contextlib.suppress(OSError):  # it has had its line
+            os.write(self._shell.stdin.fileno(), f"{line}\n".encode())
 
 
 class Watch:
     """Threads that end this process when another host has failed or is gone."""
 
     def __init__(self, program: str):
-        self._program = program
         self._client: Any = distributed.global_state.client
         self._host, self._hosts = jax.process_index(), jax.process_count()
         self._over = threading.Event()
+        self._ending = threading.Lock()  # held by the thread that ends this process, or its watch
         self._signs: dict[str, tuple[str, float]] = {}  # of each host: the last sign, and when it came
-        _leave_word(program)
+        self._last_word = _LastWord(program)
         for work in (self._listen, self._show_life):
             threading.Thread(target=work, name="hosts", daemon=True).start()
 
-    def tell(self, line: str, code: int) -> None:
-        """Ends the other hosts with `line` and exit code `code`, but for those that another host was first to end."""
-        self._over.set()
+    def end(self, line: str, code: int) -> NoReturn:
+        """Ends all hosts by `line` and exit code `code`, but for those that another host was first to end."""
+        self._ending.acquire()  # not given back: where another host was first, this process ends meanwhile
         self._end_all(f"host {self._host}: {line}", code)
+        self._leave(line, code)
 
     def find_cause(self) -> None:
         """Waits some seconds for the end of another host, of which an error here may be a consequence."""
@@ -163,21 +175,23 @@ class Watch:
             self._set(f"broken/{self._host}", "", allow_overwrite=True)
         time.sleep(SILENCE_AFTER_FAILURE + 5 * BEAT)
 
-    def leave(self, code: int) -> NoReturn:
+    def close(self) -> None:
+        """Ends the watch of a run that is done."""
+        self._ending.acquire()
+        self._over.set()
+        with contextlib.suppress(Exception):  # told of a failure in the same moment
+            self._set(f"alive/{self._host}", DONE, allow_overwrite=True)
+            self._set(f"end/{self._host}", DONE)
+
+    def _leave(self, line: str, code: int) -> NoReturn:
         """Ends this process; the first host waits until the others have read how the run ended."""
-        with contextlib.suppress(Exception):
+        self._last_word.say(line)
+        with contextlib.suppress(Exception):  # the store is gone
             self._set(f"left/{self._host}", "", allow_overwrite=True)
             until = time.monotonic() + FAREWELL
             while self._host == 0 and time.monotonic() < until and len(self._all("left")) < self._hosts:
                 time.sleep(0.05)
         interrupts.leave(code)
-
-    def close(self) -> None:
-        """Ends the watch of a run that is done."""
-        self._over.set()
-        with contextlib.suppress(Exception):  # told of a failure in the same moment
-            self._set(f"alive/{self._host}", DONE, allow_overwrite=True)
-            self._set(f"end/{self._host}", DONE)
 
     def _set(self, name: str, value: str, **options: Any) -> None:
         self._client.key_value_set(f"{FOLDER}/watch/{name}", value, **options)
@@ -195,13 +209,9 @@ class Watch:
             told = self._client.blocking_key_value_get(f"{FOLDER}/watch/end/{self._host}", FOR_EVER)
         except Exception:  # the store is gone, and the first host with it
             told = json.dumps({"line": f"host 0 {GONE}", "code": 1})
-        if self._over.is_set():
-            return
-        end = json.loads(told)
-        # Straight to the file: the main thread may hold the lock of sys.stderr.
-        with contextlib.suppress(OSError):
-            os.write(2, f"{self._program}: {end['line']}\n".encode())
-        self.leave(end["code"])
+        if self._ending.acquire(blocking=False):
+            end = json.loads(told)
+            self._leave(end["line"], end["code"])
 
     def _show_life(self) -> None:
         beats = 0

@@ -99,11 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     watch = None
 
     def end(error: Exception, code: int) -> int:
-        fail(error, code)
         if watch is not None:
-            watch.tell(str(error), code)
-            watch.leave(code)
-        return code
+            watch.end(str(error), code)
+        return fail(error, code)
 
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
@@ -126,8 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if watch is not None:
                 watch.find_cause()
                 traceback.print_exc()
-                watch.tell(f"{type(error).__name__}: {one_line(error)}", 1)
-                watch.leave(1)
+                watch.end(f"{type(error).__name__}: {one_line(error)}", 1)
             raise
         finally:
             logging.getLogger().removeHandler(handler)

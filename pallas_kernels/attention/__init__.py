@@ -1,5 +1,14 @@
 """Attention of every query to the first keys of its row."""
 
 from pallas_kernels.attention.api import Implementation, attention, gradients, reference, unsupported, with_log_sums
+from pallas_kernels.attention.residuals import KEPT_ATTENTION
 
-__all__ = ["Implementation", "attention", "gradients", "reference", "unsupported", "with_log_sums"]
+__all__ = [
+    "KEPT_ATTENTION",
+    "Implementation",
+    "attention",
+    "gradients",
+    "reference",
+    "unsupported",
+    "with_log_sums",
+]

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as gpu
 from jaxtyping import Array, Float, Int
@@ -20,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import hopper, parts
 from pallas_kernels.attention.gpu_backward import key_value_gradients, query_gradient
 from pallas_kernels.attention.hopper import GROUPS, Dialect, Ring
+from pallas_kernels.attention.residuals import KEPT_ATTENTION
 from pallas_kernels.core.tiles import Tiles
 
 LOWEST = -1e30  # the log of a sum of nothing: finite, as differences of it must be
@@ -55,7 +57,8 @@ def attention(
         return forward(query, key, value, lengths, tiles["attention"], log_sums=False, interpret=interpret)[0]
 
     def keep(query: Array, key: Array, value: Array, lengths: Array) -> tuple[Array, Any]:
-        out, sums = forward(query, key, value, lengths, tiles["attention"], log_sums=True, interpret=interpret)
+        made = forward(query, key, value, lengths, tiles["attention"], log_sums=True, interpret=interpret)
+        out, sums = (checkpoint_name(x, KEPT_ATTENTION) for x in made)
         return out, (query, key, value, lengths, out, sums)
 
     def backward(kept: Any, cotangent: Array) -> tuple[Array | None, ...]:

@@ -10,6 +10,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask import FullMask, MultiHeadMask
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.attention.residuals import KEPT_ATTENTION
 from pallas_kernels.core.tiles import Tiles
 
 OPS = ("attention", "attention_dkv")  # the backward kernel also computes the queries' gradient
@@ -94,7 +95,8 @@ def gradients(
     more = [(0, 0), (0, 0), (0, q.shape[2] - n)]
     log_sums, dots = jnp.pad(log_sums, more), jnp.pad(dots, more)
     cotangent = _head_major(cotangent.astype(query.dtype), sizes.block_q)
-    d_query, d_key, d_value = jax.vmap(of_sample)(q, k, v, segments, log_sums, cotangent, dots)
+    made: Any = jax.vmap(of_sample)(q, k, v, segments, log_sums, cotangent, dots)
+    d_query, d_key, d_value = made
     return _tokens(d_query, n) * head_dim**-0.5, _tokens(d_key, m), _tokens(d_value, m)
 
 
@@ -115,7 +117,13 @@ def _prepared(
     key, value = _head_major(key, sizes.block_kv), _head_major(value, sizes.block_kv)
     mask = MultiHeadMask([FullMask((query.shape[2], key.shape[2]))] * heads)
     kernel = splash.make_splash_mha(
-        mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, save_residuals=save_residuals, interpret=interpret
+        mask,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=KEPT_ATTENTION,
+        save_residuals=save_residuals,
+        interpret=interpret,
     )
     segments = None
     if key_lengths is not None or key.shape[2] != m:

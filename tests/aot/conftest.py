@@ -1,12 +1,12 @@
 """Devices to compile for, and a table of what was compiled. jax itself runs on the CPU: the rest is not here."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
+from helios_jax.planner import machines
 from helios_jax.runtime import aot
 
 jax.config.update("jax_platforms", "cpu")
@@ -15,7 +15,7 @@ ROWS = pytest.StashKey[list[str]]()
 
 @pytest.fixture(scope="session")
 def h100() -> Any:
-    return aot.gpu_topology(Path(__file__).with_name("h100_target.txt")).devices[0]
+    return aot.gpu_topology(machines.target()).devices[0]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,216 @@
+"""Memory and time of a training step from its sizes alone, in seconds of work and without any compiler.
+
+The arguments of a step and the operations of its products are exact. Temporaries, memory traffic and collectives are
+sums of a few terms whose factors were read from compiled programs; tests hold them to a sixth of what is compiled. The
+search ranks meshes by them, and `--quick` prints them.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from helios_jax.models.transformer import TransformerConfig
+from helios_jax.models.transformer.remat import Remat
+from helios_jax.planner import program
+from helios_jax.planner.cost import Cost
+from helios_jax.planner.machines import Machine
+from helios_jax.sharding import AXES
+from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.start import transformer_config
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What the programs of one compiler have of arrays [tokens, dim] in bfloat16, and of weights.
+
+    A block's backward pass holds `working` of them at once, and weights of `layers` blocks. A block's input is kept
+    `inputs` times, because the loops over the blocks copy part of what they keep. `hidden` is the share of collectives
+    that runs beside other work.
+    """
+
+    working: float
+    inputs: float
+    layers: float
+    hidden: float
+
+
+TPU, GPU = Factors(working=58, inputs=1.83, layers=5, hidden=0), Factors(working=32, inputs=1, layers=2.5, hidden=0.9)
+# Such arrays that each block keeps beside its input.
+KEPT: dict[Remat | None, float] = {
+    "block": 0,
+    "offload": 0,
+    "attention": 1.9,
+    "products": 11.5,
+    "dots_with_no_batch_dims_saveable": 17.2,
+    "dots_saveable": 25,
+    None: 38,
+}
+# Shares of the forward pass's products, attention and memory traffic that are done again. Attention is a kernel, which
+# the policies that keep results of products do not keep.
+AGAIN: dict[Remat | None, tuple[float, float, float]] = {
+    "block": (1, 1, 1),
+    "offload": (1, 1, 1),
+    "attention": (1, 0, 1),
+    "products": (0, 0, 0.5),
+    "dots_with_no_batch_dims_saveable": (0, 1, 0.5),
+    "dots_saveable": (0, 1, 0.5),
+    None: (0, 0, 0),
+}
+# Traffic where products are split over `tensor`, of which a part stays whole: the norms' kernels do not run there.
+SPLIT_TRAFFIC, WHOLE_TRAFFIC = 2.7, 0.15
+TEXT = 16  # bytes for each feature of a text token in each block: keys, values, their norms and gradients
+TRAFFIC = 109  # arrays [tokens, dim] in bfloat16 that each pass over a block reads and writes
+GATHERED = 2.3  # times that the weights of all blocks are gathered for each part of a batch
+REDUCED = 3  # arrays [tokens, dim] that a block adds up over `tensor` in each pass
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is known of a config before any mesh: its state, and the operations that a sample needs."""
+
+    config: FlowTrainConfig
+    state: Any
+    model_flops: int  # forward and backward, of one sample
+    forward_flops: int
+
+    @staticmethod
+    def of(config: FlowTrainConfig) -> "Work":
+        return Work(config, program.abstract_state(config), *program.model_flops(config))
+
+    @cached_property
+    def sizes(self) -> TransformerConfig:
+        return transformer_config(self.config)
+
+    @cached_property
+    def sequences(self) -> list[list[int]]:
+        return program.sequences(self.config)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one sample, over all levels."""
+        return sum(map(sum, self.sequences))
+
+    @cached_property
+    def attention_flops(self) -> int:
+        """Operations of self-attention in one forward pass of one sample."""
+        return sum(4 * n * n for levels in self.sequences for n in levels) * self.sizes.dim * self.sizes.num_layers
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device by kind. `temporaries` are activations, gradients and everything else of the step itself."""
+
+    parameters: float
+    frozen: float
+    optimizer: float
+    average: float
+    batch: float
+    temporaries: float
+
+    @property
+    def peak(self) -> float:
+        return self.parameters + self.frozen + self.optimizer + self.average + self.batch + self.temporaries
+
+
+def arguments(work: Work, config: FlowTrainConfig, mesh: Any) -> dict[str, int]:
+    """Bytes of the step's arguments on each device by kind, exactly; `mesh` may be abstract."""
+    state, each = program.placed(work.state, mesh), program.bytes_on_each
+    return {
+        "parameters": each(state.params),
+        "frozen": each(state.frozen),
+        "optimizer": each(state.opt_state),
+        "average": each(state.ema),
+        "batch": each(program.batch(config, mesh)),
+    }
+
+
+def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
+    """A mesh of such sizes without devices."""
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def samples(config: FlowTrainConfig, mesh: dict[str, int]) -> int:
+    """Samples of each device in one part of a batch."""
+    return config.data.batch_size // config.optim.accumulate // (mesh["data"] * mesh["fsdp"])
+
+
+def memory(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, int]) -> Memory:
+    """The memory of a step on each device."""
+    given = arguments(work, config, abstract_mesh(mesh))
+    b, d, layers, split = samples(config, mesh), work.sizes.dim, work.sizes.num_layers, mesh["tensor"]
+    array = 2 * b * max(map(sum, work.sequences)) * d
+    factors = TPU if machine.is_tpu else GPU
+    inputs = 0 if config.remat == "offload" else factors.inputs
+    # The residual stream is whole on each device of `tensor`; what is between two products is split.
+    kept = min(inputs, 1) + (max(inputs - 1, 0) + KEPT[config.remat]) / split
+    activations = array * (layers * kept + factors.working / split)
+    text = b * program.TEXT * d * layers * TEXT / split
+    weights = factors.layers * 2 * sum(x.size for x in jax.tree.leaves(work.state.frozen)) / layers / split
+    copies = 2.4 if config.optim.accumulate > 1 else 1.4  # of the gradients, and of adapters in bfloat16
+    return Memory(**given, temporaries=activations + text + weights + copies * given["parameters"])
+
+
+def cost(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, int]) -> Cost:
+    """The time of a step. libtpu's programs wait for their collectives, by default; a GPU's do other work."""
+    b, parts, split = samples(config, mesh), config.optim.accumulate, mesh["tensor"]
+    d, layers, chip, total = work.sizes.dim, work.sizes.num_layers, machine.chip, Cost()
+    products_again, attention_again, traffic_again = AGAIN[config.remat]
+    share = b * parts / split
+    # Going back, attention's kernel computes the scores again: 5 products for its 2.
+    attention = share * work.attention_flops * (1 + attention_again + 2.5)
+    products = work.model_flops - 3 * work.attention_flops
+    products += products_again * (work.forward_flops - work.attention_flops)
+    products *= share
+    total.flops.update(products=int(products), attention=int(attention))
+    moved = 2 * b * parts * work.tokens * d * layers * TRAFFIC * (2 + traffic_again)
+    moved *= 1 if split == 1 else WHOLE_TRAFFIC + SPLIT_TRAFFIC / split
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((work.state.params, work.state.opt_state)))
+    moved += 3 * state / (mesh["fsdp"] * split)
+    total.bytes["main memory"] = int(moved)
+    for name, work_done, limit, reached in (
+        ("products", products, chip.flops, chip.efficiency[0]),
+        ("attention", attention, chip.flops, chip.efficiency[1]),
+        ("memory", moved, chip.bandwidth, chip.efficiency[2]),
+    ):
+        total.bound[name] = work_done / limit
+        total.expected[name] = work_done / limit / reached
+    for kind, axis, received in _received(work, config, mesh):
+        if received:
+            total.received[kind] += received
+            hidden = 0 if machine.is_tpu else GPU.hidden
+            total.overlapped[kind] += hidden * received
+            seconds = (1 - hidden) * received / machine.axis_rate(mesh, axis)
+            for part in (total.bound, total.expected):
+                part["collectives"] += seconds
+    return total
+
+
+def _received(work: Work, config: FlowTrainConfig, mesh: dict[str, int]) -> list[tuple[str, str, float]]:
+    """(kind, mesh axis, bytes that each device receives in a step) of the collectives."""
+    b, parts, split = samples(config, mesh), config.optim.accumulate, mesh["tensor"]
+    weights = sum(x.size * 2 for x in jax.tree.leaves((work.state.params, work.state.frozen))) / split
+    gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(work.state.params)) / split
+    array = 2 * b * work.tokens * work.sizes.dim
+
+    def others(axis: str) -> float:
+        return (mesh[axis] - 1) / mesh[axis]
+
+    passes = 3 + AGAIN[config.remat][0]
+    return [
+        ("all-gather", "fsdp", parts * GATHERED * weights * others("fsdp")),
+        ("all-reduce", "fsdp", parts * gradients * others("fsdp")),
+        ("all-reduce", "data", 2 * gradients / mesh["fsdp"] * others("data")),
+        ("all-reduce", "tensor", parts * passes * REDUCED * work.sizes.num_layers * array * 2 * others("tensor")),
+    ]
+
+
+def tokens_a_second(work: Work, seconds: float) -> float:
+    return work.tokens * work.config.data.batch_size / seconds
+
+
+def mfu(work: Work, machine: Machine, seconds: float) -> float:
+    """The share of the machine's peak that the operations a step needs would take up."""
+    return work.model_flops * work.config.data.batch_size / (seconds * machine.count * machine.chip.flops)

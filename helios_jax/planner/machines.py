@@ -1,0 +1,211 @@
+"""Machines by the names under which they are rented: chips, memory, rates and links, each with its source.
+
+v5e-64, v6e-256     the number counts chips
+v5p-128             the number counts TensorCores, of which a v5p has two: 64 chips
+2*v5p-128           two such slices, joined by the data-center network
+H100x8, one H100, 16xH200
+"""
+
+import difflib
+import itertools
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from typing import Any
+
+from helios_jax.config import ConfigError
+from helios_jax.runtime import aot
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device. Rates are a second's; `link` is what one of its links carries one way, in bytes.
+
+    `efficiency` is the share of the limit that programs reach in products, attention and memory-bound operations:
+    `cost` makes its expected time of it, and its bound without it.
+    """
+
+    name: str
+    memory: float  # bytes that programs may use
+    flops: float  # of bfloat16 products
+    bandwidth: float  # of the main memory
+    link: float
+    network: float  # bytes a second to other slices or hosts, for each device
+    host: int  # devices of a host
+    efficiency: tuple[float, float, float]
+    source: str
+    cores: int = 1  # that the name of a machine counts for each chip
+    sides: int = 0  # dimensions of the grid of links; 0: a switch joins all devices of a host
+    wraps: int = 0  # length from which a side of the grid is closed to a ring
+    clock: float = 0.0  # cycles a second, for the compiler's own estimates
+
+
+# TPU: the shares in products and in memory-bound operations are those of libtpu 0.0.42.1's own estimates for stage 1 on
+# v5p, compiled with all effort, summed over the step; that of splash attention is an assumption. H100 and H200:
+# measured (docs/results/gpu.md).
+_TPU, _GPU = (0.82, 0.6, 0.32), (0.71, 0.62, 0.8)
+_CLOUD = "cloud.google.com/tpu/docs"
+CHIPS = {
+    "v5e": Chip(
+        "TPU v5e", 15.75 * 2**30, 197e12, 819e9, 50e9, 3.1e9, 4, _TPU,
+        f"{_CLOUD}/v5e (197 TFLOP/s, 819 GB/s, 400 GB/s both ways over 4 links, 6.4 Tbit/s a pod of 256); memory that "
+        "libtpu leaves to programs: 15.75 of 16 GiB",
+        sides=2, wraps=16, clock=1.5e9,
+    ),
+    "v5p": Chip(
+        "TPU v5p", 95.74 * 2**30, 459e12, 2765e9, 100e9, 6.2e9, 4, _TPU,
+        f"{_CLOUD}/v5p (459 TFLOP/s, 2765 GB/s, 4800 Gbit/s over 6 links); assumed: 200 Gbit/s a host of 4; memory "
+        "that libtpu leaves to programs: 95.74 of 96 GiB",
+        cores=2, sides=3, wraps=4, clock=1.75e9,
+    ),
+    "v6e": Chip(
+        "TPU v6e", 31.25 * 2**30, 918e12, 1638e9, 100e9, 12.5e9, 4, _TPU,
+        f"{_CLOUD}/v6e (918 TFLOP/s, 1638 GB/s, 800 GB/s both ways over 4 links, 25.6 Tbit/s a pod of 256); memory "
+        "that libtpu leaves to programs: 31.25 of 32 GiB",
+        sides=2, wraps=16, clock=1.75e9,
+    ),
+    "H100": Chip(
+        "H100 SXM", 80e9, 989e12, 3352e9, 450e9, 50e9, 8, _GPU,
+        "NVIDIA's H100 data sheet (989 TFLOP/s dense, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways); assumed: 400 "
+        "Gbit/s of InfiniBand a GPU",
+    ),
+    "H200": Chip(
+        "H200 SXM", 141e9, 989e12, 4800e9, 450e9, 50e9, 8, _GPU,
+        "NVIDIA's H200 data sheet (989 TFLOP/s dense, 141 GB at 4.8 TB/s, NVLink 900 GB/s both ways); assumed: 400 "
+        "Gbit/s of InfiniBand a GPU",
+    ),
+}  # fmt: skip
+# Chips of a slice -> its grid.
+_SQUARE = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_CUBE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+_CUBE |= {1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"}
+GRIDS = {"v5e": _SQUARE, "v6e": _SQUARE, "v5p": _CUBE}
+EXAMPLES = "v5e-256, v5p-128 (64 chips), v6e-256, 2*v5p-128, H100, H100x8, H200x16"
+
+_TPU_NAME = re.compile(r"(?:(\d+)[*x])?(v\d[a-z]*|v5litepod)(?:-(\d+)|:([\dx]+))")
+_GPU_NAME = re.compile(r"(?:(?:one|(\d+)x?)?[ -]*)([hab]\d00)(?:[ -]*x?(\d+))?")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is rented: `slices` of a grid of TPU chips each, or hosts of GPUs (`grid` is (hosts, devices of a host))."""
+
+    name: str
+    kind: str
+    grid: tuple[int, ...]
+    slices: int = 1
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.chip.sides > 0
+
+    @property
+    def count(self) -> int:
+        """Chips in all."""
+        return self.slices * math.prod(self.grid)
+
+    @property
+    def hosts(self) -> int:
+        return max(1, self.count // self.chip.host)
+
+    def __str__(self) -> str:
+        grid = f", {'x'.join(map(str, self.grid))}" if self.is_tpu and self.count > 1 else ""
+        slices = f"{self.slices} slices of " if self.slices > 1 else ""
+        each = self.count // self.slices
+        return f"{self.name}: {slices}{each} {self.chip.name} ({self.chip.memory / 1e9:.0f} GB each{grid})"
+
+    @cached_property
+    def devices(self) -> list[Any]:
+        """The devices to compile for. Raises ConfigError, in one line, where the compiler for them is not installed."""
+        try:
+            if not self.is_tpu:
+                return list(aot.gpu_topology(target(self.kind), *self.grid).devices)
+            grid = f"{self.kind}:{'x'.join(map(str, self.grid))}"
+            return list(aot.tpu_topology(grid, self.slices, alone=self.count == 1).devices)
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"{error}; or give --quick, which compiles nothing") from None
+
+    def link_rate(self, group: tuple[int, ...], order: Sequence[Any]) -> float:
+        """Bytes a second that each device of `group` receives; its numbers are places in `order`, a mesh's devices."""
+        devices = [order[i] for i in group]
+        if self.is_tpu:
+            if self.slices > 1 and len({one.slice_index for one in devices}) > 1:
+                return self.chip.network
+            return self._grid_rate([len(set(values)) for values in zip(*(one.coords for one in devices))])
+        hosts = len({one.process_index for one in devices})
+        return self._switch_rate(hosts, len(devices) // hosts)
+
+    def axis_rate(self, mesh: Mapping[str, int], axis: str) -> float:
+        """`link_rate` for one axis of a mesh that was not made; devices of the last axes lie closest."""
+        size = mesh[axis]
+        if self.slices > 1 and axis == "data":
+            return self.chip.network
+        if not self.is_tpu:
+            inside = math.prod(list(mesh.values())[list(mesh).index(axis) + 1 :])
+            each = max(1, min(size, self.chip.host // inside))
+            return self._switch_rate(size // each, each)
+        some = (sides for n in range(1, 4) for sides in itertools.combinations(self.grid, n))
+        return self._grid_rate(list(next((sides for sides in some if math.prod(sides) == size), (size,))))
+
+    def _grid_rate(self, lengths: list[int]) -> float:
+        """Both directions of each side that a group goes along, one direction where the side is open."""
+        links = sum(2 if length >= self.chip.wraps else 1 for length in lengths if length > 1)
+        return self.chip.link * max(links, 1)
+
+    def _switch_rate(self, hosts: int, each: int) -> float:
+        """The switch of a host, or the network cards of the devices that a group has on each of several hosts."""
+        return self.chip.link if hosts == 1 else min(self.chip.link, self.chip.network * each)
+
+
+def machine(name: str) -> Machine:
+    """The machine that `name` says. Raises ConfigError, in one line, for one that is not known or not rented."""
+    text = name.strip().lower()
+    if tpu := _TPU_NAME.fullmatch(text):
+        slices, kind, number, grid = tpu.groups()
+        kind = {"v5litepod": "v5e"}.get(kind, kind)
+        if kind in GRIDS:
+            return Machine(name, kind, _grid(name, kind, number, grid), int(slices or 1))
+    if gpu := _GPU_NAME.fullmatch(text):
+        before, kind, after = gpu.groups()
+        count = int(before or 1) * int(after or 1)
+        if kind.upper() in CHIPS:
+            host = CHIPS[kind.upper()].host
+            if count < 1 or (count > host and count % host):
+                raise ConfigError(f"--topology {name}: GPUs come in hosts of {host}; give up to {host}, or a multiple")
+            return Machine(name, kind.upper(), (-(-count // host), min(count, host)))
+    near = difflib.get_close_matches(
+        text, [f"{kind}-{n * CHIPS[kind].cores}" for kind in GRIDS for n in GRIDS[kind]], 1
+    )
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"--topology {name}: no machine of that name is known; give one such as {EXAMPLES}{hint}")
+
+
+def _grid(name: str, kind: str, number: str | None, grid: str | None) -> tuple[int, ...]:
+    grids, cores = GRIDS[kind], CHIPS[kind].cores
+    if grid is not None:
+        sides = tuple(int(side) for side in grid.split("x") if side)
+        if len(sides) != CHIPS[kind].sides or min(sides) < 1:
+            raise ConfigError(f"--topology {name}: a grid of {kind} has {CHIPS[kind].sides} sides, as in {grids[16]}")
+        return sides
+    chips, rest = divmod(int(number or 0), cores)
+    if rest or chips not in grids:
+        known = ", ".join(f"{kind}-{chips * cores}" for chips in grids)
+        raise ConfigError(f"--topology {name}: {kind} is rented as {known}" + (" (cores)" if cores > 1 else ""))
+    return tuple(int(side) for side in grids[chips].split("x"))
+
+
+def target(kind: str = "H100") -> str:
+    """XLA's GpuTargetConfig, in text, of an H100 or H200, for compiling without one."""
+    text = resources.files("helios_jax.planner").joinpath("h100_target.txt").read_text()
+    if kind == "H200":  # the same chip with other memory
+        text = re.sub(r"memory_bandwidth: \d+", "memory_bandwidth: 4800000000000", text)
+        text = re.sub(r"device_memory_size: \d+", "device_memory_size: 150754820096", text)
+        text = text.replace("NVIDIA H100 80GB HBM3", "NVIDIA H200")
+    return text

@@ -1,0 +1,158 @@
+"""The training step of a config, on shapes in place of arrays: compiled for a machine, and what is known without.
+
+The step is the one that train.py runs. A program's memory is settled before its instructions are made, which takes most
+of the time. They are made with little effort unless all is asked for: a few times faster, and the peak comes out 1 to
+5% lower than with all effort, which fetches more ahead.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+
+from helios_jax.benchmarks.throughput_flops import traced
+from helios_jax.config import ConfigError
+from helios_jax.models.transformer import TransformerConfig
+from helios_jax.sharding import batch_sharding, shardings
+from helios_jax.training import loop
+from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.stage_table import load_config, make_stage
+from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
+from helios_jax.training.stages.ode import ODETrainConfig
+from helios_jax.training.start import transformer_config
+from helios_jax.training.state import TrainState, create
+from helios_jax.training.trainable import check, settle_dtypes
+from pallas_kernels.core import device
+
+LITTLE = {"xla_optimization_level": "EFFORT_O1"}
+LATENTS = (48, 80)  # of 384 x 640 pixels
+TEXT = 512  # tokens of a caption
+_CPU = SimpleNamespace(platform="cpu", device_kind="cpu")  # has attention written as products, which can be counted
+
+
+def open_config(path: str, overrides: Sequence[str]) -> FlowTrainConfig:
+    """The config at `path`, with the sizes of the released 14B model unless it gives others itself.
+
+    Raises ConfigError for one that cannot be read, and for a stage without a transformer.
+    """
+    config = load_config(path, overrides)
+    if not isinstance(config, FlowTrainConfig):
+        raise ConfigError(f"{path}: the stage {config.stage} has no transformer; give a config that trains one")
+    sizes = config.model.transformer or TransformerConfig()
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, transformer=sizes))
+
+
+def batch(config: FlowTrainConfig, mesh: Mesh | AbstractMesh | None = None) -> dict[str, Any]:
+    """The shapes of a batch of the stages flow, ode and distill, with shardings where there is a mesh."""
+    past, sizes, (h, w) = config.flow.memory, transformer_config(config), LATENTS
+    t, c = past.frames_per_chunk, sizes.in_channels
+    sharding = None if mesh is None else batch_sharding(mesh)
+
+    def shape(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.data.batch_size, *sizes), dtype, sharding=sharding)
+
+    text = shape(TEXT, sizes.text_dim)
+    seen = {"history": shape(past.frames, h, w, c), "anchor": shape(1, h, w, c), "chunk": shape(dtype=jnp.int32)}
+    if isinstance(config, ODETrainConfig):
+        downs = range(len(config.distill.steps))[::-1]
+        levels = [shape(t, h >> down, w >> down, c) for down in downs]
+        times = [shape() for _ in downs]
+        return {**seen, "text": text, "noisy": levels, "target": levels, "timestep": times, "sigma": times}
+    chunks = 1
+    more = {}
+    if isinstance(config, DistillTrainConfig):
+        chunks, more = config.distill.rollout.largest, {"negative": text}
+    return {**seen, "text": text, "target": shape(chunks * t, h, w, c), **more}
+
+
+def abstract_state(config: FlowTrainConfig) -> TrainState:
+    """The train state as shapes, without a mesh. Raises ConfigError for names that train nothing."""
+    stage = make_stage(config)
+
+    def make(key: jax.Array) -> Any:
+        return settle_dtypes(stage.init(key), config.trainable, jnp.dtype(config.precision))
+
+    model = jax.eval_shape(make, jax.eval_shape(jax.random.key, 0))
+    check(model, config.trainable)
+    return jax.eval_shape(
+        lambda model: create(model, stage.make_optimizer(), config.optim.ema, config.trainable), model
+    )
+
+
+def placed(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
+    """`state` with its shardings over `mesh`."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state, mesh)
+    )
+
+
+def compiled(config: FlowTrainConfig, state: TrainState, mesh: Mesh, *, all_effort: bool = False) -> Any:
+    """The training step of `config` (`jax.stages.Compiled`) for the devices of `mesh`.
+
+    Passes on the compiler's RESOURCE_EXHAUSTED for a step that does not fit.
+    """
+    stage = make_stage(config)
+    first = mesh.devices.flat[0]
+    options: dict[str, Any] = {} if all_effort or first.platform != "tpu" else dict(LITTLE)
+    with jax.set_mesh(mesh), device.compiling_for(first):
+        step: Any = loop.make_step(stage, stage.make_optimizer(), placed(state, mesh), mesh)
+        key = jax.eval_shape(jax.random.key, config.seed)
+        return step.lower(placed(state, mesh), batch(config, mesh), key).compile(options)
+
+
+def model_flops(config: FlowTrainConfig) -> tuple[int, int]:
+    """Operations of the products that one sample needs: (forward and backward, forward alone), nothing twice.
+
+    The branch with the most operations counts, as where stage 3's generator learns; loops of a length that is drawn,
+    such as that over the chunks of a rollout, count once.
+    """
+    one = with_settings(config, batch_size=1, accumulate=1, remat=None)
+    stage, state = make_stage(one), abstract_state(one)
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+
+    def loss(params: Any, frozen: Any, step: Any, batch: Any, keys: Any) -> Any:
+        return stage.loss(nnx.merge(state.graph, params, frozen), {**batch, "step": step}, keys)[0]
+
+    arguments = (state.params, state.frozen, state.step, batch(one), key)
+    with device.compiling_for(_CPU):
+        return traced(jax.grad(loss), *arguments), traced(loss, *arguments)
+
+
+def with_settings(
+    config: FlowTrainConfig, *, batch_size: int | None = None, accumulate: int | None = None, **settings: Any
+) -> FlowTrainConfig:
+    """`config` with other settings: of the batch and its parts where they are given, and of top-level fields."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=batch_size or config.data.batch_size),
+        optim=dataclasses.replace(config.optim, accumulate=accumulate or config.optim.accumulate),
+        **settings,
+    )
+
+
+def sequences(config: FlowTrainConfig) -> list[list[int]]:
+    """Tokens of the transformer's sequences for one sample: a list for each pass, of its packed levels."""
+    sizes = transformer_config(config)
+    frames, (h, w) = config.flow.memory.frames_per_chunk, LATENTS
+    history = config.flow.memory.num_tokens(h, w, sizes.patch_size)
+
+    def tokens(down: int) -> int:
+        (pt, ph, pw) = sizes.patch_size
+        return history + (frames // pt) * ((h >> down) // ph) * ((w >> down) // pw)
+
+    if config.flow.pyramid is None:
+        return [[tokens(0)]]
+    ratios = config.flow.pyramid.sample_ratios
+    levels = [tokens(len(ratios) - 1 - i) for i, ratio in enumerate(ratios) for _ in range(ratio)]
+    return [levels] if config.flow.pyramid.levels == "packed" else [[level] for level in levels]
+
+
+def bytes_on_each(tree: Any) -> int:
+    """Bytes of a tree of shapes with shardings on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

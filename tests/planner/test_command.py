@@ -1,0 +1,78 @@
+"""The planner's command: one page, exit codes, and refusals in one line."""
+
+import pytest
+
+from helios_jax.planner.command import main
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main(arguments)
+    return code, *capsys.readouterr()
+
+
+def test_a_page_tells_what_fits(capsys):
+    code, out, err = run(capsys, "configs/stage1_init.yaml", "--topology", "v5p-128", "--quick")
+    assert (code, err) == (0, "")
+    assert len(out.splitlines()) < 50
+    assert max(map(len, out.splitlines())) < 220
+    for part in (
+        "FITS:",
+        "frozen parameters",
+        "optimiser state",
+        "all-reduce",
+        "MFU",
+        "tokens/s",
+        "settings were estimated",
+    ):
+        assert part in out
+    assert "nothing was compiled" in out
+
+
+def test_a_given_mesh_is_planned_as_it_is(capsys):
+    arguments = ("configs/stage1_init.yaml", "--topology", "v5p-128", "--quick", "mesh.fsdp=64", "optim.accumulate=4")
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    assert "settings: mesh.data=1 mesh.fsdp=64 optim.accumulate=4 remat=block" in out
+    assert "settings were estimated" not in out
+
+
+def test_what_does_not_fit_ends_with_1_and_a_remedy(capsys):
+    arguments = ("configs/stage1_init.yaml", "--topology", "v5p-128", "--quick", "mesh.fsdp=16", "remat=null")
+    code, out, err = run(capsys, *arguments)
+    assert code == 1
+    assert "DOES NOT FIT" in out
+    assert err.count("\n") == 1
+    assert "these settings should fit: mesh." in err
+    code, _, err = run(capsys, "configs/stage1_init.yaml", "--topology", "H100", "--quick", "data.batch_size=8")
+    if code:  # one GPU holds weights and optimiser state, and little else
+        assert "GB of each chip are missing" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("stage1_init", "--topology", "v9-64"), "no machine of that name"),
+        (("stage1_init",), "--topology"),
+        (("stage1_ini", "--topology", "v6e-256"), "no such file"),
+        (("stage1_init", "--topology", "v6e-256", "optim.speed=1"), "speed"),
+        (("toy/vae", "--topology", "v6e-256"), "no transformer"),
+        (("stage1_init", "--topology", "v6e-64", "mesh.fsdp=16"), "has no place"),
+        (("stage1_init", "--topology", "v6e-256", "mesh.fsdp=16"), "does not divide"),
+        (("stage1_init", "--topology", "v6e-256", "data.batch_size=100"), "does not divide"),
+        (("stage1_init", "--topology", "v6e-256", "--compile", "0"), "1 up"),
+    ],
+)
+def test_refusals(capsys, arguments, words):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+def test_an_absent_compiler_is_told_with_a_remedy(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    code, _, err = run(capsys, "stage1_init", "--topology", "v6e-256")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "libtpu" in err
+    assert "--quick" in err

@@ -1,0 +1,77 @@
+"""Meshes of a machine, settings that fit it, and refusals."""
+
+import dataclasses
+import math
+
+import pytest
+
+from helios_jax.config import ConfigError
+from helios_jax.planner import search
+from helios_jax.planner.machines import machine
+from helios_jax.planner.program import with_settings
+
+
+def sizes(name: str) -> set[tuple[int, ...]]:
+    return {tuple(mesh.values()) for mesh in search.meshes(machine(name))}
+
+
+def test_meshes_are_products_of_a_grids_sides():
+    assert sizes("v5p-128") == {(1, 64, 1, 1), (4, 16, 1, 1), (16, 4, 1, 1), (64, 1, 1, 1)}
+    assert sizes("v6e-256") == {(1, 256, 1, 1), (16, 16, 1, 1), (256, 1, 1, 1)}
+
+
+def test_a_product_is_split_within_a_host_only():
+    assert (2, 1, 2, 1) in sizes("v5p-8")
+    assert (1, 4, 2, 1) in sizes("v6e-8")
+    assert all(mesh[2] <= 8 for mesh in sizes("H100x16"))
+    assert (2, 1, 8, 1) in sizes("H100x16")
+
+
+def test_slices_split_samples_only():
+    assert all(mesh[0] % 2 == 0 for mesh in sizes("2*v5p-128"))
+    assert (2, 64, 1, 1) in sizes("2*v5p-128")
+
+
+def test_those_that_fit_come_first_by_time(stage1):
+    pod = machine("v5p-128")
+    found = search.search(stage1, pod)
+    fits = [one.fits(pod) for one in found]
+    assert fits[0]
+    assert not fits[-1]
+    assert fits == sorted(fits, reverse=True)
+    seconds = [one.cost.seconds for one in found if one.fits(pod)]
+    assert seconds == sorted(seconds)
+    assert {one.config.remat for one in found} == set(search.POLICIES)
+    for one in found:
+        ways = one.mesh["data"] * one.mesh["fsdp"]
+        assert math.prod(one.mesh.values()) == 64
+        assert one.config.data.batch_size % (ways * one.config.optim.accumulate) == 0
+
+
+def refused(stage1, name: str, **settings) -> str:
+    mesh = dataclasses.replace(stage1.config.mesh, **settings.pop("mesh", {}))
+    work = dataclasses.replace(stage1, config=with_settings(stage1.config, mesh=mesh, **settings))
+    with pytest.raises(ConfigError) as error:
+        search.given(work, machine(name))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_mesh_without_a_place_is_refused_with_the_nearest(stage1):
+    assert "nearest that has is mesh.data=8 mesh.fsdp=8" in refused(stage1, "v6e-64")  # fsdp 16 of 8x8
+    odd = refused(stage1, "v5p-128", mesh={"fsdp": 8})
+    assert "the 64 chips of 4x4x4 of v5p-128; the nearest that has is mesh.data=4 mesh.fsdp=16" in odd
+    assert "mesh.fsdp=16 has no place on the 8 chips" in refused(stage1, "H100x8")
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(stage1):
+    assert "the nearest that does is optim.accumulate=1" in refused(stage1, "v6e-256")
+    odd = refused(stage1, "v5p-128", batch_size=200, accumulate=2)
+    assert "data.batch_size 200 in 2 parts does not divide over data x fsdp = 64" in odd
+    assert "the nearest that does is data.batch_size=256" in odd
+
+
+def test_a_batch_smaller_than_the_machine_is_refused(stage1):
+    with pytest.raises(ConfigError, match=r"does not divide over the 1024 chips .* data.batch_size=1024") as error:
+        search.search(stage1, machine("4*v6e-256"))
+    assert "\n" not in str(error.value)
