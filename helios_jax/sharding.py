@@ -41,11 +41,14 @@ class MeshConfig:
     context: int | None = 1
     context_attention: ContextAttention = "ulysses"  # how tokens on `context` attend to one another
     slices: int | None = None  # groups of devices that a slow network connects, which split `data`; null: as they are
-    processes: int = 1  # one per host; more than one: each host runs the same command, see `runtime.hosts`
+    processes: int | None = 1  # one per host, each runs the same command; null: as many as TPU pod or Slurm say
 
     def __post_init__(self):
         sizes = {name: getattr(self, name) for name in AXES}
-        require(self.processes > 0, f"processes must be at least 1, got {self.processes}")
+        require(
+            self.processes is None or self.processes > 0,
+            f"processes must be at least 1, or null for as many as the cluster says, got {self.processes}",
+        )
         require(self.slices is None or self.slices > 0, f"slices must be at least 1, or null, got {self.slices}")
         for name, size in sizes.items():
             require(size is None or size > 0, f"{name} must be at least 1, or null for the rest, got {size}")

@@ -57,19 +57,28 @@ class Hosts:
         devices: int = 2,
         environments: Mapping[int, Mapping[str, str]] | None = None,
         folders: Sequence[Path] | None = None,
+        slurm: bool = False,
     ) -> list[Host]:
-        """Starts the same command on each host; `environments` adds variables to some, `folders` are their own."""
+        """Starts the same command on each host; `environments` adds variables to some, `folders` are their own.
+
+        The hosts get the addresses of each other from the caller, or, with `slurm`, as tasks of Slurm have them.
+        """
         self._runs += 1
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{free.getsockname()[1]}"
+            port = free.getsockname()[1]
         started = []
         for number in range(hosts):
             output = self._folder / f"{self._runs}.{number}.txt"
             own = {"XLA_FLAGS": environment(devices)["XLA_FLAGS"], **(environments or {}).get(number, {})}
-            if hosts > 1:
-                own |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(number)}
-            command = [*arguments, f"mesh.processes={hosts}"]
+            if slurm:
+                # With one task per node, as in deploy/slurm.sbatch; jax's port follows from the job's number.
+                own |= {"SLURM_JOB_ID": "1", "JAX_COORDINATOR_PORT": str(port), "SLURM_LOCALID": "0"}
+                own |= {"SLURM_STEP_NODELIST": "localhost,other", "SLURM_NTASKS": str(hosts)}
+                own |= {"SLURM_PROCID": str(number), "JAX_LOCAL_DEVICE_IDS": "0,1"}
+            elif hosts > 1:
+                own |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_PROCESS_ID": str(number)}
+            command = [*arguments, f"mesh.processes={'null' if slurm else hosts}"]
             folder = str(folders[number]) if folders else None
             started.append(Host(self._ask("start", command, own, str(output), folder), output))
         return started

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 import jax
 from etils import epath
-from jax._src import distributed  # the store has no public name
+from jax._src import clusters, distributed  # the clusters and the store have no public names
 from jax.experimental import multihost_utils
 
 from helios_jax.runtime import interrupts
@@ -42,20 +42,35 @@ class JoinError(ValueError):
     """Hosts that cannot be found; the message is one line."""
 
 
-def join(processes: int) -> None:
+def join(processes: int | None) -> None:
     """Connects this process to the others of a run of `processes`; to be called before anything asks for devices.
 
-    TPU pods and Slurm say where the others are; elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first process) and
-    JAX_PROCESS_ID (0 and up) do. Raises JoinError when they cannot be found.
+    TPU pods and Slurm say where the others are, and how many if `processes` is None (1 where there is neither).
+    Elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first process) and JAX_PROCESS_ID (0 and up) say where. Raises
+    JoinError when they cannot be found.
     """
-    if processes == 1 or jax.distributed.is_initialized():
+    if jax.distributed.is_initialized():
         return
     number = os.environ.get("JAX_PROCESS_ID")
+    if processes is None:
+        processes = _processes_of_cluster()
+        if processes == 1 and number is not None:
+            raise JoinError("JAX_PROCESS_ID is set, but no cluster says how many hosts there are: set mesh.processes")
+    if processes == 1:
+        return
     try:
         jax.distributed.initialize(num_processes=processes, process_id=None if number is None else int(number))
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise JoinError(f"cannot join {processes} hosts (mesh.processes): {reason}") from None
+
+
+def _processes_of_cluster() -> int:
+    """The number of processes of the TPU pod or the Slurm step that this process belongs to; 1 if there is none."""
+    for cluster in clusters.ClusterEnv._cluster_types:
+        if not cluster.opt_in_only_method and cluster.is_env_present():
+            return cluster.get_process_count()
+    return 1
 
 
 def several() -> bool:
@@ -108,7 +123,7 @@ def check_shared(folder: str, key: str) -> None:
     if blind:
         raise ValueError(
             f"{key}: {folder} is another folder on host {', '.join(blind)} than on host 0; name one on a file system "
-            "that all hosts share, such as gs://BUCKET/NAME"
+            "that all hosts mount, such as an NFS share"
         )
 
 

@@ -42,10 +42,11 @@ KEYS = {
     "checkpoint.keep": "checkpoints kept on disk [2]",
     "mesh.fsdp": "devices that share the weights [1]",
     "mesh.context": "devices that share the tokens of a sample [1]",
-    "mesh.processes": "hosts, each of which runs the same command [1]",
+    "mesh.processes": "hosts, each of which runs the same command; null: as many as a TPU pod or Slurm says [1]",
+    "stopped_code": "exit code after SIGTERM, so that a scheduler can tell a stopped run from one that is done [0]",
 }
 CODES = {
-    0: "done, or ended by SIGTERM after saving",
+    0: "done, or ended by SIGTERM after saving (see stopped_code)",
     1: "the loss is not finite, a record is damaged, a file cannot be written, or no memory is left",
     2: "input that cannot be used",
     130: "ended by Ctrl-C after saving, or by a signal before the first step or after the last",

@@ -104,6 +104,7 @@ class TrainConfig:
     steps: int = 1000
     seed: int = 0
     log_every: int = 20
+    stopped_code: int = 0  # exit code of a run that SIGTERM ended after saving; schedulers restart on one that is not 0
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products; parameters stay float32
     # Names of what is trained: "all", "adapters", and regular expressions of parameters and modules. The rest stays as
     # it is, in `precision`.
@@ -119,6 +120,7 @@ class TrainConfig:
     def __post_init__(self):
         require(self.steps > 0, f"steps must be at least 1, got {self.steps}")
         require(self.log_every > 0, f"log_every must be at least 1, got {self.log_every}")
+        require(0 <= self.stopped_code < 256, f"stopped_code must be from 0 to 255, got {self.stopped_code}")
         require(bool(self.run), "run must name a folder")
         checked(self.seed)
         require(bool(self.trainable), "trainable must name something: all, adapters or parameters")

@@ -26,8 +26,8 @@ from helios_jax.training.state import abstract_like, init_sharded
 def train(stage: Stage[Any, Any], profiled: int = 0) -> int:
     """Builds, restores, trains and exports; returns the exit code. `profiled` steps are recorded in `<run>/profile`.
 
-    0: done, or ended by SIGTERM after saving. 130: ended by Ctrl-C after saving. Raises ConfigError, CheckpointError or
-    RestoreError for input that cannot be used, and RunError for a run that cannot go on.
+    0: done. `stopped_code`: ended by SIGTERM after saving. 130: ended by Ctrl-C after saving. Raises ConfigError,
+    CheckpointError or RestoreError for input that cannot be used, and RunError for a run that cannot go on.
     """
     began = time.time()
     config: TrainConfig = stage.config
@@ -72,7 +72,7 @@ def train(stage: Stage[Any, Any], profiled: int = 0) -> int:
     if stopped is None:
         return 0
     say(f"{stopped.name}: saved step {int(state.step)} in {checkpoints.folder}; the same command continues")
-    return 130 if stopped is signal.SIGINT else 0
+    return 130 if stopped is signal.SIGINT else config.stopped_code
 
 
 def fit_mesh(config: TrainConfig) -> Mesh:
@@ -87,6 +87,11 @@ def fit_mesh(config: TrainConfig) -> Mesh:
 
 def check_hosts(config: TrainConfig) -> None:
     """Raises ConfigError for folders that cannot be written, or hosts with other settings or folders than the first."""
+    if jax.process_count() > 1 and not hosts.several():  # the runtime of a TPU pod knows its hosts without `join`
+        raise ConfigError(
+            f"mesh.processes is {config.mesh.processes}, but this is one of {jax.process_count()} hosts; "
+            "set mesh.processes=null for as many as the cluster says"
+        )
     values = configs.to_dict(config)
     if config.wandb is not None and importlib.util.find_spec("wandb") is None:
         raise ConfigError("wandb: the package is not installed; pip install wandb, or set wandb to null")

@@ -7,10 +7,14 @@ import signal
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import yaml
 
+from helios_jax.config import ConfigError
+from helios_jax.training.run_config import TrainConfig
+from helios_jax.training.trainer import check_hosts
 from tests.several_hosts import Host, Hosts
 from tests.training.test_ends import largest
 
@@ -97,10 +101,13 @@ def test_losses_are_those_of_one_host_on_any_mesh(hosts, config, trained, tmp_pa
     np.testing.assert_allclose(np.load(tmp_path / "r" / "weight.npy"), np.load(trained / "weight.npy"), atol=1e-5)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_to_one_host_saves_and_ends_all_and_others_go_on(hosts, config, tmp_path, number, code):
+    """Slurm says how many there are, and tells a stopped run from one that is done by `stopped_code`."""
     run = tmp_path / "r"
-    started = hosts.start([config, f"run={run}", ENDLESS, "checkpoint.every=100000", *EXACT])
+    started = hosts.start(
+        [config, f"run={run}", ENDLESS, "checkpoint.every=100000", "stopped_code=75", *EXACT], slurm=True
+    )
     wait_for(run, 3)
     started[1].kill(number)
     assert hosts.wait(started) == [code, code]
@@ -185,6 +192,11 @@ def test_hosts_with_other_settings_or_folders_are_refused(hosts, config, tmp_pat
         assert line.startswith("run: r is another folder on host 1 than on host 0; name one on a file ")
     assert [list(folder.iterdir()) for folder in folders] == [[], []]
 
+    lost = {0: {"JAX_PROCESS_ID": "1"}}
+    alone = hosts.start([config, f"run={tmp_path / 'r'}"], hosts=1, environments=lost, slurm=True)
+    assert hosts.wait(alone) == [2]
+    assert last_line(alone[0]).endswith("no cluster says how many hosts there are: set mesh.processes")
+
     other = tmp_path / "b" / "c.yaml"
     other.write_text(yaml.safe_dump({**CONFIG, "seed": 5}))
     shutil.copy(config, tmp_path / "a" / "c.yaml")
@@ -193,3 +205,10 @@ def test_hosts_with_other_settings_or_folders_are_refused(hosts, config, tmp_pat
     told = "all hosts must have the same settings as host 0; seed was 0, is 5 here; give all the same command"
     assert last_line(started[1]) == told
     assert last_line(started[0]) == f"host 1: {told}"
+
+
+def test_a_host_of_a_pod_that_was_not_joined_is_refused(monkeypatch):
+    """The runtime of a TPU pod counts its hosts by itself, where the config says that there is one."""
+    monkeypatch.setattr(jax, "process_count", lambda: 16)
+    with pytest.raises(ConfigError, match=r"this is one of 16 hosts; set mesh\.processes=null"):
+        check_hosts(TrainConfig())
