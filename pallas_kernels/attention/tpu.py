@@ -121,7 +121,7 @@ def _prepared(
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=KEPT_ATTENTION,
+        residual_checkpoint_name=None if save_residuals else KEPT_ATTENTION,  # pieces are merged, and then kept
         save_residuals=save_residuals,
         interpret=interpret,
     )

@@ -75,7 +75,9 @@ def gradients(name: str, root: Path, sizes: dict[str, Any]) -> dict[str, np.ndar
             return jax.value_and_grad(lambda model: stage.loss(model, {**batch, "step": 0}, keys)[0])(model)
 
         loss, grads = run(model, batch)
-    named = ((jax.tree_util.keystr(path, simple=True), x) for path, x in jax.tree.leaves_with_path(grads))
+    named = (
+        (jax.tree_util.keystr(path, simple=True, separator="/"), x) for path, x in jax.tree.leaves_with_path(grads)
+    )
     return {"loss": loss} | {name: np.asarray(x) for name, x in named}
 
 

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Shaped
 
 from helios_jax.models.ops.blockwise import LOWEST
 from helios_jax.models.ops.token_runs import runs_of, take
 from helios_jax.sharding import CONTEXT, RULES, ContextAttention
+from pallas_kernels.attention import KEPT_ATTENTION
 
 Present = Bool[np.ndarray, "ways m"]  # of the keys of each device's share, those that are no padding
 
@@ -98,7 +100,7 @@ def ring(
         return values(query, key, value)[0]
 
     def keep(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, ...]]:
-        out, log_sums = values(query, key, value)
+        out, log_sums = (checkpoint_name(x, KEPT_ATTENTION) for x in values(query, key, value))
         return out, (query, key, value, out, log_sums)
 
     def backward(kept: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:

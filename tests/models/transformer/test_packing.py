@@ -12,9 +12,11 @@ import pytest
 from helios_jax.diffusion import memory as memories
 from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.models.ops.attention import attention
+from helios_jax.models.ops.choices import Implementations
 from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.models.transformer.packing import Packing
 from helios_jax.models.transformer.remat import Remat
+from helios_jax.sharding import AXES
 from tests import tiny
 from tests.closeness import assert_close
 
@@ -80,6 +82,21 @@ def test_packed_levels_are_those_of_calls_on_their_own(stacked, options):
 
     for i, out in enumerate(packed(model, latents)):
         assert_close(out, alone(model, latents[i], timesteps[:, i]))
+
+
+def test_a_ring_is_not_gone_around_again_where_attention_is_kept():
+    """The rotations of keys and values in a block's forward and backward passes, as they are traced."""
+    model = Transformer.abstract(tiny.TRANSFORMER, stacked=True, implementations=Implementations(context="ring"))
+    (latents,), timesteps, text, *_ = inputs(tiny.TRANSFORMER, scales=(2,))
+
+    def rotations(remat):
+        def loss(model):
+            return model(latents, timesteps[:, 0], model.text_kv(text), remat=remat).sum()
+
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 1, 2), AXES)):
+            return str(jax.make_jaxpr(jax.grad(loss))(model)).count("ppermute")
+
+    assert rotations("block") == rotations("attention") + 2
 
 
 def test_every_remat_policy_gives_the_same_gradients():
