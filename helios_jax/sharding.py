@@ -23,8 +23,9 @@ AnyMesh = Mesh | AbstractMesh
 AXES = ("data", "fsdp", "tensor", "context")
 
 # Logical axis of a parameter -> mesh axis. Attention and the feed-forward split over `tensor` between their two matrix
-# products, the residual stream over `fsdp`; axes that are not listed (embed_out, channels, layers, None) are not split.
-RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
+# products, the residual stream and the rank of adapters over `fsdp`, the first of them where an array has both; axes
+# that are not listed (embed_out, channels, layers, None) are not split.
+RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp", "rank": "fsdp"}
 
 BATCH = ("data", "fsdp")  # samples are split over both
 CONTEXT = "context"  # splits tokens within the transformer

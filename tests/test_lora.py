@@ -1,5 +1,6 @@
 """Adapters on a model: attaching, scales, merging and taking off, new ones, several devices."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -201,6 +202,7 @@ def test_adapters_are_sharded_like_weights(tmp_path):
     assert result["a"] == [None, "fsdp", None]
     assert result["b"] == [None, None, "tensor"]
     assert result["new a"] == result["a"]
+    assert result["in training"] == {"a": [None, "fsdp", None], "b": [None, "fsdp", "tensor"]}
     assert result["weight"] == result["merged"] == [None, "fsdp", "tensor"]
     assert result["error"] < 5e-6
 
@@ -211,7 +213,7 @@ def on_eight() -> dict:
     split = jax.device_put(base, shardings(base, mesh))
     expected = to_arrays(lora.merge(lora.attach(base, files)))
     adapted = lora.attach(split, files)
-    new = lora.add(split, CONFIG, jax.random.key(0))
+    new = lora.add(split, dataclasses.replace(CONFIG, rank=4), jax.random.key(0))
     merged = lora.merge(adapted)
     weights = to_arrays(merged)
 
@@ -222,6 +224,10 @@ def on_eight() -> dict:
         "a": spec(adapted.blocks.attn1.to_q.adapters[0], "a"),
         "b": spec(adapted.blocks.attn1.to_q.adapters[0], "b"),
         "new a": spec(new.blocks.attn1.to_q.adapters[0], "a"),
+        "in training": {
+            part: list(getattr(shardings(new, mesh).blocks.attn1.to_q.adapters[0], part).get_value().spec)
+            for part in "ab"
+        },
         "weight": spec(split.blocks.attn1.to_q, "weight"),
         "merged": spec(merged.blocks.attn1.to_q, "weight"),
         "error": max(error(weights[k], expected[k]) for k in expected),

@@ -36,6 +36,8 @@ class FakeMesh:
         (("embed",), (16,), (None,)),
         (("mlp",), (64,), ("tensor",)),
         (("embed", "embed"), (16, 16), ("fsdp", None)),  # an axis splits one dimension only
+        (("rank", "heads"), (8, 64), ("fsdp", "tensor")),  # an adapter's second matrix
+        (("embed", "rank"), (16, 8), ("fsdp", None)),
         ((None, None, "channels", "embed_out"), (3, 3, 8, 8), (None,) * 4),
     ],
 )

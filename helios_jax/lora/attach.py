@@ -158,14 +158,17 @@ def _from_files(name: str, module: Any, group: list[tuple[Target, Change]], weig
 
 
 def _adapter(name: str, module: Any, a: Any, b: Any, bias: Any, scaling: np.ndarray, weight: float) -> LoRA:
-    """An adapter whose arrays are placed and split as the layer's weight is, except for the rank."""
+    """An adapter whose arrays are placed and split as the layer's weight is, and whole along the rank.
+
+    The axes that they name split the rank too, in training, where each device keeps its part of the optimiser's state.
+    """
     *inner, out = module.weight.axes
     base, last = module.weight[...], len(module.weight.shape) - 1
     first = last - len(inner)
     return LoRA(
         name,
-        LoRAWeight(like(base, a, (*range(first, last), None)), axes=(*inner, None)),
-        LoRAWeight(like(base, b, (None, last)), axes=(None, out)),
+        LoRAWeight(like(base, a, (*range(first, last), None)), axes=(*inner, "rank")),
+        LoRAWeight(like(base, b, (None, last)), axes=("rank", out)),
         None if bias is None else LoRAWeight(like(base, bias, (last,)), axes=(out,)),
         like(base, scaling, ()),
         like(base, np.full(scaling.shape, weight, np.float32), ()),

@@ -37,13 +37,13 @@ class Factors:
     hidden: float
 
 
-TPU, GPU = Factors(working=58, inputs=1.83, layers=5, hidden=0), Factors(working=32, inputs=1, layers=2.5, hidden=0.9)
+TPU, GPU = Factors(working=46, inputs=1.83, layers=2.5, hidden=0), Factors(working=32, inputs=1, layers=2.5, hidden=0.9)
 # Such arrays that each block keeps beside its input.
 KEPT: dict[Remat | None, float] = {
     "block": 0,
     "offload": 0,
     "attention": 1.9,
-    "products": 11.5,
+    "products": 10.7,
     "dots_with_no_batch_dims_saveable": 17.2,
     "dots_saveable": 25,
     None: 38,
@@ -54,9 +54,9 @@ AGAIN: dict[Remat | None, tuple[float, float, float]] = {
     "block": (1, 1, 1),
     "offload": (1, 1, 1),
     "attention": (1, 0, 1),
-    "products": (0, 0, 0.5),
-    "dots_with_no_batch_dims_saveable": (0, 1, 0.5),
-    "dots_saveable": (0, 1, 0.5),
+    "products": (0, 0, 1),
+    "dots_with_no_batch_dims_saveable": (0, 1, 1),
+    "dots_saveable": (0, 1, 1),
     None: (0, 0, 0),
 }
 # Traffic where products are split over `tensor`, of which a part stays whole: the norms' kernels do not run there.
@@ -64,6 +64,7 @@ SPLIT_TRAFFIC, WHOLE_TRAFFIC = 2.7, 0.15
 TEXT = 16  # bytes for each feature of a text token in each block: keys, values, their norms and gradients
 TRAFFIC = 109  # arrays [tokens, dim] in bfloat16 that each pass over a block reads and writes
 GATHERED = 2.3  # times that the weights of all blocks are gathered for each part of a batch
+LANES = 128  # narrower parts of weights a TPU does not gather but adds up, which takes twice the bytes
 REDUCED = 3  # arrays [tokens, dim] that a block adds up over `tensor` in each pass
 
 
@@ -141,12 +142,13 @@ def memory(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str
     """The memory of a step on each device."""
     given = arguments(work, config, abstract_mesh(mesh))
     b, d, layers, split = samples(config, mesh), work.sizes.dim, work.sizes.num_layers, mesh["tensor"]
-    array = 2 * b * max(map(sum, work.sequences)) * d
+    # Passes over separate sequences keep for all of them, and go back through one after the other.
+    once, array = (2 * b * d * count for count in (max(map(sum, work.sequences)), work.tokens))
     factors = TPU if machine.is_tpu else GPU
     inputs = 0 if config.remat == "offload" else factors.inputs
     # The residual stream is whole on each device of `tensor`; what is between two products is split.
     kept = min(inputs, 1) + (max(inputs - 1, 0) + KEPT[config.remat]) / split
-    activations = array * (layers * kept + factors.working / split)
+    activations = array * layers * kept + once * factors.working / split
     text = b * program.TEXT * d * layers * TEXT / split
     weights = factors.layers * 2 * sum(x.size for x in jax.tree.leaves(work.state.frozen)) / layers / split
     copies = 2.4 if config.optim.accumulate > 1 else 1.4  # of the gradients, and of adapters in bfloat16
@@ -177,7 +179,7 @@ def cost(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, 
     ):
         total.bound[name] = work_done / limit
         total.expected[name] = work_done / limit / reached
-    for kind, axis, received in _received(work, config, mesh):
+    for kind, axis, received in _received(work, config, machine, mesh):
         if received:
             total.received[kind] += received
             hidden = 0 if machine.is_tpu else GPU.hidden
@@ -188,19 +190,22 @@ def cost(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, 
     return total
 
 
-def _received(work: Work, config: FlowTrainConfig, mesh: dict[str, int]) -> list[tuple[str, str, float]]:
+def _received(
+    work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, int]
+) -> list[tuple[str, str, float]]:
     """(kind, mesh axis, bytes that each device receives in a step) of the collectives."""
     b, parts, split = samples(config, mesh), config.optim.accumulate, mesh["tensor"]
     weights = sum(x.size * 2 for x in jax.tree.leaves((work.state.params, work.state.frozen))) / split
     gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(work.state.params)) / split
     array = 2 * b * work.tokens * work.sizes.dim
+    narrow = machine.is_tpu and work.sizes.dim // mesh["fsdp"] < LANES
 
     def others(axis: str) -> float:
         return (mesh[axis] - 1) / mesh[axis]
 
     passes = 3 + AGAIN[config.remat][0]
     return [
-        ("all-gather", "fsdp", parts * GATHERED * weights * others("fsdp")),
+        ("all-gather", "fsdp", parts * GATHERED * weights * others("fsdp") * (1 + narrow)),
         ("all-reduce", "fsdp", parts * gradients * others("fsdp")),
         ("all-reduce", "data", 2 * gradients / mesh["fsdp"] * others("data")),
         ("all-reduce", "tensor", parts * passes * REDUCED * work.sizes.num_layers * array * 2 * others("tensor")),

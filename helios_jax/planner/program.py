@@ -7,7 +7,10 @@ of the time. They are made with little effort unless all is asked for: a few tim
 
 import dataclasses
 import math
+import tempfile
 from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
+from helios_jax import pretrained
 from helios_jax.benchmarks.throughput_flops import traced
 from helios_jax.config import ConfigError
 from helios_jax.models.transformer import TransformerConfig
@@ -45,7 +49,19 @@ def open_config(path: str, overrides: Sequence[str]) -> FlowTrainConfig:
     if not isinstance(config, FlowTrainConfig):
         raise ConfigError(f"{path}: the stage {config.stage} has no transformer; give a config that trains one")
     sizes = config.model.transformer or TransformerConfig()
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, transformer=sizes))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, transformer=sizes))
+    if isinstance(config, DistillTrainConfig) and config.distill.score.init is not None:
+        score = dataclasses.replace(config.distill.score, init=_released().name)
+        return dataclasses.replace(config, distill=dataclasses.replace(config.distill, score=score))
+    return config
+
+
+@cache
+def _released() -> tempfile.TemporaryDirectory[str]:
+    """A folder that has the 14B model's config.json and no weights, as long as the process lives: for the scores."""
+    folder = tempfile.TemporaryDirectory()
+    pretrained.write_config(TransformerConfig(), Path(folder.name) / "transformer")
+    return folder
 
 
 def batch(config: FlowTrainConfig, mesh: Mesh | AbstractMesh | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from helios_jax.planner.analytic import Memory, Work
 from helios_jax.planner.cost import PARTS, Cost
 from helios_jax.planner.machines import Machine
 from helios_jax.planner.search import Candidate
+from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
 
 GB = 1e9
 
@@ -136,6 +137,8 @@ def _assumptions(machine: Machine, answer: Answer) -> list[str]:
         f"rates: {chip.source}",
         f"expected: products at {products} of the peak, attention at {attention}, memory at {memory} of its bandwidth",
     ]
+    if not answer.compiled and isinstance(answer.candidate.config, DistillTrainConfig):
+        lines.append("rough: this stage has several passes and models, of which estimates know one; compile it")
     if answer.cost.unknown:
         lines.append("not counted: " + ", ".join(sorted(answer.cost.unknown)))
     return lines

@@ -89,19 +89,17 @@ def draw(title: str, curves: dict[str, list[Point]], batch: int, out: Path) -> N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m helios_jax.planner.scaling", description=(__doc__ or "").partition("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m helios_jax.planner.scaling", description="Plot predicted scaling.")
     parser.add_argument("config", help="a YAML file of configs/, or its name there")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config")
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
     args = parser.parse_args(argv)
     try:
         work = Work.of(program.open_config(args.config, args.overrides))
+        curves = {name: [point(work, named(chips)) for chips in CHIPS] for name, named in NAMES.items()}
     except ConfigError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
-    curves = {name: [point(work, named(chips)) for chips in CHIPS] for name, named in NAMES.items()}
     print(f"{'machine':>12}{'batch':>7}{'tokens/s':>11}{'MFU':>6}  settings")
     for one in (one for points in curves.values() for one in points):
         found = f"{one.tokens:11.0f}{100 * one.mfu:5.0f}%" if one.settings else f"{'-':>11}{'-':>6}"

@@ -4,6 +4,7 @@ XLA takes two passes for the norm and the rotation. On TPUs it takes four more t
 reads. The kernel reads and writes once.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -17,6 +18,7 @@ from pallas_kernels.norm_rope import tpu as norm_rope_tpu
 
 # cos and sin of the angle of each pair of features; the first dimension is 1 when all samples share positions.
 Rotary = tuple[Float[Array, "#b n pairs"], Float[Array, "#b n pairs"]]
+Turn = Callable[[Array, Rotary], Array]
 
 
 def reference(
@@ -27,9 +29,11 @@ def reference(
     table: Rotary | None = None,
     history_scale: Float[Array, " #heads"] | None = None,
     num_history: int = 0,
+    turn: Turn | None = None,
 ) -> Float[Array, "b n heads head_dim"]:
     """x / sqrt(mean(x^2) + eps) * weight over all features, in float32; split into heads, whose neighbouring pairs
-    (0, 1), (2, 3), ... are turned by the angles of `table`; the first `num_history` tokens times `history_scale`.
+    (0, 1), (2, 3), ... are turned by the angles of `table` (by `turn`, or `turn_pairs`); the first `num_history` tokens
+    times `history_scale`.
 
     What is between these steps has the dtype of `x`, as where each is a layer of its own.
     """
@@ -37,15 +41,47 @@ def reference(
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
     y = (y * weight.astype(jnp.float32)).astype(x.dtype).reshape(*x.shape[:2], heads, -1)
     if table is not None:
-        cos, sin = (t[:, :, None] for t in table)
-        pairs = y.astype(jnp.float32).reshape(*y.shape[:-1], -1, 2)
-        real, imaginary = pairs[..., 0], pairs[..., 1]
-        turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
-        y = turned.reshape(y.shape).astype(x.dtype)
+        y = (turn or turn_pairs)(y, table)
     if history_scale is None or num_history == 0:
         return y
     history = (jnp.arange(y.shape[1]) < num_history)[None, :, None, None]
     return jnp.where(history, y * history_scale[:, None], y).astype(x.dtype)
+
+
+def turn_pairs(y: Float[Array, "b n heads head_dim"], table: Rotary) -> Float[Array, "b n heads head_dim"]:
+    """Turns neighbouring pairs of features, in float32."""
+    cos, sin = (t[:, :, None] for t in table)
+    pairs = y.astype(jnp.float32).reshape(*y.shape[:-1], -1, 2)
+    real, imaginary = pairs[..., 0], pairs[..., 1]
+    turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
+    return turned.reshape(y.shape).astype(y.dtype)
+
+
+@jax.custom_vjp
+def turn_heads(y: Float[Array, "b n heads head_dim"], table: Rotary) -> Float[Array, "b n heads head_dim"]:
+    """`turn_pairs`, whose gradient keeps heads whole: arrays of pairs have a last dimension of 2, which a TPU pads to
+    128 and copies to turn.
+    """
+    return turn_pairs(y, table)
+
+
+def _turn_back(kept: tuple[Array, Rotary], gradient: Array) -> tuple[Array, Rotary]:
+    y, table = kept
+    cos, sin = (t[:, :, None] for t in signed(table))
+    exchanged = _exchanged(gradient).astype(jnp.float32)
+    back = (gradient.astype(jnp.float32) * cos - exchanged * sin).astype(y.dtype)
+    _, of_table = jax.vjp(lambda table: turn_pairs(y, table), table)
+    return back, of_table(gradient)[0]
+
+
+turn_heads.defvjp(lambda y, table: (turn_pairs(y, table), (y, table)), _turn_back)
+
+
+def _exchanged(x: Float[Array, "b n heads head_dim"]) -> Float[Array, "b n heads head_dim"]:
+    """The two features of each pair exchanged, by a product with a permutation: exact, and free beside its reads."""
+    features = jnp.arange(x.shape[-1])
+    permutation = (features[:, None] == (features ^ 1)).astype(x.dtype)
+    return jnp.einsum("bnhd,de->bnhe", x, permutation, precision="highest")
 
 
 def unsupported(x: Array | jax.ShapeDtypeStruct, heads: int) -> str | None:
@@ -110,7 +146,7 @@ def by(
 
     def backward(inputs, gradient):
         def plain(x, weight, table, history_scale):
-            return reference(x, weight, heads, eps, table, history_scale, num_history)
+            return reference(x, weight, heads, eps, table, history_scale, num_history, turn_heads)
 
         return jax.vjp(plain, *inputs)[1](gradient)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.core.device import compiling_for
-from pallas_kernels.norm_rope import by, norm_rope, reference
+from pallas_kernels.norm_rope import api, by, norm_rope, reference
 from pallas_kernels.norm_rope import gpu as norm_rope_gpu
 from pallas_kernels.norm_rope import tpu as norm_rope_tpu
 from tests.closeness import assert_close
@@ -72,3 +72,16 @@ def test_unsupported_calls_give_the_reason():
     hopper = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100")
     with compiling_for(hopper), pytest.raises(ValueError, match="head_dim 64 and 128, not 32"):
         norm_rope(x, weight, 4, EPS, implementation="pallas")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_turning_whole_heads_has_the_same_gradients(dtype):
+    """Bit for bit: the pairs are exchanged by a product with a permutation."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    y, gradient = (jax.random.normal(key, (2, 7, 3, 64), dtype) for key in keys[:2])
+    angles = 6 * jax.random.uniform(keys[2], (1, 7, 32))
+    table = (jnp.cos(angles), jnp.sin(angles))
+    expected, found = (jax.vjp(turn, y, table) for turn in (api.turn_pairs, api.turn_heads))
+    assert (expected[0] == found[0]).all()
+    for one, other in zip(jax.tree.leaves(expected[1](gradient)), jax.tree.leaves(found[1](gradient))):
+        assert (one == other).all()

@@ -71,6 +71,15 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(stage1):
     assert "the nearest that does is data.batch_size=256" in odd
 
 
+def test_stage_3_holds_two_models(work, stage1):
+    """The student's weights and the scores', both frozen, in one pass more than the student's own."""
+    third = work("stage3_post", "mesh.fsdp=16")
+    found, first = (search.given(one, machine("v5p-128")) for one in (third, stage1))
+    assert found.memory.frozen == pytest.approx(2 * first.memory.frozen, rel=0.01)
+    assert found.memory.average > 0
+    assert third.model_flops > 2 * stage1.model_flops
+
+
 def test_a_batch_smaller_than_the_machine_is_refused(stage1):
     with pytest.raises(ConfigError, match=r"does not divide over the 1024 chips .* data.batch_size=1024") as error:
         search.search(stage1, machine("4*v6e-256"))
