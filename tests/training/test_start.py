@@ -88,12 +88,13 @@ def test_weights_that_are_not_their_config_s_blame_that(root, tmp_path, capsys):
 @pytest.mark.parametrize("stage", ["stage1_init", "stage3_post"])
 def test_heads_that_context_does_not_divide_are_refused_before_weights_are_read(root, stage):
     path, *flags = recipe.arguments(stage, root, root / "none")
-    mesh = jax.sharding.AbstractMesh((1, 1, 2, 2), AXES)
+    mesh = jax.sharding.AbstractMesh((1, 1, 2, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
+    key = jax.random.key(0)
     with jax.sharding.use_abstract_mesh(mesh):
         with pytest.raises(ConfigError, match=r"mesh: context=2 does not divide the 1 heads .*context_attention=ring"):
-            start.init_transformer(load_config(path, flags), jax.random.key(0))
+            start.init_transformer(load_config(path, flags), key)
         ring = load_config(path, [*flags, "mesh.context_attention=ring"])
-        made = jax.eval_shape(lambda key: start.init_transformer(ring, key), jax.random.key(0))
+        made = jax.eval_shape(lambda key: start.init_transformer(ring, key), key)
     assert made.implementations.context == "ring"
 
 

@@ -88,12 +88,13 @@ def test_a_ring_is_not_gone_around_again_where_attention_is_kept():
     """The rotations of keys and values in a block's forward and backward passes, as they are traced."""
     model = Transformer.abstract(tiny.TRANSFORMER, stacked=True, implementations=Implementations(context="ring"))
     (latents,), timesteps, text, *_ = inputs(tiny.TRANSFORMER, scales=(2,))
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 4)
 
     def rotations(remat):
         def loss(model):
             return model(latents, timesteps[:, 0], model.text_kv(text), remat=remat).sum()
 
-        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1, 1, 1, 2), AXES)):
+        with jax.sharding.use_abstract_mesh(mesh):
             return str(jax.make_jaxpr(jax.grad(loss))(model)).count("ppermute")
 
     assert rotations("block") == rotations("attention") + 2
