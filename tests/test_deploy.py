@@ -56,7 +56,7 @@ class Cloud:
 
     @property
     def arguments(self) -> list[str]:
-        """What python or srun was started with."""
+        """Arguments that python or srun was started with."""
         return (self.folder / "arguments").read_text().split("\0")[:-1]
 
 

@@ -24,7 +24,7 @@ from helios_jax.training.start import transformer_config
 
 @dataclass(frozen=True)
 class Factors:
-    """What the programs of one compiler have of arrays [tokens, dim] in bfloat16, and of weights.
+    """Numbers of arrays [tokens, dim] in bfloat16, and of weights, in the programs of one compiler.
 
     A block's backward pass holds `working` of them at once, and weights of `layers` blocks. A block's input is kept
     `inputs` times, because the loops over the blocks copy part of what they keep. `hidden` is the share of collectives
@@ -70,7 +70,7 @@ REDUCED = 3  # arrays [tokens, dim] that a block adds up over `tensor` in each p
 
 @dataclass(frozen=True)
 class Work:
-    """What is known of a config before any mesh: its state, and the operations that a sample needs."""
+    """A config before any mesh: its state, and the operations that a sample needs."""
 
     config: FlowTrainConfig
     state: Any

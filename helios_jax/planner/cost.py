@@ -62,7 +62,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Model:
-    """What the cost of an instruction depends on beside the instruction."""
+    """Facts, beside an instruction itself, that its cost depends on."""
 
     module: Module
     machine: Machine

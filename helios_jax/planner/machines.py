@@ -91,7 +91,7 @@ _GPU_NAME = re.compile(r"(?:(?:one|(\d+)x?)?[ -]*)([hab]\d00)(?:[ -]*x?(\d+))?")
 
 @dataclass(frozen=True)
 class Machine:
-    """What is rented: `slices` of a grid of TPU chips each, or hosts of GPUs (`grid` is (hosts, devices of a host))."""
+    """Rented devices: `slices` of a grid of TPU chips each, or hosts of GPUs (`grid` is (hosts, devices of a host))."""
 
     name: str
     kind: str

@@ -37,7 +37,7 @@ class Candidate:
 
     @property
     def overrides(self) -> str:
-        """What to give train.py."""
+        """Arguments for train.py."""
         sizes = [f"mesh.{name}={size}" for name, size in self.mesh.items() if size > 1 or name in ("data", "fsdp")]
         remat = self.config.remat or "null"
         return " ".join([*sizes, f"optim.accumulate={self.config.optim.accumulate}", f"remat={remat}"])

@@ -67,7 +67,7 @@ def _users(inner: Computation, source: Instruction) -> list[Instruction]:
 
 
 def _source(inner: Computation, one: Instruction) -> Instruction:
-    """What `one` is a view of."""
+    """Finds the instruction that `one` is a view of."""
     while one.opcode == "bitcast":
         one = inner.operands(one)[0]
     return one

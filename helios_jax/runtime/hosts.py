@@ -62,7 +62,7 @@ def join(processes: int | None) -> None:
         jax.distributed.initialize(num_processes=processes, process_id=None if number is None else int(number))
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise JoinError(f"cannot join {processes} hosts (mesh.processes): {reason}") from None
+        raise JoinError(f"cannot join {processes} hosts: {reason}") from None
 
 
 def _processes_of_cluster() -> int:

@@ -35,12 +35,17 @@ class Profile:
             self._recording = True
 
     def close(self) -> None:
-        """Writes what was recorded, also where the run ends before all steps are."""
+        """Writes what was recorded, also where the run ends before all steps are, and says if that is nothing."""
         if self._recording:
             jax.profiler.stop_trace()
             if self._local is not self._folder:
                 copy_tree(self._local, self._folder)
                 shutil.rmtree(self._local)
             self._recording, self._left = False, 0
-            if jax.process_index() == 0:
-                print(f"profile of steps in {self._folder}: tensorboard --logdir {self._folder}", flush=True)
+            self._say(f"profile of steps in {self._folder}: tensorboard --logdir {self._folder}")
+        elif self._left:
+            self._say(f"no step was recorded: this process made {self._seen}, and the first {SKIPPED} are left out")
+
+    def _say(self, line: str) -> None:
+        if jax.process_index() == 0:
+            print(line, flush=True)

@@ -90,6 +90,10 @@ class CheckpointConfig:
         require(self.keep > 0, f"keep must be at least 1, got {self.keep}")
         require(self.keep_best >= 0, f"keep_best must not be negative, got {self.keep_best}")
         require(
+            self.keep_best > 0 or self.metric == "loss",
+            f"metric is {self.metric}, but no checkpoint is kept for it; set keep_best to 1 or more, or leave it out",
+        )
+        require(
             self.keep_every is None or (self.keep_every > 0 and self.keep_every % self.every == 0),
             f"keep_every must be a multiple of every, {self.every}, or null, got {self.keep_every}",
         )

@@ -43,7 +43,7 @@ def test_stage1_fits_a_v5p_128(v5p):
 
 
 def test_trip_counts_give_the_operations_that_the_model_needs(v5p):
-    """What the compiled step computes is the model's own operations and the forward pass once more.
+    """A compiled step computes the model's own operations and the forward pass once more.
 
     The gradient of attention computes the scores again, one product of five, and its kernel pads tokens to blocks.
     """

@@ -1,4 +1,4 @@
-"""What the planner knows of the 14B stages before any mesh."""
+"""Plans of the 14B stages before any mesh, made once."""
 
 from collections.abc import Callable
 

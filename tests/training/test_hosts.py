@@ -90,6 +90,7 @@ def test_losses_are_those_of_one_host_bit_for_bit(hosts, config, trained, tmp_pa
     np.testing.assert_array_equal(weights[1:], weights[:1] * 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "mesh"),
     [(2, ["mesh.data=1", "mesh.tensor=4"]), (4, ["mesh.data=2", "mesh.fsdp=2"])],
@@ -125,6 +126,7 @@ def test_a_signal_to_one_host_saves_and_ends_all_and_others_go_on(hosts, config,
     np.testing.assert_array_equal(np.load(run / "weight.npy"), np.load(tmp_path / "whole" / "weight.npy"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_host_that_is_killed_ends_the_others_by_one_line(hosts, config, tmp_path, victim):
     run = tmp_path / "r"
@@ -146,6 +148,7 @@ def test_a_host_that_is_killed_ends_the_others_by_one_line(hosts, config, tmp_pa
     assert losses(run) == losses(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_damaged_record_of_one_host_ends_all_by_its_line(hosts, config, tmp_path):
     started = hosts.start([config, f"run={tmp_path / 'r'}"], environments={1: {"DUMMY_DAMAGED": "5"}})
     assert hosts.wait(started) == [1, 1]
@@ -154,6 +157,7 @@ def test_a_damaged_record_of_one_host_ends_all_by_its_line(hosts, config, tmp_pa
     assert last_line(started[0]) == f"host 1: {line}"
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_on_one_host_ends_all_by_its_line(hosts, config, tmp_path):
     run = tmp_path / "r"
     started = hosts.start([config, f"run={run}", ENDLESS, "mesh.data=1", "mesh.fsdp=4"])
@@ -169,6 +173,7 @@ def test_a_disk_that_is_full_on_one_host_ends_all_by_its_line(hosts, config, tmp
     assert f"resumed at step {step} " in first.said
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_one_host_cannot_read_is_set_aside_by_all(hosts, config, trained, tmp_path):
     run = tmp_path / "r"
     shutil.copytree(trained, run)
@@ -180,6 +185,7 @@ def test_a_checkpoint_that_one_host_cannot_read_is_set_aside_by_all(hosts, confi
     np.testing.assert_allclose(losses(run)[:8], losses(trained), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_hosts_with_other_settings_or_folders_are_refused(hosts, config, tmp_path):
     """Of the hosts' relative folders only the names are the same."""
     folders = [tmp_path / "a", tmp_path / "b"]

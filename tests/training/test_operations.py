@@ -1,4 +1,4 @@
-"""What a long run is watched and kept by: checkpoints, goodput, profiles, animations and Weights & Biases."""
+"""Care for a long run: checkpoints, goodput, profiles, animations and Weights & Biases."""
 
 import json
 import sys
@@ -47,6 +47,8 @@ def test_a_metric_that_is_not_there_is_one_line(config, tmp_path, capsys):
     flags = ["checkpoint.keep_best=1", "checkpoint.metric=fid"]
     assert run(config, f"run={tmp_path / 'r'}", *flags) == 2
     assert "checkpoint.metric: there is no 'fid'; name one of loss, grad_norm, " in capsys.readouterr().err
+    assert run(config, f"run={tmp_path / 'r'}", "checkpoint.metric=fid") == 2
+    assert "checkpoint.metric is fid, but no checkpoint is kept for it; set keep_best" in capsys.readouterr().err
 
 
 def test_goodput_counts_what_was_computed_once(config, tmp_path, monkeypatch):
@@ -95,6 +97,8 @@ def test_a_profile_of_some_steps(config, tmp_path, capsys):
     assert run(config, f"run={tmp_path / 'r'}", "--profile", "2", "steps=6") == 0
     assert "profile of steps in" in capsys.readouterr().out
     assert list((tmp_path / "r" / "profile").rglob("*.xplane.pb"))
+    assert run(config, f"run={tmp_path / 'r'}", "--profile", "2", "steps=7") == 0
+    assert "no step was recorded: this process made 1, and the first 2 are left out" in capsys.readouterr().out
     assert run(config, f"run={tmp_path / 'r'}", "--profile=0") == 2
     assert "'0' must be a number of steps, 1 or more" in capsys.readouterr().err
 
