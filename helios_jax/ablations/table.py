@@ -199,11 +199,11 @@ class Jobs:
 def _filled(text: str, variables: Mapping[str, str], step: str) -> str:
     """`text` with its variables replaced by their values, until none is left."""
     for _ in range(len(variables) + 1):
-        found = [name for name in PLACEHOLDER.findall(text) if name in variables]
+        found = {name: variables[name] for name in PLACEHOLDER.findall(text) if name in variables}
         if not found:
             return text
-        text = _replaced(text, {name: variables[name] for name in found})
-    raise ConfigError(f"steps: {step}: the variables {', '.join(found)} stand for one another without end")
+        text = _replaced(text, found)
+    raise ConfigError(f"steps: {step}: its variables stand for one another without end")
 
 
 def _replaced(text: str, values: Mapping[str, str]) -> str:

@@ -154,7 +154,7 @@ def test_a_queue_that_is_stopped_or_killed_goes_on(table, monkeypatch):
     [
         ("{{level}}", "{{levle}}", "train: {levle} is no step, no variable, and neither out nor seed; did you mean"),
         ("{{model}}", "{{score}}", "steps: score needs itself"),
-        ("level: 0, model: \"{{train}}\"", "level: \"{{model}}\", model: \"{{level}}\"", "stand for one another without end"),
+        ("level: 0, model: \"{{train}}\"", "level: \"{{model}}\", model: \"{{level}}\"", "stand for one another"),
         ("no anchor: {{level: 3}}", "no anchor: {{lever: 3}}", "'no anchor' sets lever, which is no variable; did"),
         ("against: [no anchor]", "against: [none]", "claims[0] names the row 'none', which is not in rows"),
         ("  score:", "  judge:", "steps must have one named score"),
