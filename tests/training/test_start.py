@@ -106,7 +106,7 @@ def test_the_rule_names_the_released_size():
 
 
 @pytest.mark.parametrize(
-    ("stage", "key"), [("stage3_ode", "init"), ("stage3_post", "init"), ("stage3_post", "teacher")]
+    ("stage", "key"), [("stage3_ode", "init"), ("stage3_post", "init"), ("stage3_post", "distill.score.init")]
 )
 def test_a_student_has_the_memory_of_the_weights_that_it_starts_from(root, tmp_path, capsys, stage, key):
     shutil.copytree(root / "helios", tmp_path / "helios")
