@@ -1,4 +1,6 @@
-"""The toy world's tokenizer: `python -m helios_jax.toy.make_tokenizer` writes helios_jax/assets/toy/tokenizer.
+"""The toy worlds' tokenizers: `python -m helios_jax.toy.make_tokenizer` writes helios_jax/assets/toy/tokenizer.
+
+With `--world scenes` it writes that of the larger world, into assets/scenes.
 
 It has the structure of UMT5's (Unigram over Metaspace words, <pad> 0, </s> 1, <unk> 2, an end token), so the same code
 reads both. The vocabulary is stated instead of trained: each word of the captions is one token with its log frequency,
@@ -15,20 +17,30 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from helios_jax.toy import scenes
 from helios_jax.toy import world as toy
 
-FOLDER = Path(__file__).parent.parent / "assets" / "toy" / "tokenizer"
+ASSETS = Path(__file__).parent.parent / "assets"
+FOLDERS = {"shapes": ASSETS / "toy" / "tokenizer", "scenes": ASSETS / "scenes" / "tokenizer"}
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-MAX_LENGTH = 16
+MAX_LENGTH = {"shapes": 16, "scenes": 32}
 # Far below any word's score, so that a known word is never spelt out.
 LETTER_SCORE = -20.0
 
 
-def build() -> Tokenizer:
-    """The tokenizer, the same each time: 64 tokens, `</s>` at the end of every text."""
-    counts = Counter(
-        word for split in ("train", "test") for a in toy.combinations(split) for word in toy.caption(a).split()
-    )
+def words_of(world: str) -> Counter[str]:
+    """How often each word is in the captions of a world."""
+    if world == "shapes":
+        return Counter(
+            word for split in ("train", "test") for a in toy.combinations(split) for word in toy.caption(a).split()
+        )
+    drawn = (scenes.caption(scenes.sample_scene(seed, "train")) for seed in range(5000))
+    return Counter(word for caption in drawn for word in caption.split())
+
+
+def build(world: str = "shapes") -> Tokenizer:
+    """The tokenizer of a world, the same each time, `</s>` at the end of every text; it has 64 tokens for shapes."""
+    counts = words_of(world)
     total = counts.total()
     words = [(f"▁{word}", math.log(counts[word] / total)) for word in sorted(counts)]
     pieces = ["▁", *string.ascii_lowercase, *".,!?'-:"]
@@ -45,16 +57,16 @@ def build() -> Tokenizer:
     return tokenizer
 
 
-def save(folder: Path) -> None:
+def save(folder: Path, world: str = "shapes") -> None:
     """Writes the files that `transformers` and `tokenizers` load, as T5TokenizerFast."""
     folder.mkdir(parents=True, exist_ok=True)
-    build().save(str(folder / "tokenizer.json"))
+    build(world).save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "T5TokenizerFast",
         **SPECIAL,
         "extra_ids": 0,  # without this, transformers adds 100 sentinel tokens
         "additional_special_tokens": [],
-        "model_max_length": MAX_LENGTH,
+        "model_max_length": MAX_LENGTH[world],
         "clean_up_tokenization_spaces": False,
     }
     for name, content in (("tokenizer_config.json", config), ("special_tokens_map.json", SPECIAL)):
@@ -64,10 +76,12 @@ def save(folder: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and writes the files."""
     parser = argparse.ArgumentParser(description="Writes the toy world's tokenizer.")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="folder to write into")
+    parser.add_argument("--world", choices=sorted(FOLDERS), default="shapes")
+    parser.add_argument("--out", type=Path, help="folder to write into; by default the world's")
     args = parser.parse_args(argv)
-    save(args.out)
-    print(f"{args.out}: {build().get_vocab_size()} tokens")
+    out = args.out or FOLDERS[args.world]
+    save(out, args.world)
+    print(f"{out}: {build(args.world).get_vocab_size()} tokens")
 
 
 if __name__ == "__main__":

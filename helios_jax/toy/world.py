@@ -87,7 +87,8 @@ _TABLES = {
 class Scene(Attributes):
     """One video's ground truth: the words of its caption and the values behind them.
 
-    `hue` is in degrees, `start` the centre (y, x) in frame 0, `velocity` the first movement in pixels per frame.
+    `hue` is in degrees, `start` the centre (y, x) in frame 0, `velocity` the first movement in pixels per frame. `size`
+    is a factor of the shape's, 1 in a world of one shape.
     """
 
     hue: float
@@ -95,6 +96,7 @@ class Scene(Attributes):
     velocity: tuple[float, float]
     height: int = NOMINAL_SIZE
     width: int = NOMINAL_SIZE
+    size: float = 1.0
 
     @property
     def foreground(self) -> Float[np.ndarray, "3"]:
@@ -137,12 +139,16 @@ def sample_scene(seed: int, split: Split, height: int = NOMINAL_SIZE, width: int
     """The scene of a `seed` >= 0 (the same seed gives different scenes in the two splits)."""
     rng = np.random.default_rng([seed, split == "test"])
     choices = combinations(split)
-    a = choices[rng.integers(len(choices))]
+    return place(choices[rng.integers(len(choices))], rng, height, width)
+
+
+def place(a: Attributes, rng: np.random.Generator, height: int, width: int, size: float = 1.0) -> Scene:
+    """A scene of the words `a`, its place and hue drawn."""
     unit = np.array(DIRECTIONS[a.direction][rng.integers(len(DIRECTIONS[a.direction]))])
     fraction = rng.uniform(size=2)
     fraction = np.where(unit > 0, fraction * START_FRACTION, fraction)
     fraction = np.where(unit < 0, 1 - fraction * START_FRACTION, fraction)
-    low, high = _limits(a.shape, height, width)
+    low, high = _limits(a.shape, height, width, size)
     velocity = unit * SPEEDS[a.speed] * _scale(height, width)
     return Scene(
         **{field.name: getattr(a, field.name) for field in fields(Attributes)},
@@ -151,6 +157,7 @@ def sample_scene(seed: int, split: Split, height: int = NOMINAL_SIZE, width: int
         velocity=tuple(velocity.tolist()),
         height=height,
         width=width,
+        size=size,
     )
 
 
@@ -170,7 +177,7 @@ def parse_caption(text: str) -> Attributes:
 
 def positions(scene: Scene, num_frames: int) -> Float[np.ndarray, "t 2"]:
     """The shape's centre (y, x) in each frame: straight lines, mirrored at the walls."""
-    low, high = _limits(scene.shape, scene.height, scene.width)
+    low, high = _limits(scene.shape, scene.height, scene.width, scene.size)
     span = high - low
     way = np.asarray(scene.start) - low + np.arange(num_frames)[:, None] * np.asarray(scene.velocity)
     # A triangle wave of period 2*span is a point bouncing between 0 and span.
@@ -179,7 +186,7 @@ def positions(scene: Scene, num_frames: int) -> Float[np.ndarray, "t 2"]:
 
 def render(scene: Scene, num_frames: int) -> UInt8[np.ndarray, "t h w 3"]:
     """The first `num_frames` frames of a scene."""
-    cover = coverage(scene.shape, positions(scene, num_frames), scene.height, scene.width)
+    cover = coverage(scene.shape, positions(scene, num_frames), scene.height, scene.width, scene.size)
     frames = np.empty((*cover.shape, 3), np.uint8)
     # Channel by channel: broadcasting over a last dimension of 3 is seven times slower.
     for channel, (back, fore) in enumerate(zip(BACKGROUNDS[scene.background], scene.foreground.tolist())):
@@ -188,10 +195,14 @@ def render(scene: Scene, num_frames: int) -> UInt8[np.ndarray, "t h w 3"]:
 
 
 def coverage(
-    shape: str, centres: Float[np.ndarray, "t 2"], height: int = NOMINAL_SIZE, width: int = NOMINAL_SIZE
+    shape: str,
+    centres: Float[np.ndarray, "t 2"],
+    height: int = NOMINAL_SIZE,
+    width: int = NOMINAL_SIZE,
+    size: float = 1.0,
 ) -> Float[np.ndarray, "t h w"]:
     """Fraction of each pixel, 0 to 1, that a shape at `centres` (y, x) covers."""
-    scale = _scale(height, width)
+    scale = _scale(height, width) * size
 
     def rectangle(size: tuple[float, float]) -> np.ndarray:
         rows = _overlap(centres[:, 0], size[0] * scale, height)
@@ -205,9 +216,11 @@ def coverage(
     return cover
 
 
-def extent(shape: str, height: int = NOMINAL_SIZE, width: int = NOMINAL_SIZE) -> Float[np.ndarray, "2"]:
+def extent(
+    shape: str, height: int = NOMINAL_SIZE, width: int = NOMINAL_SIZE, size: float = 1.0
+) -> Float[np.ndarray, "2"]:
     """(height, width) in pixels of the box around a shape."""
-    return np.max(SHAPES[shape], axis=0) * _scale(height, width)
+    return np.max(SHAPES[shape], axis=0) * _scale(height, width) * size
 
 
 def _overlap(centre: np.ndarray, size: float, pixels: int) -> Float[np.ndarray, "t pixels"]:
@@ -217,9 +230,9 @@ def _overlap(centre: np.ndarray, size: float, pixels: int) -> Float[np.ndarray, 
     return np.diff(inside, axis=1).astype(np.float32)
 
 
-def _limits(shape: str, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+def _limits(shape: str, height: int, width: int, size: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """The least and greatest centre (y, x) at which a shape is inside the frame."""
-    half = extent(shape, height, width) / 2
+    half = extent(shape, height, width, size) / 2
     return half, np.array([height, width]) - half
 
 

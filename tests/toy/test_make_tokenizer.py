@@ -11,7 +11,7 @@ from helios_jax.toy import make_tokenizer as toy_tokenizer
 from helios_jax.toy import world as toy
 
 CAPTIONS = [toy.caption(a) for split in ("train", "test") for a in toy.combinations(split)]
-tokenizer = Tokenizer.from_file(str(toy_tokenizer.FOLDER / "tokenizer.json"))
+tokenizer = Tokenizer.from_file(str(toy_tokenizer.FOLDERS["shapes"] / "tokenizer.json"))
 
 
 def test_the_committed_files_are_what_the_code_builds(tmp_path):
@@ -19,7 +19,9 @@ def test_the_committed_files_are_what_the_code_builds(tmp_path):
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["special_tokens_map.json", "tokenizer.json", "tokenizer_config.json"]
     for name in names:
-        assert json.loads((tmp_path / name).read_text()) == json.loads((toy_tokenizer.FOLDER / name).read_text())
+        assert json.loads((tmp_path / name).read_text()) == json.loads(
+            (toy_tokenizer.FOLDERS["shapes"] / name).read_text()
+        )
 
 
 def test_every_word_is_one_token_and_the_end_is_marked():
@@ -56,7 +58,7 @@ def test_transformers_gives_the_same_ids(text):
 def reference(cache=[]):  # noqa: B006
     if not cache:
         transformers = pytest.importorskip("transformers")
-        cache.append(transformers.AutoTokenizer.from_pretrained(toy_tokenizer.FOLDER))
+        cache.append(transformers.AutoTokenizer.from_pretrained(toy_tokenizer.FOLDERS["shapes"]))
     return cache[0]
 
 
