@@ -82,7 +82,7 @@ def test_renderings_are_near_perfect(video):
 
 
 def jumping(video):
-    moved = dataclasses.replace(SCENE, shapes=(dataclasses.replace(SHAPES[0], start=(110.0, 30.0)), SHAPES[1]))
+    moved = dataclasses.replace(SCENE, shapes=(SHAPES[0], dataclasses.replace(SHAPES[1], start=(100.0, 20.0))))
     return np.concatenate([video[:33], scenes.render(moved, FRAMES)[33:]])
 
 
