@@ -11,6 +11,7 @@ from flax import nnx
 
 from helios_jax import config as configs
 from helios_jax import lora
+from helios_jax.ablations.table import read
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.sampling.run import SampleConfig
 from helios_jax.training.run_config import ModelConfig, TrainConfig
@@ -25,7 +26,8 @@ STAGES = ("stage1_init", "stage1_post", "stage2_init", "stage2_post", "stage3_od
 RECIPE = [f"configs/{folder}{stage}.yaml" for folder in ("", "released/") for stage in STAGES]
 # What no run makes: the embedded model in the layout that helios_jax.toy.wan gives it.
 MADE = {"runs/toy-chain/wan"}
-NOT_RUNS = ("configs/stages.yaml", "configs/toy/base.yaml")  # what others build on
+# What others build on.
+NOT_RUNS = ("configs/stages.yaml", "configs/toy/base.yaml", "configs/scenes/base.yaml")
 
 
 def is_run(path: str) -> bool:
@@ -40,12 +42,17 @@ def load(path: str) -> TrainConfig:
 @pytest.mark.parametrize("path", FILES)
 def test_loads_and_says_its_command(path):
     header = (ROOT / path).read_text().split("\n\n")[0]
-    if path in NOT_RUNS or is_run(path):
+    if path.startswith("configs/ablations/"):
+        read(ROOT / path)
+        command = "-m helios_jax.ablations"
+    elif path in NOT_RUNS or is_run(path):
         load(path)
+        command = "train.py"
     else:
         configs.load(ROOT / path, [], SampleConfig)
+        command = "sample.py"
     if path not in NOT_RUNS:
-        assert f"{'train' if is_run(path) else 'sample'}.py {path}" in header
+        assert f"{command} {path}" in header
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if is_run(path) and path not in NOT_RUNS])

@@ -44,14 +44,14 @@ SHOWN = (
 DRIFTING = ("shape", "colour", "background", "colour_error", "contrast")
 
 
-def held_out(videos: int) -> list[toy.Scene]:
-    """Scenes of different held-out captions."""
+def held_out(videos: int, world: Any = toy) -> list[Any]:
+    """Scenes of different held-out captions of `toy.world` or `toy.scenes`."""
     scenes, seen, seed = [], set(), 0
     while len(scenes) < videos:
-        scene = toy.sample_scene(seed, "test")
+        scene = world.sample_scene(seed, "test")
         seed += 1
-        if toy.caption(scene) not in seen:
-            seen.add(toy.caption(scene))
+        if world.caption(scene) not in seen:
+            seen.add(world.caption(scene))
             scenes.append(scene)
     return scenes
 

@@ -2,14 +2,15 @@
 
     python -m helios_jax.toy.rollouts --model runs/x/pipeline --out scores/x num_inference_steps=20 use_anchor=false
 
-Options of sampling are given as for `sample.py configs/toy/sample.yaml`. The folder gets scores.json (as
-`helios_jax.ablations.scores` says) and sheet.png.
+Options of sampling are given as for `sample.py configs/toy/sample.yaml`, or with `--world scenes`, the larger world, as
+for configs/scenes/sample.yaml. The folder gets scores.json (as `helios_jax.ablations.scores` says) and sheet.png.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +21,17 @@ from helios_jax.runtime.command import Parser
 from helios_jax.runtime.compilation import enable_cache
 from helios_jax.sampling.options import SampleConfig, SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
+from helios_jax.toy import scene_metrics, scenes
 from helios_jax.toy import world as toy
 from helios_jax.toy.metrics import rollout
 from helios_jax.toy.report import held_out, picture
 
 PROG = "python -m helios_jax.toy.rollouts"
-CONFIG = "toy/sample"
+# Of each world: its captions, the config of its videos, and (video, caption, fps, chunk) -> scores.
+WORLDS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "shapes": (toy, "toy/sample", lambda video, text, *rest: rollout(video, toy.parse_caption(text), *rest)),
+    "scenes": (scenes, "scenes/sample", scene_metrics.rollout),
+}
 SHOWN = 6  # videos of the picture
 
 
@@ -44,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of sampling")
     parser.add_argument("--model", required=True, help="a diffusers folder of the toy")
     parser.add_argument("--out", type=Path, required=True, help="folder for the scores")
+    parser.add_argument(
+        "--world", choices=sorted(WORLDS), default="shapes", help="one shape, or scenes of two [shapes]"
+    )
     parser.add_argument("--videos", type=int, default=16, help="held-out captions, one video each [16]")
     parser.add_argument("--chunks", type=int, default=20, help="length of the videos [20, which is 41 seconds]")
     parser.add_argument("--batch", type=int, default=8, help="videos at a time [8]")
@@ -53,18 +62,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in ("videos", "chunks", "batch"):
             if getattr(args, name) < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
-        config = load(CONFIG, [*args.overrides, f"num_frames={args.chunks * toy.CHUNK_FRAMES}"], SampleConfig)
+        world, path, score = WORLDS[args.world]
+        config = load(path, [*args.overrides, f"num_frames={args.chunks * toy.CHUNK_FRAMES}"], SampleConfig)
         enable_cache()
         pipe = HeliosPipeline.from_pretrained(args.model)
         pipe.plan(config.options())
     except (ConfigError, CheckpointError, ValueError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
-    captions = [toy.caption(scene) for scene in held_out(args.videos)]
+    captions = [world.caption(scene) for scene in held_out(args.videos, world)]
     chunk = pipe.plan(config.options()).chunk_frames
     rows, seconds, shown = [], {}, []
     for number, video in enumerate(sample(pipe, captions, config.options(), args.seed, args.batch)):
-        values, course = rollout(video, toy.parse_caption(captions[number]), config.fps, chunk)
+        values, course = score(video, captions[number], config.fps, chunk)
         rows.append({"id": captions[number], **values})
         for name, each in course.items():
             seconds.setdefault(name, []).append(each)
