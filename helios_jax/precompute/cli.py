@@ -7,7 +7,8 @@
         --text helios_jax/assets/toy --out data/toy-latents
 
 `videos` (a dataset of `helios_jax.toy.build`) is the default task. A killed command continues when it is given again;
-OUT.partial holds its work until it is done. docs/training.md describes the output.
+OUT.partial holds its work until it is done. With --ray the workers of a Ray cluster do the work (docs/pods.md).
+docs/training.md describes the output.
 """
 
 import argparse

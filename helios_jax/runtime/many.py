@@ -38,6 +38,7 @@ RETRIES = 2  # of a task whose worker died
 ACCELERATORS = ("GPU", "TPU", "CPU")  # a worker has one of the first kind that the cluster has, unless told otherwise
 POLL = 0.2  # seconds between two looks at signals
 CONNECT = 10.0  # seconds that a cluster has to answer
+PATIENCE = 60.0  # seconds without a worker at work after which a line says so
 RECOUNT = 5.0  # seconds between two counts of the cluster's machines
 EXPECTED = (ValueError, OSError, ArithmeticError)  # their text says all; others are shown with their traceback
 
@@ -194,7 +195,7 @@ class _Pool:
         self._waiting, self._calls = deque(range(len(tasks))), dict[Any, _Call]()
         self._deaths, self._unready = Counter[int](), 0  # of workers: with each task, and in a row before any
         self._finished, self._began = 0, time.monotonic()
-        kind = next(kind for kind in ACCELERATORS if any(kind in machine for machine in self._machines()))
+        kind = next((kind for kind in ACCELERATORS if any(kind in machine for machine in self._machines())), "CPU")
         self._need = need or {kind: 1}
         told = ",".join(f"{name}={number}" for name, number in self._need.items())
         if not self._count():
@@ -207,8 +208,13 @@ class _Pool:
 
     def results(self, start: Any, probes: Mapping[Path, str]) -> Iterator[Result[Any, Any]]:
         """The results of all tasks, as they come."""
-        errors = self._ray.exceptions
+        errors, silent_until = self._ray.exceptions, time.monotonic() + PATIENCE
         while self._waiting or self._busy():
+            if self._busy():
+                silent_until = time.monotonic() + PATIENCE
+            elif time.monotonic() > silent_until:
+                silent_until += PATIENCE
+                print("no worker is ready: they load, or wait for machines that are busy or gone", flush=True)
             if time.monotonic() > self._counted + RECOUNT:
                 self._count()
             for _ in range(min(self._room, self._busy() + len(self._waiting)) - len(self._calls)):
