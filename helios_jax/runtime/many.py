@@ -137,11 +137,7 @@ def _there(tasks: Sequence[T], start: Any, done: Any, cluster: Cluster, shared: 
     if not tasks:
         return
     with _connected(cluster.address) as ray, _probes(shared) as probes, interrupts.deferred():
-        pool = _Pool(ray, cluster.worker, tasks, done, retries)
-        try:
-            yield from pool.results(ray.put(start), probes)
-        finally:
-            pool.close()
+        yield from _Pool(ray, cluster.worker, tasks, done, retries).results(ray.put(start), probes)
 
 
 def _result(make: Any, task: Any) -> Result[Any, Any]:
@@ -236,11 +232,6 @@ class _Pool:
                     self._tell(call)
                     yield answer
 
-    def close(self) -> None:
-        """Ends all workers, whatever they do."""
-        for call in self._calls.values():
-            self._ray.kill(call.worker)
-
     def _go_on(self, call: _Call, answer: Any) -> None:
         """Gives the next task to the call's worker, which is free."""
         node, refusal = (call.node, None) if call.task is not None else answer
@@ -251,7 +242,7 @@ class _Pool:
             number = self._waiting.popleft()
             self._calls[call.worker.make.remote(self._tasks[number])] = _Call(call.worker, node, number)
         else:
-            self._ray.kill(call.worker)
+            self._ray.kill(call.worker)  # others can have its accelerators
 
     def _lost(self, call: _Call, reason: str) -> Result[Any, Any] | None:
         """The result of a call whose worker died; None if there is another try."""
@@ -294,7 +285,7 @@ class _Pool:
 
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
-    """Ray, connected to a cluster."""
+    """Ray, connected to a cluster. Whatever workers do then, they end with the connection."""
     ray: Any = importlib.import_module("ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that begins here
     ours = signal.getsignal(signal.SIGTERM)
