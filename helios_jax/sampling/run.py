@@ -54,6 +54,7 @@ class Weights:
             name, scales[str(i)] = lora.file_and_scale(text)
             files[str(i)] = lora.read(name)
         lora.check(Transformer.abstract(checkpoint.transformer), files)
+        checkpoint = checkpoint.with_loras({name: files[str(i)].metadata for i, name in enumerate(config.loras)})
         return cls(checkpoint, files, scales)
 
     def hashes(self) -> dict[str, Any]:
@@ -93,7 +94,8 @@ def run(config: SampleConfig) -> int:
     begin = time.monotonic()
     cluster = many.cluster(config.ray, config.ray_worker)
     weights = Weights.open(config)
-    jobs = make_jobs(config, chunk_frames(config, weights.checkpoint.vae), weights.hashes())
+    one = weights.checkpoint
+    jobs = make_jobs(config, chunk_frames(config, one.vae, one.variant), weights.hashes())
     todo = [job for job in jobs if config.csv is None or not job.done()]
     if config.csv is not None:
         print(f"{len(jobs)} videos, {len(jobs) - len(todo)} of them done before", flush=True)
