@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from helios_jax import locations
+from helios_jax.ablations import command as ablations
 from helios_jax.media.mp4 import VideoWriter
 from helios_jax.media.writers import read_sidecar
 from helios_jax.precompute import cli as precompute
 from helios_jax.runtime import many
+from tests.ablations import test_ablations
 from tests.data.test_shards import content
 from tests.many_tasks import Item, die, done, refuse, start
 from tests.processes import environment
@@ -226,3 +228,18 @@ def test_a_dataset_is_that_of_one_process_and_done_shards_are_kept(address, fold
     assert "2 tasks, room for 1 workers with CPU=2 each" in printed.out
     assert "skipped 2_0-10:" in printed.err
     assert content(tmp_path / "there" / "data") == content(tmp_path / "here" / "data")
+
+
+def test_the_jobs_of_a_table_each_run_once_after_those_that_they_need(address, tmp_path, capsys):
+    (tmp_path / "train.py").write_text(test_ablations.TRAINER)
+    (tmp_path / "score.py").write_text(test_ablations.SCORER)
+    text = test_ablations.TABLE.format(folder=tmp_path).replace("curves: [drift]", "")
+    (tmp_path / "table.yaml").write_text(text.replace("level: 3", "level: broken"))
+    arguments = [f"{tmp_path}/table.yaml", "--out", f"{tmp_path}/out", "--seeds", "0", "--ray", address]
+    assert ablations.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert "4 jobs, 0 of them done before\n2 tasks, room for 2 workers" in printed.out
+    assert "failed: train of no anchor, seed 0: exit code 1: train.py: optim.lr must be positive" in printed.err
+    assert "no result: no anchor, seed 0: it needs train of no anchor" in printed.err
+    assert [path.read_text() for path in (tmp_path / "out").glob("train-*/runs")] == ["x"]
+    assert len([*(tmp_path / "out").glob("score-*/done.json")]) == 1
