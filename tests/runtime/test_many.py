@@ -202,8 +202,8 @@ def test_videos_are_those_of_one_process_though_a_worker_is_killed(address, conf
     settings = [json.loads((tmp_path / out / "1.json").read_text())["settings"] for out in ("here", "there")]
     assert settings[0] == settings[1]
     (tmp_path / "p.csv").write_text("id,prompt\n1,a red plus\n2,a blue bar\n3,a bar\n")
-    assert run(*arguments, "--out", tmp_path / "there", "--ray", address) == 0
-    assert "3 videos, 2 of them done before\n1 tasks, room" in capsys.readouterr().out
+    assert run(*arguments, "--out", tmp_path / "there") == 0  # goes on with what the cluster left
+    assert "3 videos, 2 of them done before" in capsys.readouterr().out
     assert (tmp_path / "there" / "2.mp4").exists()
     assert run(*arguments, "--out", tmp_path / "there", "--ray", "nowhere") == 0  # nothing is left for a cluster
 
