@@ -30,7 +30,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from helios_jax.locations import appears, is_remote
+from helios_jax.locations import appears, is_remote, location
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.memory import is_out_of_memory
 
@@ -153,13 +153,13 @@ def _result(make: Any, task: Any) -> Result[Any, Any]:
 class _Worker:
     """A process of the cluster: a Ray actor."""
 
-    def begin(self, start: Start[Any, Any], folder: str, probes: Mapping[Path, str]) -> tuple[str, str | None]:
+    def begin(self, start: Start[Any, Any], folder: str, probes: Mapping[str, str]) -> tuple[str, str | None]:
         """Prepares the process; returns the machine's name, and in one line why it cannot do the work, if so."""
         node = os.uname().nodename
         with suppress(OSError):  # relative paths are the driver's; where its folder is absent, those of a working_dir
             os.chdir(folder)
-        for path, text in probes.items():
-            if not appears(path, text):
+        for name, text in probes.items():
+            if not appears(path := location(name), text):
                 return node, (
                     f"{path.parent} is another folder on {node} than where the run was started: name one on a file"
                     " system that all machines mount, such as an NFS share, or one in a bucket"
@@ -202,7 +202,7 @@ class _Pool:
         amounts = {"num_cpus": self._need.get("CPU", 0), "num_gpus": self._need.get("GPU", 0), "resources": other}
         self._actor = ray.remote(**amounts)(_Worker)
 
-    def results(self, start: Any, probes: Mapping[Path, str]) -> Iterator[Result[Any, Any]]:
+    def results(self, start: Any, probes: Mapping[str, str]) -> Iterator[Result[Any, Any]]:
         """The results of all tasks, as they come."""
         errors, silent_until = self._ray.exceptions, time.monotonic() + PATIENCE
         while self._waiting or self._busy():
@@ -308,18 +308,18 @@ def _connected(address: str) -> Iterator[Any]:
 
 
 @contextmanager
-def _probes(folders: Sequence[Path]) -> Iterator[dict[Path, str]]:
+def _probes(folders: Sequence[Path]) -> Iterator[dict[str, str]]:
     """A file in each folder, with its text, by which a worker sees that the folder is the same there."""
     text = f"{os.uname().nodename}.{os.getpid()}.{time.time_ns()}"
     with ExitStack() as files:
-        probes = {folder / f".probe.{text}": text for folder in folders}
-        for path in probes:
+        paths = [folder / f".probe.{text}" for folder in folders]
+        for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
             if not is_remote(path):
                 files.enter_context(interrupts.temporary(path))
             files.callback(path.unlink, missing_ok=True)
             path.write_text(text)
-        yield probes
+        yield {str(path): text for path in paths}  # as text: a location sets its process up for buckets
 
 
 def _reason(error: Exception) -> str:

@@ -123,8 +123,8 @@ def test_a_worker_that_sees_another_folder_refuses(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with many._probes([tmp_path / "out"]) as probes:
         assert many._Worker().begin(start, "/", probes)[1] is None
-        for path in probes:
-            path.write_text("another machine's")
+        for name in probes:
+            Path(name).write_text("another machine's")
         node, refusal = many._Worker().begin(refuse, "/nowhere", probes)
     assert refusal is not None
     assert refusal.startswith(
