@@ -14,7 +14,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -30,6 +30,7 @@ PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 ADDRESS = re.compile(rf"(?:([a-z][a-z0-9+.-]*):/|({'|'.join(PACKAGES)}):)/", re.IGNORECASE)
 BLOCK = 16 * 2**20  # bytes that are copied at a time
 MIRRORED_EVERY = 60.0  # seconds between two uploads of files that grow
+VISIBLE = 10.0  # seconds that a network's file system may take to show a new file
 
 
 class LocationError(ValueError):
@@ -195,6 +196,18 @@ def check_locations(local: bool = False, **names: str | None) -> None:
             location(text)
         except LocationError as error:
             raise LocationError(f"{key}: {error}") from None
+
+
+def appears(path: Path, text: str) -> bool:
+    """True once the file has this text, which another machine has just written; False if it gets it not."""
+    until = time.monotonic() + VISIBLE
+    while True:
+        with suppress(OSError):
+            if path.read_text() == text:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.1)
 
 
 def upload(source: Path, path: Path) -> None:

@@ -10,7 +10,7 @@ from helios_jax.ablations import page, queue, scores
 from helios_jax.ablations.scores import Scores
 from helios_jax.ablations.table import Job, Jobs, Table, read
 from helios_jax.config import ConfigError
-from helios_jax.runtime import interrupts
+from helios_jax.runtime import interrupts, many
 from helios_jax.runtime.command import Parser
 
 PROG = "python -m helios_jax.ablations"
@@ -28,7 +28,10 @@ def make_parser() -> Parser:
         "--out", type=Path, required=True, help="folder of all jobs; keep it, and jobs are not repeated"
     )
     parser.add_argument("--page", type=Path, help="Markdown file to write [OUT/page.md]; other files go beside it")
-    parser.add_argument("--parallel", type=_count, default=1, metavar="N", help="jobs at a time on this machine [1]")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--parallel", type=_count, default=1, metavar="N", help="jobs at a time on this machine [1]")
+    where.add_argument("--ray", metavar="ADDRESS", help="Ray cluster that runs the jobs (docs/pods.md)")
+    parser.add_argument("--ray-worker", metavar="NAME=NUMBER", help="what each job needs there, such as GPU=8 [GPU=1]")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
     parser.add_argument(
         "--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds, in place of the table's"
@@ -60,7 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             for job in jobs.in_order:
                 print(f"{'done' if queue.done(job) else 'to do'}: {job.name}: {shlex.join(job.command)}")
             return 0
-        failed = queue.run(jobs.in_order, args.parallel)
+        cluster = many.cluster(args.ray, args.ray_worker)
+        if cluster is None:
+            failed = queue.run(jobs.in_order, args.parallel)
+        else:
+            failed = queue.run_on(cluster, jobs.in_order, args.out.absolute())
         command = shlex.join([*PROG.split(), *(sys.argv[1:] if argv is None else argv)])
         path = args.page or args.out / "page.md"
         return _report(table, wanted, failed, path, command, args.wandb)

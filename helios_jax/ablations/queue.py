@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,8 @@ from typing import Any
 
 from helios_jax.ablations.table import Job
 from helios_jax.locations import replacing
-from helios_jax.runtime import interrupts
+from helios_jax.runtime import interrupts, many
+from helios_jax.runtime.many import Cluster
 
 DONE, LOG, LOCK = "done.json", "log.txt", "lock"
 POLL = 0.2  # seconds between two looks at jobs and signals
@@ -130,10 +131,10 @@ def make(job: Job) -> float:
     return time.monotonic() - begin
 
 
-def run_on(jobs: Sequence[Job], run_tasks: Callable[[Sequence[Job]], Iterator[Any]]) -> dict[Job, str]:
-    """Runs jobs on a cluster: first those that need none, then those that need these, and so on.
+def run_on(cluster: Cluster, jobs: Sequence[Job], out: Path) -> dict[Job, str]:
+    """Runs jobs on a cluster: first those that need none, then those that need these, and so on; returns as `run` does.
 
-    `run_tasks` runs independent jobs and gives their results (`runtime.many.run`). Returns as `run` does.
+    All machines must see the folder `out` of the jobs.
     """
     failed = dict[Job, str]()
     waiting = [job for job in jobs if not done(job)]
@@ -143,11 +144,16 @@ def run_on(jobs: Sequence[Job], run_tasks: Callable[[Sequence[Job]], Iterator[An
             if broken := [need for need in job.needs if need in failed]:
                 failed[job] = f"it needs {broken[0].name}, which failed"
         ready = [job for job in waiting if job not in failed and all(map(done, job.needs))]
-        for result in run_tasks(ready):
+        for result in many.run(ready, _begin, done=done, cluster=cluster, shared=[out]):
             if result.error is not None:
                 failed[result.task] = result.error
         waiting = [job for job in waiting if job not in failed and not done(job)]
     return failed
+
+
+def _begin() -> Callable[[Job], float]:
+    """What a worker of a cluster makes jobs with; each job loads its own model."""
+    return make
 
 
 def _start(job: Job, slot: Slot | None, told: set[Path]) -> subprocess.Popen[bytes] | None:

@@ -37,6 +37,9 @@ class Rejected:
     id: str
     reason: str
 
+    def show(self) -> None:
+        print(f"skipped {self.id}: {self.reason}", file=sys.stderr, flush=True)
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -132,20 +135,23 @@ class Build:
     @property
     def pending(self) -> list[Shard]:
         """This host's shards that are not done yet."""
-        return [shard for shard in self._mine if self._manifest(shard) is None]
+        return [shard for shard in self._mine if not self.done(shard)]
 
-    def write(self, shard: Shard, made: Iterable[Sequence[records.Example] | Rejected], tick: Tick) -> None:
-        """Writes the results of a shard's items; calls `tick` after each item."""
+    def done(self, shard: Shard) -> bool:
+        return self._manifest(shard) is not None
+
+    def write(self, shard: Shard, made: Iterable[Sequence[records.Example] | Rejected], tick: Tick) -> list[Rejected]:
+        """Writes the results of a shard's items, calls `tick` after each, and returns those that give no example."""
         path = self._path(shard)
         count = size = 0
-        rejected = []
+        rejected: list[Rejected] = []
         with _made(path) as part:
             writer = ArrayRecordWriter(str(part), records.WRITER_OPTIONS)
             try:
                 for item in made:
                     if isinstance(item, Rejected):
-                        rejected.append(vars(item))
-                        print(f"skipped {item.id}: {item.reason}", file=sys.stderr, flush=True)
+                        rejected.append(item)
+                        item.show()
                     else:
                         for example in item:
                             record = records.serialize(self._features, example)
@@ -157,8 +163,9 @@ class Build:
                 writer.close()
             with part.open("rb") as file:  # the manifest must not reach the disk before its shard
                 os.fsync(file.fileno())
-        facts = {"records": count, "bytes": size, "file": path.stat().st_size, "rejected": rejected}
+        facts = {"records": count, "bytes": size, "file": path.stat().st_size, "rejected": [*map(vars, rejected)]}
         _write(self.folder / MANIFESTS / f"{shard.name}.json", json.dumps(facts))
+        return rejected
 
     def finish(self) -> dict[str, Any] | None:
         """Completes the dataset if all shards of all hosts are done, and returns its figures; else None.
@@ -174,7 +181,7 @@ class Build:
 
     def missing(self) -> list[str]:
         """Names of the shards of all hosts that are not done."""
-        return [shard.name for shard in self.shards if self._manifest(shard) is None]
+        return [shard.name for shard in self.shards if not self.done(shard)]
 
     def _finish(self) -> dict[str, Any] | None:
         manifests = [self._manifest(shard) for shard in self.shards]
@@ -234,23 +241,33 @@ def run(build: Build, make: Make, unit: str, *, every: float = 10.0) -> None:
 
     Prints a progress line every `every` seconds and a line of figures at the end; `unit` names the items.
     """
-    pending = build.pending
+    pending = begin(build)
     total = sum(len(shard.items) for shard in pending)
-    others = len(build.shards) - len(pending)
-    if others:
-        print(f"{build.folder}: {others} of {len(build.shards)} shards are done or another host's", flush=True)
-    done, begin, last = 0, time.monotonic(), time.monotonic()
+    done, start, last = 0, time.monotonic(), time.monotonic()
 
     def tick() -> None:
         nonlocal done, last
         done += 1
         if (now := time.monotonic()) - last > every:
-            last, rate = now, done / (now - begin)
+            last, rate = now, done / (now - start)
             print(f"{done}/{total} {unit}  {rate:.2f} {unit}/s  {_clock((total - done) / rate)} left", flush=True)
 
     for shard in pending:
         build.write(shard, make(shard.items), tick)
-    seconds = time.monotonic() - begin
+    complete(build, total, unit, time.monotonic() - start)
+
+
+def begin(build: Build) -> list[Shard]:
+    """This host's pending shards; prints how many are not among them."""
+    pending = build.pending
+    others = len(build.shards) - len(pending)
+    if others:
+        print(f"{build.folder}: {others} of {len(build.shards)} shards are done or another host's", flush=True)
+    return pending
+
+
+def complete(build: Build, total: int, unit: str, seconds: float) -> None:
+    """Completes the dataset if no shard is missing, and prints the figures of the `total` items made in `seconds`."""
     figures = f"{total} {unit} in {_clock(seconds)}, {total / max(seconds, 1e-9):.2f} {unit}/s"
     if (held := build.finish()) is not None:
         print(

@@ -1,7 +1,11 @@
-"""`python -m helios_jax.precompute`."""
+"""`python -m helios_jax.precompute`. Signals are handled before anything that takes time is imported."""
 
 import sys
 
-from helios_jax.precompute.cli import main
+from helios_jax.runtime import interrupts
 
-sys.exit(main())
+if __name__ == "__main__":
+    interrupts.install("precompute")
+    from helios_jax.precompute.cli import main
+
+    sys.exit(main())

@@ -7,30 +7,34 @@
         --text helios_jax/assets/toy --out data/toy-latents
 
 `videos` (a dataset of `helios_jax.toy.build`) is the default task. A killed command continues when it is given again;
-OUT.partial holds its work until it is done. docs/training.md describes the output.
+OUT.partial holds its work until it is done. With --ray the workers of a Ray cluster do the work (docs/pods.md).
+docs/training.md describes the output.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
 
 from helios_jax import pretrained
+from helios_jax.data.shards import Rejected, Shard
 from helios_jax.locations import argument
 from helios_jax.precompute import tasks
 from helios_jax.precompute.clips import SIZES, Selection, Size
 from helios_jax.precompute.encode import NEGATIVE_PROMPT, NEGATIVE_TEXT, TextEmbedder, VideoEncoder
-from helios_jax.precompute.tasks import Share
+from helios_jax.precompute.tasks import Share, Work
 from helios_jax.precompute.trajectories import Settings, Teacher
 from helios_jax.pretrained import CheckpointError
-from helios_jax.runtime import hosts
+from helios_jax.runtime import hosts, interrupts, many
 from helios_jax.sampling.checkpoint import Checkpoint
 
 
 def build(videos: Path, vae: Path, text: Path, out: Path, max_length: int | None = None) -> None:
     """Writes the dataset `out` from one of pixels; raises ValueError or FileNotFoundError for unusable input."""
-    tasks.encode_videos(videos, VideoEncoder(vae), TextEmbedder(text, max_length), out)
+    tasks.encode_videos(videos, VideoEncoder(vae), TextEmbedder(text, max_length), out).run()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +44,11 @@ def main(argv: list[str] | None = None) -> int:
         argv = ["videos", *argv]
     args = _parser().parse_args(argv)
     try:
-        args.run(args, _share(args))
+        cluster = many.cluster(args.ray, args.ray_worker)
+        work = args.plan(args, _share(args))
+        if cluster is not None:
+            return 1 if work.run_on(cluster, partial(_start, args)) else 0
+        work.run()
     except (CheckpointError, FileNotFoundError, FileExistsError, ValueError) as error:
         print(f"precompute: {error}", file=sys.stderr)
         return 2
@@ -49,11 +57,16 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print(f"precompute: interrupted; the same command goes on with {args.out}", file=sys.stderr)
-        return 130
+        return interrupts.EXIT_CODE
     return 0
 
 
-def _clips(args: argparse.Namespace, share: Share) -> None:
+def _start(args: argparse.Namespace) -> Callable[[Shard], list[Rejected]]:
+    """The function that makes a shard on a machine of a cluster, which plans all of the work once more."""
+    return args.plan(args, _share(args)).start()
+
+
+def _clips(args: argparse.Namespace, share: Share) -> Work:
     vae, text = _folders(args, "vae", "text")
     selection = Selection(
         sizes=SIZES if args.size == ["all"] else tuple(_size(size) for size in args.size),
@@ -63,7 +76,7 @@ def _clips(args: argparse.Namespace, share: Share) -> None:
         max_frames=args.max_frames,
         caption_key=args.caption_key,
     )
-    tasks.encode_clips(
+    return tasks.encode_clips(
         args.json,
         VideoEncoder(vae, batch=args.batch, sample=args.posterior == "sample", seed=args.seed),
         TextEmbedder(text, args.max_length),
@@ -76,18 +89,18 @@ def _clips(args: argparse.Namespace, share: Share) -> None:
     )
 
 
-def _videos(args: argparse.Namespace, share: Share) -> None:
+def _videos(args: argparse.Namespace, share: Share) -> Work:
     vae, text = _folders(args, "vae", "text")
     video, text = VideoEncoder(vae, batch=args.batch), TextEmbedder(text, args.max_length)
-    tasks.encode_videos(args.videos, video, text, args.out, share=share, negative_prompt=args.negative_prompt)
+    return tasks.encode_videos(args.videos, video, text, args.out, share=share, negative_prompt=args.negative_prompt)
 
 
-def _prompts(args: argparse.Namespace, share: Share) -> None:
+def _prompts(args: argparse.Namespace, share: Share) -> Work:
     text = TextEmbedder(_folders(args, "text")[0], args.max_length)
-    tasks.encode_prompts(args.prompts, text, args.out, share=share, negative_prompt=args.negative_prompt)
+    return tasks.encode_prompts(args.prompts, text, args.out, share=share, negative_prompt=args.negative_prompt)
 
 
-def _ode(args: argparse.Namespace, share: Share) -> None:
+def _ode(args: argparse.Namespace, share: Share) -> Work:
     height, width = _size(args.size)
     settings = Settings(
         height=height,
@@ -105,7 +118,7 @@ def _ode(args: argparse.Namespace, share: Share) -> None:
     )
     checkpoint = Checkpoint.open(args.model, transformer=args.transformer)
     teacher = Teacher(checkpoint, settings, batch=args.batch, tensor=args.tensor)
-    tasks.sample_ode_pairs(args.prompts, teacher, args.out, share=share)
+    return tasks.sample_ode_pairs(args.prompts, teacher, args.out, share=share)
 
 
 def _folders(args: argparse.Namespace, *parts: str) -> list[Path]:
@@ -154,9 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     found = parser.add_subparsers(dest="task", required=True)
 
-    def task(name: str, run, text: str, *, shard_size: int = 64, batch: str | None = None) -> argparse.ArgumentParser:
+    def task(name: str, plan, text: str, *, shard_size: int = 64, batch: str | None = None) -> argparse.ArgumentParser:
         sub = found.add_parser(name, help=text, description=text, formatter_class=_Help)
-        sub.set_defaults(run=run)
+        sub.set_defaults(plan=plan)
         sub.add_argument("--out", type=argument, required=True, help="folder to make; it must be empty or absent")
         sub.add_argument(
             "--negative-prompt", default=NEGATIVE_PROMPT, help=f"text whose embedding is written to {NEGATIVE_TEXT}"
@@ -169,6 +182,14 @@ def _parser() -> argparse.ArgumentParser:
         hosts = sub.add_mutually_exclusive_group()
         hosts.add_argument("--shard", default="0/1", metavar="I/N", help="make the I-th of N shares of the work")
         hosts.add_argument("--processes", type=int, default=1, help="number of hosts that run this command")
+        hosts.add_argument(
+            "--ray", metavar="ADDRESS", help="Ray cluster that does the work: auto, HOST:PORT, ray://HOST:PORT or local"
+        )
+        sub.add_argument(
+            "--ray-worker",
+            metavar="NAME=NUMBER",
+            help="what each worker on it needs, such as GPU=1, TPU=4 or CPU=8 (default: a GPU or TPU, else a CPU)",
+        )
         return sub
 
     def networks(sub: argparse.ArgumentParser, vae: bool = True) -> None:

@@ -1,30 +1,75 @@
-"""Tasks of `helios_jax.precompute`: each plans a dataset, makes the missing shards, and completes it.
+"""Tasks of `helios_jax.precompute`: each plans a dataset, and returns the work that is left.
 
 For unusable input all raise ValueError (CheckpointError), FileNotFoundError or FileExistsError, with a one-line
 message, before weights are read.
 """
 
+import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import chain, islice
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from helios_jax.data import records, shards
-from helios_jax.data.shards import Build, Rejected
+from helios_jax.data.shards import Build, Make, Rejected, Shard
 from helios_jax.precompute.clips import Clip, Selection, read_clip, read_lists
 from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_PROMPT, NEGATIVE_TEXT, TextEmbedder, VideoEncoder
 from helios_jax.precompute.prompt_files import Prompt, read_prompts
 from helios_jax.precompute.trajectories import Teacher
+from helios_jax.runtime import many
+from helios_jax.runtime.many import Cluster
 from helios_jax.sampling.fingerprint import weights_hash
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 PATCH = 2  # multiple of latents per side that the transformer takes
+
+
+@dataclass(frozen=True)
+class Work:
+    """A dataset that is planned: its shards, `load`, which reads the weights and writes the embeddings beside the
+    records, as far as either is needed, and `make`, which makes the items of a shard. `unit` names the items.
+    """
+
+    build: Build
+    load: Callable[[], None]
+    make: Make
+    unit: str
+
+    def run(self) -> None:
+        """Makes this host's missing shards, and completes the dataset if no others are missing."""
+        self.load()
+        shards.run(self.build, self.make, self.unit)
+
+    def start(self) -> Callable[[Shard], list[Rejected]]:
+        """Loads the weights, and returns the function that makes one shard."""
+        self.load()
+        return lambda shard: self.build.write(shard, self.make(shard.items), lambda: None)
+
+    def run_on(self, cluster: Cluster, start: Callable[[], Callable[[Shard], list[Rejected]]]) -> int:
+        """Makes the missing shards on a cluster, whose workers call `start`: `Work.start` of the same work there.
+
+        Returns the number of shards that failed.
+        """
+        pending, failed, made, begin = shards.begin(self.build), 0, 0, time.monotonic()
+        if not pending:
+            self.load()
+        for result in many.run(pending, start, done=self.build.done, cluster=cluster, shared=[self.build.folder]):
+            for rejected in result.value or ():
+                rejected.show()
+            failed += result.error is not None
+            made += 0 if result.error else len(result.task.items)
+        if failed:
+            print(f"{failed} of {len(pending)} shards failed; the same command makes them again", file=sys.stderr)
+        else:
+            shards.complete(self.build, made, self.unit, time.monotonic() - begin)
+        return failed
 
 
 @dataclass(frozen=True)
@@ -51,7 +96,7 @@ def encode_clips(
     share: Share = Share(),
     negative_prompt: str = NEGATIVE_PROMPT,
     readers: int = 2,
-) -> None:
+) -> Work:
     """The clips of upstream's JSON `lists` as latents and text embeddings; `readers` clips are decoded at a time."""
     frames = video.frames(selection.chunk_frames)
     space = video.config.scale_factor_spatial
@@ -75,14 +120,12 @@ def encode_clips(
         host=share.host,
         hosts=share.hosts,
     )
-    _load(build, text, negative_prompt, video)
-    pixels = ahead(_read, chain.from_iterable(shard.items for shard in build.pending), readers)
 
     def make(items: Sequence[Clip]) -> Iterator[list[records.Example] | Rejected]:
         named = [(clip.id, clip.caption) for clip in items]
-        return encode(video, text, named, islice(pixels, len(items)))
+        return encode(video, text, named, ahead(_read, items, readers))
 
-    shards.run(build, make, "clips")
+    return Work(build, partial(_load, build, text, negative_prompt, video), make, "clips")
 
 
 def encode_videos(
@@ -93,7 +136,7 @@ def encode_videos(
     *,
     share: Share = Share(),
     negative_prompt: str = NEGATIVE_PROMPT,
-) -> None:
+) -> Work:
     """A dataset of pixels (splits train and test) as latents and text embeddings; 9 latent frames per chunk."""
     sources = {split: records.open_source(videos, split) for split in ("train", "test")}
     chunk = 8 * video.config.scale_factor_temporal + 1
@@ -114,7 +157,6 @@ def encode_videos(
         host=share.host,
         hosts=share.hosts,
     )
-    _load(build, text, negative_prompt, video)
 
     def make(items: Sequence[tuple[str, int]]) -> Iterator[list[records.Example] | Rejected]:
         examples = [sources[split][i] for split, i in items]
@@ -122,7 +164,7 @@ def encode_videos(
         pixels = (example["video"].reshape(-1, chunk, h, w, 3) for example in examples)
         return encode(video, text, named, pixels)
 
-    shards.run(build, make, "videos")
+    return Work(build, partial(_load, build, text, negative_prompt, video), make, "videos")
 
 
 def encode_prompts(
@@ -132,7 +174,7 @@ def encode_prompts(
     *,
     share: Share = Share(),
     negative_prompt: str = NEGATIVE_PROMPT,
-) -> None:
+) -> Work:
     """The prompts of `files` as text embeddings."""
     build = Build(
         out,
@@ -142,13 +184,12 @@ def encode_prompts(
         host=share.host,
         hosts=share.hosts,
     )
-    _load(build, text, negative_prompt)
 
     def make(items: Sequence[Prompt]) -> Iterator[list[records.Example]]:
         for prompt, embedding in zip(items, text(prompt.caption for prompt in items)):
             yield [{"text": embedding, "caption": prompt.caption, "id": prompt.id}]
 
-    shards.run(build, make, "prompts")
+    return Work(build, partial(_load, build, text, negative_prompt), make, "prompts")
 
 
 def sample_ode_pairs(
@@ -157,7 +198,7 @@ def sample_ode_pairs(
     out: Path,
     *,
     share: Share = Share(size=8),
-) -> None:
+) -> Work:
     """ODE pairs of the teacher's videos of the prompts in `files`."""
     build = Build(
         out,
@@ -167,13 +208,16 @@ def sample_ode_pairs(
         host=share.host,
         hosts=share.hosts,
     )
-    extra = {EMPTY_TEXT: "", NEGATIVE_TEXT: teacher.settings.negative_prompt}
-    absent = {name: prompt for name, prompt in extra.items() if not build.has(name)}
-    if build.pending or absent:
-        teacher.load()
-    for name, prompt in absent.items():
-        build.save(name, teacher.text([prompt])[0])
-    shards.run(build, teacher, "prompts")
+
+    def load() -> None:
+        extra = {EMPTY_TEXT: "", NEGATIVE_TEXT: teacher.settings.negative_prompt}
+        absent = {name: prompt for name, prompt in extra.items() if not build.has(name)}
+        if build.pending or absent:
+            teacher.load()
+        for name, prompt in absent.items():
+            build.save(name, teacher.text([prompt])[0])
+
+    return Work(build, load, teacher, "prompts")
 
 
 def encode(

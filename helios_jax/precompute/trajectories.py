@@ -29,7 +29,7 @@ from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.fingerprint import weights_hash
 from helios_jax.sampling.options import SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
-from helios_jax.sampling.plan import Plan
+from helios_jax.sampling.plan import Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ class Teacher:
         if batch < 1:
             raise ValueError(f"--batch is {batch}: it must be at least 1")
         self.settings, self.checkpoint = settings, checkpoint
-        self._mesh = local_mesh(tensor)
-        self.batch = batch * self._mesh.shape["data"]
+        self._batch, self._tensor = batch, tensor
         shift = settings.time_shift_type
         self._scheduler = dataclasses.replace(
             checkpoint.scheduler,
@@ -109,14 +108,7 @@ class Teacher:
             use_dynamic_shifting=shift is not None,
             time_shift_type=shift or checkpoint.scheduler.time_shift_type,
         )
-        self._pipeline = HeliosPipeline(
-            Transformer.abstract(checkpoint.transformer),
-            checkpoint.abstract_vae(),
-            checkpoint.abstract_text_encoder(),
-            checkpoint.tokenizer,
-            self._scheduler,
-            dataclasses.replace(checkpoint.variant, is_cfg_zero_star=settings.cfg_zero_star),
-        )
+        self._variant = dataclasses.replace(kind, is_cfg_zero_star=settings.cfg_zero_star)
         options = SamplingOptions(
             height=settings.height,
             width=settings.width,
@@ -125,7 +117,8 @@ class Teacher:
             guidance_scale=settings.guidance_scale,
             num_latent_frames_per_chunk=settings.num_latent_frames_per_chunk,
         )
-        self.plan: Plan = self._pipeline.plan(options)
+        parts = checkpoint.transformer, checkpoint.vae, self._scheduler, self._variant
+        self.plan: Plan = make_plan(*parts, options)
         self.trajectories = [self._trajectory(1 + settings.amplify_first_chunk), self._trajectory(1)]
 
     def _trajectory(self, factor: int) -> Trajectory:
@@ -137,13 +130,18 @@ class Teacher:
         return make_trajectory(self._scheduler, self.settings.steps, counts, tokens, stand)
 
     def load(self) -> "Teacher":
-        """With its weights: float32 on CPU and bfloat16 elsewhere."""
+        """With its weights: float32 on CPU and bfloat16 elsewhere. Raises ValueError if `tensor` does not fit here."""
+        self._mesh = local_mesh(self._tensor)
+        self.batch = self._batch * self._mesh.shape["data"]
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
         stacked = jax.default_backend() == "tpu"
-        self._pipeline = dataclasses.replace(
-            self._pipeline,
-            transformer=self.checkpoint.load_transformer(dtype, stacked=stacked, mesh=self._mesh),
-            text_encoder=self.checkpoint.load_text_encoder(dtype, mesh=self._mesh),
+        self._pipeline = HeliosPipeline(
+            self.checkpoint.load_transformer(dtype, stacked=stacked, mesh=self._mesh),
+            self.checkpoint.abstract_vae(),
+            self.checkpoint.load_text_encoder(dtype, mesh=self._mesh),
+            self.checkpoint.tokenizer,
+            self._scheduler,
+            self._variant,
         )
         return self
 

@@ -21,7 +21,7 @@ import jax
 from jax._src import clusters, distributed  # the clusters and the store have no public names
 from jax.experimental import multihost_utils
 
-from helios_jax.locations import location
+from helios_jax.locations import appears, location
 from helios_jax.runtime import interrupts
 
 BEAT = 1.0  # seconds between two signs of life
@@ -30,7 +30,6 @@ SILENCE = 30.0  # seconds without one after which a host counts as gone
 SILENCE_AFTER_FAILURE = 5.0
 WAIT = 3600.0  # seconds: whoever waits for a host that is gone is ended before
 FAREWELL = 5.0  # seconds that the first host keeps the store for others that have not read how the run ended
-VISIBLE = 10.0  # seconds that a network's file system may take to show a new file
 FOLDER = "helios_jax"  # of the keys
 DONE = "done"
 FOR_EVER = 2**31  # milliseconds: 24 days
@@ -108,12 +107,9 @@ def check_shared(folder: str, key: str) -> None:
     absent = not path.parent.exists()
     if first:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        path.write_text(name)
     of_first(f"shared/{key}/made", "")
-    seen, until = path.exists(), time.monotonic() + VISIBLE
-    while not seen and time.monotonic() < until:
-        time.sleep(0.1)
-        seen = path.exists()
+    seen = appears(path, name)
     blind = [str(host) for host, text in enumerate(gather(f"shared/{key}/seen", str(seen))) if text != "True"]
     if first:
         path.unlink()

@@ -18,7 +18,7 @@ from helios_jax.sampling.options import PromptSwitch, SampleConfig
 # Fields that say where a video goes; all others say what is in it.
 ELSEWHERE = (
     *("csv", "ids", "interpolate_time", "naming", "num_videos_per_prompt"),
-    *("out", "format", "overwrite", "state", "resume", "profile"),
+    *("out", "format", "overwrite", "state", "resume", "profile", "ray", "ray_worker"),
 )
 # Fields that do not decide what is in a video: paths, as the content counts, and where the text encoder waits.
 NOT_COMPARED = ("model", "transformer", "loras", "image", "video", "offload_text_encoder")
@@ -148,4 +148,5 @@ def _one(config: SampleConfig, rows: list[table.Row], chunk_frames: int) -> Samp
         frames = max(frames or 0, len(prompts) * length * chunk_frames)
     if frames is None:
         raise ValueError("num_frames must be a number: the next video would never begin")
-    return dataclasses.replace(config, prompt=prompts[0], csv=None, ids=None, naming="id", num_frames=frames, **given)
+    alone = {"csv": None, "ids": None, "naming": "id", "ray": None}
+    return dataclasses.replace(config, prompt=prompts[0], num_frames=frames, **alone, **given)

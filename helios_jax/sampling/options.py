@@ -270,6 +270,12 @@ class SampleConfig(SamplingOptions):
     state: str | None = option(None, "a file to keep up to date while the video grows, to go on from", FILES)
     resume: str | None = option(None, "such a file: make the rest of that video", FILES)
     profile: str | None = option(None, "a folder for a trace of the second chunk, for Perfetto or XProf", FILES)
+    ray: str | None = option(
+        None, "with csv, a Ray cluster that makes the videos: auto, HOST:PORT, ray://HOST:PORT or local", FILES
+    )
+    ray_worker: str | None = option(
+        None, "what each worker on it needs, such as GPU=1, TPU=4 or CPU=8; null: a GPU or TPU, else a CPU", FILES
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -297,6 +303,8 @@ class SampleConfig(SamplingOptions):
             raise ValueError("num_videos_per_prompt makes many videos; state, resume and profile are of one")
         if self.csv is not None and self.profile is not None:
             raise ValueError("profile is of one video, csv makes many: leave either out")
+        if self.csv is None and self.ray is not None:
+            raise ValueError("ray makes the videos of a csv on many machines: give csv, or leave ray out")
         if self.csv is None and (self.ids or self.naming != "id"):
             raise ValueError("ids and naming are for a csv of prompts: give csv, or leave them out")
 

@@ -1,12 +1,14 @@
 """A run of sample.py: check everything, load once, make each video chunk by chunk, write and report."""
 
 import importlib.metadata
+import itertools
 import platform
 import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +19,8 @@ from helios_jax.config import ConfigError
 from helios_jax.locations import location
 from helios_jax.media.writers import ThreadedWriter, Writer, open_writer, remove_frames, sidecar, write_sidecar
 from helios_jax.models.transformer import Transformer
-from helios_jax.runtime import interrupts
+from helios_jax.runtime import interrupts, many
+from helios_jax.runtime.compilation import enable_cache
 from helios_jax.sampling import outputs
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.context import Context, read_context
@@ -34,90 +37,146 @@ from helios_jax.sampling.stream import Snapshot, Stream, read_state
 PACKAGES = ("helios_jax", "jax", "flax", "numpy")
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Files of a run's weights, checked and not read: those of the checkpoint and of the LoRAs, by number."""
+
+    checkpoint: Checkpoint
+    loras: Mapping[str, lora.LoRAFile]
+    scales: Mapping[str, float]
+
+    @classmethod
+    def open(cls, config: SampleConfig) -> "Weights":
+        """Those that a config names. Raises ValueError for what is missing or does not fit."""
+        checkpoint = Checkpoint.open(config.model, transformer=config.transformer)
+        files, scales = {}, {}
+        for i, text in enumerate(config.loras):
+            name, scales[str(i)] = lora.file_and_scale(text)
+            files[str(i)] = lora.read(name)
+        lora.check(Transformer.abstract(checkpoint.transformer), files)
+        checkpoint = checkpoint.with_loras({name: files[str(i)].metadata for i, name in enumerate(config.loras)})
+        return cls(checkpoint, files, scales)
+
+    def hashes(self) -> dict[str, Any]:
+        """Hashes of the files, by name, as `Job` has them."""
+        hashes: dict[str, Any] = {"weights": self.checkpoint.hash()}
+        if self.loras:
+            files = self.loras.items()
+            hashes["loras"] = [f"{file_hash(location(file.source))}={self.scales[i]}" for i, file in files]
+        return hashes
+
+    def plan(self, job: Job) -> Plan:
+        """The plan of a video. Raises ValueError that names the option that cannot be."""
+        one = self.checkpoint
+        return make_plan(one.transformer, one.vae, one.scheduler, one.variant, job.config.options())
+
+    def load(self, config: SampleConfig) -> HeliosPipeline:
+        """The pipeline, with the LoRAs merged in."""
+        begin = time.monotonic()
+        pipe = HeliosPipeline.from_pretrained(
+            self.checkpoint,
+            dtype=config.precision,
+            offload_text_encoder=config.offload_text_encoder,
+            attention=config.attention,
+            norms=config.norms,
+        )
+        if self.loras:
+            pipe.transformer = lora.merge(lora.attach(pipe.transformer, self.loras, self.scales), donate=True)
+        print(f"loading: {time.monotonic() - begin:.2f} s", flush=True)
+        return pipe
+
+
 def run(config: SampleConfig) -> int:
     """Makes every video of a config; returns sample.py's exit code.
 
     Raises ValueError, in one line and before weights are read, for a run that is not possible.
     """
     begin = time.monotonic()
-    checkpoint = Checkpoint.open(config.model, transformer=config.transformer)
-    files, scales = {}, {}
-    for i, text in enumerate(config.loras):
-        name, scales[str(i)] = lora.file_and_scale(text)
-        files[str(i)] = lora.read(name)
-    lora.check(Transformer.abstract(checkpoint.transformer), files)
-    checkpoint = checkpoint.with_loras({name: files[str(i)].metadata for i, name in enumerate(config.loras)})
-    hashes: dict[str, Any] = {"weights": checkpoint.hash()}
-    if files:
-        hashes["loras"] = [f"{file_hash(location(file.source))}={scales[i]}" for i, file in files.items()]
-    jobs = make_jobs(config, chunk_frames(config, checkpoint.vae, checkpoint.variant), hashes)
+    cluster = many.cluster(config.ray, config.ray_worker)
+    weights = Weights.open(config)
+    one = weights.checkpoint
+    jobs = make_jobs(config, chunk_frames(config, one.vae, one.variant), weights.hashes())
     todo = [job for job in jobs if config.csv is None or not job.done()]
     if config.csv is not None:
         print(f"{len(jobs)} videos, {len(jobs) - len(todo)} of them done before", flush=True)
         if not todo:
             return 0
-    parts = checkpoint.transformer, checkpoint.vae, checkpoint.scheduler, checkpoint.variant
-    plans = [make_plan(*parts, job.config.options()) for job in todo]
+    plans = [weights.plan(job) for job in todo]
     rests = [rest_of(job, plan) for job, plan in zip(todo, plans)]
     if all(rest is not None and rest.finished for rest in rests):
         print(f"nothing left to make: {config.resume} is after the last chunk, ask for more num_frames", flush=True)
         return 0
     for job, plan, rest in zip(todo, plans, rests):
-        _check(job, plan, rest, checkpoint, alone=config.csv is None)
-    # A CSV's video is claimed when its turn comes.
-    claims = ExitStack()
-    for job in todo if config.csv is None else ():
-        if not claims.enter_context(outputs.claim(job.out)):
-            claims.close()
-            raise ConfigError(f"out: {job.out} is being made by another run: wait for it, or name another file")
-    with claims:
-        return _make_all(config, checkpoint, list(zip(todo, plans, rests)), files, scales, begin)
+        _check(job, plan, rest, weights.checkpoint, alone=config.csv is None)
+    if config.csv is not None:
+        return _make_rows(config, weights, todo, [plan.num_chunks for plan in plans], cluster, begin)
+    with ExitStack() as claims:
+        for job in todo:
+            if not claims.enter_context(outputs.claim(job.out)):
+                raise ConfigError(f"out: {job.out} is being made by another run: wait for it, or name another file")
+        contexts = [_read_context(job, plan, weights.checkpoint) for job, plan in zip(todo, plans)]
+        pipe, shown = weights.load(config), RunProgress([plan.num_chunks for plan in plans])
+        for i, (job, plan, rest, context) in enumerate(zip(todo, plans, rests, contexts)):
+            shown.begin(i, job.name)
+            with interrupts.deferred():
+                make(pipe, job, plan, rest, context, shown, begin if i == 0 else time.monotonic())
+    return 0
 
 
-def _make_all(
+def _make_rows(
     config: SampleConfig,
-    checkpoint: Checkpoint,
-    todo: Sequence[tuple[Job, Plan, Rest | None]],
-    files: Mapping[str, lora.LoRAFile],
-    scales: Mapping[str, float],
+    weights: Weights,
+    todo: Sequence[Job],
+    chunks: Sequence[int | None],
+    cluster: many.Cluster | None,
     begin: float,
 ) -> int:
-    """Loads the weights and makes the videos in turn; returns sample.py's exit code."""
-    # The inputs of a CSV's row fail when its turn comes, and the other rows are made.
-    alone = config.csv is None
-    contexts = [_read_context(job, plan, checkpoint) if alone else None for job, plan, _ in todo]
-    pipe = HeliosPipeline.from_pretrained(
-        checkpoint,
-        dtype=config.precision,
-        offload_text_encoder=config.offload_text_encoder,
-        attention=config.attention,
-        norms=config.norms,
-    )
-    if files:
-        pipe.transformer = lora.merge(lora.attach(pipe.transformer, files, scales), donate=True)
-    print(f"loading: {time.monotonic() - begin:.2f} s", flush=True)
-    failed, others, shown = [], 0, RunProgress([plan.num_chunks for _, plan, _ in todo])
-    for i, ((job, plan, rest), context) in enumerate(zip(todo, contexts)):
-        shown.begin(i, job.name)
-        try:
-            with nullcontext(True) if alone else outputs.claim(job.out) as ours:
-                if not ours or (not alone and job.done()):  # by another run, since this one began
-                    others += 1
-                    continue
-                context = context if alone else _read_context(job, plan, checkpoint)
-                with interrupts.deferred():
-                    if make(pipe, job, plan, rest, context, shown, begin if i == 0 else time.monotonic()):
-                        return interrupts.EXIT_CODE
-        except (ValueError, OSError, FloatingPointError) as error:
-            if alone:
-                raise
-            failed.append(f"{job.name}: {error}")
-            print(f"failed: {failed[-1]}", file=sys.stderr, flush=True)
-    if others:
+    """Makes the videos of a CSV, here or on a cluster; returns sample.py's exit code.
+
+    The inputs of a row fail when its turn comes, and the other rows are made.
+    """
+    start = partial(_RowMaker, config, weights, RunProgress(chunks), begin)
+    if cluster is not None:
+        start = partial(_start_on_cluster, config, todo[0].weights)
+    results = list(many.run(todo, start, cluster=cluster, shared=[location(config.out)]))
+    failed = sum(result.error is not None for result in results)
+    if others := sum(result.value is False for result in results):
         print(f"{others} of {len(todo)} videos are left to another run that makes them, or has made them", flush=True)
     if failed:
-        print(f"{len(failed)} of {len(todo)} videos failed; the same command makes them again", file=sys.stderr)
+        print(f"{failed} of {len(todo)} videos failed; the same command makes them again", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _start_on_cluster(config: SampleConfig, hashes: Mapping[str, Any]) -> "_RowMaker":
+    """What makes videos on a machine of a cluster. Raises ValueError if its weights are others than `hashes`."""
+    begin = time.monotonic()
+    enable_cache()
+    weights = Weights.open(config)
+    if weights.hashes() != hashes:
+        raise ValueError(f"model: {config.model} has other files here than where the run was started: share one folder")
+    return _RowMaker(config, weights, None, begin)
+
+
+class _RowMaker:
+    """Makes videos of a CSV with one pipeline. `shown` is of all of them; with None, each has its own."""
+
+    def __init__(self, config: SampleConfig, weights: Weights, shown: RunProgress | None, begin: float):
+        self._weights, self._shown, self._begin = weights, shown, begin
+        self._pipe, self._number = weights.load(config), itertools.count()
+
+    def __call__(self, job: Job) -> bool:
+        """Makes a video, unless another run makes it now or has made it since this one began: then returns False."""
+        number, plan = next(self._number), self._weights.plan(job)
+        shown = self._shown or RunProgress([plan.num_chunks])
+        shown.begin(number if self._shown else 0, job.name)
+        with outputs.claim(job.out) as ours:
+            if not ours or job.done():
+                return False
+            context = _read_context(job, plan, self._weights.checkpoint)
+            with interrupts.deferred():
+                begin = self._begin if number == 0 else time.monotonic()
+                make(self._pipe, job, plan, None, context, shown, begin)
+        return True
 
 
 def _check(job: Job, plan: Plan, rest: Rest | None, checkpoint: Checkpoint, *, alone: bool) -> None:
@@ -160,11 +219,11 @@ def make(
     context: Context,
     shown: RunProgress,
     begin: float,
-) -> bool:
-    """One video, its figures and its sidecar; returns whether it was interrupted."""
+) -> None:
+    """One video, its figures and its sidecar, also of one that is interrupted; then raises the KeyboardInterrupt."""
     config = job.config
     times: list[float] = []
-    interrupted = False
+    interrupted = None
     begins = 0 if rest is None else rest.chunk if rest.begins is None else rest.begins
     about = {"settings": job.settings(), "inputs": job.inputs}
     if rest is None or rest.begins is None:
@@ -207,8 +266,8 @@ def make(
                 elif made == 2:
                     trace.close()
             writer.close()
-        except KeyboardInterrupt:
-            interrupted = True
+        except KeyboardInterrupt as error:
+            interrupted = error
     figures = _figures(begin, times, writer.frames - kept)
     for name, value in figures.items():
         print(f"{name}: {value}")
@@ -218,15 +277,16 @@ def make(
     if config.profile is not None and times:
         print(f"profile: {config.profile}" if len(times) > 1 else "profile: none, no second chunk was made")
     held = first + len(times) - begins
-    if interrupted:
+    if interrupted is not None:
         print(f"interrupted: {writer.path} holds the {held} of {plan.num_chunks} chunks that were done")
     if not writer.frames:
         sidecar(job.out).unlink()
     else:
         counts = {"frames": writer.frames, "first_chunk": begins, "chunks": held}
-        facts = {"resumed_from": config.resume, "complete": not interrupted, **counts, "figures": figures}
+        facts = {"resumed_from": config.resume, "complete": interrupted is None, **counts, "figures": figures}
         write_sidecar(job.out, {**about, **facts, **_machine()})
-    return interrupted
+    if interrupted is not None:
+        raise interrupted
 
 
 def _start(
