@@ -1,5 +1,6 @@
 """A stage that learns a random linear map in milliseconds: the loop is tested with it, not with a network of ours."""
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -97,6 +98,7 @@ class Loaded(Dummy):
             x = np.full(WIDTH, example["number"], np.float32) / 64 + rng.normal(size=WIDTH).astype(np.float32)
             return {"x": x, "id": f"clip {example['number']}"}
 
+        logging.getLogger("helios_jax.tests").info("64 records")
         return host_batches(Records(), draw, self.config.data, mesh)
 
 

@@ -82,7 +82,9 @@ def test_losses_are_those_of_one_host_bit_for_bit(hosts, config, trained, tmp_pa
     """On one mesh; of four hosts, two share each sample."""
     runs = [tmp_path / str(number) for number in (1, 2, 4)]
     for number, run in zip((1, 2, 4), runs):
-        hosts.run([config, f"run={run}", *EXACT], hosts=number, devices=4 // number)
+        started = hosts.run([config, f"run={run}", *EXACT], hosts=number, devices=4 // number)
+        for host in started:
+            assert [line for line in host.said.splitlines() if "64 records" in line] == ["train.py: 64 records"]
     one, two, four = map(losses, runs)
     assert one == two == four
     np.testing.assert_allclose(one, losses(trained), rtol=1e-5)
