@@ -92,6 +92,17 @@ def test_bucket_path_is_used_as_pathlibs():
         path.open("a")
     path.parent.rename(path.parent.with_name("other"))
     assert names("bucket") == ["other/a.txt"]
+    assert str(path.relative_to(path.parents[1])) == "folder/a.txt"
+    assert pickle.loads(pickle.dumps(path)) == path == location(f"{path.parent}/a.txt")
+    assert [str(parent) for parent in path.parents][:3] == ["gs://bucket/folder", "gs://bucket", "gs://"]
+
+
+@pytest.mark.parametrize("local", [Path, lambda path: Path("runs") / path, lambda path: Path("runs", path)])
+def test_a_bucket_path_is_no_local_one(local):
+    path = local(location("gs://bucket/folder/a.txt"))
+    for use in (lambda: path.write_text("x"), path.read_text, lambda: path.parent.mkdir(parents=True)):
+        with pytest.raises(NotADirectoryError, match="gs/bucket/folder"):
+            use()
 
 
 @pytest.mark.parametrize("where", ["_open", "close", "info"])
