@@ -26,6 +26,7 @@ from helios_jax.training import loop, work
 from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.stage_table import load_config, make_stage
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
+from helios_jax.training.stages.distill.players import score_config
 from helios_jax.training.stages.ode import ODETrainConfig
 from helios_jax.training.start import transformer_config
 from helios_jax.training.state import TrainState, create
@@ -82,6 +83,13 @@ def batch(config: FlowTrainConfig, mesh: Mesh | AbstractMesh | None = None) -> d
     if isinstance(config, DistillTrainConfig):
         chunks, more = config.distill.rollout.largest, {"negative": text}
     return {**seen, "text": text, "target": shape(chunks * t, h, w, c), **more}
+
+
+def transformers(config: FlowTrainConfig) -> list[FlowTrainConfig]:
+    """The config of each transformer of the step: the trained one, and in stage 3 the scores' where it is another."""
+    if isinstance(config, DistillTrainConfig) and config.distill.score.init is not None:
+        return [config, score_config(config)]
+    return [config]
 
 
 def abstract_state(config: FlowTrainConfig) -> TrainState:
