@@ -76,9 +76,11 @@ class Dummy(Stage[TrainConfig, Net]):
         return error.mean(), {"noise": noise.mean(), "loss_positive": half}
 
     def validate(self, model: Net, folder: Path) -> dict[str, np.ndarray]:
-        folder.mkdir(parents=True)
-        with (folder / "weight.npy").open("wb") as file:
-            np.save(file, np.asarray(model.up.weight[...]))
+        model = gather(model)
+        if jax.process_index() == 0:
+            folder.mkdir(parents=True)
+            with (folder / "weight.npy").open("wb") as file:
+                np.save(file, np.asarray(model.up.weight[...]))
         return {"weight": np.zeros((4, 4, 3), np.uint8)}
 
     def export(self, model: Net, folder: Path) -> None:
