@@ -91,19 +91,19 @@ class Meter:
         self._state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         peaks = [chips.peak(one) for one in mesh.devices.flat]
         self._peak = None if None in peaks else sum(filter(None, peaks))
-        self._programs: dict[Any, Jaxpr] = {}  # by the shapes of a batch
+        # Of one sample, by the shapes of its batch: tokens, and the program. They read the sizes of the weights' files.
+        self._known: dict[Any, tuple[int, Jaxpr | None]] = {}
         self._tokens = self._flops = 0
 
     def add(self, batch: Any, step: int) -> None:
         """Counts the step of this number, from 0, with the global `batch`."""
         shapes = tuple(x.shape for x in jax.tree.leaves(batch))
-        samples = shapes[0][0]
-        self._tokens += samples * (self._stage.tokens(batch) or 0)
-        if self._peak is None:
-            return
-        if shapes not in self._programs:
-            self._programs[shapes] = program(self._stage, self._state, batch)
-        self._flops += samples * flops.count(self._programs[shapes], [np.int32(step)])
+        if shapes not in self._known:
+            traced = None if self._peak is None else program(self._stage, self._state, batch)
+            self._known[shapes] = self._stage.tokens(batch) or 0, traced
+        samples, (count, traced) = shapes[0][0], self._known[shapes]
+        self._tokens += samples * count
+        self._flops += 0 if traced is None else samples * flops.count(traced, [np.int32(step)])
 
     def take(self, seconds: float) -> dict[str, float]:
         """The figures of the steps since the last call, which took so long."""

@@ -11,10 +11,11 @@ from jax.sharding import AbstractMesh, AxisType
 from helios_jax import pretrained
 from helios_jax.planner import program as planned
 from helios_jax.runtime import chips, flops
-from helios_jax.sharding import AXES
+from helios_jax.sharding import AXES, MeshConfig, make_mesh
 from helios_jax.training import work
+from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.stage_table import load_config, make_stage
-from tests.training import recipe
+from tests.training import dummy, recipe
 from tests.training.test_loop import BASE, lines, run
 
 
@@ -59,6 +60,18 @@ def test_operations_of_stage_3_follow_its_turns(tmp_path):
     both, critic, *others = (flops.count(program, [np.int32(step)]) for step in range(4))
     assert others == [both, critic]
     assert both == flops.count(program) > 1.5 * critic
+
+
+def test_a_batch_of_one_shape_is_looked_at_once(monkeypatch):
+    """The sizes may have to be read from the files of the weights."""
+    stage, asked = dummy.Dummy(TrainConfig()), []
+    monkeypatch.setattr(stage, "tokens", lambda batch: asked.append(batch) or 7)
+    meter = work.Meter(stage, {}, make_mesh(MeshConfig(), jax.devices()[:1]))
+    for step, samples in enumerate((4, 4, 2, 4)):
+        meter.add({"x": np.zeros((samples, 3))}, step)
+    assert meter.take(2.0) == {"tokens_per_second": 7 * 14 / 2}
+    assert meter.take(2.0) == {}
+    assert len(asked) == 2
 
 
 # The dummy's two products, forward and for their weights' gradients, and the second's for its input.
