@@ -48,20 +48,35 @@ def load(
     Raises ConfigError, in one line, for a file that is missing or not YAML, an unknown key, a wrong type, a value
     out of range, an override that is not `key=value`. Reads files and nothing else.
     """
-    merged = OmegaConf.structured(schema)
-    sources: dict[str, str] = {}
     flag = {name: f"--{name.replace('_', '-')}" for name in flags or {}} | dict(names or {})
     typed = [(flag[name], {name: _literal(value)}) for name, value in (flags or {}).items()]
     middle = [(source, _literal(dict(values))) for source, values in (under or {}).items()]
-    for source, values in [*_files(find(path)), *middle, *map(_override, overrides), *typed]:
+    return _of_sources([*_files(find(path)), *middle, *map(_override, overrides), *typed], schema, str(path))
+
+
+def from_dict(values: Any, schema: type[T], source: str) -> T:
+    """An instance of `schema` of plain values that come from `source`.
+
+    Raises ConfigError, in one line that begins with `source`, as `load` does.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{source}: must hold `key: value` pairs, not a {type(values).__name__}")
+    return _of_sources([(source, _literal(dict(values)))], schema, source)
+
+
+def _of_sources(named: Sequence[tuple[str, dict]], schema: type[T], default: str) -> T:
+    """An instance of `schema` of the values of each source, the later winning."""
+    merged = OmegaConf.structured(schema)
+    sources: dict[str, str] = {}
+    for source, values in named:
         for key, value in _leaves(values):
             merged = _merge(merged, key, value, source, schema)
             sources[key] = source
     try:
         values: Any = OmegaConf.to_container(merged, resolve=True)
     except OmegaConfBaseException as e:
-        raise ConfigError(f"{path}: {getattr(e, 'full_key', None)}: {_first_line(e)}") from None
-    return _build(schema, merged, values, "", sources, str(path))
+        raise ConfigError(f"{default}: {getattr(e, 'full_key', None)}: {_first_line(e)}") from None
+    return _build(schema, merged, values, "", sources, default)
 
 
 def find(path: str | Path) -> Path:

@@ -39,11 +39,14 @@ settings.load_profile("untimed")
 FAST = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 OPTIMIZED = {"aot", "fuzz", "parity"}  # folders; of parity not
 PIPELINES = {"parity/test_context.py", "parity/test_lora.py", "parity/test_pipeline.py"}
-# Of files, datasets, options and numpy, and others that a release of jax does not change (`make aot` plans on both).
+# Of files, datasets, options and numpy, and others whose programs other tests run, too (`make aot` plans on both).
 PLAIN = {"data", "media", "toy", "test_config.py", "test_docs.py", "test_package.py", "benchmarks/test_gpu_report.py"}
-PLAIN |= {"models/test_tokenizer.py", "precompute/test_clips.py", "training/test_training_data.py"}
-PLAIN |= {"planner", "test_deploy.py", "test_locations.py"}
-PLAIN |= {f"sampling/test_{name}.py" for name in ("download", "prompts", "table")}
+PLAIN |= {"models/test_tokenizer.py", "planner", "precompute", "test_deploy.py", "test_locations.py", "test_sample.py"}
+PLAIN |= {"test_lora_files.py", "test_pretrained_faults.py"}
+PLAIN |= {f"training/test_{name}.py" for name in ("progress", "stage_table", "start", "training_data")}
+PLAIN |= {
+    f"sampling/test_{name}.py" for name in ("checkpoint", "csv", "download", "options", "outputs", "prompts", "table")
+}
 
 
 def pytest_collection_modifyitems(config, items):

@@ -218,7 +218,7 @@ def test_what_does_not_fit(hint, value):
         (["--frames", "a\nb"], "unrecognized arguments: --frames a b; --help lists all flags"),
         (["--fps", "fast"], "--fps must be a whole number, got 'fast'"),
         (["--precision", "half"], "--precision must be one of float32, bfloat16 or null, got 'half'"),
-        (["--history-sizes", "1,a"], "--history-sizes must be a list of whole numbers, got ['1', 'a']"),
+        (["--history-sizes", "1,a"], "--history-sizes must be a list of whole numbers or null, got ['1', 'a']"),
         (["--then", "x", "a"], "--then: chunk must be a whole number or null, got 'x'"),
         (["--then", "0", "a"], "--then: chunk must be at least 1, got 0"),
         (["--then", "infs", "a"], "--then: seconds must be a number or null, got 'inf'"),

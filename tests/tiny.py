@@ -1,5 +1,6 @@
 """A pipeline of the released classes, tiny and with random weights, as a diffusers folder."""
 
+import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 import helios_jax
+from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.layers import Shapes
 from helios_jax.models.tokenizer import Tokenizer
@@ -16,6 +18,7 @@ from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
 from helios_jax.pretrained import file_entries, from_arrays
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.sampling.plan import Variant
+from helios_jax.sampling.trained import Trained
 
 TOKENIZER = Path(helios_jax.__file__).parent / "assets" / "toy" / "tokenizer"
 TRANSFORMER = TransformerConfig(
@@ -64,6 +67,8 @@ def pipeline(seed: int = 0) -> HeliosPipeline:
 
 
 def folder(path: Path, dtype=jnp.float32) -> Path:
-    """The pipeline saved in `path`."""
-    pipeline().save_pretrained(path, dtype=dtype)
+    """The pipeline saved in `path`, as trained for chunks of three latent frames."""
+    pipe = pipeline()
+    pipe.variant = dataclasses.replace(pipe.variant, trained=Trained(MemoryConfig(frames_per_chunk=3)))
+    pipe.save_pretrained(path, dtype=dtype)
     return path

@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,14 @@ class Change:
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """The changes of one file, by module; large tensors are read when a model needs them."""
+    """The changes of one file, by module, and the metadata of its header.
+
+    Large tensors are read when a model needs them.
+    """
 
     source: str
     changes: dict[str, Change] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def read(name: str | Path, *, weight_name: str | None = None, revision: str | None = None) -> LoRAFile:
@@ -80,7 +84,7 @@ def read(name: str | Path, *, weight_name: str | None = None, revision: str | No
         config = {k.removeprefix("transformer."): v for k, v in values.items()}
     elif path.name == WEIGHTS[1] and (path.parent / PEFT_CONFIG).is_file():
         config = read_json(path.parent / PEFT_CONFIG)
-    return _parse(tensors, config, str(path))
+    return replace(_parse(tensors, config, str(path)), metadata=metadata)
 
 
 def file_and_scale(text: str) -> tuple[str, float]:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,14 @@ from helios_jax.pretrained import files
 from helios_jax.pretrained.save import fetch
 
 
-def save(model: nnx.Module, path: Path | str, name: str | None = None, *, dtype: Any = None) -> Path:
+def save(
+    model: nnx.Module,
+    path: Path | str,
+    name: str | None = None,
+    *,
+    dtype: Any = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
     """Writes the adapter `name` (the only one, if None) for diffusers' `load_lora_weights`; returns the file's path.
 
     The file's metadata hold rank and alpha. The present scale is not saved, as in diffusers. Where several hosts share
@@ -29,6 +36,7 @@ def save(model: nnx.Module, path: Path | str, name: str | None = None, *, dtype:
     Args:
         path: a .safetensors file, or a folder, in which it is pytorch_lora_weights.safetensors.
         dtype: what is written; None writes what the adapter has.
+        metadata: more of the file's metadata.
 
     Raises:
         ValueError: no adapter has this name, or it is not said which of several.
@@ -67,8 +75,8 @@ def save(model: nnx.Module, path: Path | str, name: str | None = None, *, dtype:
             tensors[key] = (kind, _shape(adapter, part, target))
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", METADATA: json.dumps(_peft_config(found), indent=2, sort_keys=True)}
-    files.write(path, tensors, lambda key: values[key](), metadata)
+    header = {"format": "pt", METADATA: json.dumps(_peft_config(found), indent=2, sort_keys=True), **(metadata or {})}
+    files.write(path, tensors, lambda key: values[key](), header)
     return path
 
 

@@ -163,7 +163,7 @@ def sample_ode_pairs(
         out,
         teacher.features(),
         shards.plan("train", {"": read_prompts(files)}, share.size),
-        {"teacher": teacher.identity(), "settings": asdict(teacher.settings)},
+        {"teacher": teacher.identity(), **teacher.facts()},
         host=share.host,
         hosts=share.hosts,
     )

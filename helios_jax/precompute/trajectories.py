@@ -8,7 +8,7 @@ of a chunk are the latents at those times, the level's result, and the history t
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import jax
@@ -42,6 +42,7 @@ class Settings:
         student_steps: the student's; twice as many in the first chunk with `amplify_first_chunk`.
         time_shift_type: of the dynamic shift that teacher and student share; None: no shift.
         guidance_scale, negative_prompt: classifier-free guidance.
+        num_latent_frames_per_chunk: None: as the teacher was trained; its memory is always that.
         cfg_zero_star: guidance as CFG-Zero* has it, with its standing first steps.
         seed: of the first prompt's noise, the next ones count on (upstream gives every prompt the same noise).
     """
@@ -56,7 +57,7 @@ class Settings:
     guidance_scale: float = 5.0
     negative_prompt: str = NEGATIVE_PROMPT
     cfg_zero_star: bool = False
-    num_latent_frames_per_chunk: int = 9
+    num_latent_frames_per_chunk: int | None = None
     seed: int = 42
 
     def __post_init__(self):
@@ -145,6 +146,11 @@ class Teacher:
             text_encoder=self.checkpoint.load_text_encoder(dtype, mesh=self._mesh),
         )
         return self
+
+    def facts(self) -> dict[str, Any]:
+        """The settings that decide the pairs, ready for JSON, which the training of a student checks."""
+        levels = {"stage_range": self._scheduler.stage_range, "gamma": self._scheduler.gamma}
+        return {"settings": asdict(self.settings), "memory": asdict(self.plan.memory), "levels": levels}
 
     def identity(self) -> str:
         """Identifies the teacher's weights."""

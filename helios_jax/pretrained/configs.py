@@ -137,10 +137,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def write_config(config: Any, folder: Path, name: str = "config.json") -> None:
-    """Writes a config dataclass in diffusers' format, with `CLASS_NAME` first."""
+def write_config(
+    config: Any, folder: Path, name: str = "config.json", *, more: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a config dataclass in diffusers' format, with `CLASS_NAME` first and the entries of `more` last."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {"_class_name": config.CLASS_NAME, **dataclasses.asdict(config)}
     if hasattr(config, "MODEL_TYPE"):  # transformers finds its classes by these two keys
         values = {"architectures": [config.CLASS_NAME], "model_type": config.MODEL_TYPE, **dataclasses.asdict(config)}
-    (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+    (folder / name).write_text(json.dumps({**values, **(more or {})}, indent=2) + "\n")

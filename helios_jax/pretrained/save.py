@@ -23,7 +23,13 @@ SMALL = 2**20
 
 
 def save_model(
-    model: nnx.Module, config: Any, folder: Path | str, *, dtype: Any = None, max_shard_size: int | str = "5GB"
+    model: nnx.Module,
+    config: Any,
+    folder: Path | str,
+    *,
+    dtype: Any = None,
+    max_shard_size: int | str = "5GB",
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `model` as a diffusers (or transformers) component: config.json and safetensors.
 
@@ -35,6 +41,7 @@ def save_model(
         folder: made when it is not there; weights of the same name in it are replaced.
         dtype: what is written, but for the class's `FLOAT32` islands; None writes what the model has.
         max_shard_size: bytes, or a string such as "5GB", that no file exceeds unless one tensor alone does.
+        more: entries of config.json beside those of `config`; diffusers ignores names that begin with an underscore.
     """
     folder = location(folder)
     values = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
@@ -42,7 +49,7 @@ def save_model(
     shards = plan_shards(model, config, dtype=dtype, max_shard_size=max_shard_size)
     first = jax.process_index() == 0
     if first:
-        write_config(config, folder)
+        write_config(config, folder, more=more)
         _remove_weights(folder, config.WEIGHTS_NAME.removesuffix(".safetensors"))
     for name, tensors in shards.items():
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import offload
 from helios_jax.sampling.fingerprint import file_hash, weights_hash
 from helios_jax.sampling.plan import Variant
+from helios_jax.sampling.trained import read_trained, with_loras
 
 PIPELINES = ("HeliosPipeline", "HeliosPyramidPipeline")
 # Our own entry of model_index.json, where it is not 384 x 640; diffusers ignores names with an underscore.
@@ -67,19 +69,19 @@ class Checkpoint:
         kind = index.get("_class_name")
         if kind not in PIPELINES:
             raise CheckpointError(f"{folder}/model_index.json names {kind}, not one of {', '.join(PIPELINES)}")
-        variant = Variant(
-            pyramid=kind == "HeliosPyramidPipeline",
-            is_cfg_zero_star=bool(index.get("is_cfg_zero_star", False)),
-            is_distilled=bool(index.get("is_distilled", False)),
-            trained_size=tuple(index.get(TRAINED_SIZE, Variant.trained_size)),
-        )
         if not (folder / transformer / "config.json").is_file():
             some = [part for part in pretrained.subfolders(name, revision) if part.startswith("transformer")]
             raise CheckpointError(f"{name} has no {transformer}/config.json; it has {', '.join(some) or 'none such'}")
         checkpoint = cls(
             folder=folder,
             subfolder=transformer,
-            variant=variant,
+            variant=Variant(
+                pyramid=kind == "HeliosPyramidPipeline",
+                is_cfg_zero_star=bool(index.get("is_cfg_zero_star", False)),
+                is_distilled=bool(index.get("is_distilled", False)),
+                trained_size=tuple(index.get(TRAINED_SIZE, Variant.trained_size)),
+                trained=read_trained(folder / transformer),
+            ),
             transformer=pretrained.read_config(folder / transformer, TransformerConfig),
             vae=pretrained.read_config(folder / "vae", VAEConfig),
             text_encoder=pretrained.read_config(folder / "text_encoder", UMT5Config),
@@ -102,6 +104,12 @@ class Checkpoint:
                 f"{self.folder}/scheduler: stages is {stages}, but model_index.json says {self.variant.name},"
                 f" which has {'more than one' if self.variant.pyramid else '1'}"
             )
+        steps = self.variant.trained.steps
+        if steps is not None and len(steps) != stages:
+            raise CheckpointError(
+                f"{self.folder}/{self.subfolder}/config.json: the transformer was trained for {list(steps)} steps, but"
+                f" the scheduler has {stages} stages"
+            )
         if (kind == "dmd") != self.variant.is_distilled:
             raise CheckpointError(
                 f"{self.folder}/scheduler: the solver is {kind}, but model_index.json says {self.variant.name},"
@@ -113,6 +121,14 @@ class Checkpoint:
         ):
             if ours[1] != theirs[1]:
                 raise CheckpointError(f"{self.folder}: {ours[0]} {ours[1]} is not {theirs[0]} {theirs[1]}")
+
+    def with_loras(self, metadata: Mapping[str, Mapping[str, str]]) -> "Checkpoint":
+        """The checkpoint with the settings of LoRAs, of which `metadata` has those of each file by its name.
+
+        Raises CheckpointError for LoRAs that disagree, or that were trained for another kind of checkpoint.
+        """
+        trained = with_loras(self.variant.trained, metadata, distilled=self.variant.is_distilled)
+        return replace(self, variant=replace(self.variant, trained=trained))
 
     def hash(self) -> str:
         """Tells its weights, configs and tokenizer apart from those of others; see `fingerprint`."""

@@ -134,17 +134,32 @@ class SamplingOptions(ContextConfig):
     interpolation_steps: int = option(3, "chunks over which a prompt fades in after a switch", MAKE)
     num_inference_steps: int | None = option(None, "denoising steps a chunk of a Base checkpoint; null: 50")
     pyramid_num_inference_steps_list: list[int] | None = option(
-        None, "steps of each level of a pyramid checkpoint, coarsest first; null: 20,20,20 for Mid, 2,2,2 for Distilled"
+        None,
+        "steps of each level of a pyramid checkpoint, coarsest first; null: 20,20,20 for Mid, those of its training for"
+        " Distilled, 2,2,2 if it does not say",
     )
     guidance_scale: float | None = option(
         None, "how closely to follow the prompt; 1 switches guidance off and halves the time; null: 5 (Distilled: off)"
     )
+    use_cfg_zero_star: bool | None = option(
+        None, "guide as CFG-Zero* does, its negative part scaled; null: as the checkpoint says (Mid: yes, Base: no)"
+    )
     use_zero_init: bool = option(True, "with CFG-Zero*, leave the sample as it is in the first steps")
     zero_steps: int = option(1, "with use_zero_init, steps 0 to zero_steps of the first level leave it so")
-    is_amplify_first_chunk: bool = option(False, "twice the steps for the first chunk (Distilled)")
+    is_amplify_first_chunk: bool | None = option(
+        None, "twice the steps for the first chunk (Distilled); null: if it was trained so, and says so"
+    )
     is_skip_first_chunk: bool = option(False, "the anchor becomes the first frame of the second chunk")
-    history_sizes: tuple[int, ...] = option((16, 2, 1), "latent frames of the long, mid and short history")
-    num_latent_frames_per_chunk: int = option(9, "latent frames made at a time")
+    history_sizes: tuple[int, ...] | None = option(
+        None, "latent frames of the long, mid and short history; null: as trained, 16,2,1 for the released weights"
+    )
+    num_latent_frames_per_chunk: int | None = option(None, "latent frames made at a time; null: as trained, usually 9")
+    positions: Literal["relative", "absolute"] | None = option(
+        None, "frame indices of the window, or counted from the video's start; null: as trained, usually relative"
+    )
+    use_anchor: bool | None = option(
+        None, "keep the video's first latent frame in the history; null: as trained, usually yes"
+    )
     max_sequence_length: int | None = option(
         None, "positions of the text; null: as many as the tokenizer allows, 512 at most"
     )
@@ -161,7 +176,7 @@ class SamplingOptions(ContextConfig):
         _at_least(0, interpolation_steps=self.interpolation_steps, zero_steps=self.zero_steps)
         for steps in self.pyramid_num_inference_steps_list or ():
             _at_most(pyramid_num_inference_steps_list=(steps, MOST_STEPS))
-        for size in self.history_sizes:
+        for size in self.history_sizes or ():
             _at_most(history_sizes=(size, MOST_LATENT_FRAMES))
         _at_most(
             height=(self.height, MOST_PIXELS),
@@ -176,7 +191,7 @@ class SamplingOptions(ContextConfig):
         )
         if self.video_fps is not None and not self.video_fps > 0:
             raise ValueError(f"video_fps must be above 0, got {self.video_fps}")
-        if len(self.history_sizes) != 3:
+        if self.history_sizes is not None and len(self.history_sizes) != 3:
             raise ValueError(f"history_sizes must be three numbers (long, mid, short), got {list(self.history_sizes)}")
 
     def changed(self, changes: Mapping[str, Any]) -> "SamplingOptions":

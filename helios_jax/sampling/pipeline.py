@@ -116,7 +116,10 @@ class HeliosPipeline:
         folder = location(folder)
         for name in ("transformer", "vae", "text_encoder"):
             model = getattr(self, name)
-            pretrained.save_model(model, model.config, folder / name, dtype=dtype, max_shard_size=max_shard_size)
+            more = self.variant.trained.entries() if name == "transformer" else None
+            pretrained.save_model(
+                model, model.config, folder / name, dtype=dtype, max_shard_size=max_shard_size, more=more
+            )
         pretrained.write_config(self.scheduler, folder / "scheduler", "scheduler_config.json")
         self.tokenizer.save_pretrained(folder / "tokenizer")
         write_index(folder, self.scheduler, self.variant)

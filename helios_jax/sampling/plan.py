@@ -3,7 +3,8 @@
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from helios_jax.diffusion.denoise import Level
 from helios_jax.diffusion.levels import make_levels
@@ -12,6 +13,7 @@ from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
 from helios_jax.sampling.options import SamplingOptions
+from helios_jax.sampling.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -19,12 +21,14 @@ class Variant:
     """The released kind of a checkpoint, from its model_index.json: Base (no pyramid), Mid, Distilled.
 
     `trained_size` is the height and width in pixels that its weights know: 384 x 640 unless the file says otherwise.
+    `trained` are other settings of the training, which sampling follows.
     """
 
     pyramid: bool = False
     is_cfg_zero_star: bool = False
     is_distilled: bool = False
     trained_size: tuple[int, int] = (384, 640)
+    trained: Trained = field(default_factory=Trained)
 
     @property
     def name(self) -> str:
@@ -78,6 +82,12 @@ def make_plan(
     if guidance_scale is None:
         guidance_scale = 1.0 if variant.is_distilled else 5.0
     guided = guidance_scale > 1
+    if options.use_cfg_zero_star and not guided:
+        raise ValueError(f"use_cfg_zero_star changes guidance, which is off at guidance_scale {guidance_scale:g}")
+    zero_star = variant.is_cfg_zero_star if options.use_cfg_zero_star is None else options.use_cfg_zero_star
+    amplified = variant.trained.amplify_first_chunk and variant.is_distilled
+    if options.is_amplify_first_chunk is not None:
+        amplified = options.is_amplify_first_chunk
 
     height, width, space = options.height, options.width, vae.scale_factor_spatial
     check_size(height, width, multiple=space * math.lcm(*transformer.patch_size[1:]) * 2 ** (len(counts) - 1))
@@ -86,20 +96,12 @@ def make_plan(
         warnings.warn(
             f"{height} x {width}: these weights were trained at {trained} only; expect worse videos", stacklevel=2
         )
-    long, mid, recent = sorted(options.history_sizes, reverse=True)
-    chunk_latents = options.num_latent_frames_per_chunk
-    memory = MemoryConfig(
-        long=long,
-        mid=mid,
-        recent=recent,
-        anchor="second" if options.is_skip_first_chunk else "first",
-        frames_per_chunk=chunk_latents,
-    )
-    shape = (chunk_latents, height // space, width // space, transformer.in_channels)
-    frames = chunk_frames(options, vae)
+    memory = sampling_memory(options, variant.trained.memory)
+    shape = (memory.frames_per_chunk, height // space, width // space, transformer.in_channels)
+    frames = chunk_frames(options, vae, variant)
 
     def levels(counts: Sequence[int]) -> tuple[Level, ...]:
-        stand = options.zero_steps + 1 if variant.is_cfg_zero_star and guided and options.use_zero_init else 0
+        stand = options.zero_steps + 1 if zero_star and guided and options.use_zero_init else 0
         tokens = math.prod(shape[:3]) // math.prod(transformer.patch_size)
         return make_levels(scheduler, counts, tokens, pyramid=variant.pyramid, stand=stand)
 
@@ -111,15 +113,43 @@ def make_plan(
         latent_shape=shape,
         memory=memory,
         levels=every,
-        first_levels=levels([2 * n for n in counts]) if options.is_amplify_first_chunk else every,
+        first_levels=levels([2 * n for n in counts]) if amplified else every,
         guidance_scale=guidance_scale if guided else None,
-        zero_star=variant.is_cfg_zero_star,
+        zero_star=zero_star,
     )
 
 
-def chunk_frames(options: SamplingOptions, vae: VAEConfig) -> int:
+def sampling_memory(options: SamplingOptions, trained: MemoryConfig) -> MemoryConfig:
+    """The memory that weights were `trained` with, changed where `options` say otherwise.
+
+    Warns of such changes. Raises ValueError for options that contradict one another.
+    """
+    changes: dict[str, Any] = {}
+    if options.history_sizes is not None:
+        changes |= zip(("long", "mid", "recent"), options.history_sizes)
+    if options.num_latent_frames_per_chunk is not None:
+        changes["frames_per_chunk"] = options.num_latent_frames_per_chunk
+    if options.positions is not None:
+        changes["positions"] = options.positions
+    if options.use_anchor is not None:
+        changes["anchor"] = "first" if options.use_anchor else None
+    memory = replace(trained, **changes)
+    if new := [name for name in changes if changes[name] != getattr(trained, name)]:
+        now, was = (", ".join(f"{name} {getattr(one, name)}" for name in new) for one in (memory, trained))
+        warnings.warn(f"{now}: these weights were trained at {was} only; expect worse videos", stacklevel=3)
+    if options.is_skip_first_chunk:
+        if memory.anchor is None:
+            raise ValueError(
+                "is_skip_first_chunk is about the anchor, and there is none: leave it out, or set use_anchor"
+            )
+        memory = replace(memory, anchor="second")
+    return memory
+
+
+def chunk_frames(options: SamplingOptions, vae: VAEConfig, variant: Variant) -> int:
     """Pixel frames of a chunk."""
-    return (options.num_latent_frames_per_chunk - 1) * vae.scale_factor_temporal + 1
+    latents = options.num_latent_frames_per_chunk or variant.trained.memory.frames_per_chunk
+    return (latents - 1) * vae.scale_factor_temporal + 1
 
 
 def _step_counts(
@@ -137,7 +167,7 @@ def _step_counts(
                 f"num_inference_steps is for Base checkpoints, this one is {variant.name}:"
                 " use pyramid_num_inference_steps_list"
             )
-        default = [2 if variant.is_distilled else 20] * scheduler.stages
+        default = list(variant.trained.steps or [2 if variant.is_distilled else 20] * scheduler.stages)
         counts = default if pyramid is None else list(pyramid)
         if len(counts) != scheduler.stages:
             raise ValueError(

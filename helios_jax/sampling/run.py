@@ -46,10 +46,11 @@ def run(config: SampleConfig) -> int:
         name, scales[str(i)] = lora.file_and_scale(text)
         files[str(i)] = lora.read(name)
     lora.check(Transformer.abstract(checkpoint.transformer), files)
+    checkpoint = checkpoint.with_loras({name: files[str(i)].metadata for i, name in enumerate(config.loras)})
     hashes: dict[str, Any] = {"weights": checkpoint.hash()}
     if files:
         hashes["loras"] = [f"{file_hash(location(file.source))}={scales[i]}" for i, file in files.items()]
-    jobs = make_jobs(config, chunk_frames(config, checkpoint.vae), hashes)
+    jobs = make_jobs(config, chunk_frames(config, checkpoint.vae, checkpoint.variant), hashes)
     todo = [job for job in jobs if config.csv is None or not job.done()]
     if config.csv is not None:
         print(f"{len(jobs)} videos, {len(jobs) - len(todo)} of them done before", flush=True)

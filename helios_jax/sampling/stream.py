@@ -237,7 +237,7 @@ def read_state(path: str | os.PathLike) -> State:
     entries = tuple(Entry(e["chunk"], tuple(e["prompts"]), e["crossfade"]) for e in meta["prompts"])
     return State(
         identity=meta["identity"],
-        options=SamplingOptions(**(meta["options"] | {"history_sizes": tuple(meta["options"]["history_sizes"])})),
+        options=SamplingOptions().changed(meta["options"]),
         prompts=Schedule(entries),
         negatives=tuple(meta["negatives"]),
         noise=SeededNoise(*meta["seeds"], asked=meta["asked"]),

@@ -41,6 +41,8 @@ SPAN = 4
 # The geometric mean of the world's two speeds, as a ratio.
 SPEED_TOLERANCE = math.log(max(toy.SPEEDS.values()) / min(toy.SPEEDS.values())) / 2
 DRIFT_FRACTION = 6
+# Scores whose course over a long video says how it drifts.
+SECONDS = ("shape", "colour_error", "contrast", "background_error", "speed_error", "stuck")
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,33 @@ def aggregate(
         raise ValueError("there is no video to score")
     names = [name for name in rows[0] if all(name in row for row in rows)]
     return {name: float(np.mean([row[name] for row in rows])) for name in names} | {"videos": float(len(rows))}
+
+
+def rollout(
+    video: UInt8[np.ndarray, "t h w 3"], target: toy.Attributes, fps: int, chunk: int = toy.CHUNK_FRAMES
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Scores of a long video for its drift, and some of them for each of its seconds of `fps` frames.
+
+    Beside those of `score`: `NAME_end` of the last sixth, `NAME_drift` the change since the first sixth, `stuck` the
+    share of the time in which the shape moves less than a quarter of its speed.
+    """
+    track = measure(video)
+    part = max(len(track) // DRIFT_FRACTION, 2)
+    first, last = (_moving_scores(track[frames], target) for frames in (slice(0, part), slice(-part, None)))
+    values = _score(track, target, chunk) | {"stuck": _stuck(track, target)}
+    values |= {f"{name}_end": last[name] for name in SECONDS}
+    values |= {f"{name}_drift": abs(last[name] - first[name]) for name in SECONDS}
+    each = [_moving_scores(track[i : i + fps], target) for i in range(0, len(track) - fps + 1, fps)]
+    return values, {name: [one[name] for one in each] for name in SECONDS}
+
+
+def _moving_scores(track: Track, target: toy.Attributes) -> dict[str, float]:
+    return _frame_scores(track, target) | {"stuck": _stuck(track, target)}
+
+
+def _stuck(track: Track, target: toy.Attributes) -> float:
+    speeds = np.linalg.norm(_movement(track), axis=1)
+    return float((speeds < toy.SPEEDS[target.speed] / 4).mean())
 
 
 def _score(track: Track, target: toy.Attributes, chunk: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ from helios_jax.locations import copy_tree
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling.checkpoint import write_index
 from helios_jax.training.flow_config import FlowTrainConfig
-from helios_jax.training.pipeline_parts import open_components
+from helios_jax.training.pipeline_parts import open_components, trained
 
 COPIED = ("vae", "text_encoder", "tokenizer")
 
@@ -18,14 +18,15 @@ COPIED = ("vae", "text_encoder", "tokenizer")
 def export_pipeline(model: Transformer, config: FlowTrainConfig, folder: Path) -> None:
     """Writes `folder`/pipeline: the transformer in bfloat16, and with `flow.components` a whole pipeline around it.
 
-    Adapters are merged into it; those that were trained are also written alone into `folder`/lora. All hosts must call;
-    the first writes.
+    Adapters are merged into it; those that were trained are also written alone into `folder`/lora. Both files say what
+    sampling must repeat (`sampling.trained`). All hosts must call; the first writes.
     """
     out = folder / "pipeline"
     if config.lora is not None:
-        lora.save(model, folder / "lora", lora.LoRAConfig.name, dtype=jnp.bfloat16)
+        name = lora.LoRAConfig.name
+        lora.save(model, folder / "lora", name, dtype=jnp.bfloat16, metadata=trained(config).metadata())
         model = lora.merge(model)
-    pretrained.save_model(model, model.config, out / "transformer", dtype=jnp.bfloat16)
+    pretrained.save_model(model, model.config, out / "transformer", dtype=jnp.bfloat16, more=trained(config).entries())
     checkpoint = open_components(config)
     if jax.process_index():
         return

@@ -11,6 +11,7 @@ from helios_jax.models.vae import VAEConfig
 from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.checkpoint import PARTS, TRAINED_SIZE, Checkpoint
 from helios_jax.sampling.plan import Variant
+from helios_jax.sampling.trained import Trained
 from helios_jax.training.flow_config import FlowTrainConfig, StudentTrainConfig
 from helios_jax.training.start import transformer_config
 
@@ -61,12 +62,19 @@ def check_widths(checkpoint: Checkpoint) -> None:
 
 def variant(config: FlowTrainConfig, trained_size: tuple[int, int]) -> Variant:
     """The kind of model that a run makes: Base, Mid with a pyramid, or Distilled."""
-    made = Variant(trained_size=trained_size)
+    made = Variant(trained_size=trained_size, trained=trained(config))
     if isinstance(config, StudentTrainConfig):
         return dataclasses.replace(made, pyramid=True, is_distilled=True)
     if config.flow.pyramid is not None:
         return dataclasses.replace(made, pyramid=True, is_cfg_zero_star=True)
     return made
+
+
+def trained(config: FlowTrainConfig) -> Trained:
+    """The settings of a run that sampling must repeat."""
+    if isinstance(config, StudentTrainConfig):
+        return Trained(config.flow.memory, config.distill.steps, config.distill.amplify_first_chunk)
+    return Trained(config.flow.memory)
 
 
 def scheduler(config: FlowTrainConfig, theirs: SchedulerConfig | None = None) -> SchedulerConfig | DMDSchedulerConfig:

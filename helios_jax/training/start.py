@@ -1,5 +1,6 @@
 """The transformer that a run begins with: random, or a Helios checkpoint's, or Wan 2.1's; and its new adapters."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from helios_jax import lora, pretrained
-from helios_jax.config import ConfigError
+from helios_jax.config import ConfigError, to_dict
 from helios_jax.models.ops import context_attention
 from helios_jax.models.ops.choices import Implementations
 from helios_jax.models.transformer import MEMORY_PATCHES, Transformer, TransformerConfig, init_memory_patches
 from helios_jax.models.transformer.embeddings import Patches, coarser
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import seeds
-from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.sampling.trained import read_trained
+from helios_jax.training.flow_config import FlowTrainConfig, StudentTrainConfig
 from helios_jax.training.trainable import AdapterConfig
 
 WAN = "WanTransformer3DModel"
@@ -75,6 +77,31 @@ def load_transformer(config: FlowTrainConfig, model: Transformer, shardings: Any
     adapters, seed = config.lora, config.seed
     add = jax.jit(lambda model: _add_adapters(model, adapters, seed), out_shardings=shardings, donate_argnums=0)
     return add(loaded)
+
+
+def check_init(config: FlowTrainConfig, name: str = "init") -> None:
+    """Compares the memory of the run with that of the weights in `config.init`, which the run's config calls `name`.
+
+    Warns of another one, to which stages 1 and 2 can adapt the weights. Raises ConfigError for a student, which cannot
+    learn another memory from its teacher.
+    """
+    if config.init is None:
+        return
+    try:
+        folder = _folder(config)
+        if _is_wan(folder):
+            return
+        theirs = read_trained(folder).memory
+    except CheckpointError as error:
+        raise ConfigError(f"{name}: {error}") from None
+    if theirs == config.flow.memory:
+        return
+    ours, before = (to_dict(memory) for memory in (config.flow.memory, theirs))
+    differ = ", ".join(f"flow.memory.{key}={before[key]}, not {ours[key]}" for key in ours if ours[key] != before[key])
+    message = f"{name}: {config.init} was trained with {differ}"
+    if isinstance(config, StudentTrainConfig):
+        raise ConfigError(f"{message}; set flow.memory as it was")
+    warnings.warn(f"{message}; the weights will be adapted to it", stacklevel=2)
 
 
 def _folder(config: FlowTrainConfig) -> Path:

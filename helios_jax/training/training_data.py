@@ -1,12 +1,13 @@
 """Checks of a run's records before anything is built: fields, shapes, dtypes, and the embeddings beside them."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from helios_jax.config import ConfigError
-from helios_jax.data.records import Example, RecordError, Source, open_source
+from helios_jax.data.records import PLAN, Example, RecordError, Source, open_source
 from helios_jax.locations import location
 from helios_jax.training.run_config import DataConfig
 
@@ -85,6 +86,18 @@ def check_record(example: Example, fields: Mapping[str, Field], data: DataConfig
                     f"{folder} has {name} of {size} {axis.name}, the run takes {wanted}{asked}; name another folder, "
                     f"change the config, or make it with `{make}`"
                 )
+
+
+def made_with(data: DataConfig) -> dict[str, Any]:
+    """The settings that `helios_jax.precompute` made the records with; none for records that it has not made.
+
+    Raises ConfigError, in one line, for a file of settings that is damaged.
+    """
+    path = location(data.folder) / PLAN
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"data.folder: {path} cannot be read ({error}); copy the folder again") from None
 
 
 def load_embedding(data: DataConfig, name: str, like: Example, make: str) -> np.ndarray:

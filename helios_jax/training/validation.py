@@ -15,7 +15,7 @@ from helios_jax.sampling.options import SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.sampling.plan import make_plan
 from helios_jax.sharding import gather
-from helios_jax.training.flow_config import FlowTrainConfig, StudentTrainConfig
+from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.pipeline_parts import open_components
 from helios_jax.training.run_config import ValidationConfig
 from helios_jax.training.trainable import settle_dtypes
@@ -31,17 +31,14 @@ def check_validation(config: FlowTrainConfig) -> None:
         return
     try:
         parts = checkpoint.transformer, checkpoint.vae, checkpoint.scheduler, checkpoint.variant
-        make_plan(*parts, sampling_options(validation, config))
+        make_plan(*parts, sampling_options(validation))
     except ValueError as error:
         raise ConfigError(f"validation: {error}") from None
 
 
-def sampling_options(validation: ValidationConfig, config: FlowTrainConfig) -> SamplingOptions:
-    """The sampling options of validation videos: a student's own steps unless others are given."""
-    memory, levels, student = config.flow.memory, validation.pyramid_num_inference_steps_list, None
-    if isinstance(config, StudentTrainConfig):
-        student = config.distill
-        levels = levels or student.steps
+def sampling_options(validation: ValidationConfig) -> SamplingOptions:
+    """The sampling options of validation videos; what they leave out is as the model is trained."""
+    levels = validation.pyramid_num_inference_steps_list
     return SamplingOptions(
         height=validation.height,
         width=validation.width,
@@ -49,10 +46,7 @@ def sampling_options(validation: ValidationConfig, config: FlowTrainConfig) -> S
         num_inference_steps=validation.num_inference_steps,
         pyramid_num_inference_steps_list=None if levels is None else list(levels),
         guidance_scale=validation.guidance_scale,
-        history_sizes=(memory.long, memory.mid, memory.recent),
-        num_latent_frames_per_chunk=memory.frames_per_chunk,
         fps=validation.fps,
-        is_amplify_first_chunk=student is not None and student.amplify_first_chunk,
     )
 
 
@@ -74,7 +68,7 @@ def make_videos(model: Transformer, config: FlowTrainConfig, folder: Path) -> di
         checkpoint.scheduler,
         checkpoint.variant,
     )
-    prompts, plan = list(validation.prompts), pipe.plan(sampling_options(validation, config))
+    prompts, plan = list(validation.prompts), pipe.plan(sampling_options(validation))
     call = pipe.prepare(prompts, validation.negative_prompt, plan, seed=validation.seed)
     latents = jnp.asarray(gather(pipe.generate(call)))
     frames = decode_video(pipe.vae, latents, plan.memory.frames_per_chunk, dtype="uint8")[:, : validation.num_frames]

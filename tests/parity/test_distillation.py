@@ -151,12 +151,17 @@ def test_discriminator_losses():
         check("stage 3, R1", ours, 100 * (((t["moved"] - t["real"]) / scale) ** 2).mean(), 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["uniform", "beta"])
+@pytest.fixture(scope="module", params=["uniform", "beta"])
+def drawn(request):
+    """The distribution's name, and its compiled draws: (keys, step) -> sigmas."""
+    config = distillation.RenoiseConfig(request.param, alpha=4.0, beta=1.5, until=500)
+    return request.param, jax.jit(lambda keys, step: distillation.draw_sigma(keys, config, step, 1.9))
+
+
 @pytest.mark.parametrize("step", [0, 250, 800])
-def test_noise_levels_are_drawn_as_often(kind, step):
-    config = distillation.RenoiseConfig(kind, alpha=4.0, beta=1.5, until=500)
-    keys = jax.random.split(jax.random.key(0), 5000)
-    got = jax.jit(lambda keys: distillation.draw_sigma(keys, config, jnp.asarray(step), 1.9))(keys)
+def test_noise_levels_are_drawn_as_often(drawn, step):
+    kind, draw = drawn
+    got = draw(jax.random.split(jax.random.key(0), 5000), jnp.asarray(step))
     torch.manual_seed(0)
     t = torch.rand(5000)
     if kind == "beta":

@@ -1,6 +1,8 @@
 """ODE pairs: the times are upstream's, the latents are those of the teacher's sampling."""
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,12 +11,14 @@ from helios_jax.data import records
 from helios_jax.data.loader import loader, ode_transform
 from helios_jax.diffusion.denoise import first_sample
 from helios_jax.diffusion.levels import make_trajectory
+from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.precompute import cli as precompute
 from helios_jax.precompute.prompt_files import Prompt
 from helios_jax.precompute.trajectories import Settings, Teacher
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.plan import Variant
+from helios_jax.sampling.trained import Trained
 from tests import tiny
 
 # get_ode-pairs.py: the first chunk's, and those of all others.
@@ -77,6 +81,17 @@ def test_without_the_student_s_times_it_is_the_pipeline_s_sampling(folder):
     ).frames[0]  # fmt: skip
     ours = np.concatenate([chunk["latents_2"][-1] for chunk in chunks])
     np.testing.assert_allclose(ours, video, atol=5e-3)
+
+
+def test_the_teacher_s_memory_is_that_of_its_training(folder, tmp_path):
+    memory = MemoryConfig(long=0, mid=0, recent=4, anchor=None, frames_per_chunk=2, positions="absolute")
+    shutil.copytree(folder, tmp_path / "mid")
+    path = tmp_path / "mid" / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | Trained(memory).entries()))
+    settings = dataclasses.replace(SMALL, num_latent_frames_per_chunk=None)
+    teacher = Teacher(Checkpoint.open(tmp_path / "mid"), settings)
+    assert teacher.plan.memory == memory
+    assert teacher.facts()["memory"] == dataclasses.asdict(memory)
 
 
 def test_a_record_holds_the_chunk_s_past_and_its_way(folder):

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from helios_jax import lora
+from helios_jax import HeliosPipeline, lora
 from helios_jax.config import ConfigError
 from helios_jax.data import shards
 from helios_jax.data.records import open_source, tensor, text
+from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.models.transformer import Transformer
 from helios_jax.precompute import cli as precompute
 from helios_jax.precompute.encode import EMPTY_TEXT, VideoEncoder
 from helios_jax.pretrained import file_entries
 from helios_jax.sampling.checkpoint import Checkpoint
+from helios_jax.sampling.trained import Trained
 from helios_jax.sharding import MeshConfig, make_mesh
 from helios_jax.toy import build as toy_build
 from helios_jax.training import start
@@ -236,6 +238,7 @@ def test_one_batch_is_learnt_by_the_parameters_that_train_alone(config, change, 
 def test_export_is_a_whole_pipeline_with_adapters_merged_and_alone(config, tmp_path):
     config = dataclasses.replace(config, lora=LORA, trainable=("adapters",))
     config.flow.pyramid = PyramidConfig()
+    config.flow.memory = MemoryConfig(long=0, mid=0, recent=4, anchor=None, positions="absolute")
     model = start._add_adapters(draw(), LORA, 0)
     model.blocks.ffn.down.adapters[0].b[...] += 1.0
     FlowStage(config).export(model, tmp_path)
@@ -244,6 +247,9 @@ def test_export_is_a_whole_pipeline_with_adapters_merged_and_alone(config, tmp_p
     assert checkpoint.variant.pyramid
     assert checkpoint.variant.is_cfg_zero_star
     assert checkpoint.scheduler.stages == 3
+    assert checkpoint.variant.trained == Trained(config.flow.memory)
+    unaware = dataclasses.replace(checkpoint, variant=dataclasses.replace(checkpoint.variant, trained=Trained()))
+    assert unaware.with_loras({"trained": lora.read(tmp_path / "lora").metadata}).variant == checkpoint.variant
     merged = checkpoint.load_transformer(jnp.float32, stacked=True)
     attached = lora.attach(draw(), {"trained": tmp_path / "lora"})
     expected = lora.merge(attached).blocks.ffn.down.weight[...]
@@ -251,11 +257,24 @@ def test_export_is_a_whole_pipeline_with_adapters_merged_and_alone(config, tmp_p
     np.testing.assert_allclose(merged.blocks.ffn.down.weight[...], expected, rtol=1e-2, atol=1e-2)
 
 
-def test_validation_writes_a_video_of_each_prompt(config, tmp_path):
+def spied(function, seen: list):
+    """`function`, whose positional arguments are kept in `seen`."""
+
+    def call(*args, **kwargs):
+        seen.append(args)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def test_validation_writes_a_video_of_each_prompt_with_the_run_s_memory(config, tmp_path, monkeypatch):
+    config.flow.memory = MemoryConfig(long=0, mid=0, recent=4, anchor=None, positions="absolute")
     config.validation = ValidationConfig(
         prompts=("a red square", "a blue plus"), num_frames=34, height=32, width=48, num_inference_steps=1, fps=8
     )
+    monkeypatch.setattr(HeliosPipeline, "prepare", spied(HeliosPipeline.prepare, plans := []))
     pictures = FlowStage(config).validate(draw(), tmp_path / "videos")
+    assert [args[3].memory for args in plans] == [config.flow.memory]
     assert sorted(p.name for p in (tmp_path / "videos").iterdir()) == ["0.mp4", "1.mp4"]
     assert {name: x.shape for name, x in pictures.items()} == {"0": (34, 32, 48, 3), "1": (34, 32, 48, 3)}
     assert not np.array_equal(pictures["0"], pictures["1"])

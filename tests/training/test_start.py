@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import pytest
 
 from helios_jax.config import ConfigError
+from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.models.transformer import TransformerConfig
+from helios_jax.sampling.trained import Trained
 from helios_jax.sharding import AXES
 from helios_jax.training import cli, start
 from helios_jax.training.stage_table import load_config
@@ -100,3 +103,26 @@ def test_heads_that_context_does_not_divide_are_refused_before_weights_are_read(
 
 def test_the_rule_names_the_released_size():
     assert TransformerConfig.num_layers * 25 == 1000
+
+
+@pytest.mark.parametrize(
+    ("stage", "key"), [("stage3_ode", "init"), ("stage3_post", "init"), ("stage3_post", "distill.score.init")]
+)
+def test_a_student_has_the_memory_of_the_weights_that_it_starts_from(root, tmp_path, capsys, stage, key):
+    shutil.copytree(root / "helios", tmp_path / "helios")
+    path = tmp_path / "helios" / "transformer" / "config.json"
+    memory = MemoryConfig(anchor=None, positions="absolute")
+    path.write_text(json.dumps(json.loads(path.read_text()) | Trained(memory).entries()))
+    told = refused(root, capsys, stage, f"{key}={tmp_path}/helios")
+    assert told == (
+        f"train.py: {key}: {tmp_path}/helios was trained with flow.memory.anchor=None, not first, "
+        "flow.memory.positions=absolute, not relative; set flow.memory as it was\n"
+    )
+
+
+def test_stages_1_and_2_adapt_weights_to_another_memory_and_say_so(root):
+    path, *overrides = recipe.arguments("stage2_post", root, root / "none")
+    config = load_config(path, overrides)
+    config.flow.memory = MemoryConfig(long=8)
+    with pytest.warns(UserWarning, match=r"flow.memory.long=16, not 8; the weights will be adapted to it"):
+        start.check_init(config)

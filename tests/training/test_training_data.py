@@ -1,5 +1,6 @@
 """Records that do not fit a run, and damaged ones: one line, before anything is built or where they are read."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import yaml
 
 from helios_jax.data import records
+from helios_jax.data.records import PLAN
 from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_TEXT
 from helios_jax.training import cli, trainer
 from tests.training import recipe
@@ -113,6 +115,38 @@ def test_ode_pairs_that_do_not_fit_are_refused(root, tmp_path, capsys, change, m
     arrays = {key: x for key, x in change.items() if isinstance(x, np.ndarray)}
     example = pair(**{key: x for key, x in change.items() if key not in arrays}) | arrays
     folder = write(tmp_path / "d", features(example), example)
+    assert message in refused("stage3_ode", root, folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "the model was built"),
+        ({"student_steps": [2, 2]}, "holds pairs for distill.steps [2, 2], this run has [1, 1]; set distill.steps, or"),
+        ({"amplify_first_chunk": False}, "holds pairs for distill.amplify_first_chunk False, this run has True"),
+        ({"time_shift_type": None}, "holds pairs for distill.shift None, this run has linear"),
+        (
+            {"memory": {"positions": "absolute"}},
+            "flow.memory.positions absolute, this run has relative",
+        ),
+        (
+            {"levels": {"stage_range": [0, 0.6, 1]}},
+            "stage_range [0, 0.6, 1], this run has [0.0, 0.5, 1.0]",
+        ),
+    ],
+    ids=lambda x: next(iter(x), "same") if isinstance(x, dict) else "",
+)
+def test_ode_pairs_for_another_student_are_refused(root, tmp_path, capsys, change, message):
+    folder = write(tmp_path / "d", features(pair()), pair())
+    settings = {"student_steps": [1, 1], "amplify_first_chunk": True, "time_shift_type": "linear"}
+    made = {"memory": {}, "levels": {}, "settings": settings}
+    for name, value in change.items():
+        (made if name in made else settings)[name] = value
+    (folder / PLAN).write_text(json.dumps(made))
+    if not change:
+        with pytest.raises(AssertionError, match=message):
+            refused("stage3_ode", root, folder, capsys)
+        return
     assert message in refused("stage3_ode", root, folder, capsys)
 
 

@@ -26,7 +26,7 @@ from helios_jax.precompute.encode import EMPTY_TEXT
 from helios_jax.training.flow_config import FlowConfig, FlowTrainConfig
 from helios_jax.training.stage import Batches, Metrics, host_batches
 from helios_jax.training.stages.transformer_stage import TransformerStage
-from helios_jax.training.start import transformer_config
+from helios_jax.training.start import check_init, transformer_config
 from helios_jax.training.training_data import (
     Axis,
     Field,
@@ -98,6 +98,7 @@ def open_latents(config: FlowTrainConfig, num_chunks: int = 1) -> Source:
         Axis("channels", model.in_channels, "in_channels of the transformer"),
     )
     check_validation(config)
+    check_init(config)
     source = open_records(config.data, MAKE)
     for example in one_of_each(source):
         check_record(example, {"latents": Field(latents), "text": text_field(model)}, config.data, MAKE)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from helios_jax.config import ConfigError
+from helios_jax.config import ConfigError, to_dict
 from helios_jax.data.loader import ode_transform
 from helios_jax.diffusion.distillation import ode_loss
 from helios_jax.diffusion.memory import History, window
@@ -24,8 +24,8 @@ from helios_jax.training.flow_config import StudentTrainConfig
 from helios_jax.training.stage import Batches, Metrics, host_batches
 from helios_jax.training.stages.flow import check_size, text_field
 from helios_jax.training.stages.transformer_stage import TransformerStage
-from helios_jax.training.start import transformer_config
-from helios_jax.training.training_data import TEXT, Axis, Field, check_record, one_of_each, open_records
+from helios_jax.training.start import check_init, transformer_config
+from helios_jax.training.training_data import TEXT, Axis, Field, check_record, made_with, one_of_each, open_records
 from helios_jax.training.validation import check_validation
 
 MAKE = "python -m helios_jax.precompute ode --help"
@@ -50,7 +50,9 @@ class ODEStage(TransformerStage[ODETrainConfig]):
         """
         config = self.config
         check_validation(config)
+        check_init(config)
         source = open_records(config.data, MAKE)
+        _check_settings(config)
         for example in one_of_each(source):
             _check(example, config)
 
@@ -86,6 +88,38 @@ class ODEStage(TransformerStage[ODETrainConfig]):
         ]
         metrics = {f"loss_level_{i}": (error.sum(), jnp.asarray(error.size)) for i, error in enumerate(errors)}
         return distill.ode_weight * jnp.stack(errors).mean(), metrics
+
+
+def _check_settings(config: ODETrainConfig) -> None:
+    """Raises ConfigError, in one line, for pairs that were made for another student than the run's."""
+    made, distill, pyramid = made_with(config.data), config.distill, config.pyramid
+    if "settings" not in made:
+        return
+    theirs = made["settings"]
+    wanted: list[tuple[str, Any, Any]] = [
+        ("distill.steps", list(distill.steps), theirs["student_steps"]),
+        ("distill.amplify_first_chunk", distill.amplify_first_chunk, theirs["amplify_first_chunk"]),
+        ("distill.shift", distill.shift, theirs["time_shift_type"]),
+    ]
+    if "memory" in made:
+        memory = to_dict(config.flow.memory)
+        wanted += [(f"flow.memory.{name}", memory[name], value) for name, value in made["memory"].items()]
+    if "levels" in made:
+        levels = {"stage_range": list(pyramid.stage_range), "gamma": pyramid.gamma}
+        wanted += [(f"flow.pyramid.{name}", levels[name], value) for name, value in made["levels"].items()]
+    for name, ours, value in wanted:
+        if not _same(ours, value):
+            raise ConfigError(
+                f"data.folder: {config.data.folder} holds pairs for {name} {value}, this run has {ours}; "
+                f"set {name}, or make pairs for it with `{MAKE}`"
+            )
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    """Equality, but for the last digits of numbers in a list."""
+    if isinstance(ours, list) and isinstance(theirs, list):
+        return len(ours) == len(theirs) and np.allclose(ours, theirs)
+    return ours == theirs
 
 
 def _check(example: dict[str, Any], config: ODETrainConfig) -> None:

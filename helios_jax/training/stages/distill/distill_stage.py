@@ -30,6 +30,7 @@ from helios_jax.models.transformer import Transformer
 from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_TEXT
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import seeds
+from helios_jax.sampling.trained import Trained, differences, with_loras
 from helios_jax.training import optim
 from helios_jax.training.export import export_pipeline
 from helios_jax.training.stage import Batches, Metrics, Stage
@@ -40,7 +41,7 @@ from helios_jax.training.stages.distill.player_losses import critic_loss, genera
 from helios_jax.training.stages.distill.players import Players, of_student
 from helios_jax.training.stages.distill.rollout import make_scene
 from helios_jax.training.stages.flow import fold
-from helios_jax.training.start import transformer_config
+from helios_jax.training.start import check_init, transformer_config
 from helios_jax.training.trainable import ALL, Filter
 from helios_jax.training.training_data import one_of_each
 from helios_jax.training.validation import make_videos
@@ -149,6 +150,11 @@ def check_players(config: DistillTrainConfig) -> None:
         try:
             files = {file: lora.read(file) for file in distill.score.adapters}
             lora.check(Transformer.abstract(own, stacked=True), files)
+            ours = Trained(config.flow.memory)
+            theirs = with_loras(ours, {file: made.metadata for file, made in files.items()}, distilled=True)
+            if theirs.memory != ours.memory:
+                differ = differences(theirs.memory, ours.memory)
+                raise CheckpointError(f"were trained with another flow.memory than this run's: {differ}")
         except CheckpointError as error:
             raise ConfigError(f"distill.score.adapters: {error}") from None
     else:
@@ -156,6 +162,7 @@ def check_players(config: DistillTrainConfig) -> None:
         for name in ("patch_size", "in_channels", "out_channels", "text_dim"):
             if getattr(own, name) != (theirs := getattr(scores, name)):
                 raise ConfigError(f"distill.score.init: its {name} is {theirs}, the generator's {getattr(own, name)}")
+        check_init(players.score_config(config), "distill.score.init")
     if (average := config.optim.ema) is not None and average.every != distill.critic.steps_per_generator:
         raise ConfigError(
             f"optim.ema.every is {average.every}: set it to distill.critic.steps_per_generator, "

@@ -1,0 +1,100 @@
+"""Runs a table of ablations: python -m helios_jax.ablations TABLE.yaml --out FOLDER."""
+
+import importlib.util
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from helios_jax.ablations import page, queue, scores
+from helios_jax.ablations.scores import Scores
+from helios_jax.ablations.table import Job, Jobs, Table, read
+from helios_jax.config import ConfigError
+from helios_jax.runtime import interrupts
+from helios_jax.runtime.command import Parser
+
+PROG = "python -m helios_jax.ablations"
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog=PROG,
+        description="Run a table of ablations, score its rows, and write a page that says how each claim came out.",
+        epilog="The same command goes on where it was stopped. docs/ablations.md explains tables and pages."
+        " exit codes: 0 all rows have a result, 1 some jobs failed, 2 input that cannot be used.",
+    )
+    parser.add_argument("table", help="a YAML file, or its name in configs/, such as ablations/quick")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder of all jobs; keep it, and jobs are not repeated"
+    )
+    parser.add_argument("--page", type=Path, help="Markdown file to write [OUT/page.md]; other files go beside it")
+    parser.add_argument("--parallel", type=_count, default=1, metavar="N", help="jobs at a time on this machine [1]")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, metavar="SEED", help="only these seeds, in place of the table's"
+    )
+    parser.add_argument("--list", action="store_true", help="print the commands of all jobs, and run none")
+    parser.add_argument("--wandb", metavar="PROJECT", help="also send the means of each row to Weights & Biases")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"--parallel must be a number from 1 up, got {text}")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    try:
+        args = make_parser().parse_args(argv)
+        table = read(args.table).of(args.rows, args.seeds)
+        for name, needed in {"wandb": args.wandb, "matplotlib": table.options.curves}.items():
+            if needed and importlib.util.find_spec(name) is None:
+                raise ConfigError(
+                    f"{args.table}: the package {name} is not installed; pip install {name}, or leave it out"
+                )
+        jobs = Jobs(table, args.out.absolute())
+        wanted = {(row, seed): jobs(row, seed) for row in table.rows for seed in table.options.seeds}
+        if args.list:
+            for job in jobs.in_order:
+                print(f"{'done' if queue.done(job) else 'to do'}: {job.name}: {shlex.join(job.command)}")
+            return 0
+        failed = queue.run(jobs.in_order, args.parallel)
+        command = shlex.join([*PROG.split(), *(sys.argv[1:] if argv is None else argv)])
+        path = args.page or args.out / "page.md"
+        return _report(table, wanted, failed, path, command, args.wandb)
+    except interrupts.Interrupted:
+        return interrupts.EXIT_CODE
+    except (ConfigError, ValueError, OSError) as error:
+        print(f"{PROG}: {error}", file=sys.stderr)
+        return 2
+
+
+def _report(
+    table: Table,
+    wanted: Mapping[tuple[str, int], Job],
+    failed: Mapping[Job, str],
+    path: Path,
+    command: str,
+    wandb: str | None,
+) -> int:
+    """Writes the page; returns the exit code."""
+    results: dict[str, dict[int, Scores]] = {row: {} for row in table.rows}
+    missing: dict[str, str] = {}
+    for (row, seed), job in wanted.items():
+        try:
+            if job in failed:
+                missing[f"{row}, seed {seed}"] = failed[job]
+            else:
+                results[row][seed] = scores.read(job.folder)
+        except scores.ScoreError as error:
+            missing[f"{row}, seed {seed}"] = str(error)
+    for one in page.write(table, results, path, command, missing):
+        print(f"{one.word}: {one.claim.says}. {one.told}.")
+    if wandb is not None:
+        page.send(table, results, wandb)
+    print(f"wrote {path}")
+    for name, reason in missing.items():
+        print(f"{PROG}: no result: {name}: {reason}", file=sys.stderr)
+    return 1 if missing else 0

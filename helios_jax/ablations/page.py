@@ -1,0 +1,174 @@
+"""The page of a table: claims and how they came out, means with intervals, curves over time, pictures; CSV and JSON."""
+
+import csv
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from helios_jax.ablations.intervals import LEVEL, Mean, mean
+from helios_jax.ablations.scores import ScoreError, Scores, together
+from helios_jax.ablations.table import Claim, Table
+from helios_jax.locations import replacing
+
+Results = Mapping[str, Mapping[int, Scores]]  # by row and seed
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a claim came out, `holds` None for one that the intervals leave open; `told` has the numbers."""
+
+    claim: Claim
+    holds: bool | None
+    told: str
+
+    @property
+    def word(self) -> str:
+        return {True: "Holds", False: "Does not hold", None: "Open"}[self.holds]
+
+
+def outcome(claim: Claim, values: Mapping[str, Mapping[str, np.ndarray]]) -> Outcome | None:
+    """How a claim came out; None if a row of it has no result. Raises ScoreError for a metric that was not scored."""
+    rows = (claim.row, *claim.against)
+    if any(row not in values for row in rows):
+        return None
+    if missing := [row for row in rows if claim.metric not in values[row]]:
+        raise ScoreError(f"claims: {claim.metric} is no metric of {missing[0]}; it has {', '.join(values[missing[0]])}")
+    ours = values[claim.row][claim.metric]
+    sign = 1 if claim.better == "lower" else -1
+    if claim.at_most is not None:
+        found = mean(ours)
+        holds = True if found.high <= claim.at_most else False if found.low > claim.at_most else None
+        return Outcome(claim, holds, f"{claim.metric} of {claim.row}: {found}, at most {claim.at_most:g} was claimed")
+    told, each = [f"{claim.row} {mean(ours)}"], []
+    for row in claim.against:
+        theirs = values[row][claim.metric]
+        if theirs.shape != ours.shape:
+            raise ScoreError(f"claims: {claim.row} and {row} have different videos or seeds: score both alike")
+        by = mean(sign * (theirs - ours))
+        each.append(True if by.low > 0 else False if by.high < 0 else None)
+        told.append(f"{row} {mean(theirs)}, {'worse' if by.value > 0 else 'better'} by {_size(by)}")
+    holds = True if all(each) else False if any(one is False for one in each) else None
+    return Outcome(claim, holds, f"{claim.metric} ({claim.better} is better): {'; '.join(told)}")
+
+
+def _size(by: Mean) -> Mean:
+    return by if by.value > 0 else Mean(-by.value, -by.high, -by.low)
+
+
+def write(table: Table, results: Results, path: Path, command: str, missing: Mapping[str, str]) -> list[Outcome]:
+    """Writes `path`, a Markdown page, and beside it NAME.csv, NAME.json and pictures; returns the claims' outcomes.
+
+    `missing` says of rows and seeds without a result why they have none.
+    """
+    values = {row: together(found, row) for row, found in results.items() if found}
+    outcomes = [one for claim in table.options.claims if (one := outcome(claim, values)) is not None]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"# {table.options.title}",
+        "",
+        *([table.options.text.strip(), ""] if table.options.text else []),
+        f"`{command}`",
+        "",
+    ]
+    lines += [f"- **{one.word}**: {one.claim.says}. {one.told}." for one in outcomes]
+    lines += ["", *_means(table, values), ""]
+    lines += [f"- no result: {name}: {reason}" for name, reason in missing.items()]
+    if curves := _curves(table, results, path):
+        lines += ["", f"![metrics over the seconds of the videos]({curves.name})", ""]
+    for row, found in results.items():
+        if found and (picture := _picture(row, found, path)) is not None:
+            lines += [f"## {row}", "", f"`{_changes(table, row)}`", "", f"![videos of {row}]({picture.name})", ""]
+    with replacing(path) as part:
+        part.write_text("\n".join(lines) + "\n")
+    _write_csv(results, path.with_suffix(".csv"))
+    _write_json(table, values, outcomes, path.with_suffix(".json"))
+    return outcomes
+
+
+def send(table: Table, results: Results, project: str) -> None:
+    """Sends the means of each row to Weights & Biases, as a run of the row's name in `project`."""
+    import wandb  # pyright: ignore[reportMissingImports]
+
+    for row, found in results.items():
+        if found:
+            run = wandb.init(
+                project=project, name=row, group=table.options.title, config=dict(table.rows[row]), reinit=True
+            )
+            run.summary.update({name: mean(each).value for name, each in together(found, row).items()})
+            run.finish()
+
+
+def _means(table: Table, values: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    names = list(table.options.shown) or list(dict.fromkeys(name for one in values.values() for name in one))
+    lines = [
+        f"Means with {LEVEL:.0%} intervals over {len(table.options.seeds)} seeds and their videos:",
+        "",
+        f"| row | {' | '.join(names)} |",
+        "| --- |" + " --- |" * len(names),
+    ]
+    for row, metrics in values.items():
+        cells = [str(mean(metrics[name])) if name in metrics else "" for name in names]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return lines
+
+
+def _changes(table: Table, row: str) -> str:
+    return ", ".join(f"{name}: {value}" for name, value in table.rows[row].items()) or "nothing changed"
+
+
+def _curves(table: Table, results: Results, path: Path) -> Path | None:
+    """A panel for each metric: the mean of each row over the seconds, and the range of its seeds."""
+    drawn = [
+        name for name in table.options.curves if any(name in s.seconds for f in results.values() for s in f.values())
+    ]
+    if not drawn:
+        return None
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(drawn), figsize=(5.5 * len(drawn), 4), layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], drawn):
+        for row, found in results.items():
+            each = [scores.seconds[name].mean(0) for scores in found.values() if name in scores.seconds]
+            if each:
+                seconds = np.arange(len(each[0])) + 0.5
+                (line,) = axis.plot(seconds, np.mean(each, 0), label=row)
+                axis.fill_between(seconds, np.min(each, 0), np.max(each, 0), color=line.get_color(), alpha=0.15)
+        axis.set(title=name, xlabel="second of the video")
+    axes[0, 0].legend(fontsize=8)
+    file = path.with_name(f"{path.stem}-curves.png")
+    figure.savefig(file, dpi=80)
+    plt.close(figure)
+    return file
+
+
+def _picture(row: str, found: Mapping[int, Scores], path: Path) -> Path | None:
+    """A copy beside the page of the first seed's picture."""
+    picture = next(iter(found.values())).picture
+    if picture is None:
+        return None
+    name = "".join(c if c.isalnum() else "-" for c in row.lower())
+    return Path(shutil.copyfile(picture, path.with_name(f"{path.stem}-{name}{picture.suffix}")))
+
+
+def _write_csv(results: Results, path: Path) -> None:
+    """One line for each row, seed, video and metric."""
+    with replacing(path) as part, part.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "seed", "video", "metric", "value"])
+        for row, found in results.items():
+            for seed, scores in found.items():
+                for name, each in scores.metrics.items():
+                    writer.writerows([row, seed, video, name, value] for video, value in zip(scores.ids, each))
+
+
+def _write_json(table: Table, values: Any, outcomes: list[Outcome], path: Path) -> None:
+    rows = {row: {name: vars(mean(each)) for name, each in metrics.items()} for row, metrics in values.items()}
+    claims = [{"says": one.claim.says, "outcome": one.word, "numbers": one.told} for one in outcomes]
+    facts = {"title": table.options.title, "seeds": list(table.options.seeds), "rows": rows, "claims": claims}
+    with replacing(path) as part:
+        part.write_text(json.dumps(facts, indent=2) + "\n")

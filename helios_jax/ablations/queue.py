@@ -1,0 +1,210 @@
+"""The queue of a table's jobs: several at a time, each once, through kills and restarts.
+
+A job that ends with exit code 0 leaves `done.json` in its folder; one without runs again with the same command, and
+`train.py` goes on from its checkpoint. What it prints is in its `log.txt`. A job holds a lock as long as it lives, so
+that a queue that was killed and started again waits for the jobs that go on by themselves. It then runs these again,
+because nobody saw how they ended.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from helios_jax.ablations.table import Job
+from helios_jax.locations import replacing
+from helios_jax.runtime import interrupts
+
+DONE, LOG, LOCK = "done.json", "log.txt", "lock"
+POLL = 0.2  # seconds between two looks at jobs and signals
+PATIENCE = 60.0  # seconds that jobs have to save what they made when the queue is stopped
+LAST = 2000  # characters of a log in which the reason of a failure is looked for
+
+
+def done(job: Job) -> bool:
+    """True if the job has ended well."""
+    return (job.folder / DONE).is_file()
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A share of this machine: the processors and the GPUs (None: no GPU is hidden) that a job may use."""
+
+    processors: frozenset[int]
+    gpus: str | None = None
+
+
+def slots(count: int) -> list[Slot]:
+    """This machine in `count` equal shares. Raises ValueError if there are fewer processors or GPUs."""
+    processors, gpus = sorted(os.sched_getaffinity(0)), _gpus()
+    for name, there in {"processors": processors, "GPUs": gpus}.items():
+        if there and len(there) < count:
+            raise ValueError(f"--parallel is {count}: this machine has {len(there)} {name}, so give at most as many")
+
+    def share(things: Sequence[Any], number: int) -> Sequence[Any]:
+        size = len(things) // count
+        return things[number * size : (number + 1) * size]
+
+    return [
+        Slot(frozenset(share(processors, i)), ",".join(share(gpus, i)) if gpus and count > 1 else None)
+        for i in range(count)
+    ]
+
+
+def _gpus() -> list[str]:
+    """Numbers of the GPUs that this process may use."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [number for number in visible.split(",") if number]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    return [str(i) for i in range(len(listed.splitlines()))]
+
+
+def run(jobs: Sequence[Job], parallel: int = 1) -> dict[Job, str]:
+    """Runs all jobs that are not done, `parallel` at a time on shares of this machine.
+
+    `jobs` are in an order in which each comes after those that it needs. Returns the reasons of those that failed or
+    could not begin; the others are done. A signal ends the jobs, which save what they made, and raises `Interrupted`.
+    """
+    waiting, failed = [job for job in jobs if not done(job)], dict[Job, str]()
+    free, running = slots(parallel), dict[subprocess.Popen[bytes], tuple[Job, Slot, float]]()
+    total, told, begin = len(waiting), set[Path](), time.monotonic()
+    print(f"{len(jobs)} jobs, {len(jobs) - total} of them done before", flush=True)
+    with interrupts.deferred():
+        try:
+            while waiting or running:
+                for job in list(waiting):
+                    if broken := [need for need in job.needs if need in failed]:
+                        failed[job] = f"it needs {broken[0].name}, which failed"
+                    elif not free or not all(map(done, job.needs)):
+                        continue
+                    elif (process := _start(job, free[-1], told)) is not None:
+                        running[process] = (job, free.pop(), time.monotonic())
+                    elif not done(job):
+                        continue  # another process makes it
+                    waiting.remove(job)
+                interrupts.check()
+                time.sleep(POLL)
+                for process in [process for process in running if process.poll() is not None]:
+                    job, slot, since = running.pop(process)
+                    free.append(slot)
+                    seconds = time.monotonic() - since
+                    if reason := _end(job, process.returncode, seconds):
+                        failed[job] = reason
+                    left = len(waiting) + len(running)
+                    ahead = (time.monotonic() - begin) / max(total - left, 1) * left
+                    state = f"failed: {reason}" if reason else f"{seconds:.0f} s"
+                    print(
+                        f"{total - left}/{total} {job.name}: {state}; about {timedelta(seconds=round(ahead))} left",
+                        file=sys.stderr if reason else sys.stdout,
+                        flush=True,
+                    )
+        finally:
+            _stop(running)
+    return failed
+
+
+def make(job: Job) -> float:
+    """Runs one job to its end, on a worker of a cluster; returns the seconds. Raises OSError if it fails."""
+    begin = time.monotonic()
+    while (process := _start(job, None, set())) is None:
+        if done(job):
+            return 0.0
+        time.sleep(POLL)
+    try:
+        code = process.wait()
+    finally:
+        _stop({process: None})
+    if reason := _end(job, code, time.monotonic() - begin):
+        raise OSError(reason)
+    return time.monotonic() - begin
+
+
+def run_on(jobs: Sequence[Job], run_tasks: Callable[[Sequence[Job]], Iterator[Any]]) -> dict[Job, str]:
+    """Runs jobs on a cluster: first those that need none, then those that need these, and so on.
+
+    `run_tasks` runs independent jobs and gives their results (`runtime.many.run`). Returns as `run` does.
+    """
+    failed = dict[Job, str]()
+    waiting = [job for job in jobs if not done(job)]
+    print(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done before", flush=True)
+    while waiting:
+        for job in waiting:
+            if broken := [need for need in job.needs if need in failed]:
+                failed[job] = f"it needs {broken[0].name}, which failed"
+        ready = [job for job in waiting if job not in failed and all(map(done, job.needs))]
+        for result in run_tasks(ready):
+            if result.error is not None:
+                failed[result.task] = result.error
+        waiting = [job for job in waiting if job not in failed and not done(job)]
+    return failed
+
+
+def _start(job: Job, slot: Slot | None, told: set[Path]) -> subprocess.Popen[bytes] | None:
+    """The job's process, which has the lock; None if another process holds it, or if it is done since."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (job.folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if job.folder not in told:
+                told.add(job.folder)
+                print(f"{job.name}: a process that began before goes on with it; waiting for its end", flush=True)
+            return None
+        if done(job):
+            return None
+        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": slot.gpus} if slot and slot.gpus is not None else {})
+        with (job.folder / LOG).open("ab") as log:
+            log.write(f"$ {' '.join(job.command)}\n".encode())
+            log.flush()
+            try:
+                return subprocess.Popen(
+                    [sys.executable if job.command[0] == "python" else job.command[0], *job.command[1:]],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                    pass_fds=(lock.fileno(),),  # the lock lasts as long as the process
+                    start_new_session=True,  # a Ctrl-C is for the queue, which then ends its jobs
+                    preexec_fn=None if slot is None else (lambda: os.sched_setaffinity(0, slot.processors)),
+                )
+            except OSError as error:
+                log.write(f"{error}\n".encode())
+                raise OSError(f"{job.name}: {job.command[0]} cannot be started: {error.strerror}") from None
+
+
+def _end(job: Job, code: int, seconds: float) -> str | None:
+    """Marks a job as done, or says in one line why it is not."""
+    if code == 0:
+        facts = {"name": job.name, "command": list(job.command), "seconds": round(seconds, 1)}
+        with replacing(job.folder / DONE) as part:
+            part.write_text(json.dumps(facts, indent=2) + "\n")
+        return None
+    log = job.folder / LOG
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - LAST))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return f"exit code {code}: {lines[-1] if lines else ''} ({log})"
+
+
+def _stop(processes: Mapping[subprocess.Popen[bytes], Any]) -> None:
+    """Ends processes: they save what they made, or are killed after a while."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + PATIENCE
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, deadline - time.monotonic()))
+        if process.poll() is None:
+            process.kill()

@@ -1,0 +1,169 @@
+"""Sampling follows the settings that a transformer was trained with; options override them by name."""
+
+import dataclasses
+import json
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+
+from helios_jax.diffusion.memory import MemoryConfig
+from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig
+from helios_jax.pretrained import CheckpointError
+from helios_jax.sampling.checkpoint import Checkpoint
+from helios_jax.sampling.options import SamplingOptions
+from helios_jax.sampling.plan import Variant, make_plan
+from helios_jax.sampling.trained import METADATA, Trained
+from tests import tiny
+
+ABSOLUTE = MemoryConfig(positions="absolute", frames_per_chunk=3)
+ONE_SCALE = MemoryConfig(long=0, mid=0, recent=4, anchor=None, frames_per_chunk=3)
+SIZE = {"height": 64, "width": 64}
+STUDENT = Variant(pyramid=True, is_distilled=True, trained_size=(64, 64))
+
+
+def plan_of(trained: Trained, variant: Variant | None = None, **options: Any):
+    variant = dataclasses.replace(variant or Variant(trained_size=(64, 64)), trained=trained)
+    scheduler: Any = SchedulerConfig(stages=1, stage_range=(0.0, 1.0), use_dynamic_shifting=True)
+    if variant.pyramid:
+        scheduler = DMDSchedulerConfig() if variant.is_distilled else SchedulerConfig()
+    return make_plan(tiny.TRANSFORMER, tiny.VAE, scheduler, variant, SamplingOptions(**SIZE, **options))
+
+
+@pytest.mark.parametrize("memory", [ABSOLUTE, ONE_SCALE, MemoryConfig()], ids=["absolute", "one scale", "released"])
+def test_a_folder_remembers_and_its_videos_follow(memory, tmp_path):
+    pipe = tiny.pipeline()
+    pipe.variant = dataclasses.replace(pipe.variant, trained=Trained(memory))
+    pipe.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "transformer" / "config.json").read_text())
+    assert ("_trained" in written) == (memory != MemoryConfig())
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.variant.trained == Trained(memory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plan_of(checkpoint.variant.trained).memory == memory
+
+
+def test_the_windows_that_the_transformer_sees_are_those_of_the_training():
+    videos = {}
+    for name, memory in {
+        "relative": dataclasses.replace(ABSOLUTE, positions="relative"),
+        "absolute": ABSOLUTE,
+        "none": ONE_SCALE,
+    }.items():
+        pipe = tiny.pipeline()
+        pipe.variant = dataclasses.replace(pipe.variant, trained=Trained(memory))
+        call = {"height": 32, "width": 48, "num_frames": 27, "num_inference_steps": 2, "guidance_scale": 1.0}
+        videos[name] = pipe("a red plus", **call, output_type="latent").frames[0]
+    first, later = videos["absolute"][:3], videos["absolute"][3:]
+    np.testing.assert_allclose(first, videos["relative"][:3], atol=1e-5)  # the window of the first chunk is the same
+    assert np.abs(later - videos["relative"][3:]).max() > 1e-3
+    assert np.abs(videos["none"][3:] - videos["relative"][3:]).max() > 1e-3
+
+
+def test_a_student_takes_the_steps_that_it_was_trained_for():
+    trained = Trained(ABSOLUTE, steps=(1, 1, 2), amplify_first_chunk=True)
+
+    def steps(**options):
+        plan = plan_of(trained, STUDENT, **options)
+        return [[len(level.steps.sigma) for level in levels] for levels in (plan.levels, plan.first_levels)]
+
+    assert steps() == [[1, 1, 2], [2, 2, 4]]
+    assert steps(pyramid_num_inference_steps_list=[2, 2, 2]) == [[2, 2, 2], [4, 4, 4]]
+    assert steps(is_amplify_first_chunk=False) == [[1, 1, 2], [1, 1, 2]]
+    released = plan_of(Trained(), STUDENT)
+    assert [len(level.steps.sigma) for level in released.first_levels] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "told"),
+    [
+        ({"positions": "relative"}, {"positions": "relative"}, "positions relative: these weights were trained at pos"),
+        ({"use_anchor": False}, {"anchor": None}, "anchor None: these weights were trained at anchor first"),
+        ({"is_skip_first_chunk": True}, {"anchor": "second"}, None),
+        ({"history_sizes": (0, 0, 3)}, {"long": 0, "mid": 0, "recent": 3}, "long 0, mid 0, recent 3: these weights"),
+        ({"history_sizes": (16, 2, 1)}, {}, None),
+        ({"num_latent_frames_per_chunk": 2}, {"frames_per_chunk": 2}, "frames_per_chunk 2: these weights"),
+    ],
+)  # fmt: skip
+def test_an_option_overrides_the_training_and_says_so(options, expected, told):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        memory = plan_of(Trained(ABSOLUTE), **options).memory
+    assert memory == dataclasses.replace(ABSOLUTE, **expected)
+    assert [str(one.message) for one in caught if told is None or told not in str(one.message)] == []
+    assert len(caught) == (told is not None)
+
+
+@pytest.mark.parametrize("scale", [None, 5.0])
+@pytest.mark.parametrize("of_checkpoint", [False, True])
+def test_cfg_zero_star_is_the_checkpoint_s_unless_an_option_says_otherwise(of_checkpoint, scale):
+    variant = Variant(pyramid=True, is_cfg_zero_star=of_checkpoint, trained_size=(64, 64))
+    assert plan_of(Trained(), variant, guidance_scale=scale).zero_star is of_checkpoint
+    assert plan_of(Trained(), variant, guidance_scale=scale, use_cfg_zero_star=True).zero_star
+    assert not plan_of(Trained(), variant, guidance_scale=scale, use_cfg_zero_star=False).zero_star
+
+
+@pytest.mark.parametrize(
+    ("trained", "variant", "options", "message"),
+    [
+        (Trained(ONE_SCALE), None, {"is_skip_first_chunk": True}, "is_skip_first_chunk is about the anchor"),
+        (Trained(), STUDENT, {"use_cfg_zero_star": True}, "use_cfg_zero_star changes guidance, which is off"),
+        (Trained(), None, {"history_sizes": (1, 2, 0)}, "recent"),
+    ],
+)
+def test_options_that_contradict_are_refused(trained, variant, options, message):
+    with pytest.raises(ValueError, match=message):
+        plan_of(trained, variant, **options)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ([1], "_trained: must hold `key: value` pairs"),
+        ({"memory": {"positions": "odd"}}, "memory.positions"),
+        ({"memory": {"recent": 0}}, "recent"),
+        ({"steps": [1, 1, 1]}, r"trained for \[1, 1, 1\] steps, but the scheduler has 1 stages"),
+        ({"stepz": 1}, "stepz"),
+    ],
+)
+def test_a_record_that_cannot_be_is_one_line(changeable, record, message):
+    path = changeable / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_trained": record}))
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Checkpoint.open(changeable)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lora_brings_the_settings_of_its_training(folder):
+    checkpoint = Checkpoint.open(folder)
+    records = {"a": Trained(ABSOLUTE).metadata(), "b": {}, "c": Trained(ONE_SCALE).metadata()}
+    student = {METADATA: Trained(ABSOLUTE, (1, 1, 1)).metadata()[METADATA]}
+    assert checkpoint.with_loras({name: records[name] for name in "ab"}).variant.trained == Trained(ABSOLUTE)
+    assert checkpoint.with_loras({"b": {}}).variant == checkpoint.variant
+    with pytest.raises(
+        CheckpointError, match=r"a and c were trained with different settings .*memory.anchor first and N"
+    ):
+        checkpoint.with_loras(records)
+    with pytest.raises(
+        CheckpointError, match=r"s was trained for a student of \[1, 1, 1\] steps: give it to a Distilled"
+    ):
+        checkpoint.with_loras({"s": student})
+
+
+@pytest.mark.reference
+def test_diffusers_loads_a_folder_with_a_record(tmp_path):
+    from diffusers import HeliosTransformer3DModel
+
+    pipe = tiny.pipeline()
+    pipe.variant = dataclasses.replace(pipe.variant, trained=Trained(ONE_SCALE))
+    pipe.save_pretrained(tmp_path)
+    released = tiny.pipeline()
+    released.save_pretrained(tmp_path / "released")
+    theirs, plain = (
+        HeliosTransformer3DModel.from_config(HeliosTransformer3DModel.load_config(path / "transformer"))
+        for path in (tmp_path, tmp_path / "released")
+    )
+    assert theirs.config.num_layers == tiny.TRANSFORMER.num_layers
+    assert {k: v for k, v in theirs.config.items() if k != "_trained"} == dict(plain.config)
