@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -88,10 +89,44 @@ class _File:
 
 
 BACKEND = _Backend()
+NOWHERE = ("/", "dev", "null")  # a file, so that nothing lies in it
+
+
+def _nowhere(parts: tuple[str | os.PathLike, ...]) -> tuple[str | os.PathLike, ...]:
+    """The parts of an address, as a BucketPath holds them; those of a BucketPath already stay."""
+    text = "/".join(os.fspath(part) for part in parts)
+    scheme, mark, rest = text.partition("://")
+    return (*NOWHERE, scheme, rest) if mark and scheme in PACKAGES else parts
 
 
 class BucketPath(PosixGPath, Path):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """A file or folder of a bucket, with the methods of pathlib.Path that etils leaves out or defines otherwise."""
+    """A file or folder of a bucket, with the methods of pathlib.Path that etils leaves out or defines otherwise.
+
+    Its parts begin with NOWHERE: `pathlib.Path` of it, which forgets its class and keeps its parts, can be neither made
+    nor written. etils' own would be a local /gs/BUCKET/NAME.
+    """
+
+    if sys.version_info < (3, 12):
+
+        def __new__(cls, *parts: str | os.PathLike) -> Self:
+            return super().__new__(cls, *_nowhere(parts))
+
+    else:
+
+        def __init__(self, *parts: str | os.PathLike) -> None:
+            super().__init__(*_nowhere(parts))
+
+    @property
+    def _uri_scheme(self) -> str | None:
+        begin, rest = self.parts[: len(NOWHERE)], self.parts[len(NOWHERE) :]
+        return rest[0] if begin == NOWHERE and rest else None
+
+    @property
+    def _path_str(self) -> str:
+        if self._uri_scheme is None:
+            return super()._path_str
+        scheme, *rest = self.parts[len(NOWHERE) :]
+        return f"{scheme}://{'/'.join(rest)}"
 
     @property
     def _backend(self) -> Any:

@@ -18,11 +18,18 @@ from PIL import Image
 import train
 from helios_jax import HeliosPipeline, locations
 from helios_jax.data import records
+from helios_jax.data.loader import loader
 from helios_jax.locations import LocationError, location
 from helios_jax.media.mp4 import VideoWriter
+from helios_jax.models.transformer import Transformer
 from helios_jax.precompute import cli as precompute
 from helios_jax.pretrained import CheckpointError, files
-from tests import bucket, tiny_run
+from helios_jax.sampling.checkpoint import Checkpoint
+from helios_jax.training import start
+from helios_jax.training.flow_config import FlowConfig, FlowTrainConfig
+from helios_jax.training.stages.flow import FlowStage
+from helios_jax.training.trainable import AdapterConfig
+from tests import bucket, tiny, tiny_run
 from tests.data import test_shards
 from tests.training.test_loop import BASE
 
@@ -35,7 +42,7 @@ def server():
         # Orbax asks Google's own client whether folders of this bucket are real ones.
         patch.setattr(gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False)
         bucket.register()
-        yield
+        yield address
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +99,17 @@ def test_bucket_path_is_used_as_pathlibs():
         path.open("a")
     path.parent.rename(path.parent.with_name("other"))
     assert names("bucket") == ["other/a.txt"]
+    assert str(path.relative_to(path.parents[1])) == "folder/a.txt"
+    assert pickle.loads(pickle.dumps(path)) == path == location(f"{path.parent}/a.txt")
+    assert [str(parent) for parent in path.parents][:3] == ["gs://bucket/folder", "gs://bucket", "gs://"]
+
+
+@pytest.mark.parametrize("local", [Path, lambda path: Path("runs") / path, lambda path: Path("runs", path)])
+def test_a_bucket_path_is_no_local_one(local):
+    path = local(location("gs://bucket/folder/a.txt"))
+    for use in (lambda: path.write_text("x"), path.read_text, lambda: path.parent.mkdir(parents=True)):
+        with pytest.raises(NotADirectoryError, match="gs/bucket/folder"):
+            use()
 
 
 @pytest.mark.parametrize("where", ["_open", "close", "info"])
@@ -247,6 +265,21 @@ def test_shard_is_copied_when_its_first_record_is_asked_for_and_once(tmp_path, m
         records.open_source("gs://bucket/data", "train", cache=tmp_path / "cache")
 
 
+def test_processes_that_read_share_the_copies(tmp_path, server):
+    features = {"x": records.tensor((1,), np.uint8)}
+    records.write("gs://bucket/data", features, {"train": [{"x": np.full(1, i, np.uint8)} for i in range(8)]})
+    made = []
+    for workers in (0, 2):
+        cache = tmp_path / f"cache{workers}"
+        source = records.open_source("gs://bucket/data", "train", cache=cache)
+        batches = loader(bucket.Elsewhere(source, server), seed=0, batch_size=4, workers=workers)
+        made.append([next(batches)["x"].tolist() for _ in range(3)])
+        copies = [path.name for path in cache.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+        assert len(copies) == len([name for name in names("bucket/data") if "array_record" in name])
+    batches.close()
+    assert made[0] == made[1]
+
+
 def test_copy_that_fails_is_no_damaged_record(tmp_path):
     features = {"x": records.tensor((1,), np.uint8)}
     records.write("gs://bucket/data", features, {"train": [{"x": np.zeros(1, np.uint8)}]})
@@ -352,6 +385,23 @@ def test_bad_location_of_precompute_is_told(argument, capsys):
         precompute.main(["clips", *[part for pair in given.items() for part in pair]])
     assert ended.value.code == 2
     assert "htp://b/x names no place" in capsys.readouterr().err
+
+
+def test_export_of_adapters_and_components_into_a_bucket(folder, objects, tmp_path, capsys):
+    """Byte for byte that into a local folder, of components that are local or in a bucket themselves."""
+    bucket.OBJECTS.update(objects)
+    adapters = AdapterConfig(rank=2, target_modules=("to_q", "patch_embedding"))
+    model = tiny.draw(Transformer.abstract(tiny.TRANSFORMER, stacked=True), np.random.default_rng(0))
+    model = start._add_adapters(model, adapters, 0)
+    for components, out in ((folder, tmp_path / "run"), ("gs://bucket/model", location("gs://bucket/run"))):
+        config = FlowTrainConfig(lora=adapters, trainable=("adapters",), flow=FlowConfig(components=str(components)))
+        config.model.transformer = tiny.TRANSFORMER
+        FlowStage(config).export(model, out)
+        assert f"exported {out}/pipeline" in capsys.readouterr().out
+    local = {p.relative_to(tmp_path / "run").as_posix(): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert {name: bucket.OBJECTS[f"bucket/run/{name}"][1] for name in names("bucket/run")} == local
+    assert {name.partition("/")[0] for name in local} == {"lora", "pipeline"}
+    assert Checkpoint.open("gs://bucket/run/pipeline").variant == Checkpoint.open(tmp_path / "run/pipeline").variant
 
 
 def test_pipeline_saved_in_a_bucket_is_the_one_that_was_loaded(objects):

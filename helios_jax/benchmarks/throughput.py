@@ -30,6 +30,7 @@ from helios_jax.diffusion.memory import window
 from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.transformer.block import check_implementations
 from helios_jax.models.vae import denormalize
+from helios_jax.runtime.flops import traced
 from helios_jax.sampling import sampler
 from helios_jax.sampling.options import SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline, decode
@@ -106,7 +107,7 @@ class Ours:
         }
         found["text"] = flops.text_encoder(size.text_encoder, positions)
         found["text kv"] = flops.text_kv(size.transformer, positions)
-        found["decode"] = flops.traced(type(self.pipe.vae).decode, self.pipe.vae, self.latents[-1])
+        found["decode"] = traced(type(self.pipe.vae).decode, self.pipe.vae, self.latents[-1])
         return {name: value / 1e12 for name, value in found.items()}
 
     def agreement(self, reference: Reference) -> dict[str, float]:

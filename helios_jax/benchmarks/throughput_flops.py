@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.umt5 import UMT5Config
@@ -41,39 +40,6 @@ def text_encoder(config: UMT5Config, tokens: int) -> int:
 def text_kv(config: TransformerConfig, text: int) -> int:
     """The keys and values of one prompt in every block, and the projection of its embedding."""
     return 4 * text * config.dim**2 * config.num_layers + 2 * text * config.dim * (config.text_dim + config.dim)
-
-
-def traced(function: Callable[..., Any], *arguments: Any) -> int:
-    """The products and convolutions that `function` has for `arguments`, arrays or shapes."""
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
-def _count(jaxpr: Jaxpr) -> int:
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            depth = math.prod(_shape(equation.invars[0])[i] for i in contracted)
-            total += 2 * math.prod(_shape(equation.outvars[0])) * depth
-        elif equation.primitive.name == "conv_general_dilated":
-            weight = _shape(equation.invars[1])
-            outputs = weight[equation.params["dimension_numbers"].rhs_spec[0]]
-            total += 2 * math.prod(_shape(equation.outvars[0])) * math.prod(weight) // outputs
-        elif equation.primitive.name == "cond":  # one way or another of computing the same
-            total += max(_count(branch.jaxpr) for branch in equation.params["branches"])
-        else:
-            inner = sum(map(_count, _bodies(equation.params)))
-            total += inner * equation.params.get("length", 1) if equation.primitive.name == "scan" else inner
-    return total
-
-
-def _shape(variable: Any) -> tuple[int, ...]:
-    return variable.aval.shape
-
-
-def _bodies(params: dict[str, Any]) -> list[Jaxpr]:
-    found = [x for value in params.values() for x in (value if isinstance(value, tuple | list) else (value,))]
-    return [x.jaxpr if isinstance(x, ClosedJaxpr) else x for x in found if isinstance(x, ClosedJaxpr | Jaxpr)]
 
 
 def matmul_rate(size: int, dtype: Any, seconds: Callable[[Callable[[], Any]], float]) -> float:

@@ -20,6 +20,7 @@ from helios_jax.planner.machines import Machine
 from helios_jax.sharding import AXES
 from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.start import transformer_config
+from helios_jax.training.work import sequences
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Work:
 
     @cached_property
     def sequences(self) -> list[list[int]]:
-        return program.sequences(self.config)
+        return sequences(self.config, *program.LATENTS)
 
     @property
     def tokens(self) -> int:

@@ -11,23 +11,22 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from helios_jax import pretrained
-from helios_jax.benchmarks.throughput_flops import traced
 from helios_jax.config import ConfigError
 from helios_jax.models.transformer import TransformerConfig
+from helios_jax.runtime import flops
 from helios_jax.sharding import batch_sharding, shardings
-from helios_jax.training import loop
+from helios_jax.training import loop, work
 from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.stage_table import load_config, make_stage
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
+from helios_jax.training.stages.distill.players import score_config
 from helios_jax.training.stages.ode import ODETrainConfig
 from helios_jax.training.start import transformer_config
 from helios_jax.training.state import TrainState, create
@@ -37,7 +36,6 @@ from pallas_kernels.core import device
 LITTLE = {"xla_optimization_level": "EFFORT_O1"}
 LATENTS = (48, 80)  # of 384 x 640 pixels
 TEXT = 512  # tokens of a caption
-_CPU = SimpleNamespace(platform="cpu", device_kind="cpu")  # has attention written as products, which can be counted
 
 
 def open_config(path: str, overrides: Sequence[str]) -> FlowTrainConfig:
@@ -87,6 +85,13 @@ def batch(config: FlowTrainConfig, mesh: Mesh | AbstractMesh | None = None) -> d
     return {**seen, "text": text, "target": shape(chunks * t, h, w, c), **more}
 
 
+def transformers(config: FlowTrainConfig) -> list[FlowTrainConfig]:
+    """The config of each transformer of the step: the trained one, and in stage 3 the scores' where it is another."""
+    if isinstance(config, DistillTrainConfig) and config.distill.score.init is not None:
+        return [config, score_config(config)]
+    return [config]
+
+
 def abstract_state(config: FlowTrainConfig) -> TrainState:
     """The train state as shapes, without a mesh. Raises ConfigError for names that train nothing."""
     stage = make_stage(config)
@@ -128,16 +133,10 @@ def model_flops(config: FlowTrainConfig) -> tuple[int, int]:
     The branch with the most operations counts, as where stage 3's generator learns; loops of a length that is drawn,
     such as that over the chunks of a rollout, count once.
     """
-    one = with_settings(config, batch_size=1, accumulate=1, remat=None)
+    one = with_settings(config, batch_size=1, accumulate=1)
     stage, state = make_stage(one), abstract_state(one)
-    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-
-    def loss(params: Any, frozen: Any, step: Any, batch: Any, keys: Any) -> Any:
-        return stage.loss(nnx.merge(state.graph, params, frozen), {**batch, "step": step}, keys)[0]
-
-    arguments = (state.params, state.frozen, state.step, batch(one), key)
-    with device.compiling_for(_CPU):
-        return traced(jax.grad(loss), *arguments), traced(loss, *arguments)
+    both, forward = (flops.count(work.program(stage, state, batch(one), backward=back)) for back in (True, False))
+    return both, forward
 
 
 def with_settings(
@@ -150,23 +149,6 @@ def with_settings(
         optim=dataclasses.replace(config.optim, accumulate=accumulate or config.optim.accumulate),
         **settings,
     )
-
-
-def sequences(config: FlowTrainConfig) -> list[list[int]]:
-    """Tokens of the transformer's sequences for one sample: a list for each pass, of its packed levels."""
-    sizes = transformer_config(config)
-    frames, (h, w) = config.flow.memory.frames_per_chunk, LATENTS
-    history = config.flow.memory.num_tokens(h, w, sizes.patch_size)
-
-    def tokens(down: int) -> int:
-        (pt, ph, pw) = sizes.patch_size
-        return history + (frames // pt) * ((h >> down) // ph) * ((w >> down) // pw)
-
-    if config.flow.pyramid is None:
-        return [[tokens(0)]]
-    ratios = config.flow.pyramid.sample_ratios
-    levels = [tokens(len(ratios) - 1 - i) for i, ratio in enumerate(ratios) for _ in range(ratio)]
-    return [levels] if config.flow.pyramid.levels == "packed" else [[level] for level in levels]
 
 
 def bytes_on_each(tree: Any) -> int:

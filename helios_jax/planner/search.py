@@ -10,13 +10,14 @@ from jax.sharding import Mesh
 
 from helios_jax.config import ConfigError
 from helios_jax.models.transformer.remat import Remat
-from helios_jax.planner import analytic
+from helios_jax.planner import analytic, program
 from helios_jax.planner.analytic import Work
 from helios_jax.planner.cost import Cost
 from helios_jax.planner.machines import Machine
 from helios_jax.planner.program import with_settings
 from helios_jax.sharding import AXES, MeshConfig, check_batch, make_mesh
 from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.start import check_attention
 
 # Share of a chip's memory up to which an estimate counts as fitting: estimates are that far off.
 ROOM = 0.9
@@ -50,7 +51,7 @@ def candidate(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[
 
 
 def given(work: Work, machine: Machine) -> Candidate:
-    """The config as it is. Raises ConfigError, in one line, when its mesh does not fit the machine or its batch."""
+    """The config as it is. Raises ConfigError, in one line, when its mesh does not fit the machine, batch or heads."""
     config = work.config
     mesh = check_mesh(config.mesh, machine)
     ways, parts = mesh["data"] * mesh["fsdp"], config.optim.accumulate
@@ -63,6 +64,8 @@ def given(work: Work, machine: Machine) -> Candidate:
             f"data.batch_size {config.data.batch_size} in {parts} parts does not divide over data x fsdp = {ways} "
             f"devices; the nearest that does is {remedy}"
         )
+    for model in program.transformers(config):
+        check_attention(model, analytic.abstract_mesh(mesh))
     return candidate(work, config, machine, mesh)
 
 

@@ -94,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     from helios_jax.training.stage_table import load_config, make_stage
     from helios_jax.training.trainer import train
 
-    handler = CurrentStderr()
-    logging.getLogger().addHandler(handler)
+    # The only one: Orbax has put one there as it was imported, which would print each line once more.
+    root, handlers = logging.getLogger(), logging.getLogger().handlers
+    root.handlers = [CurrentStderr()]
     logging.getLogger("helios_jax").setLevel(logging.INFO)
     watch = None
 
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 watch.end(f"{type(error).__name__}: {one_line(error)}", 1)
             raise
         finally:
-            logging.getLogger().removeHandler(handler)
+            root.handlers = handlers
 
 
 def make_parser() -> Parser:

@@ -29,6 +29,7 @@ from helios_jax.training.run_checkpoints import Checkpoints
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.stage import Batches, Metrics, Stage
 from helios_jax.training.state import TrainState, update
+from helios_jax.training.work import Meter
 
 Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
 
@@ -110,7 +111,8 @@ def run(
     window: list[tuple[Metrics, list[str]]] = []
     since_save: list[tuple[int, float]] = []  # steps, and the mean of the checkpoints' metric over them
     folder = location(config.run)
-    reporter = Reporter(folder, first, config, stage.learning_rates, began)
+    meter = Meter(stage, state, mesh)
+    reporter = Reporter(folder, first, config, stage.learning_rates, began, meter)
     goodput, profile = reporter.goodput, Profile(folder / "profile", profiled)
     with _Signals() as signals, reporter, contextlib.closing(profile):
         while done < config.steps and stop is None:
@@ -126,6 +128,8 @@ def run(
             jax.block_until_ready(before)
             before = metrics
             state, metrics = step(state, placed, seed_key)
+            if jax.process_index() == 0:
+                meter.add(placed, done)  # while the devices work
             done += 1
             profile.after_step(metrics)
             window.append((metrics, ids))

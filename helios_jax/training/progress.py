@@ -27,6 +27,7 @@ from helios_jax.locations import Mirror
 from helios_jax.training.errors import writing
 from helios_jax.training.goodput import Goodput
 from helios_jax.training.run_config import TrainConfig
+from helios_jax.training.work import Meter
 
 EVENTS: Any = event_pb2  # its classes are made when it is imported
 SUMMARIES: Any = summary_pb2
@@ -75,7 +76,7 @@ class Reporter:
     """Means of the steps, shown in a bar (in plain lines where there is no terminal) and written, on the first host.
 
     `learning_rates` are those of the step of a number, from 0, by name. `began` is when the process began, in seconds
-    since 1970. Raises RunError for files that cannot be written.
+    since 1970. `meter` has counted the steps of each report. Raises RunError for files that cannot be written.
     """
 
     def __init__(
@@ -85,11 +86,13 @@ class Reporter:
         config: TrainConfig,
         learning_rates: Callable[[int], Mapping[str, float]],
         began: float,
+        meter: Meter,
     ):
         self._config, self._first, self._begin = config, first, time.monotonic()
         self.goodput = Goodput({}, began)
         self._last = (first, self._begin)
-        self._rate: float | None = None
+        self._meter = meter
+        self._rates: dict[str, float] = {}
         self._learning_rates = learning_rates
         self._writes = jax.process_index() == 0
         self._bar = self._wandb = None
@@ -141,15 +144,15 @@ class Reporter:
     def report(self, step: int, metrics: dict[str, float]) -> None:
         """Shows and writes the means of the steps since the last report."""
         now = time.monotonic()
+        steps, seconds = step - self._last[0], max(now - self._last[1], 1e-9)
+        counted = self._meter.take(seconds)
         if step > self._first + 1:  # the first step's time is that of compiling
-            self._rate = (step - self._last[0]) / max(now - self._last[1], 1e-9)
+            self._rates = {"steps_per_second": steps / seconds, **counted}
         self._last = (step, now)
         if not self._writes or not metrics:
             return
         metrics = {**metrics, **self._learning_rates(step - 1)}
-        figures = self.goodput.report()
-        if self._rate is not None:
-            figures = {"steps_per_second": self._rate, **figures}
+        figures = {**self._rates, **self.goodput.report()}
         line = json.dumps({"step": step, "seconds": round(now - self._begin, 3), **metrics, **figures})
         with writing(self._config.run):
             with self._metrics.open("a") as file:
@@ -160,14 +163,15 @@ class Reporter:
             self._mirror.sync()
         if self._wandb is not None:
             self._wandb.log({**metrics, **figures}, step=step)
-        total = self._config.steps
-        rate = "" if self._rate is None else f"{self._rate:.3g} steps/s"
-        left = "" if self._rate is None else f"{_clock((total - step) / self._rate)} left"
-        named = [f"{name} {value:.4g}" for name, value in metrics.items()]
+        total, rates = self._config.steps, self._rates
+        left = f"{_clock((total - step) / rates['steps_per_second'])} left" if rates else ""
+        named = [f"{rates['steps_per_second']:.3g} steps/s"] if rates else []
+        named += [f"MFU {100 * rates['mfu']:.0f}%"] if "mfu" in rates else []
+        named += [f"{name} {value:.4g}" for name, value in metrics.items()]
         if self._bar:
-            self._bar.update(self._task, completed=step, left=left, description="  ".join((rate, *named)))
+            self._bar.update(self._task, completed=step, left=left, description="  ".join(named))
         else:
-            print(fitting(list(filter(None, (f"step {step}/{total}", left, rate, *named)))), flush=True)
+            print(fitting(list(filter(None, (f"step {step}/{total}", left, *named)))), flush=True)
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Puts pictures, uint8 [h, w, 3], and videos [t, h, w, 3] of a validation into TensorBoard.

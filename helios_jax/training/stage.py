@@ -93,6 +93,10 @@ class Stage(ABC, Generic[ConfigT, ModelT]):
     def loss(self, model: ModelT, batch: dict[str, Any], keys: Key[Array, " b"]) -> tuple[Float[Array, ""], Metrics]:
         """(mean over samples, metrics); each sample draws from its own key, `batch["step"]` is the step's number."""
 
+    def tokens(self, batch: dict[str, Any]) -> int | None:
+        """Tokens of one sample of `batch` that the model is trained on; None for a model that has none."""
+        return None
+
     def make_optimizer(self) -> optax.GradientTransformation:
         """The optimizer that `config.optim` names."""
         return optim.make_optimizer(self.config.optim, self.config.steps)

@@ -45,14 +45,19 @@ def init_transformer(config: FlowTrainConfig, key: jax.Array) -> Transformer:
     Raises ConfigError when the mesh that is set splits what its attention needs whole.
     """
     sizes, context = transformer_config(config), config.mesh.context_attention
-    try:
-        context_attention.check(context, sizes.num_attention_heads, jax.sharding.get_abstract_mesh())
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    check_attention(config, jax.sharding.get_abstract_mesh())
     model = Transformer(sizes, stacked=True, implementations=Implementations(context=context), rngs=nnx.Rngs(key))
     if sizes.has_multi_term_memory_patch:
         model = init_memory_patches(model)
     return model if config.lora is None else _add_adapters(model, config.lora, config.seed)
+
+
+def check_attention(config: FlowTrainConfig, mesh: Any) -> None:
+    """Raises ConfigError when `mesh`, which may be abstract, splits what the transformer's attention needs whole."""
+    try:
+        context_attention.check(config.mesh.context_attention, transformer_config(config).num_attention_heads, mesh)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def load_transformer(config: FlowTrainConfig, model: Transformer, shardings: Any = None) -> Transformer:

@@ -71,6 +71,19 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(stage1):
     assert "the nearest that does is data.batch_size=256" in odd
 
 
+def test_heads_that_the_mesh_does_not_divide_are_refused_as_in_training(stage1):
+    flags = ["model.transformer={num_attention_heads: 12, attention_head_dim: 128, ffn_dim: 64, num_layers: 1}"]
+    flags += ["mesh.data=1", "mesh.fsdp=1", "mesh.context=8", "optim.accumulate=1"]
+    config = program.open_config("configs/stage1_init.yaml", flags)
+    trained = dataclasses.replace(stage1, config=config, state=program.abstract_state(config))  # not traced
+    told = r"^mesh: context=8 does not divide the 12 heads of a device \(12 over tensor=1\), which ulysses exchanges; "
+    with pytest.raises(ConfigError, match=told):
+        search.given(trained, machine("H100x8"))
+    mesh = dataclasses.replace(config.mesh, context_attention="ring")
+    ring = dataclasses.replace(trained, config=with_settings(config, mesh=mesh))
+    assert search.given(ring, machine("H100x8")).mesh["context"] == 8
+
+
 def test_stage_3_holds_two_models(stage1):
     """The student's weights and the scores', both frozen."""
     config = program.open_config("configs/stage3_post.yaml", ["mesh.fsdp=16"])

@@ -13,6 +13,9 @@ import pytest
 import yaml
 
 from helios_jax.config import ConfigError
+from helios_jax.data import records
+from helios_jax.media.video import read_video
+from helios_jax.precompute.encode import EMPTY_TEXT
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.trainer import check_hosts
 from tests.several_hosts import Host, Hosts
@@ -79,15 +82,47 @@ def last_line(host: Host) -> str:
 
 
 def test_losses_are_those_of_one_host_bit_for_bit(hosts, config, trained, tmp_path):
-    """On one mesh; of four hosts, two share each sample."""
+    """On one mesh; of four hosts, two share each sample. Validations in between are the same, too."""
     runs = [tmp_path / str(number) for number in (1, 2, 4)]
+    validation = "validation={every: 3, prompts: [x]}"
     for number, run in zip((1, 2, 4), runs):
-        hosts.run([config, f"run={run}", *EXACT], hosts=number, devices=4 // number)
+        started = hosts.run([config, f"run={run}", validation, *EXACT], hosts=number, devices=4 // number)
+        for host in started:
+            assert [line for line in host.said.splitlines() if "64 records" in line] == ["train.py: 64 records"]
     one, two, four = map(losses, runs)
     assert one == two == four
     np.testing.assert_allclose(one, losses(trained), rtol=1e-5)
-    weights = [np.load(run / "weight.npy") for run in runs]
-    np.testing.assert_array_equal(weights[1:], weights[:1] * 2)
+    for name in ("weight.npy", "validation/step_000003/weight.npy", "validation/step_000006/weight.npy"):
+        weights = [np.load(run / name) for run in runs]
+        np.testing.assert_array_equal(weights[1:], weights[:1] * 2)
+
+
+@pytest.mark.heavy
+def test_hosts_make_the_validation_videos_of_one(hosts, folder, tmp_path):
+    """The transformer itself, split over the hosts; the first writes. The last bits of sums may differ."""
+    rng, shapes = np.random.default_rng(0), {"latents": (3, 9, 4, 6, 4), "text": (16, 16)}
+    features = {name: records.tensor(shape, np.float16) for name, shape in shapes.items()}
+    clips = [{name: rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()} for _ in range(6)]
+    records.write(tmp_path / "latents", features, {"train": clips})
+    np.save(tmp_path / "latents" / EMPTY_TEXT, np.zeros((16, 16), np.float16))
+    validation = {"every": 1, "prompts": ["a", "b"], "num_frames": 9, "height": 32, "width": 48}
+    settings = {
+        **{**CONFIG, "stage": "flow", "steps": 1, "init": str(folder), "flow": {"components": str(folder)}},
+        "data": {"folder": str(tmp_path / "latents"), "batch_size": 4},
+        "validation": {**validation, "num_inference_steps": 1},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(settings))
+    videos = []
+    for number in (1, 2):
+        run = tmp_path / str(number)
+        mesh = ["mesh.data=2", "mesh.fsdp=2"]
+        hosts.run([str(tmp_path / "c.yaml"), f"run={run}", *mesh], hosts=number, devices=4 // number)
+        made = sorted((run / "validation" / "step_000001").iterdir())
+        assert [path.name for path in made] == ["0.mp4", "1.mp4"]
+        videos.append([read_video(path)[0].astype(int) for path in made])
+    assert np.shape(videos) == (2, 2, 9, 32, 48, 3)
+    one, two = np.array(videos)
+    assert np.abs(one - two).mean() < 0.5 < np.abs(one[0] - one[1]).mean()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Of each stage: every parameter that should move does, no other does, and all that moved is saved, bit for bit."""
 
+import json
 import shutil
 
 import jax
@@ -85,6 +86,13 @@ def test_what_should_move_does_and_nothing_else(trained):
         convolutions = set() if part == "score" else CONVOLUTIONS[stage]
         assert adapted == {names[path].removeprefix("blocks.0.") for path in linear} | convolutions
     assert any("discriminator" in name for name in moved) == (stage == "stage3_gan")
+
+
+def test_metrics_count_noisy_and_history_tokens(trained):
+    stage, folder, _, _ = trained
+    *_, last = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
+    sample = 40 + 144 if stage.startswith("stage1") else 40 + 36 + 40 + 144  # of one level, or of two
+    assert last["tokens_per_second"] / last["steps_per_second"] == pytest.approx(4 * sample)
 
 
 def test_a_run_that_goes_on_ends_as_one_that_was_not_stopped(trained, root):

@@ -13,6 +13,7 @@ from helios_jax.training.export import export_pipeline
 from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.stage import Stage
 from helios_jax.training.validation import make_videos
+from helios_jax.training.work import tokens
 
 FlowConfigT = TypeVar("FlowConfigT", bound=FlowTrainConfig)
 
@@ -29,6 +30,10 @@ class TransformerStage(Stage[FlowConfigT, Transformer]):
     def load(self, model: Transformer, shardings: Any = None) -> Transformer:
         """The weights that `config.init` names, with new adapters."""
         return start.load_transformer(self.config, model, shardings)
+
+    def tokens(self, batch: dict[str, Any]) -> int:
+        """Noisy and history tokens of the sequences of one sample."""
+        return tokens(self.config, batch)
 
     def export(self, model: Transformer, folder: Path) -> None:
         """Writes `folder`/pipeline, and adapters alone into `folder`/lora."""

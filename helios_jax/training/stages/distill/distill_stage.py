@@ -45,6 +45,7 @@ from helios_jax.training.start import check_init, transformer_config
 from helios_jax.training.trainable import ALL, Filter
 from helios_jax.training.training_data import one_of_each
 from helios_jax.training.validation import make_videos
+from helios_jax.training.work import tokens
 
 COMMON = 2**31 - 1  # apart from every step: the loop folds those into the same seed
 
@@ -74,6 +75,10 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
             check_discriminator(config, distill.gan, source)
         name = {"negative": NEGATIVE_TEXT, "empty": EMPTY_TEXT}[distill.negative_text]
         return flow.chunks(config, source, mesh, distill.rollout.largest, name)
+
+    def tokens(self, batch: dict[str, Any]) -> int:
+        """Noisy and history tokens of the student's levels."""
+        return tokens(self.config, batch)
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """An optimizer for the generator, on every `critic.steps_per_generator`-th step, and one for all others."""
