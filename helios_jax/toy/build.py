@@ -42,14 +42,18 @@ def build(
 
     `world` is `toy.world` or `toy.scenes`; `size` None takes its own.
     """
-    size = world.NOMINAL_SIZE if size is None else size
+    pixels: int = world.NOMINAL_SIZE if size is None else size
     frames = chunks * toy.CHUNK_FRAMES
     return records.write(
         out,
-        {"video": records.tensor((frames, size, size, 3), np.uint8), "caption": records.text(), "id": records.text()},
         {
-            "train": examples("train", videos, frames, seed, size, world),
-            "test": examples("test", test_videos, frames, seed, size, world),
+            "video": records.tensor((frames, pixels, pixels, 3), np.uint8),
+            "caption": records.text(),
+            "id": records.text(),
+        },
+        {
+            "train": examples("train", videos, frames, seed, pixels, world),
+            "test": examples("test", test_videos, frames, seed, pixels, world),
         },
     )
 
