@@ -3,12 +3,10 @@
 Opposite motions cancel, and the score is in pixels of the scaled video: upstream's choices, which its numbers need.
 """
 
-import importlib.util
-
 import numpy as np
 
 from helios_jax.heliosbench.bench_frames import Frame
-from helios_jax.heliosbench.metric import Clip, Measured, MissingError
+from helios_jax.heliosbench.metric import Clip, Measured, require
 
 COLUMNS = 16  # of the map that a flow is averaged to
 FLOW = {
@@ -28,7 +26,7 @@ class Amplitude:
     files = ("motion_amplitude",)
 
     def __init__(self):
-        require_opencv()
+        require("cv2")
 
     def begin(self, clip: Clip) -> "AmplitudeMeter":
         return AmplitudeMeter()
@@ -59,9 +57,3 @@ class AmplitudeMeter:
     def finish(self) -> Measured:
         score = 0.0 if self._total is None else abs(float(np.mean(self._total / np.float32(len(self._curve)))))
         return Measured({"motion_amplitude": {"motion_fb": score}}, self._curve)
-
-
-def require_opencv() -> None:
-    """Raises MissingError without OpenCV."""
-    if importlib.util.find_spec("cv2") is None:
-        raise MissingError("OpenCV is not installed: pip install 'helios_jax[heliosbench]'")

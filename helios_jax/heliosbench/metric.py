@@ -1,5 +1,6 @@
 """The protocol of metrics: a `Metric` makes a `Meter` for each video, which sees its frames in order, one by one."""
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -51,6 +52,16 @@ class MissingError(ValueError):
     """A metric that cannot be computed here; the message is one line that says what is missing, and the remedy."""
 
 
+# Packages of the extra `heliosbench`, by the modules that are imported.
+PACKAGES = {"cv2": "OpenCV", "openai": "openai", "onnxruntime": "ONNX Runtime"}
+
+
+def require(module: str) -> None:
+    """Raises MissingError if a package is not installed."""
+    if importlib.util.find_spec(module) is None:
+        raise MissingError(f"{PACKAGES[module]} is not installed: pip install 'helios_jax[heliosbench]'")
+
+
 def drifted(name: str, start: float, end: float) -> Mapping[str, float]:
     """The fields of a drift: the difference between start and end, and both."""
     return {
@@ -58,3 +69,7 @@ def drifted(name: str, start: float, end: float) -> Mapping[str, float]:
         f"start_{name}_score": start,
         f"end_{name}_score": end,
     }
+
+
+class MetricError(ValueError):
+    """A metric that failed on one video; the message is one line. The other metrics go on."""

@@ -19,6 +19,7 @@ TITLES = {"motion_amplitude": "motion_fb"}
 SCORES = {"motion_amplitude": "motion_fb"} | {
     name: f"{name.replace('drifting', 'drift')}_score" for name in rating.METRICS["long"] if name != "motion_amplitude"
 }
+SCORES["border_jumps"] = "border_jumps_score"  # ours
 DESCRIPTIONS = {
     "drifting_aesthetic": "aesthetic",
     "drifting_motion_smoothness": "motion smoothness",
