@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from helios_jax.config import ConfigError
-from helios_jax.heliosbench import bench_run, judge, naturalness, rating, result_files
+from helios_jax.heliosbench import bench_run, judge, model_files, naturalness, rating, result_files
 from helios_jax.heliosbench.bench_report import BenchReport
 from helios_jax.heliosbench.bench_run import Task, warn
 from helios_jax.heliosbench.bench_videos import find_videos, read_prompts
@@ -105,7 +105,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         found[name], left_out = find_videos(folder, prompts)
         for line in left_out:
             warn(f"{folder}: left out: {line}")
-    needs = Needs(judge=_judge(args), chunk=args.chunk)
+    weights = None if args.weights is None else model_files.open_folder(args.weights)
+    needs = Needs(weights, _judge(args), args.chunk)
     recipes, missing = make_recipes(args.metrics, needs, view)
     check_folder(out)
     models = [bench_run.open_model(name, out, videos, view) for name, videos in found.items()]

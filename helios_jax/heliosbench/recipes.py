@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from helios_jax.heliosbench import model_files
 from helios_jax.heliosbench.amplitude import Amplitude
 from helios_jax.heliosbench.border_jumps import BorderJumps
 from helios_jax.heliosbench.judge import Judge
@@ -20,6 +21,30 @@ class Needs:
     weights: Path | None = None
     judge: Judge | None = None
     chunk: int = 33
+
+
+def _aesthetic(needs: Needs) -> Recipe:
+    from helios_jax.heliosbench.aesthetic import Aesthetic  # jax takes seconds to import
+
+    clip, head = model_files.find(needs.weights, model_files.CLIP), model_files.find(needs.weights, model_files.HEAD)
+    return Recipe("aesthetic", partial(Aesthetic, clip, head), {"weights": [*map(model_files.stamp, (clip, head))]})
+
+
+def _semantic(needs: Needs) -> Recipe:
+    from helios_jax.heliosbench.semantic import Semantic
+
+    viclip = model_files.find(needs.weights, model_files.VICLIP)
+    vocabulary = model_files.find(needs.weights, model_files.VOCABULARY, ("",))
+    return Recipe("semantic", partial(Semantic, viclip, vocabulary), {"weights": [model_files.stamp(viclip)]})
+
+
+def _smoothness(needs: Needs) -> Recipe:
+    from helios_jax.heliosbench.smoothness import Smoothness
+
+    network = model_files.find(needs.weights, model_files.AMT, (".onnx", ".pt"))
+    for module in ("cv2", *(("onnxruntime",) if network.suffix == ".onnx" else ())):
+        require(module)
+    return Recipe("motion_smoothness", partial(Smoothness, network), {"weights": [model_files.stamp(network)]})
 
 
 def _amplitude(needs: Needs) -> Recipe:
@@ -39,9 +64,12 @@ def _naturalness(needs: Needs) -> Recipe:
 
 
 MAKERS: Mapping[str, Callable[[Needs], Recipe]] = {
+    "aesthetic": _aesthetic,
     "motion_amplitude": _amplitude,
-    "border_jumps": _border_jumps,
+    "motion_smoothness": _smoothness,
+    "semantic": _semantic,
     "naturalness": _naturalness,
+    "border_jumps": _border_jumps,
 }
 
 
