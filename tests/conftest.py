@@ -42,7 +42,7 @@ PIPELINES = {"parity/test_context.py", "parity/test_lora.py", "parity/test_pipel
 # Of files, datasets, options and numpy, and others that a release of jax does not change (`make aot` plans on both).
 PLAIN = {"data", "media", "toy", "test_config.py", "test_docs.py", "test_package.py", "benchmarks/test_gpu_report.py"}
 PLAIN |= {"models/test_tokenizer.py", "precompute/test_clips.py", "training/test_training_data.py"}
-PLAIN |= {f"heliosbench/test_{name}.py" for name in ("rating", "bench_frames", "judge", "bench_cli")}
+PLAIN |= {f"heliosbench/test_{name}.py" for name in ("rating", "bench_frames", "judge", "bench_cli", "blind")}
 PLAIN |= {"planner", "test_deploy.py", "test_locations.py"}
 PLAIN |= {f"sampling/test_{name}.py" for name in ("download", "prompts", "table")}
 
