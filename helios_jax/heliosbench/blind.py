@@ -21,7 +21,7 @@ from pathlib import Path
 
 from helios_jax.config import ConfigError
 from helios_jax.heliosbench.bench_videos import find_videos, read_prompts
-from helios_jax.heliosbench.blind_pairs import Z, Pair, WinRate, draw_pairs, read_judgments, win_rates
+from helios_jax.heliosbench.blind_pairs import Pair, WinRate, Z, draw_pairs, read_judgments, win_rates
 from helios_jax.locations import argument, check_locations, replacing
 from helios_jax.media.files import check_folder
 from helios_jax.runtime.command import Parser

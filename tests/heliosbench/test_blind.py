@@ -110,8 +110,9 @@ def test_the_page_in_a_browser(folders, capsys):
     page = folders / "page" / "index.html"
     page.write_text(page.read_text() + KEYS.replace("KEYS", json.dumps(pressed), 1))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required"]
+    flags += ["--virtual-time-budget=20000", f"--user-data-dir={folders}/profile", "--dump-dom"]
     shown = subprocess.run(
-        [CHROMIUM, *flags, "--virtual-time-budget=20000", f"--user-data-dir={folders}/profile", "--dump-dom", page.as_uri()],
+        [CHROMIUM, *flags, page.as_uri()],
         capture_output=True, text=True, timeout=120, check=True,
     ).stdout  # fmt: skip
     body = re.search(r"<body([^>]*)>", shown)[1]
