@@ -11,7 +11,7 @@ command goes on with an interrupted run.
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from helios_jax.config import ConfigError
@@ -58,6 +58,9 @@ def make_parser() -> Parser:
     )
     parser.add_argument(
         "--workers", type=_count, metavar="N", help="processes that measure [1 with weights, else the cores, up to 4]"
+    )
+    parser.add_argument(
+        "--fps", action="append", default=[], metavar="NAME=FPS", help="speed of a model, to rate; may be repeated"
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured and what it costs; end")
     group = parser.add_argument_group("models")
@@ -111,6 +114,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     check_folder(out)
     models = [bench_run.open_model(name, out, videos, view) for name, videos in found.items()]
     tasks = bench_run.pending(models, recipes)
+    fps = _speeds(args.fps, found)
     for name, reason in missing.items():
         warn(f"{name}: missing: {reason}")
     _tell(tasks, models, needs, view, args.judge_price)
@@ -122,9 +126,10 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         warn(f"{name}: skipped: {reason}")
     merged = bench_run.write_results(models, prompts, view, args.strict_upstream)
     result_files.write(out / result_files.ALL_MODELS, result_files.merge_models(merged))
-    BenchReport(out, view, models, merged, failed, f"{PROG} {' '.join(argv)}").write(out / "report.html")
+    BenchReport(out, view, models, merged, failed, f"{PROG} {' '.join(argv)}", fps).write(out / "report.html")
     for name, one in merged.items():
-        print(_summary(name, one["summary"], view))
+        speed = f", throughput {rating.throughput_score(fps[name])}" if name in fps else ""
+        print(_summary(name, one["summary"], view) + speed)
     print(f"report: {out / 'report.html'}")
     return 1 if failed else 0
 
@@ -162,6 +167,20 @@ def _summary(name: str, summary: dict, view: View) -> str:
     kind = f"partial, without {', '.join(missing)}" if missing else "complete"
     each = ", ".join(f"{metric} {value}" for metric, value in ratings.items())
     return f"{name}: total {summary['total_weighted_rating']} ({kind}); {each}"
+
+
+def _speeds(texts: Sequence[str], names: Collection[str]) -> dict[str, float]:
+    """The speeds of --fps by model."""
+    speeds = {}
+    for text in texts:
+        name, _, value = text.rpartition("=")
+        try:
+            speeds[name] = float(value)
+        except ValueError:
+            speeds[name] = 0.0
+        if name not in names or not 0 < speeds[name] < float("inf"):
+            raise ConfigError(f"--fps: {text} must read NAME=FPS, with a name of {', '.join(names)}, as in ours=19.5")
+    return speeds
 
 
 def _size(text: str) -> tuple[int, int]:

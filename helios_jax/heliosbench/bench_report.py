@@ -1,7 +1,7 @@
 """The report of a run: one HTML page with ratings beside the paper's, curves over time, and every video."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1e293b }
 table { border-collapse: collapse; margin: .5rem 0 1.5rem } td, th { padding: .25rem .7rem; text-align: right }
 th { border-bottom: 2px solid #cbd5e1; font-weight: 600 } td { border-bottom: 1px solid #e2e8f0 }
-td:first-child, th:first-child { text-align: left } .total { font-weight: 700 } .missing, small { color: #64748b }
+td:first-child, th:first-child { text-align: left } .ratings td { white-space: nowrap }
+.total { font-weight: 700 } .missing, small { color: #64748b }
 figure { display: inline-block; margin: 0 1rem 1rem 0 } figcaption { font-weight: 600 } code { background: #f1f5f9 }
 .strip { max-width: 46rem; display: block } .failed { color: #b91c1c } .scroll { overflow-x: auto }
 """
@@ -37,6 +38,7 @@ class BenchReport:
     merged: Mapping[str, Mapping[str, Any]]
     failed: Mapping[str, str]
     command: str
+    fps: Mapping[str, float] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Writes the page as a whole."""
@@ -55,34 +57,44 @@ class BenchReport:
 
     def _ratings(self) -> str:
         metrics = rating.METRICS[self.view.length]
-        rows = [["model", *(name.replace("_", " ") for name in metrics), "total"]]
+        extra = ["border jumps", "throughput"]
+        rows = [["model", *(name.replace("_", " ") for name in metrics), "total", *extra]]
         for name, one in self.merged.items():
             summary = one["summary"]
             found = summary["non_drifting"] | summary["drifting"]
             cells = [_rating(found.get(metric)) for metric in metrics]
             missing = result_files.missing(summary, self.view.length)
-            total = f"{summary['total_weighted_rating']:g}"
+            total = f"<span class=total>{summary['total_weighted_rating']:g}</span>"
             if missing:
-                total = f'<span title="without {escape(", ".join(missing))}">{total} of a part</span>'
-            rows.append([escape(name), *cells, f"<span class=total>{total}</span>"])
+                total += f' <small title="without {escape(", ".join(missing))}">partial</small>'
+            rows.append([escape(name), *cells, total, self._jumps(name), _throughput(self.fps.get(name))])
         for system in PUBLISHED:
             total = system.short if self.view.length == "short" else system.long
-            if total is not None:
-                rows.append([f"{system.name}, published", *[""] * len(metrics), f"{total:.2f}"])
+            if total is not None or system.fps is not None:
+                shown = "" if total is None else f"{total:.2f}"
+                rows.append([f"{system.name}, paper", *[""] * len(metrics), shown, "", _throughput(system.fps)])
         notes = (
-            "Ratings are from 1 to 10; the raw score is in brackets. A total of a part lacks metrics, so do not compare"
-            f' it with a whole one. Published totals: <a href="{SOURCE}">{SOURCE}</a>.'
+            "Ratings are from 1 to 10; the raw score is in brackets. A partial total lacks metrics: do not compare it"
+            f' with a whole one. The paper: <a href="{SOURCE}">{SOURCE}</a>. Border jumps are ours: by how many of 255'
+            " levels pixels change more across borders of chunks than within; not part of the total. Throughput:"
+            " the rating of the speed (frames per second), not part of the total either."
         )
         counts = {one["num_videos"] for m in self.merged.values() for k in ("non_drifting", "drifting")
                   for one in m["summary"][k].values()}  # fmt: skip
         if len(counts) > 1:
             notes += f" Metrics are averages over {min(counts)} to {max(counts)} videos."
-        return f"<h2>Ratings</h2><div class=scroll>{_table(rows)}</div><p><small>{notes}</small></p>"
+        return f"<h2>Ratings</h2><div class='scroll ratings'>{_table(rows)}</div><p><small>{notes}</small></p>"
+
+    def _jumps(self, name: str) -> str:
+        """The mean of border jumps over a model's videos."""
+        records = next(model.records for model in self.models if model.name == name).values()
+        found = [record["scores"].get("border_jumps", {}).get("border_jumps") for record in records]
+        scores = [one["border_jumps_score"] for one in found if one]
+        return f"{np.mean(scores):.2f}" if scores else ""
 
     def _curves(self) -> str:
-        names = [name for name in _curve_names(self.models) if name]
         charts = []
-        for name in names:
+        for name in _curve_names(self.models):
             lines = {model.name: line for model in self.models if (line := mean_curve(model, name)) is not None}
             if lines:
                 charts.append(f"<figure><figcaption>{name.replace('_', ' ')}</figcaption>{chart(lines)}</figure>")
@@ -119,6 +131,10 @@ def _rating(one: Mapping[str, Any] | None) -> str:
     if one is None or one["rating"] is None:
         return "<span class=missing>missing</span>"
     return f"{one['rating']} <small>({one['raw_score']:.4g})</small>"
+
+
+def _throughput(fps: float | None) -> str:
+    return "" if fps is None else f"{rating.throughput_score(fps)} <small>({fps:g})</small>"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

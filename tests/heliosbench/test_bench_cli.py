@@ -67,9 +67,9 @@ def test_a_run_writes_upstreams_layout(bench, capsys):
 
 
 def test_the_report(bench):
-    bench.run(models=("ours", "theirs"))
+    assert bench.run("--fps", "theirs=19.5", models=("ours", "theirs")) == 0
     page = (bench.out / "report.html").read_text()
-    for text in ("Helios-Distilled, published", "6.94", "0.3 of a part", "red, then green", "missing", "<polyline"):
+    for text in ("Helios-Distilled, paper", "6.94", "partial", "red, then green", "missing", "<polyline", ">(19.5)<"):
         assert text in page
     images = re.findall(r'src="([^"]+)"', page)
     assert len(images) == 4
@@ -206,6 +206,8 @@ def test_upstreams_results_count_as_measured(tmp_path, capsys):
         (["--metrics", "beauty"], "invalid choice: 'beauty'"),
         (["--judge", "localhost"], "--judge: localhost must be an address"),
         (["--judge", "http://x", "--judge-instruction", "nowhere"], "--judge-instruction: nowhere cannot be read"),
+        (["--fps", "ours"], "--fps: ours must read NAME=FPS"),
+        (["--fps", "mine=3"], "with a name of ours"),
         (["--prompts", "nowhere.csv"], "nowhere.csv is no file"),
     ],
 )

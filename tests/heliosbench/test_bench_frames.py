@@ -1,6 +1,7 @@
 """Frames as upstream reads them, the frames that metrics choose, motion amplitude, and jumps at borders of chunks."""
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +116,15 @@ def test_chosen_frames():
     assert drift.strided(4, 16) == [0, 1, 2, 3]
     assert drift.strided_ends(200, 16) == ([*range(0, 16)], [*range(170, 186)])
     assert drift.strided_ends(20, 16) == ([0, 1, 2], [17, 18, 19])
+
+
+def test_frames_are_not_kept(tmp_path):
+    """However long a video is, a few frames of it are in memory."""
+    path = write(tmp_path / "a.mp4", np.zeros((200, 16, 16, 3), np.uint8))
+    alive, most = set(), 0
+    for frame in read_frames(path, (16, 16)):
+        alive.add(frame.number)
+        weakref.finalize(frame, alive.discard, frame.number)
+        most = max(most, len(alive))
+        del frame
+    assert most <= 2
