@@ -15,7 +15,7 @@ from helios_jax.heliosbench.published import PUBLISHED, SOURCE
 from helios_jax.locations import replacing
 
 BINS = 60  # of a curve
-WIDTH, HEIGHT, MARGIN = 460, 150, 34  # of a chart in pixels
+WIDTH, HEIGHT, MARGIN = 460, 150, 42  # of a chart in pixels
 COLOURS = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed", "#0891b2")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1e293b }
@@ -56,33 +56,33 @@ class BenchReport:
             part.write_text(page, encoding="utf-8")
 
     def _ratings(self) -> str:
+        """A row for each metric, a column for each model and each system of the paper."""
         metrics = rating.METRICS[self.view.length]
-        extra = ["border jumps", "throughput"]
-        rows = [["model", *(name.replace("_", " ") for name in metrics), "total", *extra]]
+        columns = [["", *(name.replace("_", " ") for name in metrics), "total", "throughput", "border jumps"]]
         for name, one in self.merged.items():
             summary = one["summary"]
             found = summary["non_drifting"] | summary["drifting"]
-            cells = [_rating(found.get(metric)) for metric in metrics]
-            missing = result_files.missing(summary, self.view.length)
             total = f"<span class=total>{summary['total_weighted_rating']:g}</span>"
-            if missing:
+            if missing := result_files.missing(summary, self.view.length):
                 total += f' <small title="without {escape(", ".join(missing))}">partial</small>'
-            rows.append([escape(name), *cells, total, self._jumps(name), _throughput(self.fps.get(name))])
+            cells = [_rating(found.get(metric)) for metric in metrics]
+            columns.append([escape(name), *cells, total, _throughput(self.fps.get(name)), self._jumps(name)])
         for system in PUBLISHED:
             total = system.short if self.view.length == "short" else system.long
             if total is not None or system.fps is not None:
                 shown = "" if total is None else f"{total:.2f}"
-                rows.append([f"{system.name}, paper", *[""] * len(metrics), shown, "", _throughput(system.fps)])
+                columns.append([f"{system.name}*", *[""] * len(metrics), shown, _throughput(system.fps), ""])
         notes = (
             "Ratings are from 1 to 10; the raw score is in brackets. A partial total lacks metrics: do not compare it"
-            f' with a whole one. The paper: <a href="{SOURCE}">{SOURCE}</a>. Border jumps are ours: by how many of 255'
-            " levels pixels change more across borders of chunks than within; not part of the total. Throughput:"
-            " the rating of the speed (frames per second), not part of the total either."
+            " with a whole one. Throughput rates the speed (frames per second) and is not part of the total. Border"
+            " jumps are ours: by how many of 255 levels pixels change more across borders of chunks than within them."
+            f' * Published: <a href="{SOURCE}">{SOURCE}</a>.'
         )
-        counts = {one["num_videos"] for m in self.merged.values() for k in ("non_drifting", "drifting")
-                  for one in m["summary"][k].values()}  # fmt: skip
+        summaries = [kind for one in self.merged.values() for kind in one["summary"].values() if isinstance(kind, dict)]
+        counts = {metric["num_videos"] for summary in summaries for metric in summary.values()}
         if len(counts) > 1:
             notes += f" Metrics are averages over {min(counts)} to {max(counts)} videos."
+        rows = list(zip(*columns, strict=True))
         return f"<h2>Ratings</h2><div class='scroll ratings'>{_table(rows)}</div><p><small>{notes}</small></p>"
 
     def _jumps(self, name: str) -> str:

@@ -135,8 +135,10 @@ def _outcomes(
     """Each task with what was measured, or with the error of its video, as they end. Other errors are raised."""
     with ExitStack() as stack:
         jobs: dict[futures.Future, Task] = {}
+        pools: list[futures.Executor] = []
 
         def start(pool: futures.Executor, tasks: Sequence[Task], metrics: Mapping[str, Metric] | None = None) -> None:
+            pools.append(pool)
             stack.callback(pool.shutdown, wait=False, cancel_futures=True)
             for task in tasks:
                 strip = measure.record_path(task.model.folder, task.video).with_suffix(".jpg")
@@ -161,6 +163,8 @@ def _outcomes(
                 ) from None
             except ValueError as error:
                 yield jobs[job], error
+        for pool in pools:
+            pool.shutdown()
 
 
 def _recipes(tasks: Sequence[Task]) -> list[Recipe]:

@@ -69,7 +69,7 @@ def test_a_run_writes_upstreams_layout(bench, capsys):
 def test_the_report(bench):
     assert bench.run("--fps", "theirs=19.5", models=("ours", "theirs")) == 0
     page = (bench.out / "report.html").read_text()
-    for text in ("Helios-Distilled, paper", "6.94", "partial", "red, then green", "missing", "<polyline", ">(19.5)<"):
+    for text in ("Helios-Distilled*", "6.94", "partial", "red, then green", "missing", "<polyline", ">(19.5)<"):
         assert text in page
     images = re.findall(r'src="([^"]+)"', page)
     assert len(images) == 4
