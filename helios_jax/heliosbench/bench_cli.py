@@ -17,7 +17,7 @@ from pathlib import Path
 from helios_jax.config import ConfigError
 from helios_jax.heliosbench import bench_run, judge, model_files, naturalness, rating, result_files
 from helios_jax.heliosbench.bench_report import BenchReport
-from helios_jax.heliosbench.bench_run import Task, warn
+from helios_jax.heliosbench.bench_run import SetupError, Task, warn
 from helios_jax.heliosbench.bench_videos import find_videos, read_prompts
 from helios_jax.heliosbench.judge import Judge, JudgeError
 from helios_jax.heliosbench.measure import View
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     try:
         return run(make_parser().parse_args(argv), sys.argv[1:] if argv is None else list(argv))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, SetupError) as error:
         warn(str(error))
         return 2
     except JudgeError as error:

@@ -20,6 +20,7 @@ from jaxtyping import Int16, UInt8
 from helios_jax.media.video import decode_video
 
 BT709, FULL_RANGE = 1, 2  # FFmpeg's numbers of a matrix and a range
+LEAST = 16  # pixels of a side, which the optical flow and its map need
 JUDGED_SIDE = 512  # pixels of a judged picture's longer side
 Size = tuple[int, int]
 
@@ -83,6 +84,11 @@ def read_frames(path: Path, box: Size, limit: int | None = None) -> Iterator[Fra
             raise ValueError(f"{path}: is no video file; name an mp4")
         if size is None or scale is None:
             size = target_size(frame.height, frame.width, box)
+            if min(size) < LEAST:
+                raise ValueError(
+                    f"{path}: {frame.width}x{frame.height} pixels become {size[1]}x{size[0]} here; each side must have"
+                    f" {LEAST} or more"
+                )
             scale = _scaler(frame, size)
         yield Frame(number, frame, size, scale)
 

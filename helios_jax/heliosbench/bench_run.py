@@ -5,6 +5,7 @@ all models and the report. What upstream's scripts wrote to OUT/MODEL before cou
 """
 
 import concurrent.futures as futures
+import importlib.util
 import multiprocessing
 import os
 import shutil
@@ -161,7 +162,7 @@ def _outcomes(
                 raise OSError(
                     "a process that measures ended without a word, for lack of memory perhaps: try fewer --workers"
                 ) from None
-            except ValueError as error:
+            except (ValueError, FileNotFoundError, PermissionError) as error:
                 yield jobs[job], error
         for pool in pools:
             pool.shutdown()
@@ -175,14 +176,27 @@ def _make(recipes: Sequence[Recipe]) -> dict[str, Metric]:
     return {recipe.name: recipe.make() for recipe in recipes}
 
 
-_MADE: dict[str, Metric] = {}  # the metrics of a process that measures: networks are loaded once
+class SetupError(RuntimeError):
+    """Metrics that a process could not make; the message is one line."""
+
+
+# Of a process that measures: its metrics, whose networks are loaded once, or why it has none.
+_MADE: dict[str, Metric] = {}
+_FAILED: list[str] = []
 
 
 def _begin(recipes: Sequence[Recipe]) -> None:
     """Sets up a process that measures: it ends with its parent, which alone answers signals."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _MADE.update(_make(recipes))
+    if importlib.util.find_spec("cv2") is not None:
+        import cv2
+
+        cv2.setNumThreads(1)  # the processes share the cores
+    try:
+        _MADE.update(_make(recipes))
+    except ValueError as error:
+        _FAILED.append(str(error))
 
 
 def _end_with_parent() -> None:
@@ -195,6 +209,8 @@ def _end_with_parent() -> None:
 def _work(
     video: BenchVideo, names: Sequence[str], view: View, strip: Path | None, metrics: Mapping[str, Metric] | None
 ) -> dict[str, Any]:
+    if _FAILED:
+        raise SetupError(_FAILED[0])
     made = _MADE if metrics is None else metrics
     return measure.measure(video, {name: made[name] for name in names}, view, strip)
 

@@ -2,10 +2,12 @@
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from helios_jax.config import ConfigError
 from helios_jax.sampling import table
+from helios_jax.sampling.fingerprint import file_hash
 
 PATTERN = "*_*_ori*.mp4"
 NAME = re.compile(r"(\d+)_.*_ori\d*.*\.mp4")
@@ -20,11 +22,10 @@ class BenchVideo:
     id: int
     prompt: str
 
-    @property
-    def stamp(self) -> dict[str, int]:
-        """Facts that change when the file is made again."""
-        facts = self.path.stat()
-        return {"bytes": facts.st_size, "modified_ns": facts.st_mtime_ns}
+    @cached_property
+    def digest(self) -> str:
+        """A hash of the file, as it was when first asked for."""
+        return file_hash(self.path)
 
 
 def read_prompts(path: Path) -> dict[int, str]:

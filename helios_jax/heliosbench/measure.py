@@ -52,15 +52,15 @@ def record_path(folder: Path, video: BenchVideo) -> Path:
 
 
 def read_record(folder: Path, video: BenchVideo) -> dict[str, Any]:
-    """The record of a video, an empty one if there is none or the file was made again since."""
+    """The record of a video, an empty one if there is none or the file has another content now."""
     path = record_path(folder, video)
     record = result_files.read(path) if path.exists() else {}
-    if record.get("file", video.stamp) != video.stamp:
+    if record.get("file") != video.digest:
         record = {}
     return {
         "id": video.id,
         "video_name": video.path.name,
-        "file": video.stamp,
+        "file": video.digest,
         **{key: record.get(key, {}) for key in ("settings", "scores", "curves", "failed")},
         **{key: record[key] for key in ("frames", "size") if key in record},
     }

@@ -66,11 +66,6 @@ def find(folder: Path | None, stem: str, endings: tuple[str, ...] = WEIGHTS) -> 
     return found[0]
 
 
-def stamp(path: Path) -> list[Any]:
-    """Name and size of a file: scores of other weights do not mix."""
-    return [path.name, path.stat().st_size]
-
-
 def read_weights(path: Path, *prefixes: str) -> dict[str, np.ndarray]:
     """The tensors of a file by name, in float32: those whose names begin with one of `prefixes`.
 

@@ -12,6 +12,7 @@ from helios_jax.heliosbench.judge import Judge
 from helios_jax.heliosbench.measure import Recipe, View
 from helios_jax.heliosbench.metric import MissingError, require
 from helios_jax.heliosbench.naturalness import PICTURES, Naturalness
+from helios_jax.sampling.fingerprint import file_hash
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ def _aesthetic(needs: Needs) -> Recipe:
     from helios_jax.heliosbench.aesthetic import Aesthetic  # jax takes seconds to import
 
     clip, head = model_files.find(needs.weights, model_files.CLIP), model_files.find(needs.weights, model_files.HEAD)
-    return Recipe("aesthetic", partial(Aesthetic, clip, head), {"weights": [*map(model_files.stamp, (clip, head))]})
+    return Recipe("aesthetic", partial(Aesthetic, clip, head), {"weights": [*map(file_hash, (clip, head))]})
 
 
 def _semantic(needs: Needs) -> Recipe:
@@ -35,7 +36,7 @@ def _semantic(needs: Needs) -> Recipe:
 
     viclip = model_files.find(needs.weights, model_files.VICLIP)
     vocabulary = model_files.find(needs.weights, model_files.VOCABULARY, ("",))
-    return Recipe("semantic", partial(Semantic, viclip, vocabulary), {"weights": [model_files.stamp(viclip)]})
+    return Recipe("semantic", partial(Semantic, viclip, vocabulary), {"weights": [file_hash(viclip)]})
 
 
 def _smoothness(needs: Needs) -> Recipe:
@@ -44,7 +45,7 @@ def _smoothness(needs: Needs) -> Recipe:
     network = model_files.find(needs.weights, model_files.AMT, (".onnx", ".pt"))
     for module in ("cv2", *(("onnxruntime",) if network.suffix == ".onnx" else ())):
         require(module)
-    return Recipe("motion_smoothness", partial(Smoothness, network), {"weights": [model_files.stamp(network)]})
+    return Recipe("motion_smoothness", partial(Smoothness, network), {"weights": [file_hash(network)]})
 
 
 def _amplitude(needs: Needs) -> Recipe:

@@ -17,11 +17,12 @@ PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "heliosbench"
 published = pytest.mark.skipif(not PUBLISHED.is_dir(), reason="upstream's published files are not beside the checkout")
 
 
-def write(path: Path, frames: int, step: int = 1) -> Path:
+def write(path: Path, frames: int, step: int = 1, height: int = 48, width: int = 96) -> Path:
     """A texture that moves to the right by `step` pixels a frame."""
-    noise = np.random.default_rng(0).integers(0, 255, (12, 24, 3), np.uint8).repeat(4, 0).repeat(4, 1)
+    noise = np.random.default_rng(0).integers(0, 255, (height // 4, width // 4, 3), np.uint8)
+    noise = noise.repeat(4, 0).repeat(4, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with VideoWriter(path, 24, 48, 96) as video:
+    with VideoWriter(path, 24, height, width) as video:
         video.write(np.stack([np.roll(noise, step * i, 1) for i in range(frames)]))
     return path
 
@@ -85,6 +86,7 @@ def test_a_second_run_measures_only_what_changed(bench, monkeypatch):
     assert bench.run() == 0
     assert measured == []
     assert bench.results("motion_amplitude") == before
+    (bench.folder / "ours" / "1_80_ori70.mp4").touch()
     write(bench.folder / "ours" / "12_80_ori40.mp4", 41)
     bench.run()
     assert measured == [12]
@@ -97,6 +99,9 @@ def test_a_second_run_measures_only_what_changed(bench, monkeypatch):
 
 def test_a_bad_video_is_named_and_skipped(bench, capsys):
     (bench.folder / "ours" / "2_80_ori5.mp4").write_bytes(b"no video")
+    write(bench.folder / "ours" / "4_80_ori5.mp4", 5, height=8, width=96 * 16)
+    with (bench.folder / "prompts.csv").open("a") as file:
+        file.write("4,four,5\n")
     (bench.folder / "ours" / "3_80_ori5.mp4").write_bytes(b"no prompt")
     (bench.folder / "ours" / "x_80_ori5.mp4").write_bytes(b"no id")
     assert bench.run() == 1
@@ -104,6 +109,7 @@ def test_a_bad_video_is_named_and_skipped(bench, capsys):
     assert "left out: 3_80_ori5.mp4: the prompts have no id 3" in said
     assert "left out: x_80_ori5.mp4: its name does not begin with an id" in said
     assert re.search(r"ours/2_80_ori5.mp4: skipped: .* does not decode", said)
+    assert "1536x8 pixels become 96x0 here; each side must have 16 or more" in said
     assert bench.results("motion_amplitude")["num_videos"] == 2
     assert re.search(r"Not measured.*2_80_ori5\.mp4: ", (bench.out / "report.html").read_text())
 

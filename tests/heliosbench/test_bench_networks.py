@@ -304,6 +304,19 @@ def test_a_network_that_is_no_network(tmp_path):
         Smoothness(tmp_path / "a.onnx")
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_weights_that_are_damaged_end_the_run(weights, tmp_path, capsys, workers):
+    (tmp_path / "model").mkdir()
+    video(tmp_path / "model" / "1_9_ori9.mp4", np.linspace(20, 220, 9))
+    (tmp_path / "prompts.csv").write_text("id,prompt,duration\n1,hello,40\n")
+    (weights / f"{model_files.HEAD}.safetensors").write_bytes(b"no weights")
+    arguments = [str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.csv"), "--out", str(tmp_path / "out")]
+    assert bench_cli.main([*arguments, "--weights", str(weights), "--metrics", "aesthetic", "--workers", workers]) == 2
+    said = capsys.readouterr().err
+    assert "is not a whole safetensors file" in said
+    assert said.count("\n") == 1
+
+
 def test_all_metrics_make_a_whole_total(weights, tmp_path, capsys):
     for module in ("cv2", "onnxruntime", "openai"):
         pytest.importorskip(module)
