@@ -29,7 +29,13 @@ from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401 (the hook looks it up by name)
 
-CHECKED = ["helios_jax.models", "helios_jax.diffusion", "helios_jax.sampling", "helios_jax.runtime"]
+CHECKED = [
+    "helios_jax.heliosbench",
+    "helios_jax.models",
+    "helios_jax.diffusion",
+    "helios_jax.sampling",
+    "helios_jax.runtime",
+]
 if "FUZZ_COUNTS" not in os.environ:  # a fuzzed input meets the code as it is used
     install_import_hook(CHECKED, "tests.typecheck.check")
 

@@ -150,7 +150,7 @@ def _tables(bt709: bool, full_range: bool) -> tuple[Int16[np.ndarray, " 256"], .
     def ten_bits(levels: np.ndarray) -> np.ndarray:
         return levels << 2 | levels >> 6
 
-    chroma = ten_bits(levels) - ten_bits(np.array(128))
+    chroma = ten_bits(levels) - ten_bits(levels)[128]
     to_red, to_blue = 2 * (1 - red) * scale, 2 * (1 - blue) * scale
     factors = to_red, to_blue, to_blue * blue / green, to_red * red / green
     return term(ten_bits((levels - low).clip(0)), y_scale), *(term(chroma, factor) for factor in factors)

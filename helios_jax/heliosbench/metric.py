@@ -3,7 +3,7 @@
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from helios_jax.heliosbench.bench_frames import Frame
 from helios_jax.heliosbench.rating import Length
@@ -26,6 +26,7 @@ class Measured:
     curve: list[tuple[float, float]] = field(default_factory=list)
 
 
+@runtime_checkable
 class Meter(Protocol):
     """A measurement of one video that is under way."""
 
@@ -38,6 +39,7 @@ class Meter(Protocol):
         ...
 
 
+@runtime_checkable
 class Metric(Protocol):
     """A metric, with its network if it has one. `files` names the result files that it fills."""
 

@@ -1,8 +1,12 @@
 """The benchmark's command on small videos: names, results, what goes on after an interrupt, and what is left out."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -236,3 +240,30 @@ def test_folders_that_cannot_be_used(bench, capsys):
     write(bench.folder / "ours" / "1_90_ori70.mp4", 5)
     assert bench.run() == 2
     assert "has id 1, too; keep one of them" in capsys.readouterr().err
+
+
+def test_a_signal_ends_the_run_and_the_same_command_goes_on(bench):
+    """All videos that were measured by then are kept, and processes that measure end, too."""
+    for number in range(20, 28):
+        write(bench.folder / "ours" / f"{number}_80_ori99.mp4", 99)
+        with (bench.folder / "prompts.csv").open("a") as file:
+            file.write(f"{number},more,99\n")
+    flags = ["--prompts", "prompts.csv", "--out", "out", "--size", "48x96", "--workers", "2"]
+    command = [sys.executable, "-m", "helios_jax.heliosbench", "ours", *flags]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    process = subprocess.Popen(
+        command, cwd=bench.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("2/10"):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)  # ends when the processes that measure have closed it
+    assert process.returncode == 130
+    assert "heliosbench: interrupted by SIGTERM" in said
+    kept = len(list((bench.out / "ours" / "videos").glob("*.json")))
+    assert 2 <= kept < 10
+    goes_on = subprocess.run(command, cwd=bench.folder, env=environment, capture_output=True, text=True, check=True)
+    assert f"10 videos, of which {10 - kept} are to be measured" in goes_on.stdout
+    assert bench.results("motion_amplitude")["num_videos"] == 10
