@@ -22,8 +22,8 @@ class Semantic:
     def __init__(self, viclip: Path, vocabulary: Path):
         self._tokenizer = ClipTokenizer(vocabulary)
         arrays = read_weights(viclip, "vision_encoder.", "text_encoder.")
-        self._videos = Encoder.of(arrays, VIDEOS, "vision_encoder.", str(viclip))
         self._texts = Encoder.of(arrays, TEXTS, "text_encoder.", str(viclip))
+        self._videos = Encoder.of(arrays, VIDEOS, "vision_encoder.", str(viclip))
         w = self._videos.tensors
         self.frames = w["temporal_positional_embedding"].shape[1]
         self.side = round((w["positional_embedding"].shape[0] - 1) ** 0.5) * w["conv1.weight"].shape[-1]

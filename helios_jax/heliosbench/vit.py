@@ -33,25 +33,32 @@ TEXTS = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "l
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tensors", "layers"], meta_fields=[])
 @dataclass(frozen=True)
 class Encoder:
-    """Weights of an encoder: `layers` holds those of all layers, stacked."""
+    """Weights of an encoder: `layers` holds those of all layers, stacked, in float16 where they are such numbers."""
 
     tensors: dict[str, Array]
     layers: dict[str, Array]
 
     @classmethod
-    def of(cls, arrays: Mapping[str, np.ndarray], names: tuple[str, ...], prefix: str, source: str) -> "Encoder":
-        """The encoder whose tensors have `prefix` in `arrays`; raises CheckpointError if one is missing."""
+    def of(cls, arrays: dict[str, np.ndarray], names: tuple[str, ...], prefix: str, source: str) -> "Encoder":
+        """The encoder whose tensors have `prefix` in `arrays`, from which they are taken out to save memory.
+
+        Raises CheckpointError if one is missing.
+        """
         count = len({key.removeprefix(prefix + BLOCK).partition(".")[0] for key in arrays if _starts(key, prefix)})
         needed = [prefix + name for name in names]
         needed += [f"{prefix}{BLOCK}{i}.{name}" for i in range(max(count, 1)) for name in LAYER]
         if lacking := [key for key in needed if key not in arrays]:
             raise CheckpointError(f"{source} lacks {lacking[0]} ({len(lacking)} tensors in all): take CLIP's own file")
-        tensors = {name: jnp.asarray(arrays[prefix + name], jnp.float32) for name in names}
-        layers = {
-            name: jnp.stack([jnp.asarray(arrays[f"{prefix}{BLOCK}{i}.{name}"], jnp.float32) for i in range(count)])
-            for name in LAYER
-        }
+        tensors = {name: jnp.asarray(arrays.pop(prefix + name), jnp.float32) for name in names}
+        blocks = [f"{prefix}{BLOCK}{i}." for i in range(count)]
+        layers = {name: jnp.asarray(_smallest([arrays.pop(block + name) for block in blocks])) for name in LAYER}
         return cls(tensors, layers)
+
+
+def _smallest(arrays: list[np.ndarray]) -> np.ndarray:
+    """The arrays stacked, in float16 if that changes no number: CLIP was released so."""
+    halves = [array.astype(np.float16) for array in arrays]
+    return np.stack(halves if all(map(np.array_equal, halves, arrays)) else arrays)
 
 
 def _starts(key: str, prefix: str) -> bool:
@@ -113,6 +120,7 @@ def _pooled(encoder: Encoder, x: Float[Array, "b n c"]) -> Float[Array, "b d"]:
 def _transform(encoder: Encoder, x: Float[Array, "b n c"], causal: bool) -> Float[Array, "b n c"]:
     def layer(x: Float[Array, "b n c"], w: dict[str, Array]) -> tuple[Float[Array, "b n c"], None]:
         b, n, c = x.shape
+        w = {name: value.astype(jnp.float32) for name, value in w.items()}
         qkv = _linear(_norm(x, w, "ln_1"), w["attn.in_proj_weight"], w["attn.in_proj_bias"])
         q, k, v = (part.reshape(b, n, c // HEAD, HEAD) for part in jnp.split(qkv, 3, -1))
         heads = jax.nn.dot_product_attention(q, k, v, is_causal=causal)

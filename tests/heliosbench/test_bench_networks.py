@@ -117,6 +117,16 @@ def test_texts_beside_transformers():
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_weights_in_half_precision_take_half_the_memory():
+    """The numbers stay: CLIP was released in float16."""
+    arrays = pictures("visual.")
+    halves = {key: value.astype(np.float16).astype(np.float32) for key, value in arrays.items()}
+    whole, half = (Encoder.of(dict(x), PICTURES, "visual.", "test") for x in (arrays, halves))
+    assert {str(x.dtype) for x in whole.layers.values()} == {"float32"}
+    assert {str(x.dtype) for x in half.layers.values()} == {"float16"}
+    np.testing.assert_array_equal(half.layers["ln_1.bias"][1], halves["visual.transformer.resblocks.1.ln_1.bias"])
+
+
 @pytest.mark.reference
 @pytest.mark.parametrize("size", [(368, 640), (640, 368), (224, 224), (100, 150)])
 @pytest.mark.parametrize("rounded", [False, True])
@@ -192,7 +202,7 @@ def test_files_of_other_networks_are_refused(weights):
     save_file({"weight": random((1, 7)), "bias": np.zeros(1, np.float32)}, head)
     with pytest.raises(CheckpointError, match="is not a head of 24 features"):
         Aesthetic(clip, head)
-    with pytest.raises(CheckpointError, match=r"lacks vision_encoder\."):
+    with pytest.raises(CheckpointError, match=r"lacks text_encoder\."):
         Semantic(clip, weights / model_files.VOCABULARY)
 
 
