@@ -140,7 +140,7 @@ $(CHAIN)/wan/transformer/config.json: | $(VENV)/.run
 lock: $(VENV)/.test  ## write requirements*.txt from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-header -q -o requirements.txt
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-header -q \
-		--extra test --extra reference --extra ray -c requirements.txt -o requirements-test.txt
+		--extra test --extra reference --extra ray --extra heliosbench -c requirements.txt -o requirements-test.txt
 
 clean:
 	rm -rf $(VENV) $(AOT) $(AOT)-newest .pytest_cache .ruff_cache .hypothesis

@@ -29,7 +29,13 @@ from jaxtyping import install_import_hook
 
 import tests.typecheck  # noqa: F401 (the hook looks it up by name)
 
-CHECKED = ["helios_jax.models", "helios_jax.diffusion", "helios_jax.sampling", "helios_jax.runtime"]
+CHECKED = [
+    "helios_jax.heliosbench",
+    "helios_jax.models",
+    "helios_jax.diffusion",
+    "helios_jax.sampling",
+    "helios_jax.runtime",
+]
 if "FUZZ_COUNTS" not in os.environ:  # a fuzzed input meets the code as it is used
     install_import_hook(CHECKED, "tests.typecheck.check")
 
@@ -47,6 +53,7 @@ PLAIN |= {f"training/test_{name}.py" for name in ("progress", "stage_table", "st
 PLAIN |= {
     f"sampling/test_{name}.py" for name in ("checkpoint", "csv", "download", "options", "outputs", "prompts", "table")
 }
+PLAIN |= {f"heliosbench/test_{name}.py" for name in ("rating", "bench_frames", "judge", "bench_cli", "blind")}
 
 
 def pytest_collection_modifyitems(config, items):

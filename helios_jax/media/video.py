@@ -50,6 +50,11 @@ def iterate_video(path: str | os.PathLike, fps: float | None = None) -> Iterator
     return (frame for frame, _ in _at_rate(path, fps))
 
 
+def decode_video(path: str | os.PathLike) -> Iterator[av.VideoFrame | UInt8[np.ndarray, "h w 3"]]:
+    """The frames of `read_video` as FFmpeg decodes them, not turned; those of a folder or a WebP are RGB arrays."""
+    return (frame for frame, _, _ in _decode(Path(path)))
+
+
 def frames_at(path: str | os.PathLike, numbers: Iterable[int]) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """The frames of a file with these numbers, counted from 0, in increasing order; a number may be repeated.
 
