@@ -23,14 +23,15 @@ from helios_jax import pretrained
 from helios_jax.benchmarks.throughput_flops import traced
 from helios_jax.config import ConfigError
 from helios_jax.models.transformer import TransformerConfig
-from helios_jax.sharding import batch_sharding, shardings
+from helios_jax.runtime.offload import HOST
+from helios_jax.sharding import batch_sharding
 from helios_jax.training import loop
 from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.stage_table import load_config, make_stage
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
 from helios_jax.training.stages.ode import ODETrainConfig
 from helios_jax.training.start import transformer_config
-from helios_jax.training.state import TrainState, create
+from helios_jax.training.state import TrainState, create, placed
 from helios_jax.training.trainable import check, settle_dtypes
 from pallas_kernels.core import device
 
@@ -101,13 +102,6 @@ def abstract_state(config: FlowTrainConfig) -> TrainState:
     )
 
 
-def placed(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
-    """`state` with its shardings over `mesh`."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state, mesh)
-    )
-
-
 def compiled(config: FlowTrainConfig, state: TrainState, mesh: Mesh, *, all_effort: bool = False) -> Any:
     """The training step of `config` (`jax.stages.Compiled`) for the devices of `mesh`.
 
@@ -117,9 +111,10 @@ def compiled(config: FlowTrainConfig, state: TrainState, mesh: Mesh, *, all_effo
     first = mesh.devices.flat[0]
     options: dict[str, Any] = {} if all_effort or first.platform != "tpu" else dict(LITTLE)
     with jax.set_mesh(mesh), device.compiling_for(first):
-        step: Any = loop.make_step(stage, stage.make_optimizer(), placed(state, mesh), mesh)
+        given = placed(state, mesh, config.optim.offload)
+        step: Any = loop.make_step(stage, stage.make_optimizer(), given, mesh)
         key = jax.eval_shape(jax.random.key, config.seed)
-        return step.lower(placed(state, mesh), batch(config, mesh), key).compile(options)
+        return step.lower(given, batch(config, mesh), key).compile(options)
 
 
 def model_flops(config: FlowTrainConfig) -> tuple[int, int]:
@@ -170,5 +165,6 @@ def sequences(config: FlowTrainConfig) -> list[list[int]]:
 
 
 def bytes_on_each(tree: Any) -> int:
-    """Bytes of a tree of shapes with shardings on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes of a tree of shapes with shardings in one device's own memory."""
+    own = (x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in own)

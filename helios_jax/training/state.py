@@ -10,8 +10,9 @@ import optax
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from helios_jax.sharding import shardings
-from helios_jax.training.optim import EMAConfig, kept
+from helios_jax.runtime import offload as memories
+from helios_jax.sharding import AnyMesh, shardings
+from helios_jax.training.optim import EMAConfig, Offload, kept
 from helios_jax.training.trainable import ALL, check, settle_dtypes, trainable
 
 
@@ -43,7 +44,8 @@ class TrainState:
         """The model to evaluate and to export: the average when there is one, where there is one."""
         if self.ema is None:
             return self.model
-        return nnx.merge(self.graph, nnx.merge_state(self.params, self.ema), self.frozen)
+        average = memories.on_device(self.ema)
+        return nnx.merge(self.graph, nnx.merge_state(self.params, average), self.frozen)
 
 
 def create(
@@ -72,6 +74,7 @@ def init_sharded(
     load: Callable[[Any, Any], nnx.Module] | None = None,
     names: Sequence[str] = (ALL,),
     frozen_dtype: Any = jnp.float32,
+    offload: Offload | None = None,
 ) -> TrainState:
     """`create(init(key))` where no device ever holds more than its shard.
 
@@ -86,7 +89,7 @@ def init_sharded(
     def begin(model: Any) -> TrainState:
         return create(model, optimizer, ema, names)
 
-    target = jax.tree.map(lambda x: x.sharding, abstract(init, key, optimizer, ema, mesh, names, frozen_dtype))
+    target = jax.tree.map(lambda x: x.sharding, abstract(init, key, optimizer, ema, mesh, names, frozen_dtype, offload))
     if load is None:
         return jax.jit(lambda key: begin(make(key)), out_shardings=target)(key)
     model = jax.eval_shape(make, key)
@@ -101,6 +104,7 @@ def abstract(
     mesh: Mesh,
     names: Sequence[str] = (ALL,),
     frozen_dtype: Any = jnp.float32,
+    offload: Offload | None = None,
 ) -> TrainState:
     """The state that `init_sharded` makes, as shapes, dtypes and shardings: nothing is computed.
 
@@ -109,8 +113,24 @@ def abstract(
     model = jax.eval_shape(lambda key: settle_dtypes(init(key), names, frozen_dtype), key)
     check(model, names)
     state = jax.eval_shape(lambda model: create(model, optimizer, ema, names), model)
+    return placed(state, mesh, offload)
+
+
+def placements(state: TrainState, mesh: AnyMesh, offload: Offload | None) -> TrainState:
+    """A sharding for each array of a state, which may be abstract; with `offload` some in the hosts' memory."""
+    found = shardings(state, mesh)
+    if offload is None:
+        return found
+    opt_state, ema = (memories.waiting(x, y) for x, y in ((state.opt_state, found.opt_state), (state.ema, found.ema)))
+    return dataclasses.replace(found, opt_state=opt_state, ema=ema)
+
+
+def placed(state: TrainState, mesh: AnyMesh, offload: Offload | None) -> TrainState:
+    """The shapes and dtypes of `state` with its `placements`."""
     return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state, mesh)
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        placements(state, mesh, offload),
     )
 
 
@@ -120,17 +140,27 @@ def abstract_like(state: TrainState) -> TrainState:
     return dataclasses.replace(abstract, frozen=state.frozen, frozen_digest=state.frozen_digest)
 
 
-def update(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, ema: EMAConfig | None) -> TrainState:
-    """The state after one optimiser step with `grads`."""
-    changes, opt_state = optimizer.update(grads, state.opt_state, state.params)
+def update(
+    state: TrainState,
+    grads: Any,
+    optimizer: optax.GradientTransformation,
+    ema: EMAConfig | None,
+    *,
+    host: bool = False,
+) -> TrainState:
+    """The state after one optimiser step with `grads`; with `host`, optimiser state and average wait in its memory."""
+    fetch, store = (memories.to_device, memories.to_host) if host else (lambda x: x, lambda x: x)
+    changes, opt_state = optimizer.update(grads, fetch(state.opt_state), state.params)
     params: Any = optax.apply_updates(state.params, changes)
     average = state.ema
     if ema is not None:
         keep = kept(ema, state.step)
         flat = dict(nnx.to_flat_state(params))
         now = nnx.from_flat_state([(path, flat[path]) for path, _ in nnx.to_flat_state(state.ema)])
-        average = jax.tree.map(lambda a, x: keep * a + (1 - keep) * x.astype(jnp.float32), state.ema, now)
-    return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=average)
+        average = jax.tree.map(lambda a, x: keep * a + (1 - keep) * x.astype(jnp.float32), fetch(state.ema), now)
+    return dataclasses.replace(
+        state, step=state.step + 1, params=params, opt_state=store(opt_state), ema=store(average)
+    )
 
 
 def digest(frozen: Any) -> jax.Array | None:

@@ -1,11 +1,12 @@
 """The losses of stage 3's players: the generator's, and that of the critic and the discriminator."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import nnx, struct
 from jaxtyping import Array, Float
 
 from helios_jax.diffusion import distillation as losses
@@ -16,9 +17,10 @@ from helios_jax.diffusion.schedule import dynamic_shift
 from helios_jax.models.transformer import Transformer
 from helios_jax.training.stage import Metrics
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
-from helios_jax.training.stages.distill.players import Players
+from helios_jax.training.stages.distill.players import Players, of_student
 from helios_jax.training.stages.distill.rollout import Scene, make_chunk, real_chunk
 from helios_jax.training.stages.flow import fold
+from helios_jax.training.trainable import trainable
 
 
 @struct.dataclass
@@ -79,14 +81,15 @@ def generator_loss(
     if gan is None or model.discriminator is None:
         return dmd, metrics
 
-    def adversarial(made: Array) -> Array:
+    def adversarial(made: Array) -> tuple[Array, Array]:
         noisy = add_noise(made, _normal(k_gan, made), sigma)
         logits = _logits(model, _window(noisy, k_crop, config), sigma, history, scene.text, config)
-        return losses.gan_loss(logits, real=True).mean()
+        against = losses.gan_loss(logits, real=True).mean()
+        return gan.generator_weight * against, against
 
     on = step >= gan.start
-    against = jax.lax.cond(on, adversarial, lambda _: jnp.zeros(()), made)
-    return dmd + gan.generator_weight * against, {**metrics, "gan_generator": (against, on.astype(jnp.float32))}
+    loss, against = _apart(on, adversarial, made)
+    return dmd + loss, {**metrics, "gan_generator": (against, on.astype(jnp.float32))}
 
 
 def dmd_gradient(
@@ -131,7 +134,10 @@ def critic_loss(
     if gan is None or model.discriminator is None:
         return denoising, metrics
 
-    def adversarial(_: None) -> tuple[Array, Array]:
+    graph, learning, rest = nnx.split(model, _judges(config), ...)
+
+    def adversarial(learning: Any) -> tuple[Array, tuple[Array, Array]]:
+        model = nnx.merge(graph, learning, rest)
         own, past = real_chunk(scene, chunks, config)
         real = add_noise(own, noise, sigma)
         judged = [(_window(noisy, k_crop, config), history), (_window(real, k_crop_real, config), past)]
@@ -149,13 +155,32 @@ def critic_loss(
         for term, still in ((gan.r1, real_logits), (gan.r2, fake_logits)):
             if term is not None:
                 penalties = penalties + losses.penalty(still, moved.pop(0), term).mean()
-        return against, penalties
+        return gan.critic_weight * against + penalties, (against, penalties)
 
     on = step >= gan.start
-    against, penalties = jax.lax.cond(on, adversarial, lambda _: (jnp.zeros(()), jnp.zeros(())), None)
+    loss, (against, penalties) = _apart(on, adversarial, learning)
     weight = on.astype(jnp.float32)
     metrics |= {"gan_critic": (against, weight), "gan_penalty": (penalties, weight)}
-    return denoising + gan.critic_weight * against + penalties, metrics
+    return denoising + loss, metrics
+
+
+def _judges(config: DistillTrainConfig) -> Any:
+    """The filter of trained parameters of the critic and the discriminator."""
+    is_trained = trainable(config.trainable)
+    return lambda path, variable: is_trained(path, variable) and not of_student(path, variable)
+
+
+def _apart(on: Array, loss: Callable[[Any], tuple[Array, Any]], x: Any) -> tuple[Array, Any]:
+    """`loss(x)`, a number and what belongs to it, where `on`; zeros elsewhere.
+
+    Its gradient is made at once: no activations stay for later, beside those of other losses, or leave the branch.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    fixed = jax.lax.stop_gradient(x)
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, fixed))
+    (value, more), slope = jax.lax.stop_gradient(jax.lax.cond(on, gradient, lambda _: nothing, fixed))
+    moved = jax.tree.map(lambda d, a, b: jnp.sum(d * (a - b)), slope, x, fixed)  # zeros, whose gradient is the slope
+    return value + sum(jax.tree.leaves(moved)), more
 
 
 def _logits(
