@@ -23,6 +23,7 @@ from helios_jax import pretrained
 from helios_jax.benchmarks.throughput_flops import traced
 from helios_jax.config import ConfigError
 from helios_jax.models.transformer import TransformerConfig
+from helios_jax.planner.stand_ins import existing
 from helios_jax.runtime.offload import HOST
 from helios_jax.sharding import batch_sharding
 from helios_jax.training import loop
@@ -51,8 +52,10 @@ def open_config(path: str, overrides: Sequence[str]) -> FlowTrainConfig:
         raise ConfigError(f"{path}: the stage {config.stage} has no transformer; give a config that trains one")
     sizes = config.model.transformer or TransformerConfig()
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, transformer=sizes))
-    if isinstance(config, DistillTrainConfig) and config.distill.score.init is not None:
-        score = dataclasses.replace(config.distill.score, init=_released().name)
+    if isinstance(config, DistillTrainConfig):
+        init = None if config.distill.score.init is None else _released().name
+        adapters = tuple(existing(text, sizes, config.lora) for text in config.distill.score.adapters)
+        score = dataclasses.replace(config.distill.score, init=init, adapters=adapters)
         return dataclasses.replace(config, distill=dataclasses.replace(config.distill, score=score))
     return config
 

@@ -24,6 +24,7 @@ from helios_jax.locations import location
 from helios_jax.runtime import hosts, interrupts, offload, seeds
 from helios_jax.sharding import BATCH, put_batch
 from helios_jax.training.errors import NotFiniteError, RunError, writing
+from helios_jax.training.gradients import with_gradient
 from helios_jax.training.profile import Profile
 from helios_jax.training.progress import Reporter
 from helios_jax.training.run_checkpoints import Checkpoints
@@ -53,7 +54,9 @@ def make_step(stage: Stage[Any, Any], optimizer: optax.GradientTransformation, s
             # The next player's inputs wait for these gradients, so that two players' activations never meet.
             inputs, own = jax.lax.optimization_barrier((inputs, own))
             loss, metrics, grads = loss + value, {**metrics, **more}, [*grads, own]
-        merged = nnx.merge_state(*(offload.to_device(grads) if host else grads))
+        if host:  # none comes back before the last is made
+            grads = offload.to_device(jax.lax.optimization_barrier(grads))
+        merged = nnx.merge_state(*grads)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(merged), **metrics}
         return update(state, merged, optimizer, config.optim.ema, host=host), metrics
 
@@ -64,10 +67,13 @@ def _gradient(player: Player, parts: int, state: TrainState, placed: Any, mesh: 
     """((loss, sums and divisors of the metrics), gradients) of a player: means over the `parts` of a batch."""
     own, others = nnx.split_state(state.params, player.trains, ...)
 
-    def gradient(batch: Any, keys: jax.Array) -> Any:
+    def gradient(batch: Any, keys: jax.Array, total: Any = None) -> Any:
+        """Those of a part of the batch, the gradients added to `total`."""
+
         def loss(own: Any) -> tuple[jax.Array, Metrics]:
             model = nnx.merge(state.graph, own, others, state.frozen)
             value, metrics = player.loss(model, {**batch, "step": state.step}, keys)
+            value = value if total is None else with_gradient(value, own, total)
             return value, {name: x if isinstance(x, tuple) else (x, 1) for name, x in metrics.items()}
 
         return jax.value_and_grad(loss, has_aux=True)(own)
@@ -89,8 +95,8 @@ def _accumulate(gradient: Callable[..., Any], inputs: Any, parts: int, placed: A
         return jax.lax.with_sharding_constraint(x, sharding)
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
-        total = jax.tree.map(jnp.add, total, gradient(*part))
-        return (total[0], jax.lax.with_sharding_constraint(total[1], placed)), None
+        values, grads = gradient(*part, total[1])
+        return (jax.tree.map(jnp.add, total[0], values), jax.lax.with_sharding_constraint(grads, placed)), None
 
     divided = jax.tree.map(divide, inputs)
     shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], divided))

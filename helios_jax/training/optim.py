@@ -98,6 +98,10 @@ class OptimConfig:
             self.clip_norm is None or self.clip_norm > 0,
             f"clip_norm must be above 0, or null for no clipping, got {self.clip_norm}",
         )
+        require(
+            self.offload is None or self.name != "prodigy",
+            "offload must be null for prodigy, whose step needs the state of all parameters at once",
+        )
         require(self.accumulate > 0, f"accumulate must be at least 1, got {self.accumulate}")
 
 

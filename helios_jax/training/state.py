@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,8 @@ from helios_jax.runtime import offload as memories
 from helios_jax.sharding import AnyMesh, shardings
 from helios_jax.training.optim import EMAConfig, Offload, kept
 from helios_jax.training.trainable import ALL, check, settle_dtypes, trainable
+
+GROUP = 2**30  # bytes of the parameters whose state comes from the host's memory at a time
 
 
 @struct.dataclass
@@ -149,18 +152,56 @@ def update(
     host: bool = False,
 ) -> TrainState:
     """The state after one optimiser step with `grads`; with `host`, optimiser state and average wait in its memory."""
-    fetch, store = (memories.to_device, memories.to_host) if host else (lambda x: x, lambda x: x)
-    changes, opt_state = optimizer.update(grads, fetch(state.opt_state), state.params)
-    params: Any = optax.apply_updates(state.params, changes)
-    average = state.ema
-    if ema is not None:
-        keep = kept(ema, state.step)
-        flat = dict(nnx.to_flat_state(params))
-        now = nnx.from_flat_state([(path, flat[path]) for path, _ in nnx.to_flat_state(state.ema)])
-        average = jax.tree.map(lambda a, x: keep * a + (1 - keep) * x.astype(jnp.float32), fetch(state.ema), now)
-    return dataclasses.replace(
-        state, step=state.step + 1, params=params, opt_state=store(opt_state), ema=store(average)
-    )
+
+    def step(opt_state: Any, average: Any) -> tuple[Any, Any, Any]:
+        changes, opt_state = optimizer.update(grads, opt_state, state.params)
+        params: Any = optax.apply_updates(state.params, changes)
+        if ema is not None:
+            keep = kept(ema, state.step)
+            flat = dict(nnx.to_flat_state(params))
+            now = nnx.from_flat_state([(path, flat[path]) for path, _ in nnx.to_flat_state(average)])
+            average = jax.tree.map(lambda a, x: keep * a + (1 - keep) * x.astype(jnp.float32), average, now)
+        return params, opt_state, average
+
+    run = partial(_by_groups, step, state.params) if host else step
+    params, opt_state, average = run(state.opt_state, state.ema)
+    return dataclasses.replace(state, step=state.step + 1, params=params, opt_state=opt_state, ema=average)
+
+
+def _by_groups(step: Callable[[Any, Any], Any], params: Any, opt_state: Any, average: Any) -> tuple[Any, Any, Any]:
+    """`step` where its arguments wait in the host's memory: they come to the device and go back a few at a time.
+
+    The step of an array must not depend on the state of another. Each group takes the step with zeros in place of all
+    other state, and only its own arrays of the result count: the compiler leaves out the rest.
+    """
+    sizes = {jax.tree_util.keystr(path): x.nbytes for path, x in jax.tree.leaves_with_path(params)}
+    groups, full = {}, 0
+    for name, size in sizes.items():
+        groups[name] = full // GROUP
+        full += size
+
+    def group(path: Any) -> int | None:
+        """That of the parameter at the end of a path; None for a counter."""
+        text = jax.tree_util.keystr(path)
+        return next((groups[text[i:]] for i in range(len(text)) if text[i:] in groups), None)
+
+    waiting = opt_state, average
+    leaves, structure = jax.tree.flatten(waiting)
+    places = [group(path) for path, _ in jax.tree.leaves_with_path(waiting)]
+    found, gone = list(jax.tree.leaves((params, *waiting))), []
+    shares = [*groups.values(), *places]
+    for number in sorted(set(groups.values())):
+        mine, gone = jax.lax.optimization_barrier(([x for x, n in zip(leaves, places) if n == number], gone))
+        come = iter(memories.to_device(mine))
+        filled = [
+            next(come) if n == number else x if n is None else jnp.zeros(x.shape, x.dtype)
+            for x, n in zip(leaves, places)
+        ]
+        after = jax.tree.leaves(step(*jax.tree.unflatten(structure, filled)))
+        stored = [*after[: len(groups)], *memories.to_host(after[len(groups) :])]
+        found = [new if n in (number, None) else old for new, old, n in zip(stored, found, shares)]
+        gone = [x for x, n in zip(stored[len(groups) :], places) if n == number]
+    return jax.tree.unflatten(jax.tree.structure((params, *waiting)), found)
 
 
 def digest(frozen: Any) -> jax.Array | None:

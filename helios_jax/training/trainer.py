@@ -84,10 +84,9 @@ def fit_mesh(config: TrainConfig) -> Mesh:
         check_batch(config.data.batch_size // config.optim.accumulate, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    if config.optim.offload is not None and not has_host_memory(device := mesh.local_devices[0]):
-        raise ConfigError(
-            f"optim.offload: a {device.device_kind} cannot keep arrays in its host's memory; set it to null"
-        )
+    device = mesh.local_devices[0]
+    if config.optim.offload is not None and not has_host_memory(device):
+        raise ConfigError(f"optim.offload: {device.device_kind} keeps no arrays in its host's memory; set it to null")
     return mesh
 
 

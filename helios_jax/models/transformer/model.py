@@ -100,7 +100,13 @@ class Transformer(nnx.Module):
         text = self.condition_embedder.text(embeddings)
         if isinstance(self.blocks, nnx.List):
             return tuple(block.attn2.key_value(text) for block in self.blocks)
-        return jax.lax.map(lambda block: block.attn2.key_value(text), self.blocks)
+
+        # Computed again for a gradient: in float32 they would be kept for all blocks.
+        @partial(jax.checkpoint, prevent_cse=False)
+        def key_value(block: Block) -> TextKV:
+            return block.attn2.key_value(text)
+
+        return jax.lax.map(key_value, self.blocks)
 
     def __call__(
         self,

@@ -15,6 +15,7 @@ from helios_jax.diffusion.memory import History, window
 from helios_jax.diffusion.noising import add_noise, predict_data
 from helios_jax.diffusion.schedule import dynamic_shift
 from helios_jax.models.transformer import Transformer
+from helios_jax.training.gradients import with_gradient
 from helios_jax.training.stage import Metrics
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
 from helios_jax.training.stages.distill.players import Players, of_student
@@ -88,8 +89,8 @@ def generator_loss(
         return gan.generator_weight * against, against
 
     on = step >= gan.start
-    loss, against = _apart(on, adversarial, made)
-    return dmd + loss, {**metrics, "gan_generator": (against, on.astype(jnp.float32))}
+    (loss, against), slope = _apart(on, adversarial, made)
+    return dmd + with_gradient(loss, made, slope), {**metrics, "gan_generator": (against, on.astype(jnp.float32))}
 
 
 def dmd_gradient(
@@ -128,12 +129,14 @@ def critic_loss(
     sigma = losses.draw_sigma(k_sigma, distill.critic.renoise, step, _shift(made, config))
     noise = _normal(k_noise, made)
     noisy = add_noise(made, noise, sigma)
-    velocity = _velocity(model.fake, noisy, sigma, _seen(model.fake, history, scene.text, config), config)
-    denoising = jnp.square(velocity - noising.velocity(made, noise)).mean()
-    metrics: Metrics = {"critic_loss": (denoising, jnp.ones(()))}
-    if gan is None or model.discriminator is None:
-        return denoising, metrics
 
+    def denoising(noisy: Array) -> Array:
+        velocity = _velocity(model.fake, noisy, sigma, _seen(model.fake, history, scene.text, config), config)
+        return jnp.square(velocity - noising.velocity(made, noise)).mean()
+
+    if gan is None or model.discriminator is None:
+        loss = denoising(noisy)
+        return loss, {"critic_loss": (loss, jnp.ones(()))}
     graph, learning, rest = nnx.split(model, _judges(config), ...)
 
     def adversarial(learning: Any) -> tuple[Array, tuple[Array, Array]]:
@@ -158,10 +161,16 @@ def critic_loss(
         return gan.critic_weight * against + penalties, (against, penalties)
 
     on = step >= gan.start
-    loss, (against, penalties) = _apart(on, adversarial, learning)
-    weight = on.astype(jnp.float32)
-    metrics |= {"gan_critic": (against, weight), "gan_penalty": (penalties, weight)}
-    return denoising + loss, metrics
+    (loss, (against, penalties)), slope = _apart(on, adversarial, learning)
+    # One after the other: the memory of both would be more than that of either.
+    noisy, slope = jax.lax.optimization_barrier((noisy, slope))
+    error, weight = denoising(noisy), on.astype(jnp.float32)
+    metrics: Metrics = {
+        "critic_loss": (error, jnp.ones(())),
+        "gan_critic": (against, weight),
+        "gan_penalty": (penalties, weight),
+    }
+    return error + with_gradient(loss, learning, slope), metrics
 
 
 def _judges(config: DistillTrainConfig) -> Any:
@@ -170,17 +179,14 @@ def _judges(config: DistillTrainConfig) -> Any:
     return lambda path, variable: is_trained(path, variable) and not of_student(path, variable)
 
 
-def _apart(on: Array, loss: Callable[[Any], tuple[Array, Any]], x: Any) -> tuple[Array, Any]:
-    """`loss(x)`, a number and what belongs to it, where `on`; zeros elsewhere.
+def _apart(on: Array, loss: Callable[[Any], tuple[Array, Any]], x: Any) -> tuple[tuple[Array, Any], Any]:
+    """(`loss(x)`, which is a number and what belongs to it, its gradient) where `on`; zeros elsewhere.
 
-    Its gradient is made at once: no activations stay for later, beside those of other losses, or leave the branch.
+    They are made at once and are constants for the backward pass around: it finds none of the loss's activations.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
-    fixed = jax.lax.stop_gradient(x)
-    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, fixed))
-    (value, more), slope = jax.lax.stop_gradient(jax.lax.cond(on, gradient, lambda _: nothing, fixed))
-    moved = jax.tree.map(lambda d, a, b: jnp.sum(d * (a - b)), slope, x, fixed)  # zeros, whose gradient is the slope
-    return value + sum(jax.tree.leaves(moved)), more
+    gradient, x = jax.value_and_grad(loss, has_aux=True), jax.lax.stop_gradient(x)
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, x))
+    return jax.lax.stop_gradient(jax.lax.cond(on, gradient, lambda _: nothing, x))
 
 
 def _logits(
