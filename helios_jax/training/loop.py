@@ -48,11 +48,12 @@ def make_step(stage: Stage[Any, Any], optimizer: optax.GradientTransformation, s
         keys = jax.random.split(jax.random.fold_in(seed_key, state.step), len(jax.tree.leaves(batch)[0]))
         loss, metrics, grads, inputs = jnp.zeros(()), {}, [], (batch, keys)
         for player in stage.players():
+            if host and grads:  # those of the player before wait
+                grads[-1] = offload.stacked_to_host(grads[-1])
+            # The inputs wait for those gradients, so that two players' activations never meet.
+            inputs, grads = jax.lax.optimization_barrier((inputs, grads))
             gradient = partial(_gradient, player, config.optim.accumulate, state, placed.params, mesh)
             (value, more), own = player.take(state.step, gradient, inputs)
-            own = offload.to_host(own) if host else own
-            # The next player's inputs wait for these gradients, so that two players' activations never meet.
-            inputs, own = jax.lax.optimization_barrier((inputs, own))
             loss, metrics, grads = loss + value, {**metrics, **more}, [*grads, own]
         if host:  # none comes back before the last is made
             grads = offload.to_device(jax.lax.optimization_barrier(grads))

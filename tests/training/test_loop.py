@@ -5,6 +5,7 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -13,6 +14,7 @@ import train
 from helios_jax.sharding import MeshConfig, make_mesh
 from helios_jax.training import optim
 from helios_jax.training.run_checkpoints import Checkpoints
+from helios_jax.training.stage import Player
 from helios_jax.training.stage_table import load_config as load
 from helios_jax.training.state import abstract_like, init_sharded
 from helios_jax.training.trainer import fit_mesh
@@ -210,6 +212,23 @@ def test_state_in_the_host_s_memory_is_the_same_run(config, tmp_path, monkeypatc
     assert {x.sharding.memory_kind for x in jax.tree.leaves((state.params, state.best))} == {device}
     assert run(config, f"run={parts}", "optim.accumulate=2") == 0
     assert_close(*(np.load(p / "weight.npy") for p in (whole, parts)))
+
+
+@pytest.mark.parametrize("where", ["optim.offload=null", "optim.offload=host"])
+def test_two_players_of_one_loss_are_as_one(config, tmp_path, where):
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder, stage in zip(folders, ("Dummy", "Duel")):
+        assert run(config, f"run={folder}", f"stage=tests.training.dummy.{stage}", "optim.accumulate=2", where) == 0
+    assert_close(*(np.load(folder / "weight.npy") for folder in folders))
+    norms = [[line["grad_norm"] for line in lines(folder)] for folder in folders]
+    assert_close(*(np.array(norm) for norm in norms))
+
+
+def test_a_player_takes_its_turns_only():
+    player = Player(lambda x: (x, {}), every=3)
+    taken = jax.jit(lambda step: player.take(step, lambda x: x + 1, jnp.arange(2.0)))
+    for step in range(4):
+        assert taken(step).tolist() == ([1.0, 2.0] if step % 3 == 0 else [0.0, 0.0])
 
 
 def test_keeps_the_newest_and_ignores_a_killed_save(config, tmp_path):
