@@ -67,7 +67,7 @@ def to_device(tree: Tree) -> Tree:
     return _moved(tree, jax.memory.Space.Device)
 
 
-def _moved(tree: Tree, space: jax.memory.Space) -> Tree:
+def _moved(tree: Tree, space: Any) -> Tree:
     return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, tree)
 
 

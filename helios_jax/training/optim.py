@@ -199,13 +199,13 @@ def on_turns(optimizer: optax.GradientTransformation, every: int) -> optax.Gradi
     def init(params: Any) -> optax.ConditionallyMaskState:
         return optax.ConditionallyMaskState(jnp.zeros((), jnp.int32), optimizer.init(params))
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         turn = state.step % every == 0
 
         def chosen(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda x, y: jnp.where(turn, x, y), new, old)
 
-        changes, inner = optimizer.update(grads, state.inner_state, params)
+        changes, inner = optimizer.update(updates, state.inner_state, params)
         still = jax.tree.map(jnp.zeros_like, changes)
         return chosen(changes, still), optax.ConditionallyMaskState(
             optax.safe_increment(state.step), chosen(inner, state.inner_state)
