@@ -57,13 +57,13 @@ def test_loads_and_says_its_command(path):
 
 @pytest.mark.parametrize("path", [path for path in FILES if is_run(path) and path not in NOT_RUNS])
 def test_begins_with_what_another_run_makes(path):
-    """An `init` in runs/ is the folder of a run of the same set, or a part of it."""
+    """An `init` or adapter in runs/ is the folder of a run of the same set, or a part of it."""
     config = load(path)
     made = {load(other).run for other in FILES if is_run(other) and Path(other).parent == Path(path).parent}
-    scores = [config.distill.score.init] if isinstance(config, DistillTrainConfig) else []
-    for init in (config.init, *scores):
+    score = config.distill.score if isinstance(config, DistillTrainConfig) else None
+    for init in (config.init, *((score.init, *score.adapters) if score else ())):
         if init is not None and init.startswith("runs/"):
-            assert re.sub(r"/(pipeline|vae)$", "", init) in (made | MADE) - {config.run}
+            assert re.sub(r"/(pipeline|vae|lora)$", "", init) in (made | MADE) - {config.run}
     assert list(made).count(config.run) == 1
 
 

@@ -61,6 +61,7 @@ def attach(
     scales: Mapping[str, float] | None = None,
     *,
     dtype: Any = None,
+    empty: bool = False,
 ) -> Model:
     """`model` with the adapters of files beside its weights, under the names of the mapping; their effects add.
 
@@ -69,6 +70,7 @@ def attach(
         adapters: files, or what `read` takes.
         scales: how strongly each is felt, 1 unless given.
         dtype: of the adapters; None is that of each layer's weight.
+        empty: zeros in place of their values, for a model of which shapes alone count. Can be traced.
 
     Raises:
         CheckpointError: a file does not fit the model; one line names the modules.
@@ -83,12 +85,13 @@ def attach(
     model, layers = copy(model), targets(model)
     for name, file in loaded.items():
         groups: dict[Any, list[tuple[Target, Change]]] = {}
-        _warn_of_the_rest(file, layers)
+        if not empty:
+            _warn_of_the_rest(file, layers)
         for module, change in _taken(file, layers).items():
             groups.setdefault(layers[module].path, []).append((layers[module], change))
         for path, group in groups.items():
             module = module_at(model, path)
-            adapter = _from_files(name, module, group, scales.get(name, 1.0), dtype)
+            adapter = _from_files(name, module, group, scales.get(name, 1.0), dtype, empty)
             set_adapters(module, [*(module.adapters or ()), adapter])
     return model
 
@@ -130,15 +133,21 @@ def _warn_of_the_rest(file: LoRAFile, layers: Mapping[str, Target]) -> None:
         warnings.warn(f"{file.source}: ignored what it changes in {some(felt)}, as diffusers does", stacklevel=3)
 
 
-def _from_files(name: str, module: Any, group: list[tuple[Target, Change]], weight: float, dtype: Any) -> LoRA:
+def _from_files(
+    name: str, module: Any, group: list[tuple[Target, Change]], weight: float, dtype: Any, empty: bool
+) -> LoRA:
     """The adapter of one layer, or of all layers of a stack, some of which may have none."""
     base = module.weight
     dtype = np.dtype(base.dtype if dtype is None else dtype)
     stack = base.shape[: base.ndim - len(base.axes)]
     *inner, out = base.shape[len(stack) :]
     rank = max(change.rank or (out if change.diff is not None else 1) for _, change in group)
-    a, b = np.zeros((*stack, *inner, rank), dtype), np.zeros((*stack, rank, out), dtype)
-    scaling, bias = np.ones(stack, np.float32), np.zeros((*stack, out), np.float32)
+    has_bias = any(change.bias is not None or change.diff_b is not None for _, change in group)
+    shapes, scaling = ((*stack, *inner, rank), (*stack, rank, out), (*stack, out)), np.ones(stack, np.float32)
+    if empty:
+        a, b, bias = (jnp.zeros(shape, dtype) for shape in shapes)
+        return _adapter(name, module, a, b, bias if has_bias else None, scaling, weight)
+    a, b, bias = (np.zeros(shape, kind) for shape, kind in zip(shapes, (dtype, dtype, np.float32)))
     for target, change in group:
         layer = () if target.layer is None else (target.layer,)
         down, up, r = change.down, change.up, change.rank
@@ -153,7 +162,6 @@ def _from_files(name: str, module: Any, group: list[tuple[Target, Change]], weig
             bias[layer] += change.scaling * change.bias.read(dtype=np.float32)
         if change.diff_b is not None:
             bias[layer] += change.diff_b.read(dtype=np.float32)
-    has_bias = any(change.bias is not None or change.diff_b is not None for _, change in group)
     return _adapter(name, module, a, b, bias.astype(dtype) if has_bias else None, scaling, weight)
 
 

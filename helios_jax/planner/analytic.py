@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.transformer.remat import Remat
@@ -20,6 +20,7 @@ from helios_jax.planner.machines import Machine
 from helios_jax.sharding import AXES
 from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.start import transformer_config
+from helios_jax.training.state import placed
 from helios_jax.training.work import sequences
 
 
@@ -119,7 +120,9 @@ class Memory:
 
 def arguments(work: Work, config: FlowTrainConfig, mesh: Any) -> dict[str, int]:
     """Bytes of the step's arguments on each device by kind, exactly; `mesh` may be abstract."""
-    state, each = program.placed(work.state, mesh), program.bytes_on_each
+    # Devices to compile for may know no kinds of memory; a mesh without devices takes all.
+    mesh = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+    state, each = placed(work.state, mesh, config.optim.offload), program.bytes_on_each
     return {
         "parameters": each(state.params),
         "frozen": each(state.frozen),

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from helios_jax.planner.hlo import Computation, Instruction, Module, Shape
+from helios_jax.planner.hlo import FUSIONS, Computation, Instruction, Module, Shape
 
 # Products over all pairs of queries and keys in a kernel: scores and values; and going back the scores again, and the
 # gradients of scores, queries, keys and values.
@@ -28,7 +28,7 @@ ATTENTION = {
 def flops(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Operations of one run of `instruction`, with those inside a fusion."""
     opcode = instruction.opcode
-    if opcode == "fusion":
+    if opcode in FUSIONS:
         inner = module.called(instruction)
         return sum(flops(module, inner, one) for one in inner.instructions.values()) if inner else 0
     if opcode in ("dot", "convolution"):

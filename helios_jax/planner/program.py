@@ -20,8 +20,10 @@ from jax.sharding import AbstractMesh, Mesh
 from helios_jax import pretrained
 from helios_jax.config import ConfigError
 from helios_jax.models.transformer import TransformerConfig
+from helios_jax.planner.stand_ins import existing
 from helios_jax.runtime import flops
-from helios_jax.sharding import batch_sharding, shardings
+from helios_jax.runtime.offload import HOST
+from helios_jax.sharding import batch_sharding
 from helios_jax.training import loop, work
 from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.stage_table import load_config, make_stage
@@ -29,7 +31,7 @@ from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
 from helios_jax.training.stages.distill.players import score_config
 from helios_jax.training.stages.ode import ODETrainConfig
 from helios_jax.training.start import transformer_config
-from helios_jax.training.state import TrainState, create
+from helios_jax.training.state import TrainState, create, placed
 from helios_jax.training.trainable import check, settle_dtypes
 from pallas_kernels.core import device
 
@@ -48,8 +50,10 @@ def open_config(path: str, overrides: Sequence[str]) -> FlowTrainConfig:
         raise ConfigError(f"{path}: the stage {config.stage} has no transformer; give a config that trains one")
     sizes = config.model.transformer or TransformerConfig()
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, transformer=sizes))
-    if isinstance(config, DistillTrainConfig) and config.distill.score.init is not None:
-        score = dataclasses.replace(config.distill.score, init=_released().name)
+    if isinstance(config, DistillTrainConfig):
+        init = None if config.distill.score.init is None else _released().name
+        adapters = tuple(existing(text, sizes, config.lora) for text in config.distill.score.adapters)
+        score = dataclasses.replace(config.distill.score, init=init, adapters=adapters)
         return dataclasses.replace(config, distill=dataclasses.replace(config.distill, score=score))
     return config
 
@@ -106,13 +110,6 @@ def abstract_state(config: FlowTrainConfig) -> TrainState:
     )
 
 
-def placed(state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
-    """`state` with its shardings over `mesh`."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, shardings(state, mesh)
-    )
-
-
 def compiled(config: FlowTrainConfig, state: TrainState, mesh: Mesh, *, all_effort: bool = False) -> Any:
     """The training step of `config` (`jax.stages.Compiled`) for the devices of `mesh`.
 
@@ -122,9 +119,10 @@ def compiled(config: FlowTrainConfig, state: TrainState, mesh: Mesh, *, all_effo
     first = mesh.devices.flat[0]
     options: dict[str, Any] = {} if all_effort or first.platform != "tpu" else dict(LITTLE)
     with jax.set_mesh(mesh), device.compiling_for(first):
-        step: Any = loop.make_step(stage, stage.make_optimizer(), placed(state, mesh), mesh)
+        given = placed(state, mesh, config.optim.offload)
+        step: Any = loop.make_step(stage, stage.make_optimizer(), given, mesh)
         key = jax.eval_shape(jax.random.key, config.seed)
-        return step.lower(placed(state, mesh), batch(config, mesh), key).compile(options)
+        return step.lower(given, batch(config, mesh), key).compile(options)
 
 
 def model_flops(config: FlowTrainConfig) -> tuple[int, int]:
@@ -152,5 +150,6 @@ def with_settings(
 
 
 def bytes_on_each(tree: Any) -> int:
-    """Bytes of a tree of shapes with shardings on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    """Bytes of a tree of shapes with shardings in one device's own memory."""
+    own = (x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in own)

@@ -17,7 +17,7 @@ GB = 1e9
 class Answer:
     """A candidate with its memory and cost: the compiled program's, or estimated where it was not compiled.
 
-    `host` bytes are of temporaries in the host's memory, `seconds` what the compilation took.
+    `host` bytes are in the host's memory, `seconds` what the compilation took.
     """
 
     candidate: Candidate

@@ -4,7 +4,7 @@ A fusion that takes a slice of an operand reads the slice, and one that updates 
 on-chip memory costs nothing here: the compiler's own copies bring it there.
 """
 
-from helios_jax.planner.hlo import Computation, Instruction, Module
+from helios_jax.planner.hlo import FUSIONS, Computation, Instruction, Module
 
 # Instructions that move nothing: views, bookkeeping, and those whose computations are counted on their own.
 _FREE = """parameter constant tuple get-tuple-element bitcast after-all partition-id replica-id while conditional call
@@ -26,11 +26,11 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
         return 2 * _outside(operands[1]) if len(operands) > 1 else 0
     if opcode == "copy-start":  # its result holds the copy, the source and a flag
         return _outside(operands[0]) + (instruction.shapes[0].bytes if instruction.shapes[0].space == 0 else 0)
-    inner = module.called(instruction) if opcode == "fusion" else None
+    inner = module.called(instruction) if opcode in FUSIONS else None
     if inner is None:
         return _outside(instruction) + sum(map(_outside, operands))
     read = sum(_read(module, inner, number, one) for number, one in enumerate(operands))
-    return read + _written(inner, instruction)
+    return read + _written(inner, inner.root if opcode == "fusion-start" else instruction)
 
 
 def _outside(instruction: Instruction) -> int:

@@ -79,7 +79,7 @@ def compiled(function: Callable[..., Any], *arguments: Any, platform: str, donat
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a compiled program on each device; `host` bytes are of temporaries in the host's memory."""
+    """Bytes of a compiled program on each device; `host` bytes are in the host's memory instead."""
 
     arguments: int
     outputs: int
@@ -101,5 +101,5 @@ def memory(program: Any) -> Memory:
         outputs=stats.output_size_in_bytes,
         aliased=stats.alias_size_in_bytes,
         temporaries=stats.temp_size_in_bytes,
-        host=stats.host_temp_size_in_bytes,
+        host=stats.host_argument_size_in_bytes + stats.host_temp_size_in_bytes,
     )

@@ -1,4 +1,4 @@
-"""Weights that wait in the host's memory while nothing needs them, beside the device that they are for."""
+"""Arrays that wait in the host's memory while nothing needs them, beside the device that they are for."""
 
 from typing import Any, TypeVar
 
@@ -38,3 +38,44 @@ def on_device(model: Tree) -> Tree:
         return jax.device_put(x, x.sharding.with_memory_kind(default))
 
     return jax.tree.map(place, model)
+
+
+def to_host(tree: Tree) -> Tree:
+    """In a program: `tree` moved to the host's memory, but for its single numbers."""
+    return _moved(tree, jax.memory.Space.Host)
+
+
+def stacked_to_host(tree: Tree) -> Tree:
+    """In a program: `tree` with its arrays that are stacked over layers moved to the host's memory, layer by layer.
+
+    Their device memory is free afterwards. XLA may end the copy of a whole array much later than it could.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    stacks: dict[int, list[int]] = {}
+    for i, x in enumerate(leaves):
+        if x.ndim == 3:
+            stacks.setdefault(len(x), []).append(i)
+    for places in stacks.values():
+        moved = jax.lax.map(lambda rows: _moved(rows, jax.memory.Space.Host), [leaves[i] for i in places])
+        for i, x in zip(places, moved):
+            leaves[i] = x
+    return jax.tree.unflatten(structure, leaves)
+
+
+def to_device(tree: Tree) -> Tree:
+    """In a program: `tree` moved to the device's memory."""
+    return _moved(tree, jax.memory.Space.Device)
+
+
+def _moved(tree: Tree, space: Any) -> Tree:
+    return jax.tree.map(lambda x: jax.device_put(x, space) if x.ndim else x, tree)
+
+
+def waiting(tree: Tree, shardings: Tree) -> Tree:
+    """`shardings` of a tree that a program takes or returns in the host's memory, but for its single numbers."""
+    return jax.tree.map(lambda x, placed: in_host_memory(placed) if x.ndim else placed, tree, shardings)
+
+
+def has_host_memory(device: Any) -> bool:
+    """True where programs of the device can keep arrays in page-locked memory of its host."""
+    return any(memory.kind == HOST for memory in device.addressable_memories())

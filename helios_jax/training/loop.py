@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from helios_jax.config import ConfigError
 from helios_jax.data.records import RecordError
 from helios_jax.locations import location
-from helios_jax.runtime import hosts, interrupts, seeds
-from helios_jax.sharding import BATCH, put_batch, shardings
+from helios_jax.runtime import hosts, interrupts, offload, seeds
+from helios_jax.sharding import BATCH, put_batch
 from helios_jax.training.errors import NotFiniteError, RunError, writing
+from helios_jax.training.gradients import with_gradient
 from helios_jax.training.profile import Profile
 from helios_jax.training.progress import Reporter
 from helios_jax.training.run_checkpoints import Checkpoints
 from helios_jax.training.run_config import TrainConfig
-from helios_jax.training.stage import Batches, Metrics, Stage
-from helios_jax.training.state import TrainState, update
+from helios_jax.training.stage import Batches, Metrics, Player, Stage
+from helios_jax.training.state import TrainState, placements, update
 from helios_jax.training.work import Meter
 
 Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
@@ -41,30 +43,48 @@ def make_step(stage: Stage[Any, Any], optimizer: optax.GradientTransformation, s
     uninterrupted one, and one that accumulates gradients those of a whole batch.
     """
     config: TrainConfig = stage.config
-    placed, parts = shardings(state, mesh), config.optim.accumulate
+    placed, host = placements(state, mesh, config.optim.offload), config.optim.offload is not None
 
     def step(state: TrainState, batch: Any, seed_key: jax.Array) -> tuple[TrainState, Metrics]:
         keys = jax.random.split(jax.random.fold_in(seed_key, state.step), len(jax.tree.leaves(batch)[0]))
-
-        def gradient(batch: Any, keys: jax.Array) -> Any:
-            """((loss, sums and divisors of the metrics), gradients)."""
-
-            def loss(params: Any) -> tuple[jax.Array, Metrics]:
-                model = nnx.merge(state.graph, params, state.frozen)
-                value, metrics = stage.loss(model, {**batch, "step": state.step}, keys)
-                return value, {name: x if isinstance(x, tuple) else (x, 1) for name, x in metrics.items()}
-
-            return jax.value_and_grad(loss, has_aux=True)(state.params)
-
-        if parts == 1:
-            (loss, metrics), grads = gradient(batch, keys)
-        else:
-            (loss, metrics), grads = _accumulate(gradient, (batch, keys), parts, placed.params, mesh)
-            loss, grads = jax.tree.map(lambda x: x / parts, (loss, grads))
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), **metrics}
-        return update(state, grads, optimizer, config.optim.ema), metrics
+        loss, metrics, grads, inputs = jnp.zeros(()), {}, [], (batch, keys)
+        for player in stage.players():
+            if host and grads:  # those of the player before wait
+                grads[-1] = offload.stacked_to_host(grads[-1])
+            # The inputs wait for those gradients, so that two players' activations never meet.
+            inputs, grads = jax.lax.optimization_barrier((inputs, grads))
+            gradient = partial(_gradient, player, config.optim.accumulate, state, placed.params, mesh)
+            (value, more), own = player.take(state.step, gradient, inputs)
+            loss, metrics, grads = loss + value, {**metrics, **more}, [*grads, own]
+        if host:  # none comes back before the last is made
+            grads = offload.to_device(jax.lax.optimization_barrier(grads))
+        merged = nnx.merge_state(*grads)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(merged), **metrics}
+        return update(state, merged, optimizer, config.optim.ema, host=host), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+
+
+def _gradient(player: Player, parts: int, state: TrainState, placed: Any, mesh: Mesh, inputs: Any) -> Any:
+    """((loss, sums and divisors of the metrics), gradients) of a player: means over the `parts` of a batch."""
+    own, others = nnx.split_state(state.params, player.trains, ...)
+
+    def gradient(batch: Any, keys: jax.Array, total: Any = None) -> Any:
+        """Those of a part of the batch, the gradients added to `total`."""
+
+        def loss(own: Any) -> tuple[jax.Array, Metrics]:
+            model = nnx.merge(state.graph, own, others, state.frozen)
+            value, metrics = player.loss(model, {**batch, "step": state.step}, keys)
+            value = value if total is None else with_gradient(value, own, total)
+            return value, {name: x if isinstance(x, tuple) else (x, 1) for name, x in metrics.items()}
+
+        return jax.value_and_grad(loss, has_aux=True)(own)
+
+    if parts == 1:
+        return gradient(*inputs)
+    (loss, metrics), grads = _accumulate(gradient, inputs, parts, nnx.filter_state(placed, player.trains), mesh)
+    loss, grads = jax.tree.map(lambda x: x / parts, (loss, grads))
+    return (loss, metrics), grads
 
 
 def _accumulate(gradient: Callable[..., Any], inputs: Any, parts: int, placed: Any, mesh: Mesh) -> Any:
@@ -77,8 +97,8 @@ def _accumulate(gradient: Callable[..., Any], inputs: Any, parts: int, placed: A
         return jax.lax.with_sharding_constraint(x, sharding)
 
     def add(total: Any, part: Any) -> tuple[Any, None]:
-        total = jax.tree.map(jnp.add, total, gradient(*part))
-        return (total[0], jax.lax.with_sharding_constraint(total[1], placed)), None
+        values, grads = gradient(*part, total[1])
+        return (jax.tree.map(jnp.add, total[0], values), jax.lax.with_sharding_constraint(grads, placed)), None
 
     divided = jax.tree.map(divide, inputs)
     shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], divided))

@@ -14,6 +14,7 @@ from optax import contrib
 from helios_jax.config import require
 
 Name = Literal["adamw", "adam", "lion", "muon", "prodigy"]
+Offload = Literal["host"]
 
 
 @dataclass
@@ -56,7 +57,8 @@ class OptimConfig:
     factor of the estimate.
 
     `accumulate` cuts a batch into that many parts, whose gradients are added up one after the other: less memory, the
-    same step.
+    same step. With `offload` "host", the optimizer's state and the average wait in the host's memory, and so do the
+    gradients of one player while the next one's are made: the devices hold them while they are updated.
     """
 
     name: Name = "adamw"
@@ -71,6 +73,7 @@ class OptimConfig:
     clip_norm: float | None = 1.0
     accumulate: int = 1
     ema: EMAConfig | None = None
+    offload: Offload | None = None
 
     def __post_init__(self):
         takes = OPTIMIZERS[self.name].takes
@@ -94,6 +97,10 @@ class OptimConfig:
         require(
             self.clip_norm is None or self.clip_norm > 0,
             f"clip_norm must be above 0, or null for no clipping, got {self.clip_norm}",
+        )
+        require(
+            self.offload is None or self.name != "prodigy",
+            "offload must be null for prodigy, whose step needs the state of all parameters at once",
         )
         require(self.accumulate > 0, f"accumulate must be at least 1, got {self.accumulate}")
 
@@ -180,3 +187,28 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     if config.clip_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def on_turns(optimizer: optax.GradientTransformation, every: int) -> optax.GradientTransformation:
+    """`optimizer` on every `every`-th step, the first included; on the others its state stays and nothing moves.
+
+    The same as `optax.conditionally_mask`, by a choice between arrays where that has a branch: a branch would hold all
+    of the state at once, and state that waits in the host's memory is to come and go one array at a time.
+    """
+
+    def init(params: Any) -> optax.ConditionallyMaskState:
+        return optax.ConditionallyMaskState(jnp.zeros((), jnp.int32), optimizer.init(params))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        turn = state.step % every == 0
+
+        def chosen(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda x, y: jnp.where(turn, x, y), new, old)
+
+        changes, inner = optimizer.update(updates, state.inner_state, params)
+        still = jax.tree.map(jnp.zeros_like, changes)
+        return chosen(changes, still), optax.ConditionallyMaskState(
+            optax.safe_increment(state.step), chosen(inner, state.inner_state)
+        )
+
+    return optax.GradientTransformation(init, update)

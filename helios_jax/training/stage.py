@@ -6,10 +6,13 @@ line are the same for all of them (`training.loop`, `training.cli`).
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -62,6 +65,29 @@ def host_batches(source: Source, transform: Transform, data: DataConfig, mesh: M
     )
 
 
+@dataclass(frozen=True)
+class Player:
+    """A loss, `(model, batch, keys) -> (mean over samples, metrics)`, and the parameters that it alone trains.
+
+    `trains` is an nnx filter of these. The player has a turn every `every` steps, the first one included.
+    """
+
+    loss: Callable[..., tuple[Float[Array, ""], Metrics]]
+    trains: Any = ...
+    every: int = 1
+
+    def take(self, step: Any, function: Callable[..., Any], *operands: Any) -> Any:
+        """`function` of the operands on the player's turns; zeros, and no computation, on the other steps."""
+        if self.every == 1:
+            return function(*operands)
+        shapes = jax.eval_shape(function, *operands)
+
+        def nothing(*_: Any) -> Any:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        return jax.lax.cond(step % self.every == 0, function, nothing, *operands)
+
+
 class Stage(ABC, Generic[ConfigT, ModelT]):
     """One stage of training, made from its config.
 
@@ -96,6 +122,13 @@ class Stage(ABC, Generic[ConfigT, ModelT]):
     def tokens(self, batch: dict[str, Any]) -> int | None:
         """Tokens of one sample of `batch` that the model is trained on; None for a model that has none."""
         return None
+
+    def players(self) -> Sequence[Player]:
+        """The losses of a step, one after the other: a player's activations are gone when the next one's begin.
+
+        They share no parameter, and all see the parameters as the step found them. By default one trains all by `loss`.
+        """
+        return (Player(self.loss),)
 
     def make_optimizer(self) -> optax.GradientTransformation:
         """The optimizer that `config.optim` names."""

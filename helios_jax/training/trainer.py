@@ -14,6 +14,7 @@ from helios_jax.config import ConfigError
 from helios_jax.locations import location
 from helios_jax.runtime import hosts, seeds
 from helios_jax.runtime.compilation import precise
+from helios_jax.runtime.offload import has_host_memory
 from helios_jax.sharding import check_batch, make_mesh
 from helios_jax.training import loop
 from helios_jax.training.errors import RunError, check_folder, writing
@@ -45,6 +46,7 @@ def train(stage: Stage[Any, Any], profiled: int = 0) -> int:
             stage.load if config.init else None,
             config.trainable,
             config.precision,
+            config.optim.offload,
         )
         say(f"training {count(state.params):,} parameters, {count(state.frozen):,} stay as they are")
         kept = config.checkpoint
@@ -82,6 +84,9 @@ def fit_mesh(config: TrainConfig) -> Mesh:
         check_batch(config.data.batch_size // config.optim.accumulate, mesh)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    device = mesh.local_devices[0]
+    if config.optim.offload is not None and not has_host_memory(device):
+        raise ConfigError(f"optim.offload: {device.device_kind} keeps no arrays in its host's memory; set it to null")
     return mesh
 
 

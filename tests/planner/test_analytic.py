@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from helios_jax.benchmarks.throughput_flops import text_kv, transformer_pass
@@ -73,3 +74,18 @@ def test_mfu_counts_what_the_model_needs_and_nothing_twice(stage1):
     least = stage1.model_flops * 256 / (64 * pod.chip.flops)
     assert analytic.mfu(stage1, pod, least) == pytest.approx(1)
     assert analytic.tokens_a_second(stage1, 2.0) == 256 * 11040 / 2
+
+
+def test_adapters_to_come_count_and_what_waits_in_the_host_s_memory_does_not():
+    """Stage 3 on one GPU, with adapters that no run has written yet."""
+    found = []
+    for more in ((), ("distill.score.adapters=[]",)):
+        small = ("model.transformer.num_layers=1", "distill.gan.discriminator.blocks=[0]", *more)
+        config = program.open_config("configs/one_gpu/stage3.yaml", small)
+        work = analytic.Work(config, program.abstract_state(config), 0, 0)
+        mesh = analytic.abstract_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1})
+        found.append(analytic.arguments(work, config, mesh))
+    student = sum(x.size for x in jax.tree.leaves(work.state.ema))
+    assert found[0]["optimizer"] < 100  # counters
+    assert found[0]["average"] == 0
+    assert found[0]["frozen"] - found[1]["frozen"] == pytest.approx(2 * 2 * student, rel=1e-3)

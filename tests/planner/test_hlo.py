@@ -29,6 +29,17 @@ def test_loops_count_as_often_as_they_run():
     assert found.bytes["main memory"] == 3 * 5 * (4 * (8 * 16 + 4 * 8 + 4 * 16) + 4 + 9) + 3 * (4 + 128 + 2560 + 1)
 
 
+def test_a_fusion_beside_other_work_costs_what_it_does():
+    """Its result holds its operands, too."""
+    fusion = "%product = f32[4,16]{1,0} fusion(%w.1, %i.1, %x.1), kind=kOutput, calls=%fused"
+    start = """%start = ((f32[5,8,16]{2,1,0}, s32[], f32[4,8]{1,0}), f32[4,16]{1,0}, u32[]) \
+fusion-start(%w.1, %i.1, %x.1), kind=kOutput, calls=%fused
+  %product = f32[4,16]{1,0} fusion-done(%start)"""
+    assert fusion in programs.LOOPS
+    found, expected = spent(programs.LOOPS.replace(fusion, start)), spent(programs.LOOPS)
+    assert (found.flops, found.bytes) == (expected.flops, expected.bytes)
+
+
 def test_a_loop_of_unknown_length_is_told():
     text = programs.LOOPS.replace('"known_trip_count":{"n":"3"}', "")
     found = spent(text)

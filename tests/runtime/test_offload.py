@@ -3,10 +3,12 @@
 import gc
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from helios_jax import HeliosPipeline
+from helios_jax.runtime import offload
 from helios_jax.sharding import MeshConfig, make_mesh
 
 
@@ -31,3 +33,21 @@ def test_it_is_on_the_device_for_as_long_as_a_prompt_takes(folder, over_mesh):
     same = [x for x in jax.live_arrays() if x.shape == table.shape and x.sharding.memory_kind != "pinned_host"]
     assert not same, "a copy of the encoder stays on the device"
     assert memories(waits, "text_encoder") == {"pinned_host"}
+
+
+def test_stacks_move_layer_by_layer_and_come_back():
+    tree = {"stack": jnp.arange(24.0).reshape(4, 3, 2), "other": jnp.arange(6.0).reshape(3, 2), "count": jnp.asarray(7)}
+    found = {}
+
+    @jax.jit
+    def program(tree):
+        there = offload.stacked_to_host(tree)
+        found.update({name: jax.typeof(x).memory_space for name, x in there.items()})
+        return offload.to_device(jax.tree.map(lambda x: x, there))
+
+    back = program(tree)
+    assert found == {
+        name: jax.memory.Space[x] for name, x in (("stack", "Host"), ("other", "Device"), ("count", "Device"))
+    }
+    for name, x in tree.items():
+        np.testing.assert_array_equal(back[name], x)

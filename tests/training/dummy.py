@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from helios_jax.models.layers import Linear
 from helios_jax.sharding import batch_rows, gather
 from helios_jax.training.run_config import TrainConfig
-from helios_jax.training.stage import Stage, host_batches
+from helios_jax.training.stage import Player, Stage, host_batches
 
 WIDTH = 16
 
@@ -88,6 +88,16 @@ class Dummy(Stage[TrainConfig, Net]):
         if jax.process_index() == 0:
             with (folder / "weight.npy").open("wb") as file:
                 np.save(file, np.asarray(model.up.weight[...]))
+
+
+class Duel(Dummy):
+    """The stage with a player for each matrix: together they do what one does."""
+
+    def players(self) -> tuple[Player, Player]:
+        def first(path, variable) -> bool:
+            return path[0] == "up"
+
+        return Player(self.loss, first), Player(self.loss, lambda *of: not first(*of))
 
 
 class Loaded(Dummy):

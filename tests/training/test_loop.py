@@ -5,6 +5,7 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -13,6 +14,7 @@ import train
 from helios_jax.sharding import MeshConfig, make_mesh
 from helios_jax.training import optim
 from helios_jax.training.run_checkpoints import Checkpoints
+from helios_jax.training.stage import Player
 from helios_jax.training.stage_table import load_config as load
 from helios_jax.training.state import abstract_like, init_sharded
 from helios_jax.training.trainer import fit_mesh
@@ -58,6 +60,7 @@ def newest(config, *overrides):
         mesh,
         names=got.trainable,
         frozen_dtype=got.precision,
+        offload=got.optim.offload,
     )
     return Checkpoints(f"{got.run}/checkpoints", got.checkpoint.keep).restore(abstract_like(state))[:2]
 
@@ -192,6 +195,42 @@ def test_validates_at_intervals(config, tmp_path):
     np.testing.assert_array_equal(*(np.load(p / "weight.npy") for p in (folder, plain)))
 
 
+def test_state_in_the_host_s_memory_is_the_same_run(config, tmp_path, monkeypatch):
+    """A checkpoint from there is read back into either memory, and the run goes on."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(config, f"run={whole}", "optim.accumulate=2") == 0
+    monkeypatch.setattr("helios_jax.training.state.GROUP", 1)  # each array on its own
+    host = (f"run={parts}", "optim.accumulate=2", "optim.offload=host")
+    for step in (4, 8):
+        assert run(config, *host, DUMMY_SIGNAL_AT=step, DUMMY_SIGNAL=int(signal.SIGTERM)) == 0
+    state, _ = newest(config, *host)
+    kinds = {False: set(), True: set()}
+    for x in jax.tree.leaves((state.opt_state, state.ema)):
+        kinds[x.ndim > 0].add(x.sharding.memory_kind)
+    device = jax.devices()[0].default_memory().kind
+    assert kinds == {False: {device}, True: {"pinned_host"}}
+    assert {x.sharding.memory_kind for x in jax.tree.leaves((state.params, state.best))} == {device}
+    assert run(config, f"run={parts}", "optim.accumulate=2") == 0
+    assert_close(*(np.load(p / "weight.npy") for p in (whole, parts)))
+
+
+@pytest.mark.parametrize("where", ["optim.offload=null", "optim.offload=host"])
+def test_two_players_of_one_loss_are_as_one(config, tmp_path, where):
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder, stage in zip(folders, ("Dummy", "Duel")):
+        assert run(config, f"run={folder}", f"stage=tests.training.dummy.{stage}", "optim.accumulate=2", where) == 0
+    assert_close(*(np.load(folder / "weight.npy") for folder in folders))
+    norms = [[line["grad_norm"] for line in lines(folder)] for folder in folders]
+    assert_close(*(np.array(norm) for norm in norms))
+
+
+def test_a_player_takes_its_turns_only():
+    player = Player(lambda x: (x, {}), every=3)
+    taken = jax.jit(lambda step: player.take(step, lambda x: x + 1, jnp.arange(2.0)))
+    for step in range(4):
+        assert taken(step).tolist() == ([1.0, 2.0] if step % 3 == 0 else [0.0, 0.0])
+
+
 def test_keeps_the_newest_and_ignores_a_killed_save(config, tmp_path):
     folder = tmp_path / "r"
     assert run(config, f"run={folder}") == 0
@@ -218,6 +257,14 @@ def test_saving_copies_before_the_step_takes_the_memory(config, tmp_path):
         state = spoil(state)
     checkpoints.wait()
     assert same(checkpoints.restore(template)[0], expected)
+
+
+def test_a_device_without_its_host_s_memory_is_refused(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("helios_jax.runtime.offload.HOST", "remote")
+    assert run(config, f"run={tmp_path / 'r'}", "optim.offload=host") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "optim.offload: cpu keeps no arrays in its host's memory; set it to null" in error
 
 
 @pytest.mark.parametrize(

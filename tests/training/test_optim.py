@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from optax import contrib
 
-from helios_jax.training.optim import OPTIMIZERS, OptimConfig, make_optimizer
+from helios_jax.training.optim import OPTIMIZERS, OptimConfig, make_optimizer, on_turns
 from tests.closeness import assert_close
 from tests.training import dummy
 
@@ -81,3 +81,17 @@ def test_decay_shrinks_all_parameters_or_matrices_alone(params, name, decayed):
     bias = RATE * DECAY if decayed == "all" else 0.0
     assert_close({"weight": got.up.weight[...]}, {"weight": -RATE * DECAY * params.up.weight[...]})
     assert_close({"bias": got.up.bias[...]}, {"bias": -bias * params.up.bias[...]})
+
+
+def test_turns_are_those_of_optax(params, grads):
+    """Two of five steps move the parameters, and the state of the others is what it was."""
+    inner = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(RATE, 0.0, 5)))
+    found = []
+    for optimizer in (on_turns(inner, 3), optax.conditionally_mask(inner, lambda step: step % 3 == 0)):
+        state, steps = optimizer.init(params), []
+        for i in range(5):
+            moves, state = jax.jit(optimizer.update)(optax.tree.scale(i + 1.0, grads), state, params)
+            assert bool(optax.global_norm(moves) > 0) == (i % 3 == 0)
+            steps.append((moves, state))
+        found.append(steps)
+    assert_close(*found)

@@ -100,7 +100,13 @@ class Transformer(nnx.Module):
         text = self.condition_embedder.text(embeddings)
         if isinstance(self.blocks, nnx.List):
             return tuple(block.attn2.key_value(text) for block in self.blocks)
-        return jax.lax.map(lambda block: block.attn2.key_value(text), self.blocks)
+
+        # Computed again for a gradient: in float32 they would be kept for all blocks.
+        @partial(jax.checkpoint, prevent_cse=False)
+        def key_value(block: Block) -> TextKV:
+            return block.attn2.key_value(text)
+
+        return jax.lax.map(key_value, self.blocks)
 
     def __call__(
         self,
@@ -246,7 +252,7 @@ def _pass(
     if remat is not None:
         # In a scan nothing could take the place of what is computed again.
         run = jax.checkpoint(run, static_argnums=3, policy=policy(remat), prevent_cse=isinstance(blocks, nnx.List))
-    states: Any = []  # noisy tokens after each block, where any are to be kept
+    states: Any = []  # noisy tokens after blocks
     if isinstance(blocks, nnx.List):
         for i, (block, kv) in enumerate(zip(blocks, text, strict=True)):
             last = i == len(blocks) - 1
@@ -254,14 +260,20 @@ def _pass(
                 x = run(block, kv, x, not last)
             states.append(x if last else x[:, packing.num_history :])
     else:
+        # Each kept block has a place, all others share one more: all tokens of all blocks would fill the memory.
+        count = len(jax.tree.leaves(text)[0])
+        places = [kept.index(i) if i in kept else len(kept) for i in range(count)]
 
-        def layer(x: Array, xs: Any) -> tuple[Array, Any]:
-            block, kv = xs
+        def layer(carry: tuple[Array, Array | None], xs: Any) -> tuple[Any, None]:
+            (x, states), (block, kv, place) = carry, xs
             x = run(block, kv, x, True)
-            return x, x[:, packing.num_history :] if kept else None
+            if states is not None:
+                states = jax.lax.dynamic_update_index_in_dim(states, x[:, packing.num_history :], place, 0)
+            return (x, states), None
 
-        x, states = jax.lax.scan(layer, x, (blocks, text))
-        x = x[:, packing.num_history :]
+        first = jnp.zeros((len(kept) + 1, *x[:, packing.num_history :].shape), x.dtype) if kept else None
+        (x, states), _ = jax.lax.scan(layer, (x, first), (blocks, text, jnp.array(places)))
+        return proj_out(norm_out(x[:, packing.num_history :], time, packing)), [states[kept.index(i)] for i in kept]
     return proj_out(norm_out(x, time, packing)), [states[i] for i in kept]
 
 

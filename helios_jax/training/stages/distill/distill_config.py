@@ -62,8 +62,8 @@ class CriticConfig:
     def __post_init__(self):
         require(self.steps_per_generator > 0, f"steps_per_generator must be at least 1, got {self.steps_per_generator}")
         require(
-            self.optim.ema is None and self.optim.accumulate == 1,
-            "optim: ema and accumulate are those of the run, set optim.ema and optim.accumulate",
+            self.optim.ema is None and self.optim.accumulate == 1 and self.optim.offload is None,
+            "optim: ema, accumulate and offload are those of the run, set them in optim",
         )
 
 
@@ -142,3 +142,10 @@ class DistillTrainConfig(StudentTrainConfig):
     stage: str = "distill"
     # A run never replaces a part of its config, so a narrower type is safe.
     distill: DistillConfig = field(default_factory=DistillConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            self.optim.offload is None or self.distill.critic.optim.name != "prodigy",
+            "optim.offload must be null where distill.critic.optim is prodigy, whose step needs all state at once",
+        )

@@ -9,7 +9,7 @@ leads away from, and `target` as many chunks as a rollout may have.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from helios_jax.runtime import seeds
 from helios_jax.sampling.trained import Trained, differences, with_loras
 from helios_jax.training import optim
 from helios_jax.training.export import export_pipeline
-from helios_jax.training.stage import Batches, Metrics, Stage
+from helios_jax.training.stage import Batches, Metrics, Player, Stage
 from helios_jax.training.stages import flow
 from helios_jax.training.stages.distill import players
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig, GANConfig
@@ -91,7 +91,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
 
         return optax.partition(
             {
-                "generator": optax.conditionally_mask(generator, lambda step, **_: jnp.asarray(step) % every == 0),
+                "generator": optim.on_turns(generator, every),
                 "critic": optim.make_optimizer(critic.optim, config.steps),
             },
             player,
@@ -113,21 +113,32 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
 
     def loss(self, model: Players, batch: dict[str, Any], keys: Key[Array, " b"]) -> tuple[Float[Array, ""], Metrics]:
         """The generator's loss, on its turns, plus the critic's; neither has a gradient for the other's parameters."""
-        config, distill, step = self.config, self.config.distill, batch["step"]
+        total, metrics = jnp.zeros(()), {}
+        for player in self.players():
+            learning = _learning(model, player.trains)
+            value, more = player.take(batch["step"], player.loss, learning, batch, keys)
+            total, metrics = total + value, {**metrics, **more}
+        return total, metrics
+
+    def players(self) -> Sequence[Player]:
+        """The generator, then the critic with the discriminator."""
+        every = self.config.distill.critic.steps_per_generator
+        return (
+            Player(partial(self._play, generator_loss, 2), of_student, every),
+            Player(partial(self._play, critic_loss, 1), lambda path, x: not of_student(path, x)),
+        )
+
+    def _play(
+        self, loss: Any, number: int, model: Players, batch: dict[str, Any], keys: Key[Array, " b"]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The loss of a player, whose `number` its draws depend on."""
+        config, step = self.config, batch["step"]
         scene = make_scene(batch, fold(keys, 0), config)
         # One draw for all samples, of all parts of a batch: it takes as many passes as its longest rollout.
         common = jax.random.fold_in(jax.random.fold_in(seeds.key(config.seed), COMMON), step)
-        chunks = distill.rollout.draw(jax.random.fold_in(common, 0), step)
-
-        critic = _learning(model, lambda path, x: not of_student(path, x))
-        second = jax.random.fold_in(common, 1)
-        of_critic, metrics = critic_loss(critic, scene, chunks, fold(keys, 2), second, step, config)
-        turn = step % distill.critic.steps_per_generator == 0
-        generator = partial(generator_loss, config=config)
-        operands = _learning(model, of_student), scene, chunks, fold(keys, 3), jax.random.fold_in(common, 2), step
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(generator, *operands))
-        of_generator, more = jax.lax.cond(turn, generator, lambda *_: nothing, *operands)
-        return of_critic + of_generator, {**metrics, **more}
+        chunks = config.distill.rollout.draw(jax.random.fold_in(common, 0), step)
+        own = fold(keys, 1 + number), jax.random.fold_in(common, number)
+        return loss(model, scene, chunks, *own, step, config)
 
     def export(self, model: Players, folder: Path) -> None:
         """Writes the student's pipeline; critic and discriminator are in the checkpoints."""

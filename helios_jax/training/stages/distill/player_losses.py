@@ -1,11 +1,12 @@
 """The losses of stage 3's players: the generator's, and that of the critic and the discriminator."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
+from flax import nnx, struct
 from jaxtyping import Array, Float
 
 from helios_jax.diffusion import distillation as losses
@@ -14,11 +15,13 @@ from helios_jax.diffusion.memory import History, window
 from helios_jax.diffusion.noising import add_noise, predict_data
 from helios_jax.diffusion.schedule import dynamic_shift
 from helios_jax.models.transformer import Transformer
+from helios_jax.training.gradients import with_gradient
 from helios_jax.training.stage import Metrics
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
-from helios_jax.training.stages.distill.players import Players
+from helios_jax.training.stages.distill.players import Players, of_student
 from helios_jax.training.stages.distill.rollout import Scene, make_chunk, real_chunk
 from helios_jax.training.stages.flow import fold
+from helios_jax.training.trainable import trainable
 
 
 @struct.dataclass
@@ -79,14 +82,15 @@ def generator_loss(
     if gan is None or model.discriminator is None:
         return dmd, metrics
 
-    def adversarial(made: Array) -> Array:
+    def adversarial(made: Array) -> tuple[Array, Array]:
         noisy = add_noise(made, _normal(k_gan, made), sigma)
         logits = _logits(model, _window(noisy, k_crop, config), sigma, history, scene.text, config)
-        return losses.gan_loss(logits, real=True).mean()
+        against = losses.gan_loss(logits, real=True).mean()
+        return gan.generator_weight * against, against
 
     on = step >= gan.start
-    against = jax.lax.cond(on, adversarial, lambda _: jnp.zeros(()), made)
-    return dmd + gan.generator_weight * against, {**metrics, "gan_generator": (against, on.astype(jnp.float32))}
+    (loss, against), slope = _apart(on, adversarial, made)
+    return dmd + with_gradient(loss, made, slope), {**metrics, "gan_generator": (against, on.astype(jnp.float32))}
 
 
 def dmd_gradient(
@@ -125,13 +129,18 @@ def critic_loss(
     sigma = losses.draw_sigma(k_sigma, distill.critic.renoise, step, _shift(made, config))
     noise = _normal(k_noise, made)
     noisy = add_noise(made, noise, sigma)
-    velocity = _velocity(model.fake, noisy, sigma, _seen(model.fake, history, scene.text, config), config)
-    denoising = jnp.square(velocity - noising.velocity(made, noise)).mean()
-    metrics: Metrics = {"critic_loss": (denoising, jnp.ones(()))}
-    if gan is None or model.discriminator is None:
-        return denoising, metrics
 
-    def adversarial(_: None) -> tuple[Array, Array]:
+    def denoising(noisy: Array) -> Array:
+        velocity = _velocity(model.fake, noisy, sigma, _seen(model.fake, history, scene.text, config), config)
+        return jnp.square(velocity - noising.velocity(made, noise)).mean()
+
+    if gan is None or model.discriminator is None:
+        loss = denoising(noisy)
+        return loss, {"critic_loss": (loss, jnp.ones(()))}
+    graph, learning, rest = nnx.split(model, _judges(config), ...)
+
+    def adversarial(learning: Any) -> tuple[Array, tuple[Array, Array]]:
+        model = nnx.merge(graph, learning, rest)
         own, past = real_chunk(scene, chunks, config)
         real = add_noise(own, noise, sigma)
         judged = [(_window(noisy, k_crop, config), history), (_window(real, k_crop_real, config), past)]
@@ -149,13 +158,35 @@ def critic_loss(
         for term, still in ((gan.r1, real_logits), (gan.r2, fake_logits)):
             if term is not None:
                 penalties = penalties + losses.penalty(still, moved.pop(0), term).mean()
-        return against, penalties
+        return gan.critic_weight * against + penalties, (against, penalties)
 
     on = step >= gan.start
-    against, penalties = jax.lax.cond(on, adversarial, lambda _: (jnp.zeros(()), jnp.zeros(())), None)
-    weight = on.astype(jnp.float32)
-    metrics |= {"gan_critic": (against, weight), "gan_penalty": (penalties, weight)}
-    return denoising + gan.critic_weight * against + penalties, metrics
+    (loss, (against, penalties)), slope = _apart(on, adversarial, learning)
+    # One after the other: the memory of both would be more than that of either.
+    noisy, slope = jax.lax.optimization_barrier((noisy, slope))
+    error, weight = denoising(noisy), on.astype(jnp.float32)
+    metrics: Metrics = {
+        "critic_loss": (error, jnp.ones(())),
+        "gan_critic": (against, weight),
+        "gan_penalty": (penalties, weight),
+    }
+    return error + with_gradient(loss, learning, slope), metrics
+
+
+def _judges(config: DistillTrainConfig) -> Any:
+    """The filter of trained parameters of the critic and the discriminator."""
+    is_trained = trainable(config.trainable)
+    return lambda path, variable: is_trained(path, variable) and not of_student(path, variable)
+
+
+def _apart(on: Array, loss: Callable[[Any], tuple[Array, Any]], x: Any) -> tuple[tuple[Array, Any], Any]:
+    """(`loss(x)`, which is a number and what belongs to it, its gradient) where `on`; zeros elsewhere.
+
+    They are made at once and are constants for the backward pass around: it finds none of the loss's activations.
+    """
+    gradient, x = jax.value_and_grad(loss, has_aux=True), jax.lax.stop_gradient(x)
+    nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, x))
+    return jax.lax.stop_gradient(jax.lax.cond(on, gradient, lambda _: nothing, x))
 
 
 def _logits(
@@ -164,6 +195,8 @@ def _logits(
     """The discriminator's logits for noisy latents that follow `history`."""
     fake, discriminator = model.fake, model.discriminator
     assert discriminator is not None
+    # Where parts of a batch follow one another, XLA would transpose the heads' weights once, and hold them twice.
+    discriminator, noisy = jax.lax.optimization_barrier((discriminator, noisy))
     seen = _seen(fake, history, text, config)
     velocity, hidden = fake.features(
         noisy.astype(config.precision),

@@ -73,10 +73,10 @@ def score_config(config: DistillTrainConfig) -> FlowTrainConfig:
     )
 
 
-def _attach(model: Transformer, config: DistillTrainConfig) -> Transformer:
+def _attach(model: Transformer, config: DistillTrainConfig, *, empty: bool = False) -> Transformer:
     """`model` with the adapters, frozen, that make the student out of the teacher; named by their number."""
     for name, file in _adapters(config).items():
-        model = lora.freeze(lora.attach(model, {name: file}, dtype=config.precision), name)
+        model = lora.freeze(lora.attach(model, {name: file}, dtype=config.precision, empty=empty), name)
     return model
 
 
@@ -104,10 +104,11 @@ def _discriminator(config: DistillTrainConfig, model: Transformer) -> Discrimina
 
 
 def init(config: DistillTrainConfig, key: jax.Array) -> Players:
-    """All players with random weights; new adapters begin as in `load`."""
+    """All players with random weights; new adapters begin as in `load`, those of files are empty."""
     generator = start.init_transformer(config, key)
     if config.distill.score.init is None:
-        return Players(_add_critic(_attach(generator, config), config), None, _discriminator(config, generator))
+        student = _attach(generator, config, empty=True)
+        return Players(_add_critic(student, config), None, _discriminator(config, generator))
     score = start.init_transformer(score_config(config), jax.random.fold_in(key, 1))
     return Players(generator, _add_critic(score, config), _discriminator(config, score))
 
