@@ -317,6 +317,25 @@ def test_dmd_pulls_the_chunk_to_where_the_teacher_sees_it():
     assert np.abs(np.asarray(losses.dmd_loss(made, ours))).max() > 0
 
 
+def test_without_matching_the_discriminator_alone_teaches_the_student():
+    """Before the discriminator begins, nothing does."""
+    gan = GANConfig(start=1, discriminator=DiscriminatorConfig((0,), dim=64), generator_weight=2.0, r1=None, crop=None)
+    config = config_of(distill={"matching_weight": 0.0, "gan": gan})
+    model, scene = make_players(config), rollout.make_scene(batch_of(), keys(), config)
+    common, one = jax.random.key(5), jnp.asarray(1)
+
+    @jax.jit
+    def of(model, step):
+        return player_losses.generator_loss(model, scene, one, keys(), common, step, config)
+
+    loss, metrics = of(model, jnp.asarray(1))
+    assert sorted(metrics) == ["gan_generator"]
+    assert float(loss) == pytest.approx(2 * float(metrics["gan_generator"][0]), rel=1e-6)
+    assert float(of(model, jnp.asarray(0))[0]) == 0
+    with pytest.raises(ValueError, match="matching_weight is 0 and gan null"):
+        DistillConfig(matching_weight=0.0)
+
+
 def test_one_set_of_weights_serves_generator_and_both_scores(tmp_path):
     """The teacher's, with the student's way from it as frozen adapters: the same game as with two sets."""
     between = lora.add(transformer(1), lora.LoRAConfig(3, None, ("to_k", "ffn.net.0.proj")), jax.random.key(3))

@@ -126,13 +126,26 @@ class RolloutConfig:
 
 @dataclass
 class DistillConfig(StudentConfig):
-    """Stage 3, second part: the student's steps, the scores, and a discriminator if there is one."""
+    """Stage 3, second part: the student's steps, the scores, and a discriminator if there is one.
 
+    `matching_weight` is the factor of the loss of distribution matching. With 0 the discriminator alone teaches the
+    student, and no score judges its chunks.
+    """
+
+    matching_weight: float = 1.0
     score: ScoreConfig = field(default_factory=ScoreConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     gan: GANConfig | None = None
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     negative_text: Literal["negative", "empty"] = "negative"  # embedding in the data that guidance leads away from
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.matching_weight >= 0, f"matching_weight must not be negative, got {self.matching_weight}")
+        require(
+            self.matching_weight > 0 or self.gan is not None,
+            "matching_weight is 0 and gan null: nothing would teach the student; give one of them",
+        )
 
 
 @dataclass

@@ -73,12 +73,15 @@ def generator_loss(
     k_sigma, k_noise, k_gan, k_crop = (fold(keys, i) for i in range(1, 5))
     sigma = losses.draw_sigma(k_sigma, distill.score.renoise, step, _shift(made, config))
 
-    fixed = jax.lax.stop_gradient(made)
-    gradient, distance = jax.lax.stop_gradient(
-        dmd_gradient(model, fixed, history, scene, sigma, _normal(k_noise, made), config)
-    )
-    dmd = losses.dmd_loss(made, gradient).mean()
-    metrics = {"dmd_loss": (dmd, jnp.ones(())), "dmd_distance": (distance, jnp.ones(()))}
+    dmd, metrics = jnp.zeros(()), {}
+    if distill.matching_weight > 0:
+        fixed = jax.lax.stop_gradient(made)
+        gradient, distance = jax.lax.stop_gradient(
+            dmd_gradient(model, fixed, history, scene, sigma, _normal(k_noise, made), config)
+        )
+        matching = losses.dmd_loss(made, gradient).mean()
+        dmd = distill.matching_weight * matching
+        metrics = {"dmd_loss": (matching, jnp.ones(())), "dmd_distance": (distance, jnp.ones(()))}
     if gan is None or model.discriminator is None:
         return dmd, metrics
 
