@@ -198,8 +198,6 @@ def _logits(
     """The discriminator's logits for noisy latents that follow `history`."""
     fake, discriminator = model.fake, model.discriminator
     assert discriminator is not None
-    # Where parts of a batch follow one another, XLA would transpose the heads' weights once, and hold them twice.
-    discriminator, noisy = jax.lax.optimization_barrier((discriminator, noisy))
     seen = _seen(fake, history, text, config)
     velocity, hidden = fake.features(
         noisy.astype(config.precision),
