@@ -310,6 +310,10 @@ def test_smoothness_scores(weights, tmp_path, kind):
     found, _ = scores(metric, video(tmp_path / "flicker.mp4", flicker))
     assert found["motion_smoothness"]["motion_smoothness_score"] == pytest.approx(1 - 20 / 255 / 2, abs=0.01)
     assert found["drifting_motion_smoothness"]["drift_motion_smoothness_score"] == pytest.approx(20 / 255, abs=0.01)
+    meter = metric.begin(Clip("", 41, "short"))
+    for frame in read_frames(tmp_path / "even.mp4", (48, 96)):
+        meter.add(frame)
+    assert [number for number, _ in meter.finish().curve] == list(range(1, 41, 2))
     few, _ = scores(metric, video(tmp_path / "few.mp4", np.array([40, 40, 40])))
     assert few["drifting_motion_smoothness"]["start_motion_smoothness_score"] == 0
     with pytest.raises(MetricError, match="needs 3 frames"):
