@@ -10,7 +10,7 @@ from helios_jax.heliosbench import drift
 from helios_jax.heliosbench.bench_frames import Frame
 from helios_jax.heliosbench.clip_pixels import clip_pixels
 from helios_jax.heliosbench.metric import Clip, Measured, drifted
-from helios_jax.heliosbench.model_files import openai_names, read_weights
+from helios_jax.heliosbench.model_files import open_weights, openai_names
 from helios_jax.heliosbench.vit import PICTURES, Encoder, encode_pictures, normalize
 from helios_jax.pretrained.errors import CheckpointError
 
@@ -24,9 +24,9 @@ class Aesthetic:
     files = ("aesthetic", "drifting_aesthetic")
 
     def __init__(self, clip: Path, head: Path):
-        arrays = openai_names(read_weights(clip, "visual.", "vision_model.", "visual_projection."))
-        self._encoder = Encoder.of(arrays, PICTURES, "visual.", str(clip))
-        linear = read_weights(head, "weight", "bias")
+        tensors = openai_names(open_weights(clip, "visual.", "vision_model.", "visual_projection."))
+        self._encoder = Encoder.of(tensors, PICTURES, "visual.", str(clip))
+        linear = {key: read() for key, read in open_weights(head, "weight", "bias").items()}
         width = self._encoder.tensors["proj"].shape[1]
         if {key: value.shape for key, value in linear.items()} != {"weight": (1, width), "bias": (1,)}:
             raise CheckpointError(f"{head} is not a head of {width} features: take sa_0_4_vit_l_14_linear")

@@ -3,7 +3,6 @@
 The rounding is upstream's, which differs between metrics.
 """
 
-import math
 from itertools import pairwise
 
 import numpy as np
@@ -25,24 +24,18 @@ def middles(count: int, number: int) -> list[int]:
 
 
 def sampled_ends(count: int, number: int) -> tuple[list[int], list[int]]:
-    """`number` frames at even distances of the first and of the last 15 %, which are widened if they are shorter."""
-    starts, stops = (0.0, 1.0 - SHARE), (SHARE, 1.0)
-    start, end = (_sampled(count, int(count * a), int(count * b), number) for a, b in zip(starts, stops))
-    return start, end
+    """`number` frames at even distances of the first and of the last 15 %, which are widened to `number` if shorter."""
+    last, first = int(count * SHARE), int(count * (1.0 - SHARE))
+    return _sampled(0, max(last, min(count, number)), number), _sampled(
+        min(first, max(0, count - number)), count, number
+    )
 
 
-def _sampled(count: int, first: int, last: int, number: int) -> list[int]:
-    if (lacking := number - (last - first)) <= 0:
-        step = (last - first) / number
-        return [min(int(first + i * step), count - 1) for i in range(number)]
-    wide_first = max(0, first - math.ceil(lacking / 2))
-    wide_last = min(count, last + lacking // 2)
-    if wide_last - wide_first < number:
-        if wide_first == 0:
-            wide_last = min(count, number)
-        elif wide_last == count:
-            wide_first = max(0, count - number)
-    return [min(i, count - 1) for i in np.linspace(wide_first, wide_last - 1, number, dtype=int).tolist()]
+def _sampled(first: int, last: int, number: int) -> list[int]:
+    if last - first <= number:
+        return np.linspace(first, last - 1, number, dtype=int).tolist()
+    step = (last - first) / number
+    return [int(first + i * step) for i in range(number)]
 
 
 def strided(count: int, number: int) -> list[int]:

@@ -9,13 +9,15 @@ Weights are .safetensors or, where torch is installed, .pt and .pth; no pickled 
 """
 
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from helios_jax.heliosbench.metric import MissingError
+from helios_jax.heliosbench.vit import Tensors
 from helios_jax.pretrained import files
 from helios_jax.pretrained.errors import CheckpointError
 from helios_jax.pretrained.folder import local
@@ -66,14 +68,14 @@ def find(folder: Path | None, stem: str, endings: tuple[str, ...] = WEIGHTS) -> 
     return found[0]
 
 
-def read_weights(path: Path, *prefixes: str) -> dict[str, np.ndarray]:
-    """The tensors of a file by name, in float32: those whose names begin with one of `prefixes`.
+def open_weights(path: Path, *prefixes: str) -> dict[str, Callable[[], np.ndarray]]:
+    """The tensors of a file by name, read in float32 when they are called; their names begin with one of `prefixes`.
 
     Raises CheckpointError for a file that cannot be read.
     """
     if path.suffix == ".safetensors":
-        tensors = files.read_header(path)[0]
-        return {key: tensor.read(dtype=np.float32) for key, tensor in tensors.items() if key.startswith(prefixes)}
+        tensors = files.read_header(path)[0].items()
+        return {key: partial(tensor.read, dtype=np.float32) for key, tensor in tensors if key.startswith(prefixes)}
     torch = _torch(path)
     try:
         if _is_scripted(path):
@@ -85,28 +87,36 @@ def read_weights(path: Path, *prefixes: str) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{path} cannot be read ({reason}): download it again") from None
     for key in ("model", "state_dict"):
         state = state.get(key, state)
-    return {key: value.float().numpy() for key, value in state.items() if key.startswith(prefixes)}
+    return {key: partial(_numpy, value) for key, value in state.items() if key.startswith(prefixes)}
 
 
-def openai_names(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _numpy(tensor: Any) -> np.ndarray:
+    return tensor.float().numpy()
+
+
+def openai_names(tensors: Tensors) -> Tensors:
     """The tensors of CLIP's picture encoder under OpenAI's names, from either's."""
-    if not any(key.startswith("vision_model.") for key in arrays):
-        return dict(arrays)
-    named: dict[str, np.ndarray] = {}
-    for key, value in arrays.items():
+    if not any(key.startswith("vision_model.") for key in tensors):
+        return tensors
+    named: dict[str, Callable[[], np.ndarray]] = {}
+    for key, read in tensors.items():
         for theirs, ours in NAMES:
             if key.startswith(theirs):
                 key = ours + key.removeprefix(theirs)
                 for old, new in LAYER_NAMES:
                     key = key.replace(old, new)
-                named[key] = value
+                named[key] = read
                 break
-    if "visual_projection.weight" in arrays:
-        named["visual.proj"] = arrays["visual_projection.weight"].T
+    if "visual_projection.weight" in tensors:
+        named["visual.proj"] = lambda: tensors["visual_projection.weight"]().T
     for key in [key for key in named if ".attn.q_proj." in key]:
         parts = [named.pop(key.replace("q_proj", f"{part}_proj")) for part in "qkv"]
-        named[key.replace("q_proj.", "in_proj_")] = np.concatenate(parts)
+        named[key.replace("q_proj.", "in_proj_")] = partial(_joined, parts)
     return named
+
+
+def _joined(parts: list[Callable[[], np.ndarray]]) -> np.ndarray:
+    return np.concatenate([read() for read in parts])
 
 
 def _torch(path: Path) -> Any:

@@ -10,7 +10,7 @@ from helios_jax.heliosbench.bench_frames import Frame
 from helios_jax.heliosbench.clip_pixels import clip_pixels
 from helios_jax.heliosbench.clip_text import ClipTokenizer
 from helios_jax.heliosbench.metric import Clip, Measured, drifted
-from helios_jax.heliosbench.model_files import read_weights
+from helios_jax.heliosbench.model_files import open_weights
 from helios_jax.heliosbench.vit import TEXTS, VIDEOS, Encoder, encode_texts, encode_video, normalize
 
 
@@ -21,9 +21,9 @@ class Semantic:
 
     def __init__(self, viclip: Path, vocabulary: Path):
         self._tokenizer = ClipTokenizer(vocabulary)
-        arrays = read_weights(viclip, "vision_encoder.", "text_encoder.")
-        self._texts = Encoder.of(arrays, TEXTS, "text_encoder.", str(viclip))
-        self._videos = Encoder.of(arrays, VIDEOS, "vision_encoder.", str(viclip))
+        tensors = open_weights(viclip, "vision_encoder.", "text_encoder.")
+        self._texts = Encoder.of(tensors, TEXTS, "text_encoder.", str(viclip))
+        self._videos = Encoder.of(tensors, VIDEOS, "vision_encoder.", str(viclip))
         w = self._videos.tensors
         self.frames = w["temporal_positional_embedding"].shape[1]
         self.side = round((w["positional_embedding"].shape[0] - 1) ** 0.5) * w["conv1.weight"].shape[-1]

@@ -4,7 +4,7 @@ Tensors have OpenAI's names. Layers run before their norms and use QuickGELU; he
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
@@ -16,6 +16,7 @@ from helios_jax.pretrained.errors import CheckpointError
 
 HEAD = 64  # channels of an attention head
 EPSILON = 1e-5  # of layer norms
+LONG = 512  # tokens, above which heads attend one after another: all at once take 0.3 GB several times in ViCLIP
 BLOCK = "transformer.resblocks."
 LAYER = (
     *(f"{norm}.{part}" for norm in ("ln_1", "ln_2") for part in ("weight", "bias")),
@@ -30,6 +31,11 @@ VIDEOS = (*PICTURES, "temporal_positional_embedding")
 TEXTS = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias", "text_projection")
 
 
+# Tensors by name, read when they are called: in memory at once, ViCLIP's would take its size twice.
+Tensors = Mapping[str, Callable[[], np.ndarray]]
+Heads = Float[Array, "b n heads 64"]
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tensors", "layers"], meta_fields=[])
 @dataclass(frozen=True)
 class Encoder:
@@ -39,26 +45,27 @@ class Encoder:
     layers: dict[str, Array]
 
     @classmethod
-    def of(cls, arrays: dict[str, np.ndarray], names: tuple[str, ...], prefix: str, source: str) -> "Encoder":
-        """The encoder whose tensors have `prefix` in `arrays`, from which they are taken out to save memory.
-
-        Raises CheckpointError if one is missing.
-        """
-        count = len({key.removeprefix(prefix + BLOCK).partition(".")[0] for key in arrays if _starts(key, prefix)})
-        needed = [prefix + name for name in names]
-        needed += [f"{prefix}{BLOCK}{i}.{name}" for i in range(max(count, 1)) for name in LAYER]
-        if lacking := [key for key in needed if key not in arrays]:
+    def of(cls, tensors: Tensors, names: tuple[str, ...], prefix: str, source: str) -> "Encoder":
+        """The encoder whose tensors have `prefix`; raises CheckpointError if one is missing."""
+        count = len({key.removeprefix(prefix + BLOCK).partition(".")[0] for key in tensors if _starts(key, prefix)})
+        blocks = [f"{prefix}{BLOCK}{i}." for i in range(max(count, 1))]
+        needed = [prefix + name for name in names] + [block + name for block in blocks for name in LAYER]
+        if lacking := [key for key in needed if key not in tensors]:
             raise CheckpointError(f"{source} lacks {lacking[0]} ({len(lacking)} tensors in all): take CLIP's own file")
-        tensors = {name: jnp.asarray(arrays.pop(prefix + name), jnp.float32) for name in names}
-        blocks = [f"{prefix}{BLOCK}{i}." for i in range(count)]
-        layers = {name: jnp.asarray(_smallest([arrays.pop(block + name) for block in blocks])) for name in LAYER}
-        return cls(tensors, layers)
+        return cls(
+            {name: jnp.asarray(tensors[prefix + name](), jnp.float32) for name in names},
+            {name: jnp.asarray(_stacked([tensors[block + name] for block in blocks])) for name in LAYER},
+        )
 
 
-def _smallest(arrays: list[np.ndarray]) -> np.ndarray:
-    """The arrays stacked, in float16 if that changes no number: CLIP was released so."""
-    halves = [array.astype(np.float16) for array in arrays]
-    return np.stack(halves if all(map(np.array_equal, halves, arrays)) else arrays)
+def _stacked(reads: list[Callable[[], np.ndarray]]) -> np.ndarray:
+    """The tensors of all layers, in float16 if that changes no number: CLIP was released so."""
+    first = reads[0]()
+    stack = np.empty((len(reads), *first.shape), np.float32)
+    for i, read in enumerate(reads):
+        stack[i] = first if i == 0 else read()
+    half = stack.astype(np.float16)
+    return half if all(map(np.array_equal, half, stack)) else stack
 
 
 def _starts(key: str, prefix: str) -> bool:
@@ -120,17 +127,30 @@ def _pooled(encoder: Encoder, x: Float[Array, "b n c"]) -> Float[Array, "b d"]:
 def _transform(encoder: Encoder, x: Float[Array, "b n c"], causal: bool) -> Float[Array, "b n c"]:
     def layer(x: Float[Array, "b n c"], w: dict[str, Array]) -> tuple[Float[Array, "b n c"], None]:
         b, n, c = x.shape
+        w = jax.lax.optimization_barrier(w)  # else XLA casts the weights of all layers before the first
         w = {name: value.astype(jnp.float32) for name, value in w.items()}
         qkv = _linear(_norm(x, w, "ln_1"), w["attn.in_proj_weight"], w["attn.in_proj_bias"])
         q, k, v = (part.reshape(b, n, c // HEAD, HEAD) for part in jnp.split(qkv, 3, -1))
-        heads = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
-        x = x + _linear(heads.reshape(b, n, c), w["attn.out_proj.weight"], w["attn.out_proj.bias"])
+        x = x + _linear(_attend(q, k, v, causal), w["attn.out_proj.weight"], w["attn.out_proj.bias"])
         hidden = _linear(_norm(x, w, "ln_2"), w["mlp.c_fc.weight"], w["mlp.c_fc.bias"])
         hidden *= jax.nn.sigmoid(1.702 * hidden)
         return x + _linear(hidden, w["mlp.c_proj.weight"], w["mlp.c_proj.bias"]), None
 
     with jax.default_matmul_precision("highest"):
         return jax.lax.scan(layer, x, encoder.layers)[0]
+
+
+def _attend(q: Heads, k: Heads, v: Heads, causal: bool) -> Float[Array, "b n c"]:
+    b, n = q.shape[:2]
+    if n <= LONG:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal).reshape(b, n, -1)
+
+    def head(qkv: tuple[Array, Array, Array]) -> Float[Array, "b n 1 64"]:
+        q, k, v = (x[:, :, None] for x in qkv)
+        return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
+
+    heads = jax.lax.map(head, tuple(jnp.moveaxis(x, 2, 0) for x in (q, k, v)))
+    return jnp.moveaxis(heads[:, :, :, 0], 0, 2).reshape(b, n, -1)
 
 
 def _linear(x: Array, weight: Array, bias: Array) -> Array:

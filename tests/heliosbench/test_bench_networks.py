@@ -2,13 +2,14 @@
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from helios_jax.heliosbench import bench_cli, clip_text, model_files, recipes
+from helios_jax.heliosbench import bench_cli, clip_text, model_files, recipes, vit
 from helios_jax.heliosbench.aesthetic import Aesthetic
 from helios_jax.heliosbench.bench_frames import Frame, read_frames
 from helios_jax.heliosbench.clip_pixels import clip_pixels
@@ -17,7 +18,16 @@ from helios_jax.heliosbench.metric import Clip, MetricError
 from helios_jax.heliosbench.recipes import Needs
 from helios_jax.heliosbench.semantic import Semantic
 from helios_jax.heliosbench.smoothness import Smoothness, between
-from helios_jax.heliosbench.vit import PICTURES, TEXTS, VIDEOS, Encoder, encode_pictures, encode_texts, encode_video
+from helios_jax.heliosbench.vit import (
+    PICTURES,
+    TEXTS,
+    VIDEOS,
+    Encoder,
+    Tensors,
+    encode_pictures,
+    encode_texts,
+    encode_video,
+)
 from helios_jax.media.mp4 import VideoWriter
 from helios_jax.pretrained.errors import CheckpointError
 from tests.heliosbench.fake_judge import serve
@@ -54,13 +64,21 @@ def their_vision():
     return model
 
 
+def theirs_named(model) -> Tensors:
+    return model_files.openai_names(reads({key: value.numpy() for key, value in model.state_dict().items()}))
+
+
+def reads(arrays: dict[str, np.ndarray]) -> Tensors:
+    """Arrays as they come from a file: read when they are called."""
+    return {key: partial(np.copy, value) for key, value in arrays.items()}
+
+
 @pytest.mark.reference
 def test_pictures_beside_transformers():
     import torch
 
     model = their_vision()
-    arrays = model_files.openai_names({key: value.numpy() for key, value in model.state_dict().items()})
-    encoder = Encoder.of(arrays, PICTURES, "visual.", "test")
+    encoder = Encoder.of(theirs_named(model), PICTURES, "visual.", "test")
     pixels = RNG.normal(size=(3, GRID * PATCH, GRID * PATCH, 3)).astype(np.float32)
     with torch.no_grad():
         theirs = model(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())).image_embeds.numpy()
@@ -68,15 +86,19 @@ def test_pictures_beside_transformers():
 
 
 @pytest.mark.reference
-def test_videos_beside_transformers_layers():
+@pytest.mark.parametrize("long", [512, 16])
+def test_videos_beside_transformers_layers(monkeypatch, long):
     """ViCLIP is CLIP's transformer over one class token and the patches of all frames, which know their time."""
     import torch
 
+    monkeypatch.setattr(vit, "LONG", long)
+    encode_video.clear_cache()
+
     model = their_vision()
-    arrays = model_files.openai_names({key: value.numpy() for key, value in model.state_dict().items()})
+    arrays = {key: read() for key, read in theirs_named(model).items()}
     arrays["visual.conv1.weight"] = arrays["visual.conv1.weight"][:, :, None]
     time = arrays["visual.temporal_positional_embedding"] = random((1, 8, WIDTH))
-    encoder = Encoder.of(arrays, VIDEOS, "visual.", "test")
+    encoder = Encoder.of(reads(arrays), VIDEOS, "visual.", "test")
     pixels = RNG.normal(size=(8, GRID * PATCH, GRID * PATCH, 3)).astype(np.float32)
     vision = model.vision_model
     with torch.no_grad():
@@ -101,7 +123,8 @@ def test_texts_beside_transformers():
     model = CLIPTextModelWithProjection(config).eval()
     state = {key: value.numpy() for key, value in model.state_dict().items()}
     named = {key.replace("text_model.encoder", "vision_model.encoder"): value for key, value in state.items()}
-    arrays = {key.removeprefix("visual."): value for key, value in model_files.openai_names(named).items()}
+    found = model_files.openai_names(reads(named))
+    arrays = {key.removeprefix("visual."): read() for key, read in found.items()}
     arrays |= {
         "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
         "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
@@ -113,7 +136,7 @@ def test_texts_beside_transformers():
     tokens[0, :5], tokens[1, :3] = [48, 7, 8, 9, 49], [48, 3, 49]
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens).long()).text_embeds.numpy()
-    ours = encode_texts(Encoder.of(arrays, TEXTS, "", "test"), tokens)
+    ours = encode_texts(Encoder.of(reads(arrays), TEXTS, "", "test"), tokens)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -121,7 +144,7 @@ def test_weights_in_half_precision_take_half_the_memory():
     """The numbers stay: CLIP was released in float16."""
     arrays = pictures("visual.")
     halves = {key: value.astype(np.float16).astype(np.float32) for key, value in arrays.items()}
-    whole, half = (Encoder.of(dict(x), PICTURES, "visual.", "test") for x in (arrays, halves))
+    whole, half = (Encoder.of(reads(x), PICTURES, "visual.", "test") for x in (arrays, halves))
     assert {str(x.dtype) for x in whole.layers.values()} == {"float32"}
     assert {str(x.dtype) for x in half.layers.values()} == {"float16"}
     np.testing.assert_array_equal(half.layers["ln_1.bias"][1], halves["visual.transformer.resblocks.1.ln_1.bias"])
@@ -212,15 +235,15 @@ def test_weights_as_torch_saves_them(weights, tmp_path):
 
     arrays = {key: torch.from_numpy(value) for key, value in pictures("visual.").items()}
     torch.save({"model": arrays}, tmp_path / "a.pth")
-    read = model_files.read_weights(tmp_path / "a.pth", "visual.")
+    read = model_files.open_weights(tmp_path / "a.pth", "visual.")
     assert read.keys() == arrays.keys()
-    np.testing.assert_array_equal(read["visual.proj"], arrays["visual.proj"].numpy())
+    np.testing.assert_array_equal(read["visual.proj"](), arrays["visual.proj"].numpy())
     (tmp_path / "b.pth").write_bytes(b"no weights")
     with pytest.raises(CheckpointError, match="cannot be read"):
-        model_files.read_weights(tmp_path / "b.pth", "")
+        model_files.open_weights(tmp_path / "b.pth", "")
     linear = torch.jit.script(torch.nn.Linear(3, 2))
     linear.save(str(tmp_path / "c.pt"))
-    assert set(model_files.read_weights(tmp_path / "c.pt", "")) == {"weight", "bias"}
+    assert set(model_files.open_weights(tmp_path / "c.pt", "")) == {"weight", "bias"}
 
 
 def video(path: Path, levels: np.ndarray) -> Path:
@@ -287,6 +310,10 @@ def test_smoothness_scores(weights, tmp_path, kind):
     found, _ = scores(metric, video(tmp_path / "flicker.mp4", flicker))
     assert found["motion_smoothness"]["motion_smoothness_score"] == pytest.approx(1 - 20 / 255 / 2, abs=0.01)
     assert found["drifting_motion_smoothness"]["drift_motion_smoothness_score"] == pytest.approx(20 / 255, abs=0.01)
+    meter = metric.begin(Clip("", 41, "short"))
+    for frame in read_frames(tmp_path / "even.mp4", (48, 96)):
+        meter.add(frame)
+    assert [number for number, _ in meter.finish().curve] == list(range(1, 41, 2))
     few, _ = scores(metric, video(tmp_path / "few.mp4", np.array([40, 40, 40])))
     assert few["drifting_motion_smoothness"]["start_motion_smoothness_score"] == 0
     with pytest.raises(MetricError, match="needs 3 frames"):
