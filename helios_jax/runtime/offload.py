@@ -31,8 +31,8 @@ def on_device(model: Tree) -> Tree:
     The copy's memory is free again when the caller drops it and the programs that use it are done.
     """
 
-    def place(x: jax.Array) -> jax.Array:
-        if x.sharding.memory_kind != HOST:
+    def place(x: Any) -> Any:
+        if not isinstance(x, jax.Array) or x.sharding.memory_kind != HOST:
             return x
         default = next(iter(x.sharding.device_set)).default_memory().kind
         return jax.device_put(x, x.sharding.with_memory_kind(default))
