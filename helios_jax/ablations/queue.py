@@ -152,7 +152,7 @@ def run_on(cluster: Cluster, jobs: Sequence[Job], out: Path) -> dict[Job, str]:
 
 
 def _begin() -> Callable[[Job], float]:
-    """What a worker of a cluster makes jobs with; each job loads its own model."""
+    """The function that a worker of a cluster runs jobs with; nothing is prepared, as each job loads its own model."""
     return make
 
 

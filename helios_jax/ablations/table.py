@@ -58,7 +58,7 @@ class Claim:
 
 @dataclass
 class Options:
-    """What a table holds beside its commands and rows.
+    """Settings of a table beside its commands and rows.
 
     `shown` are the metrics of the page's table, all if none is named. `curves` are those drawn over the seconds of the
     videos. `text` goes below the title.

@@ -30,7 +30,7 @@ figure { display: inline-block; margin: 0 1rem 1rem 0 } figcaption { font-weight
 
 @dataclass(frozen=True)
 class BenchReport:
-    """What the page shows: the models' merged summaries and records, and lines on videos that failed."""
+    """Content of the page: merged summaries and records of the models, and lines on videos that failed."""
 
     out: Path
     view: View

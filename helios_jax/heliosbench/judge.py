@@ -147,7 +147,7 @@ def read_instruction(path: Path) -> str:
 
 
 def estimate(requests: int, pictures: int, words: int, price: float | None) -> str:
-    """What a run will ask of the judge, in words; `price` is in dollars for a million tokens of input."""
+    """An estimate, in words, of the questions to the judge and their cost at `price` dollars a million input tokens."""
     tokens = pictures * PICTURE_TOKENS + requests * words * 4 // 3
     cost = "" if price is None else f", ${tokens / 1e6 * price:,.2f} at ${price:g} a million"
     return f"{requests:,} requests with {pictures:,} pictures, about {tokens:,} tokens of input{cost}"

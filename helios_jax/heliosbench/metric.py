@@ -11,7 +11,7 @@ from helios_jax.heliosbench.rating import Length
 
 @dataclass(frozen=True)
 class Clip:
-    """What is known of a video before its frames are read: its prompt, its frames, and how it is judged."""
+    """Facts of a video that are known before its frames are read: its prompt, their number, and how it is judged."""
 
     prompt: str
     frames: int

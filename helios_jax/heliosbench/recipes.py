@@ -17,7 +17,7 @@ from helios_jax.sampling.fingerprint import file_hash
 
 @dataclass(frozen=True)
 class Needs:
-    """What metrics are made from: the folder of weights, the judge, the length of chunks."""
+    """Sources that metrics are made from: the folder of weights, the judge, the length of chunks."""
 
     weights: Path | None = None
     judge: Judge | None = None

@@ -148,7 +148,7 @@ def _make_rows(
 
 
 def _start_on_cluster(config: SampleConfig, hashes: Mapping[str, Any]) -> "_RowMaker":
-    """What makes videos on a machine of a cluster. Raises ValueError if its weights are others than `hashes`."""
+    """The function that makes videos on a worker of a cluster. Raises ValueError for other weights than `hashes`."""
     begin = time.monotonic()
     enable_cache()
     weights = Weights.open(config)

@@ -13,7 +13,6 @@ from flax import nnx
 from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.data.records import Source
-from helios_jax.diffusion import distillation as losses
 from helios_jax.diffusion import exits
 from helios_jax.diffusion.distillation import PenaltyConfig, RenoiseConfig
 from helios_jax.models.discriminator import Discriminator, DiscriminatorConfig, Head
@@ -21,7 +20,7 @@ from helios_jax.models.transformer import Transformer
 from helios_jax.sharding import MeshConfig, make_mesh
 from helios_jax.training.flow_config import FlowConfig, PyramidConfig
 from helios_jax.training.optim import EMAConfig, OptimConfig
-from helios_jax.training.stages.distill import distill_stage, player_losses, players, rollout
+from helios_jax.training.stages.distill import distill_stage, players, rollout
 from helios_jax.training.stages.distill.distill_config import (
     CriticConfig,
     DistillConfig,
@@ -287,53 +286,6 @@ def test_critic_and_discriminator_are_clipped_together_and_apart_from_the_genera
     assert moments["generator"] == pytest.approx(3.0**2, rel=1e-3)
     for name, part in share.items():
         assert moments[name] == pytest.approx(2.0**2 * part / sum(share.values()), rel=1e-3)
-
-
-def test_dmd_pulls_the_chunk_to_where_the_teacher_sees_it():
-    """At the teacher's own prediction the gradient is the critic's distance from it, over the chunk's."""
-    config = config_of(distill={"gan": None})
-    model, batch = make_players(config), batch_of()
-    scene = rollout.make_scene(batch, keys(), config)
-    rng = np.random.default_rng(3)
-    made, noise = (jnp.asarray(rng.standard_normal(CHUNK, np.float32)) for _ in range(2))
-    sigma = jnp.array([0.3, 0.8])
-    ours, _ = jax.jit(lambda m: player_losses.dmd_gradient(m, made, scene.history, scene, sigma, noise, config))(model)
-
-    s = sigma[:, None, None, None, None]
-    noisy = (1 - s) * made + s * noise
-
-    def clean(score, text):
-        return noisy - s * player_losses._velocity(
-            score, noisy, sigma, player_losses._seen(score, scene.history, text, config), config
-        )
-
-    def expected(m):
-        with_text, without = clean(m.real, scene.text), clean(m.real, scene.negative)
-        teacher = with_text + 2.0 * (with_text - without)
-        distance = jnp.abs(made - teacher).mean((1, 2, 3, 4), keepdims=True)
-        return (clean(m.fake, scene.text) - teacher) / distance
-
-    assert_close(ours, jax.jit(expected)(model), ulps=60)
-    assert np.abs(np.asarray(losses.dmd_loss(made, ours))).max() > 0
-
-
-def test_without_matching_the_discriminator_alone_teaches_the_student():
-    """Before the discriminator begins, nothing does."""
-    gan = GANConfig(start=1, discriminator=DiscriminatorConfig((0,), dim=64), generator_weight=2.0, r1=None, crop=None)
-    config = config_of(distill={"matching_weight": 0.0, "gan": gan})
-    model, scene = make_players(config), rollout.make_scene(batch_of(), keys(), config)
-    common, one = jax.random.key(5), jnp.asarray(1)
-
-    @jax.jit
-    def of(model, step):
-        return player_losses.generator_loss(model, scene, one, keys(), common, step, config)
-
-    loss, metrics = of(model, jnp.asarray(1))
-    assert sorted(metrics) == ["gan_generator"]
-    assert float(loss) == pytest.approx(2 * float(metrics["gan_generator"][0]), rel=1e-6)
-    assert float(of(model, jnp.asarray(0))[0]) == 0
-    with pytest.raises(ValueError, match="matching_weight is 0 and gan null"):
-        DistillConfig(matching_weight=0.0)
 
 
 def test_one_set_of_weights_serves_generator_and_both_scores(tmp_path):
