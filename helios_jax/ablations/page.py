@@ -20,15 +20,18 @@ Results = Mapping[str, Mapping[int, Scores]]  # by row and seed
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a claim came out, `holds` None for one that the intervals leave open; `told` has the numbers."""
+    """The result of a claim, `holds` None for one that the intervals leave open; `told` has the numbers."""
 
     claim: Claim
     holds: bool | None
     told: str
+    seeds: int
 
     @property
     def word(self) -> str:
-        return {True: "Holds", False: "Does not hold", None: "Open"}[self.holds]
+        """The outcome; that of one seed is called so, because its intervals know nothing of the luck of a training."""
+        word = {True: "Holds", False: "Does not hold", None: "Open"}[self.holds]
+        return f"{word} for one seed" if self.seeds == 1 and self.holds is not None else word
 
 
 def outcome(claim: Claim, values: Mapping[str, Mapping[str, np.ndarray]]) -> Outcome | None:
@@ -43,7 +46,8 @@ def outcome(claim: Claim, values: Mapping[str, Mapping[str, np.ndarray]]) -> Out
     if claim.at_most is not None:
         found = mean(ours)
         holds = True if found.high <= claim.at_most else False if found.low > claim.at_most else None
-        return Outcome(claim, holds, f"{claim.metric} of {claim.row}: {found}, at most {claim.at_most:g} was claimed")
+        told = f"{claim.metric} of {claim.row}: {found}, at most {claim.at_most:g} was claimed"
+        return Outcome(claim, holds, told, len(ours))
     told, each = [f"{claim.row} {mean(ours)}"], []
     for row in claim.against:
         theirs = values[row][claim.metric]
@@ -51,9 +55,10 @@ def outcome(claim: Claim, values: Mapping[str, Mapping[str, np.ndarray]]) -> Out
             raise ScoreError(f"claims: {claim.row} and {row} have different videos or seeds: score both alike")
         by = mean(sign * (theirs - ours))
         each.append(True if by.low > 0 else False if by.high < 0 else None)
-        told.append(f"{row} {mean(theirs)}, {'worse' if by.value > 0 else 'better'} by {_size(by)}")
+        word = "the same" if not by.value else f"{'worse' if by.value > 0 else 'better'} by {_size(by)}"
+        told.append(f"{row} {mean(theirs)}, {word}")
     holds = True if all(each) else False if any(one is False for one in each) else None
-    return Outcome(claim, holds, f"{claim.metric} ({claim.better} is better): {'; '.join(told)}")
+    return Outcome(claim, holds, f"{claim.metric} ({claim.better} is better): {'; '.join(told)}", len(ours))
 
 
 def _size(by: Mean) -> Mean:
@@ -106,7 +111,7 @@ def send(table: Table, results: Results, project: str) -> None:
 def _means(table: Table, values: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
     names = list(table.options.shown) or list(dict.fromkeys(name for one in values.values() for name in one))
     lines = [
-        f"Means with {LEVEL:.0%} intervals over {len(table.options.seeds)} seeds and their videos:",
+        f"Means with {LEVEL:.0%} intervals over the videos of {_seeds(table)}:",
         "",
         f"| row | {' | '.join(names)} |",
         "| --- |" + " --- |" * len(names),
@@ -115,6 +120,11 @@ def _means(table: Table, values: Mapping[str, Mapping[str, np.ndarray]]) -> list
         cells = [str(mean(metrics[name])) if name in metrics else "" for name in names]
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return lines
+
+
+def _seeds(table: Table) -> str:
+    count = len(table.options.seeds)
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def _changes(table: Table, row: str) -> str:

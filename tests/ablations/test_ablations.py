@@ -86,6 +86,7 @@ def test_a_page_says_how_each_claim_came_out(table, monkeypatch, capsys):
     assert "worse by 3 [3, 3]" in page  # the same videos: no noise in the difference
     assert "- **Does not hold**: Less is more" in page
     assert "- **Open**: A copy is better" in page
+    assert "the same\n" in page or "the same." in page
     assert "- **Holds**: It moves" in page
     told = json.loads((table.parent / "out" / "page.json").read_text())
     assert [one["outcome"] for one in told["claims"]] == ["Holds", "Does not hold", "Open", "Holds"]
@@ -102,6 +103,8 @@ def test_equal_commands_are_one_job_and_done_ones_do_not_run_again(table, monkey
     assert run(table) == 0
     assert len(folders(table, "train")) == 2  # no seed in its command, and the same level is the same model
     assert len(folders(table, "score")) == 6
+    assert run(table, "--seeds", "0") == 0
+    assert "Holds for one seed: The anchor keeps colours" in capsys.readouterr().out
     assert run(table, "--seeds", "0", "7", "--rows", "full") == 0
     assert "3 jobs, 2 of them done before" in capsys.readouterr().out
     assert [(folder / "runs").read_text() for folder in folders(table, "train")] == ["x", "x"]
