@@ -46,7 +46,7 @@ class Ours:
         options = SamplingOptions(height=size.height, width=size.width, pyramid_num_inference_steps_list=[1, 1, 1])
         self.plan = pipe.plan(options)
         self.call = pipe.prepare(PROMPT, None, self.plan)
-        self.frames = self.plan.chunk_frames
+        self.frames = self.plan.frames.first
         self.text = pipe.encode_prompt([PROMPT])
         self.conditioning = self.call.conditioning(self.call.texts.kv(self.call.prompts.mixture(0)))
         t, h, w, c = self.plan.latent_shape

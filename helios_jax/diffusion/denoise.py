@@ -42,14 +42,31 @@ class Level:
 
     `moves` [steps] is 0 where a step keeps the sample as it is (CFG-Zero*'s zero init), None when there is no such
     step. All levels but the first begin with alpha * upsampled latents + beta * block noise: `alpha`, `beta` and the
-    `gamma` of that noise.
+    `gamma` of that noise. `begin` and `end` are the sigmas that the level begins and ends with on the path from noise
+    (1) to data (0); `Steps.sigma` counts within the level.
     """
 
     steps: Steps
     moves: Any = None
+    begin: Any = None
+    end: Any = None
     alpha: Any = None
     beta: Any = None
     gamma: float | None = struct.field(pytree_node=False, default=None)
+
+
+@struct.dataclass
+class Kept:
+    """What holds a chunk's first latent frame to one that is known, in a level.
+
+    The frame [b, 1, h, w, c] at the level's size and, upsampled, at that of the level below (zeros at the coarsest);
+    and the sigmas that the level begins and ends with.
+    """
+
+    frame: Any
+    below: Any
+    begin: Any
+    end: Any
 
 
 @struct.dataclass
@@ -74,6 +91,32 @@ def enter(level: Level, sample: Float[Array, "b t h w c"], white: Float[Array, "
     """A later level's starting sample, from the result of the level before."""
     assert level.gamma is not None
     return level.alpha * upsample(sample) + level.beta * block_noise(white, level.gamma)
+
+
+@jax.jit
+def keep(frame: Float[Array, "b 1 h w c"], levels: Sequence[Level]) -> list[Kept]:
+    """For each level, what holds the chunk's first latent frame to `frame`."""
+    sizes = [frame]
+    for _ in levels[1:]:
+        sizes.append(downsample(sizes[-1]))
+    sizes.reverse()
+    below = [jnp.zeros_like(sizes[0]), *map(upsample, sizes[:-1])]
+    return [Kept(*frames, level.begin, level.end) for *frames, level in zip(sizes, below, levels)]
+
+
+def kept_velocity(
+    velocity: Float[Array, "b t h w c"], sample: Float[Array, "b t h w c"], sigma: Any, kept: Kept
+) -> Float[Array, "b t h w c"]:
+    """`velocity`, of which the first frame leads from where `sample` is at the level's `sigma` to the known frame.
+
+    A level's path goes from (1 - begin) * below + begin * noise to (1 - end) * frame + end * noise. The noise is what
+    the sample shows of it.
+    """
+    data = (1 - sigma) * (1 - kept.end) * kept.frame + sigma * (1 - kept.begin) * kept.below
+    noise = (sample[:, :1] - data) / ((1 - sigma) * kept.end + sigma * kept.begin)
+    first = (1 - kept.begin) * kept.below + kept.begin * noise
+    last = (1 - kept.end) * kept.frame + kept.end * noise
+    return jnp.concatenate([first - last, velocity[:, 1:]], 1)
 
 
 # Jitted, it copies: the noise belongs to the caller, and some solvers keep the level's first sample.
@@ -125,13 +168,16 @@ def denoise_step(
     conditioning: Conditioning,
     memory: MemoryConfig,
     *,
+    kept: Kept | None = None,
     dtype: Any = None,
     remat: Remat | None = None,
 ) -> SolverState:
-    """One solver step; the tables of `level` hold one row."""
+    """One solver step; the tables of `level` hold one row. With `kept` the chunk's first frame becomes that one."""
     velocity = guided_velocity(
         model, state.sample, level.steps.timestep, history, conditioning, memory, dtype=dtype, remat=remat
     )
+    if kept is not None:
+        velocity = kept_velocity(velocity, state.sample, level.steps.sigma, kept)
     if level.moves is not None:
         velocity = velocity * level.moves
     return solvers.advance(state, velocity, level.steps)
@@ -164,9 +210,10 @@ def denoise_chunk(
     conditioning: Conditioning,
     levels: Sequence[Level],
     memory: MemoryConfig,
+    kept: Sequence[Kept] | None = None,
 ) -> Float[Array, "b t h w c"]:
-    """The latents of the next chunk, each level in one scan over its steps."""
-    return record_chunk(model, history, noise, conditioning, levels, memory)[0]
+    """The latents of the next chunk, each level in one scan over its steps; `keep` makes `kept`."""
+    return record_chunk(model, history, noise, conditioning, levels, memory, kept=kept)[0]
 
 
 def record_chunk(
@@ -177,25 +224,26 @@ def record_chunk(
     levels: Sequence[Level],
     memory: MemoryConfig,
     places: Sequence[Sequence[int]] | None = None,
+    kept: Sequence[Kept] | None = None,
 ) -> tuple[Float[Array, "b t h w c"], list[Float[Array, "steps b t _h _w c"]]]:
     """`denoise_chunk`, and of each level the samples that its steps at `places` began with, then its result.
 
     Without `places` nothing is recorded.
     """
-    kept = []
+    recorded = []
 
     def solve(i: int, level: Level, state: SolverState) -> Iterator[SolverState]:
         def step(state: SolverState, row: Level) -> tuple[SolverState, Any]:
-            after = denoise_step(model, state, row, history, conditioning, memory)
+            after = denoise_step(model, state, row, history, conditioning, memory, kept=kept and kept[i])
             return after, None if places is None else state.sample
 
         after, began = jax.lax.scan(step, state, rows(level))
         if places is not None:
-            kept.append(jnp.concatenate([began[jnp.array(places[i], int)], after.sample[None]]))
+            recorded.append(jnp.concatenate([began[jnp.array(places[i], int)], after.sample[None]]))
         yield after
 
     *_, last = through_levels(noise, levels, solve)
-    return last.sample, kept
+    return last.sample, recorded
 
 
 def denoise_to_exits(

@@ -47,7 +47,8 @@ def make_levels(
     """
     if not pyramid:
         table = sigmas(scheduler, counts[0], tokens)
-        return (Level(make_steps(scheduler, table[:-1] * scheduler.num_train_timesteps, table)),)
+        steps = make_steps(scheduler, table[:-1] * scheduler.num_train_timesteps, table)
+        return (Level(steps, begin=jnp.float32(1), end=jnp.float32(0)),)
     few = SOLVERS[scheduler.scheduler_type].few_steps
     tables = [
         level_table(scheduler, stage, count, _tokens(tokens, i, len(counts), counted), few=few, whole=whole)
@@ -141,7 +142,8 @@ def _assembled(
 
 
 def _entry(scheduler: SchedulerConfig, stage: Stage, i: int, steps: Steps) -> Level:
-    if i == 0:
-        return Level(steps)
+    begin, end = jnp.float32(stage.start), jnp.float32(stage.end)
+    if i == 0:  # its path begins with noise alone, although the first sigma of the table is below 1
+        return Level(steps, begin=jnp.float32(1), end=end)
     alpha, beta = (jnp.asarray(x, jnp.float32) for x in upsampling_weights(stage.entry, scheduler.gamma))
-    return Level(steps, None, alpha, beta, scheduler.gamma)
+    return Level(steps, None, begin, end, alpha, beta, scheduler.gamma)

@@ -57,6 +57,9 @@ def make_parser() -> Parser:
         "--chunk", type=_count, default=33, metavar="N", help="frames of a chunk, for border_jumps [33]"
     )
     parser.add_argument(
+        "--overlap", action="store_true", help="chunks overlap (sample.py's overlap_chunks), for border_jumps"
+    )
+    parser.add_argument(
         "--workers", type=_count, metavar="N", help="processes that measure [1 with weights, else the cores, up to 4]"
     )
     parser.add_argument(
@@ -99,6 +102,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     out: Path = args.out
     check_locations(local=True, **{"--out": str(out)}, **{f"videos {i}": str(x) for i, x in enumerate(args.videos)})
     view = View(args.length, _size(args.size))
+    if args.overlap and args.chunk < 2:
+        raise ValueError(f"--overlap needs chunks of 2 frames or more, got --chunk {args.chunk}")
     prompts = read_prompts(args.prompts)
     found = {}
     for folder in args.videos:
@@ -109,7 +114,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
         for line in left_out:
             warn(f"{folder}: left out: {line}")
     weights = None if args.weights is None else model_files.open_folder(args.weights)
-    needs = Needs(weights, _judge(args), args.chunk)
+    needs = Needs(weights, _judge(args), args.chunk, args.overlap)
     recipes, missing = make_recipes(args.metrics, needs, view)
     check_folder(out)
     models = [bench_run.open_model(name, out, videos, view) for name, videos in found.items()]

@@ -8,25 +8,26 @@ import numpy as np
 
 from helios_jax.heliosbench.bench_frames import Frame
 from helios_jax.heliosbench.metric import Clip, Measured
+from helios_jax.sampling.chunk_frames import ChunkFrames
 
 
 class BorderJumps:
-    """The metric; `chunk` is the number of frames that the model makes at a time."""
+    """The metric; `chunks` are the frames that the model makes at a time."""
 
     files = ("border_jumps",)
 
-    def __init__(self, chunk: int = 33):
-        self.chunk = chunk
+    def __init__(self, chunks: ChunkFrames):
+        self.chunks = chunks
 
     def begin(self, clip: Clip) -> "BorderMeter":
-        return BorderMeter(self.chunk)
+        return BorderMeter(self.chunks)
 
 
 class BorderMeter:
     """Differences of neighbouring frames."""
 
-    def __init__(self, chunk: int):
-        self._chunk = chunk
+    def __init__(self, chunks: ChunkFrames):
+        self._chunks = chunks
         self._last: np.ndarray | None = None
         self._curve: list[tuple[float, float]] = []
 
@@ -38,10 +39,11 @@ class BorderMeter:
 
     def finish(self) -> Measured:
         """No score for a video of one chunk."""
-        borders = [value for number, value in self._curve if number % self._chunk == 0]
-        within = [value for number, value in self._curve if number % self._chunk]
-        if not borders or not within:
+        changes = np.array([value for _, value in self._curve])
+        border = np.zeros(len(changes), bool)
+        border[self._chunks.borders] = True
+        if not border.any() or border.all():
             return Measured({}, self._curve)
-        across, inside = float(np.mean(borders)), float(np.mean(within))
+        across, inside = float(changes[border].mean()), float(changes[~border].mean())
         fields = {"border_jumps_score": across - inside, "across_borders": across, "within_chunks": inside}
         return Measured({"border_jumps": fields}, self._curve)

@@ -12,16 +12,18 @@ from helios_jax.heliosbench.judge import Judge
 from helios_jax.heliosbench.measure import Recipe, View
 from helios_jax.heliosbench.metric import MissingError, require
 from helios_jax.heliosbench.naturalness import PICTURES, Naturalness
+from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.fingerprint import file_hash
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Sources that metrics are made from: the folder of weights, the judge, the length of chunks."""
+    """Sources that metrics are made from: the folder of weights, the judge, the length of chunks, do they overlap?"""
 
     weights: Path | None = None
     judge: Judge | None = None
     chunk: int = 33
+    overlap: bool = False
 
 
 def _aesthetic(needs: Needs) -> Recipe:
@@ -54,7 +56,9 @@ def _amplitude(needs: Needs) -> Recipe:
 
 
 def _border_jumps(needs: Needs) -> Recipe:
-    return Recipe("border_jumps", partial(BorderJumps, needs.chunk), {"chunk": needs.chunk})
+    chunks = ChunkFrames(needs.chunk, needs.chunk - needs.overlap)
+    settings = {"chunk": needs.chunk} | ({"overlap": True} if needs.overlap else {})
+    return Recipe("border_jumps", partial(BorderJumps, chunks), settings)
 
 
 def _naturalness(needs: Needs) -> Recipe:

@@ -11,6 +11,7 @@ from helios_jax.config import ConfigError, to_dict
 from helios_jax.locations import is_remote, location
 from helios_jax.media.writers import Format, file_format, read_sidecar, sidecar
 from helios_jax.sampling import table
+from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.download import is_url
 from helios_jax.sampling.fingerprint import content_hash
 from helios_jax.sampling.options import PromptSwitch, SampleConfig
@@ -71,8 +72,8 @@ class Job:
         return True
 
 
-def make_jobs(config: SampleConfig, chunk_frames: int, weights: Mapping[str, Any] | None = None) -> list[Job]:
-    """All videos of a run, in order; `chunk_frames` are the pixel frames of a chunk, `weights` those of `Job`.
+def make_jobs(config: SampleConfig, frames: ChunkFrames, weights: Mapping[str, Any] | None = None) -> list[Job]:
+    """All videos of a run, in order; `frames` are those of the chunks, `weights` those of `Job`.
 
     Raises ConfigError for a CSV that cannot be read or an `out` that does not fit.
     """
@@ -83,7 +84,7 @@ def make_jobs(config: SampleConfig, chunk_frames: int, weights: Mapping[str, Any
         kind = config.format or "mp4"
         if location(config.out).suffix:
             raise ConfigError(f"out: {config.out} must be a folder for the videos of {config.csv}, without a suffix")
-        names = [(f"id {row}", row, one) for row, one in _rows(config, chunk_frames)]
+        names = [(f"id {row}", row, one) for row, one in _rows(config, frames)]
     return [
         Job(
             name if config.num_videos_per_prompt == 1 else f"{name}, seed {one.seed + i}",
@@ -109,7 +110,7 @@ def _out(config: SampleConfig, one: SampleConfig, row: str, seed: int, kind: For
     return location(config.out) / f"{row}{several}{suffix}"
 
 
-def _rows(config: SampleConfig, chunk_frames: int) -> Iterator[tuple[str, SampleConfig]]:
+def _rows(config: SampleConfig, frames: ChunkFrames) -> Iterator[tuple[str, SampleConfig]]:
     """Each video of the CSV: its id and its config."""
     assert config.csv is not None
     videos = {rows[0].fields["id"]: rows for rows in table.read(location(config.csv))}
@@ -119,14 +120,14 @@ def _rows(config: SampleConfig, chunk_frames: int) -> Iterator[tuple[str, Sample
         videos = {name: rows for name, rows in videos.items() if name in config.ids}
     for name, rows in videos.items():
         try:
-            yield name, _one(config, rows, chunk_frames)
+            yield name, _one(config, rows, frames)
         except ConfigError:
             raise
         except ValueError as error:
             raise rows[0].error(f"id {name}: {error}") from None
 
 
-def _one(config: SampleConfig, rows: list[table.Row], chunk_frames: int) -> SampleConfig:
+def _one(config: SampleConfig, rows: list[table.Row], frames: ChunkFrames) -> SampleConfig:
     first = rows[0]
     prompts = [row.get("refined_prompt", "prompt") for row in rows]
     given: dict[str, Any] = {
@@ -138,15 +139,15 @@ def _one(config: SampleConfig, rows: list[table.Row], chunk_frames: int) -> Samp
         given["negative_prompt"] = first.get("negative_prompt")
     if (seed := first.number("seed")) is not None:
         given["seed"] = seed
-    frames = config.num_frames
+    length = config.num_frames
     for column in ("num_frames", "duration"):
         if (number := first.number(column)) is not None:
-            frames = number
+            length = number
     if len(rows) > 1:
-        length = config.interpolate_time
-        given["switches"] = [PromptSwitch(prompt, chunk=(i + 1) * length) for i, prompt in enumerate(prompts[1:])]
-        frames = max(frames or 0, len(prompts) * length * chunk_frames)
-    if frames is None:
+        each = config.interpolate_time
+        given["switches"] = [PromptSwitch(prompt, chunk=(i + 1) * each) for i, prompt in enumerate(prompts[1:])]
+        length = max(length or 0, frames.before(len(prompts) * each))
+    if length is None:
         raise ValueError("num_frames must be a number: the next video would never begin")
     alone = {"csv": None, "ids": None, "naming": "id", "ray": None}
-    return dataclasses.replace(config, prompt=prompts[0], num_frames=frames, **alone, **given)
+    return dataclasses.replace(config, prompt=prompts[0], num_frames=length, **alone, **given)

@@ -160,6 +160,11 @@ class SamplingOptions(ContextConfig):
     use_anchor: bool | None = option(
         None, "keep the video's first latent frame in the history; null: as trained, usually yes"
     )
+    overlap_chunks: bool = option(
+        False,
+        "no jumps between chunks: each begins with the last frame of the one before, which is shown once, so that it"
+        " adds one frame less",
+    )
     max_sequence_length: int | None = option(
         None, "positions of the text; null: as many as the tokenizer allows, 512 at most"
     )

@@ -187,8 +187,7 @@ class HeliosPipeline:
             check_latents(part, chunk)
         if output_type == "latent":
             return HeliosPipelineOutput(np.asarray(latents))
-        frames = decode_video(self.vae, latents, plan.memory.frames_per_chunk, dtype="float32")
-        return HeliosPipelineOutput(frames[:, : plan.options.num_frames])
+        return HeliosPipelineOutput(decode_video(self.vae, latents, plan, dtype="float32"))
 
     @takes_options
     def stream(
@@ -275,6 +274,7 @@ class HeliosPipeline:
             history=state.history,
             identity=identity,
             first=state.chunk,
+            overlap=self.vae if options.overlap_chunks else None,
         )
         stream = self.start(call, output_type, progress)
         stream.about = state.about
@@ -303,20 +303,22 @@ class HeliosPipeline:
             raise ValueError(f"num_videos_per_prompt must be at least 1, got {num_videos_per_prompt}")
         seeds = make_seeds(seed, len(prompts), num_videos_per_prompt)
         prompts, negatives = ([p for p in some for _ in range(num_videos_per_prompt)] for some in (prompts, negatives))
-        schedule = make_schedule(prompts, switches, plan.options, plan.chunk_frames)
+        schedule = make_schedule(prompts, switches, plan.options, plan.frames)
         noise = SeededNoise(*seeds) if noise is None else noise
         context = None if context is None else context.repeated(num_videos_per_prompt)
         history = encode_context(self.vae, context, plan, noise, len(prompts))
         texts = self._texts(negatives if plan.guidance_scale is not None else (), plan.options)
         texts.encode([entry.prompts for entry in schedule.entries])
-        return Call(plan, schedule, texts, noise, history, self._identity())
+        overlap = self.vae if plan.options.overlap_chunks else None
+        return Call(plan, schedule, texts, noise, history, self._identity(), overlap=overlap)
 
     def generate(self, call: Call) -> Float[Array, "b t h w c"]:
-        """The latents of all chunks; a first chunk with steps of its own is a program of its own."""
+        """The latents of all chunks; a first chunk of its own kind is a program of its own."""
         assert call.plan.num_chunks is not None
         mixtures = [call.prompts.mixture(chunk) for chunk in range(call.first, call.plan.num_chunks)]
         noises = [call.chunk_noise() for _ in mixtures]
-        split = 0 if call.plan.first_levels is call.plan.levels or call.first else 1
+        apart = call.first == 0 and call.plan.first_levels is not call.plan.levels
+        split = int(apart or (call.first == 0 and call.overlap is not None))
         history, parts = call.history, []
         for begin, end in ((0, split), (split, len(mixtures))):
             if begin == end:
@@ -330,16 +332,18 @@ class HeliosPipeline:
                 )
             noise = jax.tree.map(lambda *x: jnp.stack(x), *noises[begin:end])
             levels = call.levels(call.first + begin)
+            overlap = call.overlap if call.first + begin else None
             history, latents = sampler.generate(
-                self.transformer, history, noise, conditioning, texts, levels, memory=call.plan.memory
+                self.transformer, history, noise, conditioning, texts, levels, overlap, memory=call.plan.memory
             )
             parts.append(latents)
         return jnp.concatenate(parts, 1)
 
     def start(self, call: Call, output_type: str = "np", progress: sampler.Progress | None = None) -> Stream:
         """The stream of a prepared call."""
-        finish: Callable = partial(decode, self.vae, dtype="uint8") if output_type == "np" else lambda latents: latents
-        self._stream = Stream(self.transformer, call, finish, progress)
+        pixels = output_type == "np"
+        finish: Callable = partial(decode, self.vae, dtype="uint8") if pixels else lambda latents: latents
+        self._stream = Stream(self.transformer, call, finish, progress, pixels=pixels)
         return self._stream
 
     def _texts(self, negatives: Sequence[str], options: SamplingOptions) -> Texts:
@@ -371,7 +375,7 @@ def _with_switches(state: State, switches: Sequence[PromptSwitch], plan: Plan) -
     """The schedule of a state up to its chunk, and then `switches`."""
     past = [entry for entry in state.prompts.entries if entry.chunk < state.chunk]
     prompts = past[-1].prompts if past else state.prompts.entries[0].prompts
-    later = make_schedule(prompts, switches, plan.options, plan.chunk_frames).entries[1:]
+    later = make_schedule(prompts, switches, plan.options, plan.frames).entries[1:]
     if later and later[0].chunk < state.chunk:
         raise ValueError(
             f"the switch to {later[0].prompts[0]!r} is in chunk {later[0].chunk}, which is made already: switch in"

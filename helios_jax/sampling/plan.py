@@ -12,6 +12,7 @@ from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
+from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.options import SamplingOptions
 from helios_jax.sampling.trained import Trained
 
@@ -37,12 +38,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plan:
-    """A video's sizes and steps: `latent_shape` [t, h, w, c] and `chunk_frames` pixel frames of a chunk, the levels of
-    all chunks and `first_levels` of the first. Without end `num_chunks` is None. It is made once and passed on."""
+    """A video's sizes and steps: `latent_shape` [t, h, w, c] of a chunk and its pixel `frames`, the levels of all
+    chunks and `first_levels` of the first. Without end `num_chunks` is None. It is made once and passed on."""
 
     options: SamplingOptions
     num_chunks: int | None
-    chunk_frames: int
+    frames: ChunkFrames
     latent_shape: tuple[int, int, int, int]
     memory: MemoryConfig
     levels: tuple[Level, ...]
@@ -98,7 +99,7 @@ def make_plan(
         )
     memory = sampling_memory(options, variant.trained.memory)
     shape = (memory.frames_per_chunk, height // space, width // space, transformer.in_channels)
-    frames = chunk_frames(options, vae, variant)
+    frames = frames_of_chunks(options, vae, variant)
 
     def levels(counts: Sequence[int]) -> tuple[Level, ...]:
         stand = options.zero_steps + 1 if zero_star and guided and options.use_zero_init else 0
@@ -108,8 +109,8 @@ def make_plan(
     every = levels(counts)
     return Plan(
         options=options,
-        num_chunks=None if options.num_frames is None else -(-options.num_frames // frames),
-        chunk_frames=frames,
+        num_chunks=None if options.num_frames is None else frames.chunks(options.num_frames),
+        frames=frames,
         latent_shape=shape,
         memory=memory,
         levels=every,
@@ -143,13 +144,19 @@ def sampling_memory(options: SamplingOptions, trained: MemoryConfig) -> MemoryCo
                 "is_skip_first_chunk is about the anchor, and there is none: leave it out, or set use_anchor"
             )
         memory = replace(memory, anchor="second")
+    if options.overlap_chunks and not 1 < memory.frames_per_chunk <= memory.frames:
+        raise ValueError(
+            "overlap_chunks needs chunks of 2 latent frames or more, and a history of a whole chunk; got"
+            f" {memory.frames_per_chunk} and {memory.frames}: leave it out"
+        )
     return memory
 
 
-def chunk_frames(options: SamplingOptions, vae: VAEConfig, variant: Variant) -> int:
-    """Pixel frames of a chunk."""
+def frames_of_chunks(options: SamplingOptions, vae: VAEConfig, variant: Variant) -> ChunkFrames:
+    """Pixel frames of the chunks of a video with `options`."""
     latents = options.num_latent_frames_per_chunk or variant.trained.memory.frames_per_chunk
-    return (latents - 1) * vae.scale_factor_temporal + 1
+    frames = (latents - 1) * vae.scale_factor_temporal + 1
+    return ChunkFrames(frames, frames - options.overlap_chunks)
 
 
 def _step_counts(

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.options import PromptSwitch, SamplingOptions
 
 # Prompts of a batch, one per video.
@@ -57,30 +58,30 @@ class Schedule:
         return Schedule((replace(last, crossfade=0), *self.entries[past[-1] + 1 :]))
 
 
-def chunk_of(switch: PromptSwitch, options: SamplingOptions, chunk_frames: int) -> int:
+def chunk_of(switch: PromptSwitch, options: SamplingOptions, frames: ChunkFrames) -> int:
     """The chunk at which a prompt takes over."""
     if switch.chunk is not None:
         return switch.chunk
     assert switch.seconds is not None
-    return int(switch.seconds * options.fps) // chunk_frames
+    return frames.chunk(int(switch.seconds * options.fps))
 
 
 def make_schedule(
-    prompts: Sequence[str], switches: Sequence[PromptSwitch], options: SamplingOptions, chunk_frames: int
+    prompts: Sequence[str], switches: Sequence[PromptSwitch], options: SamplingOptions, frames: ChunkFrames
 ) -> Schedule:
-    """The schedule of a call whose videos begin with `prompts` and all follow `switches`; a chunk is `chunk_frames`.
+    """The schedule of a call whose videos begin with `prompts` and all follow `switches`; chunks have `frames`.
 
     Raises ValueError for two switches in one chunk and for one after the video's end.
     """
     entries = [Entry(0, tuple(prompts))]
-    chunks = None if options.num_frames is None else -(-options.num_frames // chunk_frames)
+    chunks = None if options.num_frames is None else frames.chunks(options.num_frames)
     for switch in switches:
-        chunk = chunk_of(switch, options, chunk_frames)
+        chunk = chunk_of(switch, options, frames)
         place = f"{switch.seconds} s" if switch.chunk is None else f"chunk {chunk}"
         if chunks is not None and chunk >= chunks:
             raise ValueError(
                 f"the switch to {switch.prompt!r} at {place} is past the end: num_frames {options.num_frames} is"
-                f" {chunks} chunks of {chunk_frames} frames, counted from 0; ask for more frames or switch sooner"
+                f" {chunks} chunks of {frames.first} frames, counted from 0; ask for more frames or switch sooner"
             )
         crossfade = options.interpolation_steps if switch.crossfade is None else switch.crossfade
         entries.append(Entry(chunk, (switch.prompt,) * len(prompts), crossfade))
@@ -90,6 +91,6 @@ def make_schedule(
             what = "the video begins with" if one.chunk == 0 else "another switch goes to"
             raise ValueError(
                 f"the switch to {other.prompts[0]!r} falls into chunk {other.chunk}, where {what} {one.prompts[0]!r}:"
-                f" a chunk of {chunk_frames} frames has one prompt, so switch at least one chunk later"
+                f" a chunk of {frames.first} frames has one prompt, so switch at least one chunk later"
             )
     return Schedule(tuple(entries))

@@ -101,15 +101,15 @@ def rest_of(job: Job, plan: Plan) -> Rest | None:
     finished = ended and (shorter or (facts is not None and facts.get("complete") is True))
     if job.out.suffix == ".npz":
         return Rest(state.chunk, begins, made * plan.memory.frames_per_chunk, finished)
-    keep = made * plan.chunk_frames
+    ends = plan.frames.before(state.chunk)
     if options.num_frames is not None:
-        keep = min(keep, options.num_frames - begins * plan.chunk_frames)
-    return Rest(state.chunk, begins, keep, finished)
+        ends = min(ends, options.num_frames)
+    return Rest(state.chunk, begins, ends - plan.frames.before(begins), finished)
 
 
 def check_gap(path: Path, rest: Rest, frames: int, plan: Plan) -> None:
     """Raises ConfigError if the file's `frames` end before the last chunk of the state, which can be made again."""
-    chunk = plan.memory.frames_per_chunk if path.suffix == ".npz" else plan.chunk_frames
+    chunk = plan.memory.frames_per_chunk if path.suffix == ".npz" else plan.frames.of(rest.chunk - 1)
     gap = rest.keep - frames
     if gap > chunk or (gap and plan.memory.frames < plan.memory.frames_per_chunk):
         raise ConfigError(
@@ -120,7 +120,10 @@ def check_gap(path: Path, rest: Rest, frames: int, plan: Plan) -> None:
 def missing(stream: Stream, rest: Rest, frames: int, plan: Plan) -> np.ndarray:
     """The last of the `rest.keep` frames that the file, which has `frames`, lacks."""
     chunk = stream.last_chunk()[0]
-    before = (rest.chunk - (rest.begins or 0) - 1) * len(chunk)
+    begins, last = rest.begins or 0, rest.chunk - 1
+    before = (last - begins) * len(chunk)
+    if stream.pixels:
+        before = plan.frames.before(last) - plan.frames.before(begins)
     return chunk[frames - before : rest.keep - before]
 
 
@@ -147,8 +150,8 @@ def _check_switches(job: Job, state: State, plan: Plan, path: str) -> None:
 
 def later_switches(config: SampleConfig, plan: Plan, chunk: int) -> list[PromptSwitch]:
     """The prompts that take over at `chunk` or later."""
-    return [one for one in config.switches if chunk_of(one, plan.options, plan.chunk_frames) >= chunk]
+    return [one for one in config.switches if chunk_of(one, plan.options, plan.frames) >= chunk]
 
 
 def _chunk_of(switch: Mapping[str, Any], plan: Plan) -> int:
-    return chunk_of(PromptSwitch(**switch), plan.options, plan.chunk_frames)
+    return chunk_of(PromptSwitch(**switch), plan.options, plan.frames)

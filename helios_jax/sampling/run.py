@@ -28,7 +28,7 @@ from helios_jax.sampling.fingerprint import file_hash
 from helios_jax.sampling.jobs import Job, make_jobs
 from helios_jax.sampling.options import SampleConfig
 from helios_jax.sampling.pipeline import HeliosPipeline, check_identity, compute_dtype, identity_of
-from helios_jax.sampling.plan import Plan, chunk_frames, make_plan
+from helios_jax.sampling.plan import Plan, frames_of_chunks, make_plan
 from helios_jax.sampling.progress import RunProgress
 from helios_jax.sampling.prompts import make_schedule
 from helios_jax.sampling.resume import Rest, check_gap, later_switches, missing, rest_of
@@ -95,7 +95,7 @@ def run(config: SampleConfig) -> int:
     cluster = many.cluster(config.ray, config.ray_worker)
     weights = Weights.open(config)
     one = weights.checkpoint
-    jobs = make_jobs(config, chunk_frames(config, one.vae, one.variant), weights.hashes())
+    jobs = make_jobs(config, frames_of_chunks(config, one.vae, one.variant), weights.hashes())
     todo = [job for job in jobs if config.csv is None or not job.done()]
     if config.csv is not None:
         print(f"{len(jobs)} videos, {len(jobs) - len(todo)} of them done before", flush=True)
@@ -185,7 +185,7 @@ def _check(job: Job, plan: Plan, rest: Rest | None, checkpoint: Checkpoint, *, a
     outputs.check(job, goes_on=goes_on)
     config = job.config
     if config.profile is not None and plan.num_chunks is not None and plan.num_chunks < 2:
-        least = plan.chunk_frames + 1
+        least = plan.frames.first + 1
         raise ValueError(
             f"profile traces the second chunk, and num_frames {config.num_frames} has one: ask for {least}"
         )
@@ -193,7 +193,7 @@ def _check(job: Job, plan: Plan, rest: Rest | None, checkpoint: Checkpoint, *, a
         identity = identity_of(checkpoint.variant, checkpoint.transformer, compute_dtype(config.precision))
         check_identity(config.resume, read_state(config.resume), identity)
     else:
-        make_schedule([config.prompt], config.switches, config, plan.chunk_frames)
+        make_schedule([config.prompt], config.switches, config, plan.frames)
     if goes_on or (alone and not job.out.is_dir()):
         writer = _open(job, rest)
         writer.close()

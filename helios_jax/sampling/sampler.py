@@ -16,17 +16,21 @@ from jaxtyping import Array, Float
 from helios_jax.diffusion.denoise import (
     ChunkNoise,
     Conditioning,
+    Kept,
     Level,
     denoise_chunk,
     denoise_step,
+    keep,
     rows,
     through_levels,
 )
 from helios_jax.diffusion.memory import History, MemoryConfig, push
 from helios_jax.diffusion.solvers import SolverState
 from helios_jax.models.transformer import Transformer
+from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.program import program
+from helios_jax.sampling.frames import last_frame
 
 Progress = Callable[[int, int], None]
 Chunk = TypeVar("Chunk")
@@ -48,13 +52,15 @@ def generate(
     conditioning: Conditioning,
     texts: TextChanges | None,
     levels: Sequence[Level],
+    overlap: AutoencoderKLWan | None = None,
     *,
     memory: MemoryConfig,
 ) -> tuple[History, Float[Array, "b t h w c"]]:
     """Chunks as one `lax.scan`: the latents without the history they began with, and the history after them.
 
     `noise` has the chunks as the first dimension of its arrays. With `texts` the keys and values of `conditioning` are
-    replaced in every chunk whose text is a new one.
+    replaced in every chunk whose text is a new one. With `overlap`, the VAE, a chunk begins with the last frame of the
+    one before.
     """
 
     def body(carry, chunk):
@@ -63,7 +69,8 @@ def generate(
         if text is not None:
             kv = jax.lax.cond(text.changed, lambda: model.text_kv(text.embeddings.astype(model.dtype)), lambda: kv)
         now = conditioning if kv is None else dataclasses.replace(conditioning, text=kv)
-        latents = denoise_chunk(model, history, noise, now, levels, memory)
+        kept = None if overlap is None else keep(last_frame(overlap, _last_chunk(history, memory)), levels)
+        latents = denoise_chunk(model, history, noise, now, levels, memory, kept)
         return (push(history, latents, memory), kv), latents
 
     # Text that stays is no part of the carry, which would be copied.
@@ -80,6 +87,7 @@ SLOW_LAUNCH = 0.01
 # A step's state takes the place of the one before.
 step_program = program(static_argnames="memory", donate_argnames="state")(denoise_step)
 _push = jax.jit(push, static_argnums=2)
+_last_frame = program()(last_frame)
 
 
 def stream(
@@ -90,13 +98,16 @@ def stream(
     memory: MemoryConfig,
     finish: Callable[[Array], Chunk],
     progress: Progress | None = None,
+    overlap: AutoencoderKLWan | None = None,
+    first: int = 0,
 ) -> Iterator[tuple[Chunk, History]]:
     """Yields `finish(latents)` of each chunk and the history after it; `chunks` gives noise, levels and text of each.
 
     A chunk is yielded once the next one is queued, all of it or its first `AHEAD` steps, so that the device works while
     the host handles frames. Where launches wait, it is yielded as soon as it is computed and one step is queued.
     `progress(chunk, step)` is called when a step has been computed, steps counted over all levels. A signal is
-    seen after every step (`interrupts.check`).
+    seen after every step (`interrupts.check`). With `overlap`, the VAE, a chunk begins with the last frame of the one
+    before, unless it is a video's first; `first` chunks are in the history already.
     """
     step = step_program.bind(model)
     ahead = AHEAD if progress is None else 1  # progress waits for every step: a chunk must not wait with it
@@ -106,10 +117,13 @@ def stream(
     for chunk, (noise, levels, conditioning) in enumerate(chunks):
         if levels is not known:
             known, tables = levels, [split(level) for level in levels]
+        kept: Sequence[Kept | None] = [None] * len(levels)
+        if overlap is not None and first + chunk > 0:
+            kept = keep(_last_frame(overlap, _last_chunk(history, memory)), levels)
         one = partial(step, history=history, conditioning=conditioning, memory=memory)
         sample = noise.latents
         launched = time.monotonic()
-        for count, state in enumerate(through_levels(noise, levels, partial(_by_step, one, tables)), 1):
+        for count, state in enumerate(through_levels(noise, levels, partial(_by_step, one, tables, kept)), 1):
             sample = state.sample
             waited = time.monotonic() - launched > SLOW_LAUNCH
             interrupts.check()
@@ -127,16 +141,21 @@ def stream(
     yield from _when_computed(done)
 
 
+def _last_chunk(history: History, memory: MemoryConfig) -> Float[Array, "b t h w c"]:
+    return history.latents[:, -memory.frames_per_chunk :]
+
+
 def _by_step(
-    step: Callable[[SolverState, Level], SolverState],
+    step: Callable[..., SolverState],
     tables: Sequence[Sequence[Level]],
+    kept: Sequence[Kept | None],
     i: int,
     level: Level,
     state: SolverState,
 ) -> Iterator[SolverState]:
     """Takes the steps of a level one by one: a `denoise.Solve`."""
     for row in tables[i]:
-        state = step(state, row)
+        state = step(state, row, kept=kept[i])
         yield state
 
 

@@ -19,6 +19,7 @@ from helios_jax.diffusion.memory import History
 from helios_jax.locations import local_copy, location, replacing
 from helios_jax.media.files import kind_of
 from helios_jax.models.transformer import Transformer
+from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.sampling import sampler
 from helios_jax.sampling.noise import Noise, SeededNoise, draw
 from helios_jax.sampling.options import SamplingOptions
@@ -33,7 +34,8 @@ STATE_FORMAT = "helios_jax stream 2"
 class Call:
     """Inputs of every chunk of a call, made from its arguments.
 
-    `first` chunks have been made already, and `history` follows them. `identity` names the checkpoint.
+    `first` chunks have been made already, and `history` follows them. `identity` names the checkpoint. `overlap` is
+    the VAE where chunks overlap.
     """
 
     plan: Plan
@@ -43,6 +45,7 @@ class Call:
     history: History
     identity: dict[str, Any]
     first: int = 0
+    overlap: AutoencoderKLWan | None = None
 
     @property
     def batch(self) -> int:
@@ -79,12 +82,15 @@ class Stream:
         call: Call,
         finish: Callable[[Any], Any],
         progress: sampler.Progress | None = None,
+        *,
+        pixels: bool = True,
     ):
         self.call = call
         self.plan = call.plan
         self.chunk = call.first  # chunks yielded, over the whole video
         self.latents: np.ndarray | None = None  # [b, t, h, w, c] of the chunk that was yielded last
         self.about: dict[str, Any] | None = None  # JSON that its states keep: what made the video
+        self.pixels = pixels  # what `finish` returns; else latents
         self._finish = finish
         self._prompts = call.prompts
         self._begun = call.first
@@ -97,6 +103,8 @@ class Stream:
             memory=call.plan.memory,
             finish=lambda latents: _to_host((latents, finish(latents))),
             progress=None if progress is None else lambda chunk, step: progress(chunk + call.first, step),
+            overlap=call.overlap,
+            first=call.first,
         )
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -108,15 +116,16 @@ class Stream:
         out, self.latents = np.asarray(out), np.asarray(latents)
         check_latents(self.latents, self.chunk)
         del self._asked[self.chunk]
-        left = None
-        if self.plan.options.num_frames is not None:
-            left = self.plan.options.num_frames - self.chunk * self.plan.chunk_frames
+        begin, end = self.plan.frames.before(self.chunk), self.plan.options.num_frames
+        out = self._added(out, self.chunk)
         self.chunk += 1
         self._prompts = self._prompts.prune(self.chunk)
         self.call.texts.forget([entry.prompts for entry in self._prompts.entries])
-        if out.shape[1] == self.plan.chunk_frames and left is not None:
-            return out[:, :left]
-        return out
+        return out[:, : end - begin] if self.pixels and end is not None else out
+
+    def _added(self, out: np.ndarray, chunk: int) -> np.ndarray:
+        """A chunk's frames without the one that it has from the chunk before; latents stay as they are."""
+        return out[:, -self.plan.frames.of(chunk) :] if self.pixels else out
 
     def set_prompt(self, prompt: str, crossfade: int | None = None) -> int:
         """Every video of the batch follows `prompt` from the next chunk that has not begun; returns that chunk.
@@ -137,13 +146,13 @@ class Stream:
     def last_chunk(self) -> np.ndarray:
         """The chunk that was yielded last, or the one before a state, made again from the history's latents.
 
-        All of its frames, also those past `num_frames`. Raises ValueError if there is none, or if the history is
+        All frames that it adds, also those past `num_frames`. Raises ValueError if there is none, or if the history is
         shorter than a chunk.
         """
         frames = self.plan.memory.frames_per_chunk
         if not self.chunk or self.plan.memory.frames < frames:
             raise ValueError(f"the history has {self.plan.memory.frames} latent frames of the last chunk's {frames}")
-        return np.asarray(self._finish(self._history.latents[:, -frames:]))
+        return self._added(np.asarray(self._finish(self._history.latents[:, -frames:])), self.chunk - 1)
 
     def save_state(self, path: str | os.PathLike) -> None:
         """Writes the state after the chunk that was yielded last, a few MB: `HeliosPipeline.resume` goes on from it.

@@ -27,6 +27,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.toy import world as toy
 
 # Lowest correlation at which a shape counts as recognised: two different shapes reach at most 0.75, noise 0.2.
@@ -41,6 +42,7 @@ SPAN = 4
 # The geometric mean of the world's two speeds, as a ratio.
 SPEED_TOLERANCE = math.log(max(toy.SPEEDS.values()) / min(toy.SPEEDS.values())) / 2
 DRIFT_FRACTION = 6
+CHUNKS = ChunkFrames(toy.CHUNK_FRAMES, toy.CHUNK_FRAMES)
 # Scores whose course over a long video says how it drifts.
 SECONDS = ("shape", "colour_error", "contrast", "background_error", "speed_error", "stuck")
 
@@ -101,19 +103,19 @@ def measure(video: UInt8[np.ndarray, "t h w 3"]) -> Track:
 
 
 def score(
-    video: UInt8[np.ndarray, "t h w 3"], target: toy.Attributes, chunk: int = toy.CHUNK_FRAMES
+    video: UInt8[np.ndarray, "t h w 3"], target: toy.Attributes, chunks: ChunkFrames = CHUNKS
 ) -> dict[str, float]:
     """The metrics of a whole video (table above) against a caption's words or a `Scene`.
 
-    `chunk` is the number of frames that were generated together; `chunk_jump` needs more than one chunk.
+    `chunks` are the frames that were generated together; `chunk_jump` needs more than one chunk.
     """
-    return _score(measure(video), target, chunk)
+    return _score(measure(video), target, chunks)
 
 
 def aggregate(
     videos: Iterable[UInt8[np.ndarray, "t h w 3"]],
     targets: Iterable[toy.Attributes],
-    chunk: int = toy.CHUNK_FRAMES,
+    chunks: ChunkFrames = CHUNKS,
 ) -> dict[str, float]:
     """Means of `score` over many videos, with `NAME_start` and `NAME_end` for the first and the last sixth.
 
@@ -124,7 +126,7 @@ def aggregate(
     for video, target in zip(videos, targets, strict=True):
         track = measure(video)
         part = max(len(track) // DRIFT_FRACTION, 2)
-        row = _score(track, target, chunk)
+        row = _score(track, target, chunks)
         for name, frames in (("start", slice(0, part)), ("end", slice(len(track) - part, None))):
             row |= {f"{key}_{name}": value for key, value in _frame_scores(track[frames], target).items()}
         rows.append(row)
@@ -135,21 +137,30 @@ def aggregate(
 
 
 def rollout(
-    video: UInt8[np.ndarray, "t h w 3"], target: toy.Attributes, fps: int, chunk: int = toy.CHUNK_FRAMES
+    video: UInt8[np.ndarray, "t h w 3"], target: toy.Attributes, fps: int, chunks: ChunkFrames = CHUNKS
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Scores of a long video for its drift, and some of them for each of its seconds of `fps` frames.
 
     Beside those of `score`: `NAME_end` of the last sixth, `NAME_drift` the change since the first sixth, `stuck` the
-    share of the time in which the shape moves less than a quarter of its speed.
+    share of the time in which the shape moves less than a quarter of its speed, and `border_ratio`.
     """
     track = measure(video)
     part = max(len(track) // DRIFT_FRACTION, 2)
     first, last = (_moving_scores(track[frames], target) for frames in (slice(0, part), slice(-part, None)))
-    values = _score(track, target, chunk) | {"stuck": _stuck(track, target)}
+    values = _score(track, target, chunks) | {"stuck": _stuck(track, target)}
+    values["border_ratio"] = border_ratio(video, chunks)
     values |= {f"{name}_end": last[name] for name in SECONDS}
     values |= {f"{name}_drift": abs(last[name] - first[name]) for name in SECONDS}
     each = [_moving_scores(track[i : i + fps], target) for i in range(0, len(track) - fps + 1, fps)]
     return values, {name: [one[name] for one in each] for name in SECONDS}
+
+
+def border_ratio(video: UInt8[np.ndarray, "t h w 3"], chunks: ChunkFrames = CHUNKS) -> float:
+    """Mean absolute change of pixels between chunks, relative to that between other frames; 1 for a single chunk."""
+    change = np.abs(np.diff(video.astype(np.float32), axis=0)).mean((1, 2, 3))
+    border = np.zeros(len(change), bool)
+    border[chunks.borders] = True
+    return float(change[border].mean() / max(change[~border].mean(), 1e-6)) if border.any() else 1.0
 
 
 def _moving_scores(track: Track, target: toy.Attributes) -> dict[str, float]:
@@ -161,15 +172,15 @@ def _stuck(track: Track, target: toy.Attributes) -> float:
     return float((speeds < toy.SPEEDS[target.speed] / 4).mean())
 
 
-def _score(track: Track, target: toy.Attributes, chunk: int) -> dict[str, float]:
+def _score(track: Track, target: toy.Attributes, chunks: ChunkFrames) -> dict[str, float]:
     part = max(len(track) // DRIFT_FRACTION, 2)
     values = _frame_scores(track, target)
     values["direction"] = float(_moves(track[:FIRST_FRAMES], target.direction))
     shift = track[-part:].foreground.mean(0) - track[:part].foreground.mean(0)
     values["colour_shift"] = _rms(shift)
     excess = _excess(track, target)
-    if len(track) > chunk:
-        values["chunk_jump"] = float(excess[chunk - 1 :: chunk].mean())
+    if len(track) > chunks.first:
+        values["chunk_jump"] = float(excess[chunks.borders].mean())
     if isinstance(target, toy.Scene):
         path = toy.positions(target, len(track)) * toy.NOMINAL_SIZE / min(target.height, target.width)
         values["position_error"] = float(np.linalg.norm(track.position - path, axis=1).mean())

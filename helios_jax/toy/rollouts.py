@@ -1,14 +1,21 @@
 """Samples long videos of held-out captions and scores their drift: the scorer of the toy's ablations.
 
     python -m helios_jax.toy.rollouts --model runs/x/pipeline --out scores/x num_inference_steps=20 use_anchor=false
+    python -m helios_jax.toy.rollouts --model runs/x/pipeline --out scores/x --wordless
+
+A caption tells every chunk anew what to show, so that a video of the toy hardly drifts. With `--wordless` the video
+goes on from a rendered chunk of its scene and the prompt is empty: the memory alone knows its looks and its motion.
+The rendered chunk is then the first of the scored video.
 
 Options of sampling are given as for `sample.py configs/toy/sample.yaml`, or with `--world scenes`, the larger world, as
 for configs/scenes/sample.yaml. The folder gets scores.json (as `helios_jax.ablations.scores` says) and sheet.png.
 """
 
 import argparse
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +23,66 @@ import numpy as np
 
 from helios_jax.ablations import scores
 from helios_jax.config import ConfigError, load
+from helios_jax.models.transformer import TransformerConfig
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime.command import Parser
 from helios_jax.runtime.compilation import enable_cache
+from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.options import SampleConfig, SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
+from helios_jax.sampling.plan import Plan
 from helios_jax.toy import scene_metrics, scenes
 from helios_jax.toy import world as toy
 from helios_jax.toy.metrics import rollout
 from helios_jax.toy.report import held_out, picture
 
 PROG = "python -m helios_jax.toy.rollouts"
-# Of each world: its captions, the config of its videos, and (video, caption, fps, chunk) -> scores.
-WORLDS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "shapes": (toy, "toy/sample", lambda video, text, *rest: rollout(video, toy.parse_caption(text), *rest)),
-    "scenes": (scenes, "scenes/sample", scene_metrics.rollout),
+
+
+@dataclass(frozen=True)
+class World:
+    """A toy world: its module, the config of its videos, and (video, scene, fps, chunks) -> scores and their course."""
+
+    module: Any
+    config: str
+    score: Callable[..., tuple[dict[str, float], dict[str, list[float]]]]
+
+
+WORLDS = {
+    "shapes": World(toy, "toy/sample", rollout),
+    "scenes": World(
+        scenes, "scenes/sample", lambda video, scene, *rest: scene_metrics.rollout(video, scenes.caption(scene), *rest)
+    ),
 }
 SHOWN = 6  # videos of the picture
 
 
-def sample(pipe: HeliosPipeline, captions: Sequence[str], options: SamplingOptions, seed: int, batch: int):
-    """uint8 videos [t, h, w, 3] of the captions, each with noise of its own; other seeds give other noise."""
-    for first in range(0, len(captions), batch):
-        prompts = list(captions[first : first + batch])
-        seeds = [1000 * seed + first + i for i in range(len(prompts))]
-        stream = pipe.stream(prompts, options=options, seed=seeds)
-        yield from np.concatenate(list(stream), 1)
+def sample(
+    pipe: HeliosPipeline, all_scenes: Sequence[Any], options: SamplingOptions, args: Any
+) -> Iterator[np.ndarray]:
+    """uint8 videos [t, h, w, 3] of the scenes, each with noise of its own; other seeds give other noise."""
+    world = WORLDS[args.world].module
+    for first in range(0, len(all_scenes), args.batch):
+        part = all_scenes[first : first + args.batch]
+        seeds = [1000 * args.seed + first + i for i in range(len(part))]
+        if args.wordless:
+            begun = np.stack([world.render(scene, toy.CHUNK_FRAMES) for scene in part])
+            stream = pipe.stream([""] * len(part), video=begun, options=options, seed=seeds)
+            yield from np.concatenate([begun, *stream], 1)
+        else:
+            stream = pipe.stream([world.caption(scene) for scene in part], options=options, seed=seeds)
+            yield from np.concatenate(list(stream), 1)
+
+
+def cost(plan: Plan, config: TransformerConfig) -> dict[str, float]:
+    """Costs of a chunk after the first: calls of the transformer, and noisy tokens in thousands, over all calls."""
+    calls, tokens = 0, 0
+    for i, level in enumerate(reversed(plan.levels)):
+        steps = len(level.steps.sigma) * (1 if plan.guidance_scale is None else 2)
+        t, h, w, _ = plan.latent_shape
+        calls += steps
+        tokens += steps * math.prod((t, h >> i, w >> i)) // math.prod(config.patch_size)
+    return {"calls": calls, "kilotokens": tokens / 1000}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,25 +98,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--chunks", type=int, default=20, help="length of the videos [20, which is 41 seconds]")
     parser.add_argument("--batch", type=int, default=8, help="videos at a time [8]")
     parser.add_argument("--seed", type=int, default=0, help="of the noise [0]")
+    parser.add_argument("--wordless", action="store_true", help="go on from a rendered chunk, with an empty prompt")
     try:
         args = parser.parse_intermixed_args(argv)
-        for name in ("videos", "chunks", "batch"):
-            if getattr(args, name) < 1:
-                raise ConfigError(f"--{name} must be at least 1, got {getattr(args, name)}")
-        world, path, score = WORLDS[args.world]
-        config = load(path, [*args.overrides, f"num_frames={args.chunks * toy.CHUNK_FRAMES}"], SampleConfig)
+        for name, least in {"videos": 1, "batch": 1, "chunks": 1 + args.wordless}.items():
+            if getattr(args, name) < least:
+                raise ConfigError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+        world = WORLDS[args.world]
+        # Guidance would be away from the empty prompt, which is the prompt.
+        plain = ["guidance_scale=1"] if args.wordless else []
+        begun = args.wordless * toy.CHUNK_FRAMES
+        frames = args.chunks * toy.CHUNK_FRAMES - begun
+        config = load(world.config, [*plain, *args.overrides, f"num_frames={frames}"], SampleConfig)
         enable_cache()
         pipe = HeliosPipeline.from_pretrained(args.model)
-        pipe.plan(config.options())
+        plan = pipe.plan(config.options())
     except (ConfigError, CheckpointError, ValueError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
-    captions = [world.caption(scene) for scene in held_out(args.videos, world)]
-    chunk = pipe.plan(config.options()).chunk_frames
+    all_scenes = held_out(args.videos, world.module)
+    chunks = ChunkFrames(begun + plan.frames.first, plan.frames.later)
+    captions = [world.module.caption(scene) for scene in all_scenes]
     rows, seconds, shown = [], {}, []
-    for number, video in enumerate(sample(pipe, captions, config.options(), args.seed, args.batch)):
-        values, course = score(video, captions[number], config.fps, chunk)
-        rows.append({"id": captions[number], **values})
+    for number, video in enumerate(sample(pipe, all_scenes, config.options(), args)):
+        # A caption names a band of hues; a rendered chunk shows which one it is.
+        target = all_scenes[number] if args.wordless or args.world == "scenes" else toy.parse_caption(captions[number])
+        values, course = world.score(video, target, config.fps, chunks)
+        rows.append({"id": captions[number], **values, **cost(plan, pipe.transformer.config)})
         for name, each in course.items():
             seconds.setdefault(name, []).append(each)
         if number < SHOWN:

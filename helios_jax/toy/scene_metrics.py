@@ -27,8 +27,17 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
+from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.toy import scenes, world
-from helios_jax.toy.metrics import DRIFT_FRACTION, FIRST_FRAMES, RECOGNISED, SPAN, SPEED_TOLERANCE
+from helios_jax.toy.metrics import (
+    CHUNKS,
+    DRIFT_FRACTION,
+    FIRST_FRAMES,
+    RECOGNISED,
+    SPAN,
+    SPEED_TOLERANCE,
+    border_ratio,
+)
 from helios_jax.toy.world import Attributes
 
 # Widest distance, in degrees, of a pixel's hue from the band of the colour that it is counted to.
@@ -68,7 +77,7 @@ class Ground:
 
 
 def rollout(
-    video: UInt8[np.ndarray, "t h w 3"], caption: str, fps: int, chunk: int = scenes.CHUNK_FRAMES
+    video: UInt8[np.ndarray, "t h w 3"], caption: str, fps: int, chunks: ChunkFrames = CHUNKS
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The metrics of a video against its caption, and some of them for each of its seconds of `fps` frames.
 
@@ -85,7 +94,7 @@ def rollout(
         return _of_shapes(cut, shapes) | _of_ground(below, background)
 
     values, sixth = part(slice(None)), max(len(video) // DRIFT_FRACTION, 2)
-    values |= _of_motion(tracks, shapes, chunk) | {"border_ratio": border_ratio(video, chunk)}
+    values |= _of_motion(tracks, shapes, chunks) | {"border_ratio": border_ratio(video, chunks)}
     first, last = part(slice(0, sixth)), part(slice(-sixth, None))
     values |= {f"{name}_end": last[name] for name in SECONDS}
     values |= {f"{name}_drift": abs(last[name] - first[name]) for name in SECONDS}
@@ -119,14 +128,6 @@ def measure(video: UInt8[np.ndarray, "t h w 3"], shapes: Sequence[Attributes]) -
             )
         )
     return tracks, _ground(pixels, np.max(masks, axis=0))
-
-
-def border_ratio(video: UInt8[np.ndarray, "t h w 3"], chunk: int) -> float:
-    """Mean absolute change of pixels between chunks, relative to that between other frames; 1 for a single chunk."""
-    change = np.abs(np.diff(video.astype(np.float32), axis=0)).mean((1, 2, 3))
-    border = np.zeros(len(change), bool)
-    border[chunk - 1 :: chunk] = True
-    return float(change[border].mean() / max(change[~border].mean(), 1e-6)) if border.any() else 1.0
 
 
 def _masks(pixels: Float[np.ndarray, "t h w 3"], shapes: Sequence[Attributes]) -> list[Float[np.ndarray, "t h w"]]:
@@ -199,7 +200,7 @@ def _of_shapes(tracks: Sequence[Track], shapes: Sequence[Attributes]) -> dict[st
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def _of_motion(tracks: Sequence[Track], shapes: Sequence[Attributes], chunk: int) -> dict[str, float]:
+def _of_motion(tracks: Sequence[Track], shapes: Sequence[Attributes], chunks: ChunkFrames) -> dict[str, float]:
     """Means over the shapes of the metrics of whole videos."""
     rows = []
     for track, shape in zip(tracks, shapes):
@@ -210,8 +211,8 @@ def _of_motion(tracks: Sequence[Track], shapes: Sequence[Attributes], chunk: int
         row = {"direction": float(_moves(track, shape.direction)), "speed_error": abs(speed - true)}
         row["speed"] = float(speed > 0 and abs(math.log(speed / true)) < SPEED_TOLERANCE)
         row["jump"] = float(excess.sum() / max(both.sum(), 1))
-        border = both[chunk - 1 :: chunk]
-        row["chunk_jump"] = float(excess[chunk - 1 :: chunk].sum() / max(border.sum(), 1))
+        border = both[chunks.borders]
+        row["chunk_jump"] = float(excess[chunks.borders].sum() / max(border.sum(), 1))
         rows.append(row)
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 

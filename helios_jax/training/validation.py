@@ -71,7 +71,7 @@ def make_videos(model: Transformer, config: FlowTrainConfig, folder: Path) -> di
     prompts, plan = list(validation.prompts), pipe.plan(sampling_options(validation))
     call = pipe.prepare(prompts, validation.negative_prompt, plan, seed=validation.seed)
     latents = jnp.asarray(gather(pipe.generate(call)))
-    frames = decode_video(pipe.vae, latents, plan.memory.frames_per_chunk, dtype="uint8")[:, : validation.num_frames]
+    frames = decode_video(pipe.vae, latents, plan, dtype="uint8")
     if jax.process_index() == 0:
         for i, video in enumerate(frames):
             folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from helios_jax.heliosbench.bench_frames import count_frames, read_frames, targe
 from helios_jax.heliosbench.border_jumps import BorderJumps
 from helios_jax.heliosbench.metric import Clip, Measured, Metric
 from helios_jax.media.mp4 import VideoWriter
+from helios_jax.sampling.chunk_frames import ChunkFrames
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "heliosbench"
 real = pytest.mark.skipif(not REAL.is_dir(), reason="upstream's clips are not beside the checkout")
@@ -89,12 +90,16 @@ def test_border_jumps(tmp_path):
     """Brightness grows by 1 a frame, and by 11 at the borders of chunks of 4."""
     levels = np.array([i + 10 * (i // 4) for i in range(12)], np.uint8) + 60
     path = write(tmp_path / "a.mp4", np.ones((12, 64, 64, 3), np.uint8) * levels[:, None, None, None])
-    found = measure(BorderJumps(4), path, (64, 64))
+    found = measure(BorderJumps(ChunkFrames(4, 4)), path, (64, 64))
     scores = found.scores["border_jumps"]
     assert scores["border_jumps_score"] == pytest.approx(10, abs=0.8)
     assert scores["across_borders"] - scores["within_chunks"] == scores["border_jumps_score"]
     assert [number for number, value in found.curve if value > 6] == [4, 8]
-    assert measure(BorderJumps(33), path, (64, 64)).scores == {}
+    found = measure(
+        BorderJumps(ChunkFrames(5, 4)), path, (64, 64)
+    )  # chunks of 5 that overlap by one: 5, 4 and 3 frames
+    assert found.scores["border_jumps"]["border_jumps_score"] < 0
+    assert measure(BorderJumps(ChunkFrames(33, 33)), path, (64, 64)).scores == {}
 
 
 def test_chosen_frames():

@@ -1,0 +1,44 @@
+"""The scorer of the toy's ablations: a file of scores as the tables read it, from videos of one or the other kind."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helios_jax.ablations import scores
+from helios_jax.toy import rollouts
+
+MODEL = "helios_jax/assets/toy"
+
+
+@pytest.mark.parametrize("wordless", [False, True])
+def test_scores_of_the_embedded_model(wordless, tmp_path):
+    arguments = ["--model", MODEL, "--out", str(tmp_path), "--videos", "2", "--chunks", "2", "num_inference_steps=1"]
+    assert rollouts.main(arguments + ["--wordless"] * wordless) == 0
+    found = scores.read(tmp_path)
+    assert len(set(found.ids)) == 2
+    assert all(np.isfinite(values).all() for values in found.metrics.values())
+    assert found.seconds["shape"].shape == (2, 4)  # of 66 frames
+    # One step makes no shape. A rendered chunk comes first where no words say what to show.
+    first, last = found.seconds["shape"][:, 0].mean(), found.seconds["shape"][:, -1].mean()
+    assert last <= 0.5
+    assert (first > 0.99) == wordless
+    assert ("position_error" in found.metrics) == wordless
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size[0] > 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--videos", "0"], "--videos must be at least 1, got 0"),
+        (["--wordless", "--chunks", "1"], "--chunks must be at least 2, got 1"),
+        (["guidance=2"], "guidance"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
+def test_input_that_cannot_be_used_is_one_line(arguments, reason, tmp_path, capsys):
+    assert rollouts.main(["--model", MODEL, "--out", str(tmp_path / "x"), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert reason in said
+    assert not (tmp_path / "x").exists()
