@@ -3,15 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from helios_jax.models.vae import AutoencoderKLWan, denormalize, normalize
 from helios_jax.runtime.program import program
 from helios_jax.sampling.plan import Plan
 
 
-@program(static_argnames="dtype")
-def decode(vae: AutoencoderKLWan, latents: Float[Array, "b t h w c"], *, dtype: str) -> Array:
+def to_pixels(vae: AutoencoderKLWan, latents: Float[Array, "b t h w c"], *, dtype: str) -> Array:
     """One chunk's pixels: float32 in [0, 1], or uint8."""
     x = denormalize(latents, vae.config).astype(vae.post_quant_conv.weight.dtype)
     with jax.named_scope("vae"):
@@ -19,12 +18,17 @@ def decode(vae: AutoencoderKLWan, latents: Float[Array, "b t h w c"], *, dtype: 
     return jnp.round(pixels * 255).astype(jnp.uint8) if dtype == "uint8" else pixels
 
 
-def last_frame(vae: AutoencoderKLWan, latents: Float[Array, "b t h w c"]) -> Float[Array, "b 1 h w c"]:
-    """The last pixel frame of a chunk, as the latent frame of an image: as the first frame of the next chunk."""
-    dtype = vae.quant_conv.weight.dtype
-    pixels = vae.decode(denormalize(latents, vae.config).astype(dtype))[:, -1:]
-    mean, _ = vae.encode(jnp.clip(pixels, -1, 1))
+decode = program(static_argnames="dtype")(to_pixels)
+
+
+def last_frame(vae: AutoencoderKLWan, pixels: UInt8[Array, "b t h w 3"]) -> Float[Array, "b 1 h_ w_ c"]:
+    """The last frame of a chunk as the first latent frame of the next chunk: as an image's."""
+    frame = pixels[:, -1:].astype(jnp.float32) / 127.5 - 1
+    mean, _ = vae.encode(frame.astype(vae.quant_conv.weight.dtype))
     return normalize(mean.astype(jnp.float32), vae.config)
+
+
+encode_last_frame = program()(last_frame)
 
 
 def decode_video(vae: AutoencoderKLWan, latents: Float[Array, "b t h w c"], plan: Plan, *, dtype: str) -> np.ndarray:

@@ -30,7 +30,7 @@ from helios_jax.models.transformer import Transformer
 from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.program import program
-from helios_jax.sampling.frames import last_frame
+from helios_jax.sampling.frames import last_frame, to_pixels
 
 Progress = Callable[[int, int], None]
 Chunk = TypeVar("Chunk")
@@ -69,7 +69,10 @@ def generate(
         if text is not None:
             kv = jax.lax.cond(text.changed, lambda: model.text_kv(text.embeddings.astype(model.dtype)), lambda: kv)
         now = conditioning if kv is None else dataclasses.replace(conditioning, text=kv)
-        kept = None if overlap is None else keep(last_frame(overlap, _last_chunk(history, memory)), levels)
+        kept = None
+        if overlap is not None:
+            pixels = to_pixels(overlap, _last_chunk(history, memory), dtype="uint8")
+            kept = keep(last_frame(overlap, pixels), levels)
         latents = denoise_chunk(model, history, noise, now, levels, memory, kept)
         return (push(history, latents, memory), kv), latents
 
@@ -87,7 +90,6 @@ SLOW_LAUNCH = 0.01
 # A step's state takes the place of the one before.
 step_program = program(static_argnames="memory", donate_argnames="state")(denoise_step)
 _push = jax.jit(push, static_argnums=2)
-_last_frame = program()(last_frame)
 
 
 def stream(
@@ -98,28 +100,31 @@ def stream(
     memory: MemoryConfig,
     finish: Callable[[Array], Chunk],
     progress: Progress | None = None,
-    overlap: AutoencoderKLWan | None = None,
-    first: int = 0,
+    overlap: Callable[[Chunk], Array] | None = None,
+    joined: bool = False,
 ) -> Iterator[tuple[Chunk, History]]:
     """Yields `finish(latents)` of each chunk and the history after it; `chunks` gives noise, levels and text of each.
 
     A chunk is yielded once the next one is queued, all of it or its first `AHEAD` steps, so that the device works while
     the host handles frames. Where launches wait, it is yielded as soon as it is computed and one step is queued.
     `progress(chunk, step)` is called when a step has been computed, steps counted over all levels. A signal is
-    seen after every step (`interrupts.check`). With `overlap`, the VAE, a chunk begins with the last frame of the one
-    before, unless it is a video's first; `first` chunks are in the history already.
+    seen after every step (`interrupts.check`).
+
+    With `overlap` a chunk begins with the latent frame that it makes of what `finish` returned for the chunk before;
+    the first chunk does so if the history is `joined` to it, that is, ends with a chunk.
     """
     step = step_program.bind(model)
     ahead = AHEAD if progress is None else 1  # progress waits for every step: a chunk must not wait with it
     known: Sequence[Level] = ()
     tables: list[list[Level]] = []
     done: list[tuple[Chunk, History]] = []
+    before = finish(_last_chunk(history, memory)) if overlap is not None and joined else None
     for chunk, (noise, levels, conditioning) in enumerate(chunks):
         if levels is not known:
             known, tables = levels, [split(level) for level in levels]
         kept: Sequence[Kept | None] = [None] * len(levels)
-        if overlap is not None and first + chunk > 0:
-            kept = keep(_last_frame(overlap, _last_chunk(history, memory)), levels)
+        if overlap is not None and before is not None:
+            kept = keep(overlap(before), levels)
         one = partial(step, history=history, conditioning=conditioning, memory=memory)
         sample = noise.latents
         launched = time.monotonic()
@@ -135,7 +140,8 @@ def stream(
                 progress(chunk, count - 1)
             launched = time.monotonic()
         history = _push(history, sample, memory)
-        now = (finish(sample), history)
+        before = finish(sample)
+        now = (before, history)
         yield from _when_computed(done)
         done = [now]
     yield from _when_computed(done)

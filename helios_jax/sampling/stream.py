@@ -21,6 +21,7 @@ from helios_jax.media.files import kind_of
 from helios_jax.models.transformer import Transformer
 from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.sampling import sampler
+from helios_jax.sampling.frames import decode, encode_last_frame
 from helios_jax.sampling.noise import Noise, SeededNoise, draw
 from helios_jax.sampling.options import SamplingOptions
 from helios_jax.sampling.plan import Plan
@@ -103,8 +104,8 @@ class Stream:
             memory=call.plan.memory,
             finish=lambda latents: _to_host((latents, finish(latents))),
             progress=None if progress is None else lambda chunk, step: progress(chunk + call.first, step),
-            overlap=call.overlap,
-            first=call.first,
+            overlap=None if call.overlap is None else self._next_frame,
+            joined=call.first > 0,
         )
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -122,6 +123,12 @@ class Stream:
         self._prompts = self._prompts.prune(self.chunk)
         self.call.texts.forget([entry.prompts for entry in self._prompts.entries])
         return out[:, : end - begin] if self.pixels and end is not None else out
+
+    def _next_frame(self, chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        """The first latent frame of the chunk after one, of which these are the latents and what `finish` returned."""
+        vae, (latents, out) = self.call.overlap, chunk
+        assert vae is not None
+        return encode_last_frame(vae, out if self.pixels else decode(vae, latents, dtype="uint8"))
 
     def _added(self, out: np.ndarray, chunk: int) -> np.ndarray:
         """A chunk's frames without the one that it has from the chunk before; latents stay as they are."""
