@@ -22,7 +22,7 @@ STEPS ?=
 ALL_STEPS := $(patsubst %,configs/%.yaml,stage2_init stage3_ode stage3_post)
 ON ?= --topology v5p-128 mesh.fsdp=16
 
-.PHONY: sample test test-all test-light test-newest newer aot aot-oldest aot-newest aot-steps gpu-report fuzz lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain
+.PHONY: sample test test-all test-light test-newest newer aot aot-oldest aot-newest aot-steps gpu-report fuzz lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain scenes
 
 sample: $(VENV)/.run  ## sample a video of four chunks with the embedded model
 	$(BIN)/python sample.py configs/toy/sample.yaml --overwrite $(ARGS)
@@ -111,15 +111,15 @@ TWO := XLA_FLAGS=--xla_force_host_platform_device_count=2
 done = $(CHAIN)/$(1)/pipeline/model_index.json
 # The export's index is the last file of a stage. A stopped run also exits with 0, so the rule tests that the index
 # exists; the next `make chain` continues from the checkpoint.
-train = $(TWO) $(BIN)/python train.py configs/toy/$(1).yaml $(ARGS) && test -f $@
+train = $(TWO) $(BIN)/python train.py configs/$(1).yaml $(ARGS) && test -f $@
 
 chain: $(CHAIN)/report.md  ## run all stages of the toy and write a report
 $(CHAIN)/report.md: $(call done,stage3_distill) | $(VENV)/.test-light
 	$(BIN)/python -m helios_jax.toy.chain_report --chain $(CHAIN) --out $@
 $(call done,stage3_distill): $(call done,stage3_ode)
-	$(call train,stage3_distill)
+	$(call train,toy/stage3_distill)
 $(call done,stage3_ode): $(CHAIN)/ode.done
-	$(call train,stage3_ode)
+	$(call train,toy/stage3_ode)
 $(CHAIN)/ode.done: $(call done,stage2_post)
 	$(BIN)/python -m helios_jax.toy.build --captions --videos 256 --out $(CHAIN)/captions.txt
 	$(BIN)/python -m helios_jax.precompute ode --prompts $(CHAIN)/captions.txt --model $(CHAIN)/stage2_post/pipeline \
@@ -127,15 +127,44 @@ $(CHAIN)/ode.done: $(call done,stage2_post)
 		--time-shift-type exponential --batch 32 --shard-size 64
 	touch $@
 $(call done,stage2_post): $(call done,stage2_init)
-	$(call train,stage2_post)
+	$(call train,toy/stage2_post)
 $(call done,stage2_init): $(call done,stage1_post)
-	$(call train,stage2_init)
+	$(call train,toy/stage2_init)
 $(call done,stage1_post): $(call done,stage1_init)
-	$(call train,stage1_post)
+	$(call train,toy/stage1_post)
 $(call done,stage1_init): $(CHAIN)/wan/transformer/config.json | toy-data toy-latents
-	$(call train,stage1_init)
+	$(call train,toy/stage1_init)
 $(CHAIN)/wan/transformer/config.json: | $(VENV)/.run
 	$(BIN)/python -m helios_jax.toy.wan --model $(TOY) --out $(CHAIN)/wan
+
+# --- the larger toy world, from its videos to a student of one step per level; continues where it was stopped ---
+SCENES := helios_jax/assets/scenes
+made = runs/scenes-$(1)/pipeline/model_index.json
+
+scenes: $(call made,stage3-distill)  ## train a model of the larger toy world: a night on two cores
+$(call made,stage3-distill): $(call made,stage3-ode)
+	$(call train,scenes/stage3_distill)
+$(call made,stage3-ode): runs/scenes-ode.done
+	$(call train,scenes/stage3_ode)
+runs/scenes-ode.done: $(call made,stage2)
+	$(BIN)/python -m helios_jax.toy.build --world scenes --captions --videos 512 --out runs/scenes-captions.txt
+	$(BIN)/python -m helios_jax.precompute ode --prompts runs/scenes-captions.txt --model runs/scenes-stage2/pipeline \
+		--out runs/scenes-ode --size 128x128 --num-frames 132 --steps 20 20 20 --student-steps 1 1 1 --guidance-scale 3 \
+		--negative-prompt "" --time-shift-type exponential --batch 16 --shard-size 64
+	touch $@
+$(call made,stage2): $(call made,stage1)
+	$(call train,scenes/stage2)
+$(call made,stage1): data/scenes-latents/dataset_info.json
+	$(call train,scenes/stage1)
+data/scenes-latents/dataset_info.json: $(SCENES)/vae/config.json
+	$(BIN)/python -m helios_jax.precompute --videos data/scenes --vae $(SCENES)/vae --text $(SCENES) --out data/scenes-latents
+$(SCENES)/vae/config.json: | data/scenes/dataset_info.json
+	$(BIN)/python train.py configs/scenes/vae.yaml $(ARGS)
+	$(BIN)/python train.py configs/scenes/vae_long.yaml $(ARGS)
+	test -d runs/scenes-vae-long/vae && cp -r runs/scenes-vae-long/vae $(SCENES)/
+data/scenes/dataset_info.json: | $(VENV)/.run
+	rm -rf data/scenes
+	$(BIN)/python -m helios_jax.toy.build --world scenes --out data/scenes --videos 1500 --chunks 4
 
 lock: $(VENV)/.test  ## write requirements*.txt from pyproject.toml
 	$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --no-header -q -o requirements.txt

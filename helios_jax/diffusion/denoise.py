@@ -56,7 +56,7 @@ class Level:
 
 
 @struct.dataclass
-class Kept:
+class Held:
     """What holds a chunk's first latent frame to one that is known, in a level.
 
     The frame [b, 1, h, w, c] at the level's size and, upsampled, at that of the level below (zeros at the coarsest);
@@ -94,28 +94,28 @@ def enter(level: Level, sample: Float[Array, "b t h w c"], white: Float[Array, "
 
 
 @jax.jit
-def keep(frame: Float[Array, "b 1 h w c"], levels: Sequence[Level]) -> list[Kept]:
+def hold(frame: Float[Array, "b 1 h w c"], levels: Sequence[Level]) -> list[Held]:
     """For each level, what holds the chunk's first latent frame to `frame`."""
     sizes = [frame]
     for _ in levels[1:]:
         sizes.append(downsample(sizes[-1]))
     sizes.reverse()
     below = [jnp.zeros_like(sizes[0]), *map(upsample, sizes[:-1])]
-    return [Kept(*frames, level.begin, level.end) for *frames, level in zip(sizes, below, levels)]
+    return [Held(*frames, level.begin, level.end) for *frames, level in zip(sizes, below, levels)]
 
 
-def kept_velocity(
-    velocity: Float[Array, "b t h w c"], sample: Float[Array, "b t h w c"], sigma: Any, kept: Kept
+def held_velocity(
+    velocity: Float[Array, "b t h w c"], sample: Float[Array, "b t h w c"], sigma: Any, held: Held
 ) -> Float[Array, "b t h w c"]:
     """`velocity`, of which the first frame leads from where `sample` is at the level's `sigma` to the known frame.
 
     A level's path goes from (1 - begin) * below + begin * noise to (1 - end) * frame + end * noise. The noise is what
     the sample shows of it.
     """
-    data = (1 - sigma) * (1 - kept.end) * kept.frame + sigma * (1 - kept.begin) * kept.below
-    noise = (sample[:, :1] - data) / ((1 - sigma) * kept.end + sigma * kept.begin)
-    first = (1 - kept.begin) * kept.below + kept.begin * noise
-    last = (1 - kept.end) * kept.frame + kept.end * noise
+    data = (1 - sigma) * (1 - held.end) * held.frame + sigma * (1 - held.begin) * held.below
+    noise = (sample[:, :1] - data) / ((1 - sigma) * held.end + sigma * held.begin)
+    first = (1 - held.begin) * held.below + held.begin * noise
+    last = (1 - held.end) * held.frame + held.end * noise
     return jnp.concatenate([first - last, velocity[:, 1:]], 1)
 
 
@@ -168,16 +168,16 @@ def denoise_step(
     conditioning: Conditioning,
     memory: MemoryConfig,
     *,
-    kept: Kept | None = None,
+    held: Held | None = None,
     dtype: Any = None,
     remat: Remat | None = None,
 ) -> SolverState:
-    """One solver step; the tables of `level` hold one row. With `kept` the chunk's first frame becomes that one."""
+    """One solver step; the tables of `level` hold one row. With `held` the chunk's first frame becomes that one."""
     velocity = guided_velocity(
         model, state.sample, level.steps.timestep, history, conditioning, memory, dtype=dtype, remat=remat
     )
-    if kept is not None:
-        velocity = kept_velocity(velocity, state.sample, level.steps.sigma, kept)
+    if held is not None:
+        velocity = held_velocity(velocity, state.sample, level.steps.sigma, held)
     if level.moves is not None:
         velocity = velocity * level.moves
     return solvers.advance(state, velocity, level.steps)
@@ -210,10 +210,10 @@ def denoise_chunk(
     conditioning: Conditioning,
     levels: Sequence[Level],
     memory: MemoryConfig,
-    kept: Sequence[Kept] | None = None,
+    held: Sequence[Held] | None = None,
 ) -> Float[Array, "b t h w c"]:
-    """The latents of the next chunk, each level in one scan over its steps; `keep` makes `kept`."""
-    return record_chunk(model, history, noise, conditioning, levels, memory, kept=kept)[0]
+    """The latents of the next chunk, each level in one scan over its steps; `hold` makes `held`."""
+    return record_chunk(model, history, noise, conditioning, levels, memory, held=held)[0]
 
 
 def record_chunk(
@@ -224,7 +224,7 @@ def record_chunk(
     levels: Sequence[Level],
     memory: MemoryConfig,
     places: Sequence[Sequence[int]] | None = None,
-    kept: Sequence[Kept] | None = None,
+    held: Sequence[Held] | None = None,
 ) -> tuple[Float[Array, "b t h w c"], list[Float[Array, "steps b t _h _w c"]]]:
     """`denoise_chunk`, and of each level the samples that its steps at `places` began with, then its result.
 
@@ -234,7 +234,7 @@ def record_chunk(
 
     def solve(i: int, level: Level, state: SolverState) -> Iterator[SolverState]:
         def step(state: SolverState, row: Level) -> tuple[SolverState, Any]:
-            after = denoise_step(model, state, row, history, conditioning, memory, kept=kept and kept[i])
+            after = denoise_step(model, state, row, history, conditioning, memory, held=held and held[i])
             return after, None if places is None else state.sample
 
         after, began = jax.lax.scan(step, state, rows(level))

@@ -16,11 +16,11 @@ from jaxtyping import Array, Float
 from helios_jax.diffusion.denoise import (
     ChunkNoise,
     Conditioning,
-    Kept,
+    Held,
     Level,
     denoise_chunk,
     denoise_step,
-    keep,
+    hold,
     rows,
     through_levels,
 )
@@ -69,11 +69,11 @@ def generate(
         if text is not None:
             kv = jax.lax.cond(text.changed, lambda: model.text_kv(text.embeddings.astype(model.dtype)), lambda: kv)
         now = conditioning if kv is None else dataclasses.replace(conditioning, text=kv)
-        kept = None
+        held = None
         if overlap is not None:
             pixels = to_pixels(overlap, _last_chunk(history, memory), dtype="uint8")
-            kept = keep(last_frame(overlap, pixels), levels)
-        latents = denoise_chunk(model, history, noise, now, levels, memory, kept)
+            held = hold(last_frame(overlap, pixels), levels)
+        latents = denoise_chunk(model, history, noise, now, levels, memory, held)
         return (push(history, latents, memory), kv), latents
 
     # Text that stays is no part of the carry, which would be copied.
@@ -122,13 +122,13 @@ def stream(
     for chunk, (noise, levels, conditioning) in enumerate(chunks):
         if levels is not known:
             known, tables = levels, [split(level) for level in levels]
-        kept: Sequence[Kept | None] = [None] * len(levels)
+        held: Sequence[Held | None] = [None] * len(levels)
         if overlap is not None and before is not None:
-            kept = keep(overlap(before), levels)
+            held = hold(overlap(before), levels)
         one = partial(step, history=history, conditioning=conditioning, memory=memory)
         sample = noise.latents
         launched = time.monotonic()
-        for count, state in enumerate(through_levels(noise, levels, partial(_by_step, one, tables, kept)), 1):
+        for count, state in enumerate(through_levels(noise, levels, partial(_by_step, one, tables, held)), 1):
             sample = state.sample
             waited = time.monotonic() - launched > SLOW_LAUNCH
             interrupts.check()
@@ -154,14 +154,14 @@ def _last_chunk(history: History, memory: MemoryConfig) -> Float[Array, "b t h w
 def _by_step(
     step: Callable[..., SolverState],
     tables: Sequence[Sequence[Level]],
-    kept: Sequence[Kept | None],
+    held: Sequence[Held | None],
     i: int,
     level: Level,
     state: SolverState,
 ) -> Iterator[SolverState]:
     """Takes the steps of a level one by one: a `denoise.Solve`."""
     for row in tables[i]:
-        state = step(state, row, kept=kept[i])
+        state = step(state, row, held=held[i])
         yield state
 
 

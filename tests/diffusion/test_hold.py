@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from helios_jax.diffusion import solvers
-from helios_jax.diffusion.denoise import ChunkNoise, keep, kept_velocity, rows, through_levels
+from helios_jax.diffusion.denoise import ChunkNoise, held_velocity, hold, rows, through_levels
 from helios_jax.diffusion.levels import make_levels
 from helios_jax.diffusion.noising import add_noise
 from helios_jax.diffusion.pyramid import downsample, upsample
@@ -36,13 +36,13 @@ def sampled(name):
     levels, frame = levels_of(name), normal(0, 2, 1, *SHAPE[2:])
     t, h, w, c = SHAPE[1:]
     blocks = tuple(normal(9 + i, 2, t, h >> i, w >> i, c) for i in reversed(range(len(levels) - 1)))
-    kept = keep(frame, levels)
+    held = hold(frame, levels)
 
     def solve(i, level, state):
         for step in range(len(level.steps.sigma)):
             row = jax.tree.map(lambda x, step=step: x[step], rows(level))
             velocity = normal(100 * i + step, *state.sample.shape)
-            velocity = kept_velocity(velocity, state.sample, row.steps.sigma, kept[i])
+            velocity = held_velocity(velocity, state.sample, row.steps.sigma, held[i])
             state = solvers.advance(state, velocity, row.steps)
             yield state
 
@@ -67,12 +67,12 @@ def test_the_velocity_is_that_of_the_level_s_path(name):
     sizes = [frame]
     for _ in levels[1:]:
         sizes.insert(0, downsample(sizes[0]))
-    for i, (kept, (begin, end)) in enumerate(zip(keep(frame, levels), ends, strict=True)):
+    for i, (held, (begin, end)) in enumerate(zip(hold(frame, levels), ends, strict=True)):
         noise = normal(5, *sizes[i].shape)
         first = noise if i == 0 else add_noise(upsample(sizes[i - 1]), noise, jnp.float32(begin))
         last = add_noise(sizes[i], noise, jnp.float32(end))
         for sigma in (0.999, 0.5, 0.1):
             sample = jnp.concatenate([add_noise(last, first, jnp.float32(sigma)), jnp.ones_like(noise)], 1)
-            velocity = kept_velocity(jnp.zeros_like(sample), sample, jnp.float32(sigma), kept)
+            velocity = held_velocity(jnp.zeros_like(sample), sample, jnp.float32(sigma), held)
             np.testing.assert_allclose(velocity[:, :1], first - last, atol=1e-4)
             np.testing.assert_array_equal(velocity[:, 1:], 0)
