@@ -23,6 +23,7 @@ from helios_jax.media.video import iterate_video
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
 from helios_jax.runtime.program import program
 from helios_jax.sampling.download import local
+from helios_jax.sampling.frames import encode_image
 from helios_jax.sampling.noise import Noise, draw
 from helios_jax.sampling.options import ContextConfig
 from helios_jax.sampling.plan import Plan
@@ -96,6 +97,13 @@ def encode_context(vae: AutoencoderKLWan, context: Context, plan: Plan, noise: N
     if isinstance(context, Clip):
         return from_video(vae, context, plan.memory, plan.options, noise, batch)
     return empty(plan.memory, batch, *plan.latent_shape[1:])
+
+
+def encode_border(vae: AutoencoderKLWan, context: Still | Clip, batch: int) -> Float[Array, "b 1 h w c"]:
+    """The image, or the video's last frame, as a latent frame: the first chunk begins with it where chunks overlap."""
+    frame = context.pixels if isinstance(context, Still) else context.tail[:, -1:]
+    latent = encode_image(vae, jnp.asarray(frame))
+    return jnp.broadcast_to(latent, (batch, *latent.shape[1:]))
 
 
 def prepare_videos(

@@ -23,12 +23,16 @@ decode = program(static_argnames="dtype")(to_pixels)
 
 def last_frame(vae: AutoencoderKLWan, pixels: UInt8[Array, "b t h w 3"]) -> Float[Array, "b 1 h_ w_ c"]:
     """The last frame of a chunk as the first latent frame of the next chunk: as an image's."""
-    frame = pixels[:, -1:].astype(jnp.float32) / 127.5 - 1
-    mean, _ = vae.encode(frame.astype(vae.quant_conv.weight.dtype))
+    return to_latent(vae, pixels[:, -1:].astype(jnp.float32) / 127.5 - 1)
+
+
+def to_latent(vae: AutoencoderKLWan, image: Float[Array, "b 1 h w 3"]) -> Float[Array, "b 1 h_ w_ c"]:
+    """The latent frame of images in [-1, 1], without a random draw."""
+    mean, _ = vae.encode(image.astype(vae.quant_conv.weight.dtype))
     return normalize(mean.astype(jnp.float32), vae.config)
 
 
-encode_last_frame = program()(last_frame)
+encode_last_frame, encode_image = program()(last_frame), program()(to_latent)
 
 
 def decode_video(vae: AutoencoderKLWan, latents: Float[Array, "b t h w c"], plan: Plan, *, dtype: str) -> np.ndarray:

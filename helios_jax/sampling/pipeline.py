@@ -25,7 +25,7 @@ from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.sampling import sampler
 from helios_jax.sampling.arguments import Prompt, check_output_type, make_negatives, make_prompts, make_seeds
 from helios_jax.sampling.checkpoint import Checkpoint, write_index
-from helios_jax.sampling.context import Context, encode_context, read_context
+from helios_jax.sampling.context import Context, encode_border, encode_context, read_context
 from helios_jax.sampling.frames import decode, decode_video
 from helios_jax.sampling.noise import Noise, SeededNoise
 from helios_jax.sampling.options import PromptSwitch, SamplingOptions, takes_options
@@ -309,8 +309,11 @@ class HeliosPipeline:
         history = encode_context(self.vae, context, plan, noise, len(prompts))
         texts = self._texts(negatives if plan.guidance_scale is not None else (), plan.options)
         texts.encode([entry.prompts for entry in schedule.entries])
-        overlap = self.vae if plan.options.overlap_chunks else None
-        return Call(plan, schedule, texts, noise, history, self._identity(), overlap=overlap)
+        call = Call(plan, schedule, texts, noise, history, self._identity())
+        if not plan.options.overlap_chunks:
+            return call
+        begins = None if context is None else encode_border(self.vae, context, call.batch)
+        return dataclasses.replace(call, overlap=self.vae, begins=begins)
 
     def generate(self, call: Call) -> Float[Array, "b t h w c"]:
         """The latents of all chunks; a first chunk of its own kind is a program of its own."""
@@ -332,9 +335,9 @@ class HeliosPipeline:
                 )
             noise = jax.tree.map(lambda *x: jnp.stack(x), *noises[begin:end])
             levels = call.levels(call.first + begin)
-            overlap = call.overlap if call.first + begin else None
+            begins, overlap = (None, call.overlap) if call.first + begin else (call.begins, None)
             history, latents = sampler.generate(
-                self.transformer, history, noise, conditioning, texts, levels, overlap, memory=call.plan.memory
+                self.transformer, history, noise, conditioning, texts, levels, begins, overlap, memory=call.plan.memory
             )
             parts.append(latents)
         return jnp.concatenate(parts, 1)

@@ -52,6 +52,7 @@ def generate(
     conditioning: Conditioning,
     texts: TextChanges | None,
     levels: Sequence[Level],
+    begins: Float[Array, "b 1 h w c"] | None = None,
     overlap: AutoencoderKLWan | None = None,
     *,
     memory: MemoryConfig,
@@ -60,7 +61,7 @@ def generate(
 
     `noise` has the chunks as the first dimension of its arrays. With `texts` the keys and values of `conditioning` are
     replaced in every chunk whose text is a new one. With `overlap`, the VAE, a chunk begins with the last frame of the
-    one before.
+    one before; a single chunk begins with the latent frame `begins`, if given.
     """
 
     def body(carry, chunk):
@@ -69,7 +70,7 @@ def generate(
         if text is not None:
             kv = jax.lax.cond(text.changed, lambda: model.text_kv(text.embeddings.astype(model.dtype)), lambda: kv)
         now = conditioning if kv is None else dataclasses.replace(conditioning, text=kv)
-        held = None
+        held = None if begins is None else hold(begins, levels)
         if overlap is not None:
             pixels = to_pixels(overlap, _last_chunk(history, memory), dtype="uint8")
             held = hold(last_frame(overlap, pixels), levels)
@@ -100,8 +101,8 @@ def stream(
     memory: MemoryConfig,
     finish: Callable[[Array], Chunk],
     progress: Progress | None = None,
+    begins: Float[Array, "b 1 h w c"] | None = None,
     overlap: Callable[[Chunk], Array] | None = None,
-    joined: bool = False,
 ) -> Iterator[tuple[Chunk, History]]:
     """Yields `finish(latents)` of each chunk and the history after it; `chunks` gives noise, levels and text of each.
 
@@ -110,21 +111,18 @@ def stream(
     `progress(chunk, step)` is called when a step has been computed, steps counted over all levels. A signal is
     seen after every step (`interrupts.check`).
 
-    With `overlap` a chunk begins with the latent frame that it makes of what `finish` returned for the chunk before;
-    the first chunk does so if the history is `joined` to it, that is, ends with a chunk.
+    The first chunk begins with the latent frame `begins`, if given, and with `overlap` each later one with what that
+    makes of what `finish` returned for the chunk before.
     """
     step = step_program.bind(model)
     ahead = AHEAD if progress is None else 1  # progress waits for every step: a chunk must not wait with it
     known: Sequence[Level] = ()
     tables: list[list[Level]] = []
     done: list[tuple[Chunk, History]] = []
-    before = finish(_last_chunk(history, memory)) if overlap is not None and joined else None
     for chunk, (noise, levels, conditioning) in enumerate(chunks):
         if levels is not known:
             known, tables = levels, [split(level) for level in levels]
-        held: Sequence[Held | None] = [None] * len(levels)
-        if overlap is not None and before is not None:
-            held = hold(overlap(before), levels)
+        held: Sequence[Held | None] = [None] * len(levels) if begins is None else hold(begins, levels)
         one = partial(step, history=history, conditioning=conditioning, memory=memory)
         sample = noise.latents
         launched = time.monotonic()
@@ -140,8 +138,8 @@ def stream(
                 progress(chunk, count - 1)
             launched = time.monotonic()
         history = _push(history, sample, memory)
-        before = finish(sample)
-        now = (before, history)
+        now = (finish(sample), history)
+        begins = None if overlap is None else overlap(now[0])
         yield from _when_computed(done)
         done = [now]
     yield from _when_computed(done)

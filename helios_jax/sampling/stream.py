@@ -35,8 +35,8 @@ STATE_FORMAT = "helios_jax stream 2"
 class Call:
     """Inputs of every chunk of a call, made from its arguments.
 
-    `first` chunks have been made already, and `history` follows them. `identity` names the checkpoint. `overlap` is
-    the VAE where chunks overlap.
+    `first` chunks have been made already, and `history` follows them. `identity` names the checkpoint. Where chunks
+    overlap, `overlap` is the VAE, and `begins` the latent frame of the image or video that the first chunk begins with.
     """
 
     plan: Plan
@@ -47,6 +47,7 @@ class Call:
     identity: dict[str, Any]
     first: int = 0
     overlap: AutoencoderKLWan | None = None
+    begins: Any = None
 
     @property
     def batch(self) -> int:
@@ -104,8 +105,8 @@ class Stream:
             memory=call.plan.memory,
             finish=lambda latents: _to_host((latents, finish(latents))),
             progress=None if progress is None else lambda chunk, step: progress(chunk + call.first, step),
+            begins=self._first_frame(),
             overlap=None if call.overlap is None else self._next_frame,
-            joined=call.first > 0,
         )
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -123,6 +124,13 @@ class Stream:
         self._prompts = self._prompts.prune(self.chunk)
         self.call.texts.forget([entry.prompts for entry in self._prompts.entries])
         return out[:, : end - begin] if self.pixels and end is not None else out
+
+    def _first_frame(self) -> jax.Array | None:
+        """The latent frame that the first chunk of this stream begins with, where one is known."""
+        if self.call.overlap is None or not self.call.first:
+            return self.call.begins
+        latents = self.call.history.latents[:, -self.plan.memory.frames_per_chunk :]
+        return self._next_frame((latents, self._finish(latents)))
 
     def _next_frame(self, chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
         """The first latent frame of the chunk after one, of which these are the latents and what `finish` returned."""
@@ -174,6 +182,8 @@ class Stream:
         noise = self.call.noise
         if asked is None and self._begun == self.chunk:
             asked = _asked(noise)
+        if self.chunk == 0 and self.call.begins is not None:
+            raise ValueError("the state of a stream whose first chunk has a border is saved after that chunk")
         if not isinstance(noise, SeededNoise) or asked is None:
             raise ValueError("the state of a stream with noise= of its own cannot be saved: use seed= instead")
         meta = {

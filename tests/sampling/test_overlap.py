@@ -13,6 +13,7 @@ from tests import tiny
 from tests.sampling.test_stream import SMALL, STEPS, WINDOW
 from tests.tiny_run import run
 
+VIDEO = np.random.default_rng(0).integers(0, 255, (WINDOW, 32, 48, 3), np.uint8)
 ARGUMENTS = {**SMALL, **STEPS, "seed": 3, "overlap_chunks": True}
 
 
@@ -54,6 +55,16 @@ def test_a_chunk_begins_with_the_last_frame_before_it(pipe):
     assert np.abs(free[1][:, :1] - after(pipe, free[0])).max() > 0.1
 
 
+def test_a_video_begins_with_the_image_or_the_last_frame_that_it_is_given(pipe, tmp_path):
+    for options, frame in (({"image": VIDEO[0]}, VIDEO[0]), ({"video": VIDEO}, VIDEO[-1])):
+        given = encode_last_frame(pipe.vae, jnp.asarray(frame)[None, None])
+        (chunk,) = chunks(pipe, WINDOW, output_type="latent", **options)
+        np.testing.assert_allclose(chunk[:, :1], given, atol=1e-4)
+    stream = pipe.stream("a red plus", num_frames=WINDOW, image=VIDEO[0], **ARGUMENTS)
+    with pytest.raises(ValueError, match="saved after that chunk"):
+        stream.save_state(tmp_path / "state")
+
+
 def test_the_video_shows_the_frame_once(pipe):
     latents, parts = chunks(pipe, 23, output_type="latent"), chunks(pipe, 23)
     assert [part.shape[1] for part in parts] == [9, 8, 6]
@@ -63,7 +74,7 @@ def test_the_video_shows_the_frame_once(pipe):
 
 
 def test_the_one_program_makes_the_same_video(pipe):
-    for options in ({}, {"video": np.random.default_rng(0).integers(0, 255, (WINDOW, 32, 48, 3), np.uint8)}):
+    for options in ({}, {"video": VIDEO}, {"image": VIDEO[0]}):
         whole = pipe("a red plus", "a bar", num_frames=23, **ARGUMENTS, **options).frames
         np.testing.assert_allclose(np.concatenate(chunks(pipe, 23, **options), 1) / 255, whole, atol=0.51 / 255)
 

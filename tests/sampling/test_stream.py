@@ -86,9 +86,9 @@ def recorded(monkeypatch) -> list[str]:
 def test_a_second_stream_compiles_nothing(pipe, monkeypatch):
     traced = []
 
-    def step(model, state, level, history, conditioning, memory):
+    def step(model, state, level, history, conditioning, memory, held):
         traced.append(state.sample.shape)
-        return denoise_step(model, state, level, history, conditioning, memory)
+        return denoise_step(model, state, level, history, conditioning, memory, held=held)
 
     monkeypatch.setattr(sampler, "step_program", program(static_argnames="memory", donate_argnames="state")(step))
     for same in (pipe, pipe, tiny.pipeline(seed=1)):
