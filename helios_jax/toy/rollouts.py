@@ -54,7 +54,7 @@ WORLDS = {
         scenes, "scenes/sample", lambda video, scene, *rest: scene_metrics.rollout(video, scenes.caption(scene), *rest)
     ),
 }
-SHOWN = 6  # videos of the picture
+SHOWN, COLUMNS = 6, 14  # videos of the picture, and frames of each
 
 
 def sample(
@@ -75,14 +75,16 @@ def sample(
 
 
 def cost(plan: Plan, config: TransformerConfig) -> dict[str, float]:
-    """Costs of a chunk after the first: calls of the transformer, and noisy tokens in thousands, over all calls."""
+    """Costs of a chunk after the first: calls of the transformer, noisy tokens in thousands over all calls, and the
+    history's tokens in each."""
     calls, tokens = 0, 0
     for i, level in enumerate(reversed(plan.levels)):
         steps = len(level.steps.sigma) * (1 if plan.guidance_scale is None else 2)
         t, h, w, _ = plan.latent_shape
         calls += steps
         tokens += steps * math.prod((t, h >> i, w >> i)) // math.prod(config.patch_size)
-    return {"calls": calls, "kilotokens": tokens / 1000}
+    history = plan.memory.num_tokens(*plan.latent_shape[1:3], config.patch_size)
+    return {"calls": calls, "kilotokens": tokens / 1000, "history_tokens": history}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=8, help="videos at a time [8]")
     parser.add_argument("--seed", type=int, default=0, help="of the noise [0]")
     parser.add_argument("--wordless", action="store_true", help="go on from a rendered chunk, with an empty prompt")
+    parser.add_argument(
+        "--borders", action="store_true", help="the picture shows each frame around the first border of chunks"
+    )
     try:
         args = parser.parse_intermixed_args(argv)
         for name, least in {"videos": 1, "batch": 1, "chunks": 1 + args.wordless}.items():
@@ -128,10 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, each in course.items():
             seconds.setdefault(name, []).append(each)
         if number < SHOWN:
-            shown.append(video)
+            border = chunks.before(1)
+            shown.append(video[border - COLUMNS // 2 : border + COLUMNS // 2] if args.borders else video)
         print(f"{number + 1}/{len(captions)} {captions[number]}", flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    picture(shown, captions[:SHOWN], args.out / "sheet.png", columns=14, scale=1)
+    picture(shown, captions[:SHOWN], args.out / "sheet.png", columns=COLUMNS, scale=1)
     scores.write(args.out, rows, seconds, "sheet.png")
     return 0
 

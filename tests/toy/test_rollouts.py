@@ -12,7 +12,8 @@ MODEL = "helios_jax/assets/toy"
 
 @pytest.mark.parametrize("wordless", [False, True])
 def test_scores_of_the_embedded_model(wordless, tmp_path):
-    arguments = ["--model", MODEL, "--out", str(tmp_path), "--videos", "2", "--chunks", "2", "num_inference_steps=1"]
+    arguments = ["--model", MODEL, "--out", str(tmp_path), "--videos", "2", "--chunks", "2", "--borders"]
+    arguments += ["num_inference_steps=1", "overlap_chunks=true"]
     assert rollouts.main(arguments + ["--wordless"] * wordless) == 0
     found = scores.read(tmp_path)
     assert len(set(found.ids)) == 2
