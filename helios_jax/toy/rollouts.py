@@ -122,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: {error}", file=sys.stderr)
         return 2
     all_scenes = held_out(args.videos, world.module)
-    chunks = ChunkFrames(begun + plan.frames.first, plan.frames.later)
+    chunks = plan.frames
+    if begun and config.overlap_chunks:  # the first chunk begins with the rendered one's last frame: no border to score
+        chunks = ChunkFrames(begun + chunks.first, chunks.later)
     captions = [world.module.caption(scene) for scene in all_scenes]
     rows, seconds, shown = [], {}, []
     for number, video in enumerate(sample(pipe, all_scenes, config.options(), args)):
