@@ -101,7 +101,7 @@ def hold(frame: Float[Array, "b 1 h w c"], levels: Sequence[Level]) -> list[Held
         sizes.append(downsample(sizes[-1]))
     sizes.reverse()
     below = [jnp.zeros_like(sizes[0]), *map(upsample, sizes[:-1])]
-    return [Held(*frames, level.begin, level.end) for *frames, level in zip(sizes, below, levels)]
+    return [Held(frame, under, level.begin, level.end) for frame, under, level in zip(sizes, below, levels)]
 
 
 def held_velocity(
@@ -234,7 +234,9 @@ def record_chunk(
 
     def solve(i: int, level: Level, state: SolverState) -> Iterator[SolverState]:
         def step(state: SolverState, row: Level) -> tuple[SolverState, Any]:
-            after = denoise_step(model, state, row, history, conditioning, memory, held=held and held[i])
+            after = denoise_step(
+                model, state, row, history, conditioning, memory, held=None if held is None else held[i]
+            )
             return after, None if places is None else state.sample
 
         after, began = jax.lax.scan(step, state, rows(level))

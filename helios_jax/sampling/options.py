@@ -162,8 +162,8 @@ class SamplingOptions(ContextConfig):
     )
     overlap_chunks: bool = option(
         False,
-        "no jumps between chunks: each begins with the last frame of the one before, which is shown once, so that it"
-        " adds one frame less",
+        "softer borders between chunks: each begins with the last frame of the one before, which is shown once, so that"
+        " it adds one frame less",
     )
     max_sequence_length: int | None = option(
         None, "positions of the text; null: as many as the tokenizer allows, 512 at most"

@@ -14,7 +14,8 @@ frame.
 | direction | 1 | first movement as said (1 or 0) |
 | speed | 1 | within a factor of 1.6 of the said speed (1 or 0) |
 | speed_error | 0 | pixels a frame |
-| jump, chunk_jump | 0 | movement beyond the said speed, pixels a frame: all frames, and between chunks only |
+| jump | 0 | movement beyond the said speed, pixels a frame |
+| chunk_jump, start_jump | 0 | that between chunks only, and that in the first eight steps of chunks |
 | colour_shift | 0 | distance between the shape's mean colours of the first and the last sixth |
 | position_error | 0 | pixels; only against a `Scene` |
 """
@@ -42,6 +43,8 @@ SPAN = 4
 # The geometric mean of the world's two speeds, as a ratio.
 SPEED_TOLERANCE = math.log(max(toy.SPEEDS.values()) / min(toy.SPEEDS.values())) / 2
 DRIFT_FRACTION = 6
+# Steps in which a chunk may still correct where it began, two latent frames.
+START_STEPS = 8
 CHUNKS = ChunkFrames(toy.CHUNK_FRAMES, toy.CHUNK_FRAMES)
 # Scores whose course over a long video says how it drifts.
 SECONDS = ("shape", "colour_error", "contrast", "background_error", "speed_error", "stuck")
@@ -181,6 +184,8 @@ def _score(track: Track, target: toy.Attributes, chunks: ChunkFrames) -> dict[st
     excess = _excess(track, target)
     if len(track) > chunks.first:
         values["chunk_jump"] = float(excess[chunks.borders].mean())
+        starts = [excess[i : i + START_STEPS] for i in range(len(excess))[chunks.borders]]
+        values["start_jump"] = float(np.concatenate(starts).mean())
     if isinstance(target, toy.Scene):
         path = toy.positions(target, len(track)) * toy.NOMINAL_SIZE / min(target.height, target.width)
         values["position_error"] = float(np.linalg.norm(track.position - path, axis=1).mean())
