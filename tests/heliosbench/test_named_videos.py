@@ -8,6 +8,7 @@ import pytest
 
 from helios_jax.heliosbench import bench_cli
 from helios_jax.heliosbench.bench_videos import find_videos, read_prompts
+from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.jobs import make_jobs
 from helios_jax.sampling.options import SampleConfig
 from tests.tiny_run import run
@@ -17,7 +18,9 @@ PROMPTS = Path(__file__).resolve().parents[3] / "shared" / "heliosbench" / "heli
 
 @pytest.mark.skipif(not PROMPTS.is_file(), reason="the benchmark's prompts are not beside the checkout")
 def test_all_names_of_the_benchmark_are_read(tmp_path):
-    jobs = make_jobs(SampleConfig(csv=str(PROMPTS), out=str(tmp_path / "videos"), naming="heliosbench"), 33)
+    jobs = make_jobs(
+        SampleConfig(csv=str(PROMPTS), out=str(tmp_path / "videos"), naming="heliosbench"), ChunkFrames(33, 33)
+    )
     (tmp_path / "videos").mkdir()
     for job in jobs:
         job.out.touch()

@@ -9,6 +9,7 @@ import pytest
 from helios_jax.media.video import read_video
 from helios_jax.sampling import outputs
 from helios_jax.sampling import run as runs
+from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.jobs import make_jobs
 from helios_jax.sampling.options import SampleConfig
 from helios_jax.sampling.stream import read_state
@@ -16,7 +17,7 @@ from tests.tiny_run import run
 
 
 def check(out: Path, **changes) -> None:
-    (job,) = make_jobs(SampleConfig(prompt="a", out=str(out), **changes), 33)
+    (job,) = make_jobs(SampleConfig(prompt="a", out=str(out), **changes), ChunkFrames(33, 33))
     outputs.check(job)
 
 

@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.options import PromptSwitch, SamplingOptions
 from helios_jax.sampling.prompts import Entry, Schedule, make_schedule
 
+FRAMES = ChunkFrames(33, 33)
 A, B, C = (("a",), ("b",), ("c",))
 
 
@@ -63,7 +65,7 @@ def test_a_switch_replaces_what_was_planned_later():
 def test_seconds_mean_the_chunk_they_fall_into():
     options = SamplingOptions(num_frames=330, fps=24)
     switches = [PromptSwitch("b", seconds=2.0), PromptSwitch("c", seconds=5.6, crossfade=0), PromptSwitch("d", chunk=9)]
-    entries = make_schedule(["a", "x"], switches, options, 33).entries
+    entries = make_schedule(["a", "x"], switches, options, FRAMES).entries
     assert entries == (
         Entry(0, ("a", "x")),
         Entry(1, ("b", "b"), 3),
@@ -82,16 +84,16 @@ def test_seconds_mean_the_chunk_they_fall_into():
         (lambda: PromptSwitch("b", seconds=-1.0), ["seconds", "-1.0"]),
         (lambda: PromptSwitch("b", chunk=1, crossfade=-1), ["crossfade"]),
         (
-            lambda: make_schedule(["a"], [PromptSwitch("b", chunk=4)], SamplingOptions(num_frames=132), 33),
+            lambda: make_schedule(["a"], [PromptSwitch("b", chunk=4)], SamplingOptions(num_frames=132), FRAMES),
             ["'b'", "4 chunks"],
         ),
         (
-            lambda: make_schedule(["a"], [PromptSwitch("b", seconds=1.0)], SamplingOptions(), 33),
+            lambda: make_schedule(["a"], [PromptSwitch("b", seconds=1.0)], SamplingOptions(), FRAMES),
             ["'b'", "'a'", "chunk 0"],
         ),
         (
             lambda: make_schedule(
-                ["a"], [PromptSwitch("b", chunk=2), PromptSwitch("c", seconds=3.0)], SamplingOptions(), 33
+                ["a"], [PromptSwitch("b", chunk=2), PromptSwitch("c", seconds=3.0)], SamplingOptions(), FRAMES
             ),
             ["'c'", "chunk 2", "'b'"],
         ),

@@ -6,6 +6,7 @@ import pytest
 
 from helios_jax.config import ConfigError
 from helios_jax.sampling import table
+from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.jobs import make_jobs
 from helios_jax.sampling.options import SampleConfig
 
@@ -65,7 +66,7 @@ def test_a_text_file_is_a_prompt_a_line_split_at_newlines_only(tmp_path):
 def jobs(tmp_path, text: str, **changes):
     (tmp_path / "p.csv").write_text(text)
     config = SampleConfig(csv=str(tmp_path / "p.csv"), out=str(tmp_path / "all"), **changes)
-    return [job.config for job in make_jobs(config, 33)]
+    return [job.config for job in make_jobs(config, ChunkFrames(33, 33))]
 
 
 def test_an_interactive_video_is_as_long_as_schedule_or_request(tmp_path):
