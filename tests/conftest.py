@@ -48,10 +48,11 @@ PIPELINES = {"parity/test_context.py", "parity/test_lora.py", "parity/test_pipel
 # Of files, datasets, options and numpy, and others whose programs other tests run, too (`make aot` plans on both).
 PLAIN = {"data", "media", "toy", "test_config.py", "test_docs.py", "test_package.py", "benchmarks/test_gpu_report.py"}
 PLAIN |= {"models/test_tokenizer.py", "planner", "precompute", "test_deploy.py", "test_locations.py", "test_sample.py"}
-PLAIN |= {"test_lora_files.py", "test_pretrained_faults.py"}
+PLAIN |= {"test_lora_files.py", "test_pretrained_faults.py", "test_hub.py", "test_configs.py", "ablations"}
 PLAIN |= {f"training/test_{name}.py" for name in ("progress", "stage_table", "start", "training_data")}
 PLAIN |= {
-    f"sampling/test_{name}.py" for name in ("checkpoint", "csv", "download", "options", "outputs", "prompts", "table")
+    f"sampling/test_{name}.py"
+    for name in ("checkpoint", "csv", "download", "options", "outputs", "prompts", "resume", "table")
 }
 PLAIN |= {f"heliosbench/test_{name}.py" for name in ("rating", "bench_frames", "judge", "bench_cli", "blind")}
 
