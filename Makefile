@@ -156,7 +156,7 @@ $(call made,stage2): $(call made,stage1)
 	$(call train,scenes/stage2)
 $(call made,stage1): data/scenes-latents/dataset_info.json
 	$(call train,scenes/stage1)
-data/scenes-latents/dataset_info.json: $(SCENES)/vae/config.json
+data/scenes-latents/dataset_info.json: | data/scenes/dataset_info.json $(SCENES)/vae/config.json
 	$(BIN)/python -m helios_jax.precompute --videos data/scenes --vae $(SCENES)/vae --text $(SCENES) --out data/scenes-latents
 $(SCENES)/vae/config.json: | data/scenes/dataset_info.json
 	$(BIN)/python train.py configs/scenes/vae.yaml $(ARGS)

@@ -57,7 +57,7 @@ class Level:
 
 @struct.dataclass
 class Held:
-    """What holds a chunk's first latent frame to one that is known, in a level.
+    """A chunk's first latent frame that is known, for the steps of one level.
 
     The frame [b, 1, h, w, c] at the level's size and, upsampled, at that of the level below (zeros at the coarsest);
     and the sigmas that the level begins and ends with.
@@ -95,7 +95,7 @@ def enter(level: Level, sample: Float[Array, "b t h w c"], white: Float[Array, "
 
 @jax.jit
 def hold(frame: Float[Array, "b 1 h w c"], levels: Sequence[Level]) -> list[Held]:
-    """For each level, what holds the chunk's first latent frame to `frame`."""
+    """Makes `Held` for each level from the chunk's first latent frame at full size."""
     sizes = [frame]
     for _ in levels[1:]:
         sizes.append(downsample(sizes[-1]))
@@ -228,7 +228,7 @@ def record_chunk(
 ) -> tuple[Float[Array, "b t h w c"], list[Float[Array, "steps b t _h _w c"]]]:
     """`denoise_chunk`, and of each level the samples that its steps at `places` began with, then its result.
 
-    Without `places` nothing is recorded.
+    Without `places` nothing is recorded. `held`, one for each level, is the chunk's first frame, if that is known.
     """
     recorded = []
 

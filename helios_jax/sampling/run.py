@@ -47,7 +47,7 @@ class Weights:
 
     @classmethod
     def open(cls, config: SampleConfig) -> "Weights":
-        """Those that a config names. Raises ValueError for what is missing or does not fit."""
+        """Finds the weights that a config names. Raises ValueError for what is missing or does not fit."""
         checkpoint = Checkpoint.open(config.model, transformer=config.transformer)
         files, scales = {}, {}
         for i, text in enumerate(config.loras):

@@ -72,7 +72,7 @@ def generate(
         now = conditioning if kv is None else dataclasses.replace(conditioning, text=kv)
         held = None if begins is None else hold(begins, levels)
         if overlap is not None:
-            pixels = to_pixels(overlap, _last_chunk(history, memory), dtype="uint8")
+            pixels = to_pixels(overlap, last_chunk(history, memory), dtype="uint8")
             held = hold(last_frame(overlap, pixels), levels)
         latents = denoise_chunk(model, history, noise, now, levels, memory, held)
         return (push(history, latents, memory), kv), latents
@@ -145,7 +145,8 @@ def stream(
     yield from _when_computed(done)
 
 
-def _last_chunk(history: History, memory: MemoryConfig) -> Float[Array, "b t h w c"]:
+def last_chunk(history: History, memory: MemoryConfig) -> Float[Array, "b t h w c"]:
+    """The latents of the chunk that a history ends with."""
     return history.latents[:, -memory.frames_per_chunk :]
 
 

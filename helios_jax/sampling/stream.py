@@ -129,7 +129,7 @@ class Stream:
         """The latent frame that the first chunk of this stream begins with, where one is known."""
         if self.call.overlap is None or not self.call.first:
             return self.call.begins
-        latents = self.call.history.latents[:, -self.plan.memory.frames_per_chunk :]
+        latents = sampler.last_chunk(self.call.history, self.plan.memory)
         return self._next_frame((latents, self._finish(latents)))
 
     def _next_frame(self, chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -167,7 +167,9 @@ class Stream:
         frames = self.plan.memory.frames_per_chunk
         if not self.chunk or self.plan.memory.frames < frames:
             raise ValueError(f"the history has {self.plan.memory.frames} latent frames of the last chunk's {frames}")
-        return self._added(np.asarray(self._finish(self._history.latents[:, -frames:])), self.chunk - 1)
+        return self._added(
+            np.asarray(self._finish(sampler.last_chunk(self._history, self.plan.memory))), self.chunk - 1
+        )
 
     def save_state(self, path: str | os.PathLike) -> None:
         """Writes the state after the chunk that was yielded last, a few MB: `HeliosPipeline.resume` goes on from it.

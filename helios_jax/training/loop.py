@@ -70,7 +70,7 @@ def _gradient(player: Player, parts: int, state: TrainState, placed: Any, mesh: 
     own, others = nnx.split_state(state.params, player.trains, ...)
 
     def gradient(batch: Any, keys: jax.Array, total: Any = None) -> Any:
-        """Those of a part of the batch, the gradients added to `total`."""
+        """Computes loss, metrics and gradients of a part of the batch; the gradients are added to `total`."""
 
         def loss(own: Any) -> tuple[jax.Array, Metrics]:
             model = nnx.merge(state.graph, own, others, state.frozen)

@@ -181,7 +181,7 @@ def _by_groups(step: Callable[[Any, Any], Any], params: Any, opt_state: Any, ave
         full += size
 
     def group(path: Any) -> int | None:
-        """That of the parameter at the end of a path; None for a counter."""
+        """The group of the parameter at the end of a path; None for a counter."""
         text = jax.tree_util.keystr(path)
         return next((groups[text[i:]] for i in range(len(text)) if text[i:] in groups), None)
 

@@ -59,7 +59,7 @@ def test_a_chunk_begins_with_the_frame_that_is_known(name):
 
 @pytest.mark.parametrize("name", LEVELS)
 def test_the_velocity_is_that_of_the_level_s_path(name):
-    """Which training takes from a level's two ends, with the one noise of both."""
+    """The target of training: from one end of the level to the other, with the same noise in both."""
     scheduler, pyramid, _ = LEVELS[name]
     levels, frame = levels_of(name), normal(0, 2, 1, *SHAPE[2:])
     ends = [(each.start if i else 1.0, each.end) for i, each in enumerate(stages(scheduler))]

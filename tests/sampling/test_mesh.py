@@ -32,11 +32,11 @@ MESHES: dict[str, dict[str, Any]] = {
 QUICK = tuple(MESHES)[:3]
 STREAMED = QUICK[0]
 ARGUMENTS = {"height": 48, "width": 48, "num_inference_steps": 2, "num_latent_frames_per_chunk": 3}
-ARGUMENTS |= {"num_frames": 18, "output_type": "latent", "seed": 1}
+ARGUMENTS |= {"num_frames": 17, "output_type": "latent", "seed": 1, "overlap_chunks": True}
 
 
 def latents(folder, name: str) -> dict[str, np.ndarray]:
-    """Two chunks with a folder's weights, as one program and as a stream."""
+    """Two chunks that overlap, with a folder's weights, as one program and as a stream."""
     sizes = {"data": 1} | MESHES[name]
     config = MeshConfig(**sizes)
     mesh = make_mesh(config, jax.devices()[: config.data * config.fsdp * config.tensor * config.context])
