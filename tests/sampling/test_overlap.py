@@ -1,14 +1,17 @@
 """Chunks that overlap: each begins with the last frame of the one before, which the video shows once."""
 
+import dataclasses
 import itertools
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig
 from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.frames import decode, encode_last_frame
 from helios_jax.sampling.options import PromptSwitch
+from helios_jax.sampling.plan import Variant
 from tests import tiny
 from tests.sampling.test_stream import SMALL, STEPS, WINDOW
 from tests.tiny_run import run
@@ -77,6 +80,21 @@ def test_the_one_program_makes_the_same_video(pipe):
     for options in ({}, {"video": VIDEO}, {"image": VIDEO[0]}):
         whole = pipe("a red plus", "a bar", num_frames=23, **ARGUMENTS, **options).frames
         np.testing.assert_allclose(np.concatenate(chunks(pipe, 23, **options), 1) / 255, whole, atol=0.51 / 255)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_levels_of_a_pyramid(pipe, distilled):
+    """Of Mid, and of Distilled with another first chunk."""
+    variant = Variant(pyramid=True, is_cfg_zero_star=not distilled, is_distilled=distilled, trained_size=(64, 64))
+    scheduler = DMDSchedulerConfig() if distilled else SchedulerConfig()
+    pyramid = dataclasses.replace(pipe, variant=variant, scheduler=scheduler)
+    options = {"height": 64, "width": 64, "overlap_chunks": True, "output_type": "latent", "num_frames": 17}
+    options |= {"num_latent_frames_per_chunk": 3, "pyramid_num_inference_steps_list": [1, 1, 2]}
+    options |= {"is_amplify_first_chunk": True} if distilled else {"guidance_scale": 3.0}
+    first, second = pyramid.stream("a red plus", **options)
+    np.testing.assert_allclose(second[:, :1], after(pipe, first), atol=1e-4)
+    whole = pyramid("a red plus", **options).frames
+    np.testing.assert_allclose(np.concatenate([first, second], 1), whole, atol=1e-4)
 
 
 def test_a_resumed_stream_is_bit_identical(pipe, tmp_path):
