@@ -49,10 +49,14 @@ PIPELINES = {"parity/test_context.py", "parity/test_lora.py", "parity/test_pipel
 PLAIN = {"data", "media", "toy", "test_config.py", "test_docs.py", "test_package.py", "benchmarks/test_gpu_report.py"}
 PLAIN |= {"models/test_tokenizer.py", "planner", "precompute", "test_deploy.py", "test_locations.py", "test_sample.py"}
 PLAIN |= {"test_lora_files.py", "test_pretrained_faults.py", "test_hub.py", "test_configs.py", "ablations"}
-PLAIN |= {f"training/test_{name}.py" for name in ("progress", "stage_table", "start", "training_data")}
+PLAIN |= {
+    f"training/test_{name}.py"
+    for name in ("ends", "kill", "operations", "progress", "saved", "stage_table", "start", "training_data", "work")
+}
+PLAIN |= {f"runtime/test_{name}.py" for name in ("interrupts", "many")} | {"test_pretrained.py", "kernels/test_tune.py"}
 PLAIN |= {
     f"sampling/test_{name}.py"
-    for name in ("checkpoint", "csv", "download", "options", "outputs", "prompts", "resume", "table")
+    for name in ("checkpoint", "csv", "download", "options", "outputs", "prompts", "resume", "table", "trained")
 }
 PLAIN |= {f"heliosbench/test_{name}.py" for name in ("rating", "bench_frames", "judge", "bench_cli", "blind")}
 

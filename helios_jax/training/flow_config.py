@@ -95,6 +95,7 @@ class FlowTrainConfig(TrainConfig):
 
     init_subfolder: str = "transformer"  # of init, where it has subfolders; released: also transformer_init
     remat: Remat | None = None  # activations of each block that are kept for the backward pass; null: all of them
+    unroll: bool = False  # no loop over the blocks: faster steps of small models on CPU, a longer compilation
     lora: AdapterConfig | None = None
     flow: FlowConfig = field(default_factory=FlowConfig)
 

@@ -46,7 +46,8 @@ def init_transformer(config: FlowTrainConfig, key: jax.Array) -> Transformer:
     """
     sizes, context = transformer_config(config), config.mesh.context_attention
     check_attention(config, jax.sharding.get_abstract_mesh())
-    model = Transformer(sizes, stacked=True, implementations=Implementations(context=context), rngs=nnx.Rngs(key))
+    by = Implementations(context=context)
+    model = Transformer(sizes, stacked=True, unroll=config.unroll, implementations=by, rngs=nnx.Rngs(key))
     if sizes.has_multi_term_memory_patch:
         model = init_memory_patches(model)
     return model if config.lora is None else _add_adapters(model, config.lora, config.seed)

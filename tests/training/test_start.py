@@ -101,6 +101,13 @@ def test_heads_that_context_does_not_divide_are_refused_before_weights_are_read(
     assert made.implementations.context == "ring"
 
 
+def test_the_loop_over_blocks_is_written_out_where_the_config_says_so(root):
+    path, *flags = recipe.arguments("stage1_post", root, root / "none")
+    for flag in (False, True):
+        config = load_config(path, [*flags, f"unroll={str(flag).lower()}"])
+        assert jax.eval_shape(lambda key, c=config: start.init_transformer(c, key), jax.random.key(0)).unroll is flag
+
+
 def test_the_rule_names_the_released_size():
     assert TransformerConfig.num_layers * 25 == 1000
 

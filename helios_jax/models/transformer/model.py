@@ -46,8 +46,9 @@ class Transformer(nnx.Module):
 
     `stacked=True` keeps the blocks as one block whose parameters have a leading layer dimension, run by `lax.scan`:
     short compilation, for training and TPUs. Otherwise blocks are a list and are unrolled: no copies of stacked
-    weights, for inference on GPUs. The files and the numbers are the same. `implementations` are those of calls that
-    name none.
+    weights, for inference on GPUs. The files and the numbers are the same. `unroll` writes the loop over stacked blocks
+    out: for small models, where the loop's copies take longer than the blocks. `implementations` are those of calls
+    that name none.
     """
 
     FILE_NAMES = (("ffn.up", "ffn.net.0.proj"), ("ffn.down", "ffn.net.2"), ("to_out", "to_out.0"))
@@ -59,10 +60,11 @@ class Transformer(nnx.Module):
         config: TransformerConfig,
         *,
         stacked: bool = False,
+        unroll: bool = False,
         implementations: Implementations = DEVICE,
         rngs: nnx.Rngs,
     ):
-        self.config, self.implementations = config, implementations
+        self.config, self.implementations, self.unroll = config, implementations, unroll
         patch, dim = config.patch_size, config.dim
 
         self.patch_embedding = Patches(config.in_channels, dim, patch, rngs=rngs)
@@ -90,10 +92,15 @@ class Transformer(nnx.Module):
 
     @classmethod
     def abstract(
-        cls, config: TransformerConfig, *, stacked: bool = False, implementations: Implementations = DEVICE
+        cls,
+        config: TransformerConfig,
+        *,
+        stacked: bool = False,
+        unroll: bool = False,
+        implementations: Implementations = DEVICE,
     ) -> "Transformer":
         """The model with shapes in place of arrays."""
-        return cls(config, stacked=stacked, implementations=implementations, rngs=Shapes())
+        return cls(config, stacked=stacked, unroll=unroll, implementations=implementations, rngs=Shapes())
 
     def text_kv(self, embeddings: Float[Array, "b m text_dim"]) -> TextCache:
         """Every block's keys and values of the text: they depend on the prompt alone, so one call serves all steps."""
@@ -184,7 +191,9 @@ class Transformer(nnx.Module):
         past = jnp.zeros_like(timesteps[:, :1]) if config.zero_history_timestep else timesteps
         time, modulation = self.condition_embedder.time(jnp.concatenate([past, timesteps], 1), x.dtype)
 
-        run = partial(_pass, packing=packing, kept=kept, remat=remat, implementations=implementations)
+        run = partial(
+            _pass, packing=packing, kept=kept, remat=remat, unroll=self.unroll, implementations=implementations
+        )
         if packing.whole is not None:
             tokens = PartitionSpec(None, CONTEXT)
             whole = PartitionSpec()
@@ -239,6 +248,7 @@ def _pass(
     packing: Packing,
     kept: tuple[int, ...],
     remat: Remat | None,
+    unroll: bool,
     implementations: Implementations,
 ) -> tuple[Float[Array, "b noisy values"], list[Float[Array, "b noisy d"]]]:
     """(the output's values of the noisy tokens, those tokens after each of the blocks `kept`); `layers` are the blocks,
@@ -250,8 +260,9 @@ def _pass(
         return block(x, modulation, table, kv, packing, keep_history=keep_history, implementations=implementations)
 
     if remat is not None:
-        # In a scan nothing could take the place of what is computed again.
-        run = jax.checkpoint(run, static_argnums=3, policy=policy(remat), prevent_cse=isinstance(blocks, nnx.List))
+        # In a loop nothing could take the place of what is computed again.
+        straight = unroll or isinstance(blocks, nnx.List)
+        run = jax.checkpoint(run, static_argnums=3, policy=policy(remat), prevent_cse=straight)
     states: Any = []  # noisy tokens after blocks
     if isinstance(blocks, nnx.List):
         for i, (block, kv) in enumerate(zip(blocks, text, strict=True)):
@@ -272,7 +283,7 @@ def _pass(
             return (x, states), None
 
         first = jnp.zeros((len(kept) + 1, *x[:, packing.num_history :].shape), x.dtype) if kept else None
-        (x, states), _ = jax.lax.scan(layer, (x, first), (blocks, text, jnp.array(places)))
+        (x, states), _ = jax.lax.scan(layer, (x, first), (blocks, text, jnp.array(places)), unroll=unroll)
         return proj_out(norm_out(x[:, packing.num_history :], time, packing)), [states[kept.index(i)] for i in kept]
     return proj_out(norm_out(x, time, packing)), [states[i] for i in kept]
 

@@ -115,3 +115,20 @@ def test_every_remat_policy_gives_the_same_gradients():
     plain = gradients(model, None)
     for name in get_args(Remat):
         assert_close({name: gradients(model, name)}, {name: plain})
+
+
+def test_without_the_loop_over_blocks_velocity_and_gradients_are_the_same():
+    config = dataclasses.replace(tiny.TRANSFORMER, num_layers=3)
+    (latents,), timesteps, text, *_ = inputs(config, scales=(4,))
+
+    def loss(model):
+        return jnp.square(model(latents, timesteps[:, 0], model.text_kv(text), remat="block")).mean()
+
+    found, loops = [], []
+    for unroll in (False, True):
+        model = tiny.draw(Transformer.abstract(config, stacked=True, unroll=unroll), np.random.default_rng(0))
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(model).compile()
+        found.append(jax.tree.leaves(compiled(model)))
+        loops.append(compiled.as_text().count(" while("))
+    assert_close(found[1], found[0])
+    assert loops[1] < loops[0]
