@@ -190,7 +190,7 @@ def test_slurm_gives_every_word_and_requeues_what_was_stopped(cloud, code, reque
     assert done.returncode == (0 if requeued else code), done.stderr
     assert (cloud.calls("scontrol") == [["scontrol", "requeue", "17"]]) == requeued
     command = cloud.arguments[cloud.arguments.index(".venv/bin/python") :]
-    mesh = ["mesh.fsdp=8", "optim.accumulate=8"]
+    mesh = ["mesh.fsdp=8", "optim.accumulate=8", "remat=block"]
     assert command == [".venv/bin/python", "train.py", TRAIN[1], *mesh, PROMPT, "stopped_code=75"]
     assert {"--kill-on-bad-exit=1", "--cpus-per-task=64"} <= set(cloud.arguments)
     assert (cloud.folder / "devices").read_text() == "0,1,2,3,4,5,6,7"

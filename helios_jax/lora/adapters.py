@@ -15,9 +15,9 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from helios_jax.models.layers import Layout
+from helios_jax.models.layers import Layout, Product
 from helios_jax.pretrained import file_entries
 from helios_jax.pretrained.load import place
 
@@ -49,13 +49,15 @@ class LoRA(nnx.Module):
         self.a, self.b, self.bias = a, b, bias
         self.scaling, self.weight = LoRAScale(scaling, axes=()), LoRAScale(weight, axes=())
 
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def __call__(self, x: Array, first: Product = jnp.matmul, second: Product = jnp.matmul) -> Array:
+        """What the adapter adds to its layer's output for `x`; `first` is the product with `a`, `second` with `b`."""
         a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
         scale = self.scaling[...] * self.weight[...]
-        low = (x @ a.reshape(-1, a.shape[-1])).astype(jnp.float32) * scale
-        y = low.astype(x.dtype) @ b
+        low = first(x, a.reshape(-1, a.shape[-1])).astype(jnp.float32) * scale
+        y = second(low.astype(x.dtype), b)
         if self.bias is not None:
-            y = y + (self.weight[...] * self.bias[...].astype(jnp.float32)).astype(x.dtype)
+            bias = (self.weight[...] * self.bias[...].astype(jnp.float32)).astype(x.dtype)
+            y = y + (bias if y.shape[-1] == bias.size else bias.reshape(y.shape[-2:]))  # or split into heads
         return y
 
 

@@ -8,6 +8,7 @@ key in a file.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import jax
@@ -51,11 +52,28 @@ def param(
     return nnx.Param(value, axes=tuple(axes), layout=layout)
 
 
-def with_adapters(y: Array, x: Array, adapters: nnx.List | None) -> Array:
+Product = Callable[[Array, Array], Array]  # of inputs and a weight [in, out]
+
+
+def with_adapters(
+    y: Array, x: Array, adapters: nnx.List | None, *, first: Product = jnp.matmul, second: Product = jnp.matmul
+) -> Array:
     """A layer's output `y` for its input `x`, plus what its low-rank adapters (`helios_jax.lora`) add."""
     for adapter in adapters or ():
-        y = y + adapter(x)
+        y = y + adapter(x, first, second)
     return y
+
+
+def split_product(x: Float[Array, "b n in"], weight: Float[Array, "in out"], heads: int) -> Array:
+    """`x @ weight` as [b, n, heads, head_dim], written head by head, as attention on a TPU reads it."""
+    weight = weight.reshape(x.shape[-1], heads, -1)
+    return jnp.einsum("bnd,dhk->bhnk", x, weight).transpose(0, 2, 1, 3)
+
+
+def joined_product(x: Float[Array, "b n heads head_dim"], weight: Float[Array, "in out"]) -> Float[Array, "b n out"]:
+    """The product of all features of a token's heads with `weight`, read head by head, as attention on a TPU writes."""
+    weight = weight.reshape(*x.shape[2:], -1)
+    return jnp.einsum("bhnk,hkd->bnd", x.transpose(0, 2, 1, 3), weight)
 
 
 class Linear(nnx.Module):
@@ -80,15 +98,18 @@ class Linear(nnx.Module):
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
         return checkpoint_name(with_adapters(y, x, self.adapters), LINEAR)
 
-    def head_major(self, x: Float[Array, "b n in"], heads: int) -> Float[Array, "b n heads head_dim"]:
-        """The layer's output split into `heads`, written head by head: TPUs would transpose it otherwise."""
-        weight = self.weight[...].astype(x.dtype).reshape(x.shape[-1], heads, -1)
-        y = jnp.einsum("bnd,dhk->bhnk", x, weight).transpose(0, 2, 1, 3)
+    def to_heads(self, x: Float[Array, "b n in"], heads: int) -> Float[Array, "b n heads head_dim"]:
+        """The layer's output by `split_product`."""
+        product = partial(split_product, heads=heads)
+        y = product(x, self.weight[...].astype(x.dtype))
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape(heads, -1)
-        split = y.shape
-        if self.adapters:
-            y = with_adapters(y.reshape(*split[:2], -1), x, self.adapters).reshape(split)
-        return checkpoint_name(y, LINEAR)
+        return checkpoint_name(with_adapters(y, x, self.adapters, second=product), LINEAR)
+
+    def from_heads(self, x: Float[Array, "b n heads head_dim"]) -> Float[Array, "b n out"]:
+        """The layer's output by `joined_product`."""
+        y = joined_product(x, self.weight[...].astype(x.dtype))
+        y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return checkpoint_name(with_adapters(y, x, self.adapters, first=joined_product), LINEAR)
 
 
 class Conv(nnx.Module):

@@ -29,17 +29,19 @@ class Factors:
     """Numbers of arrays [tokens, dim] in bfloat16, and of weights, in the programs of one compiler.
 
     A block's backward pass holds `working` of them at once, and weights of `layers` blocks. A block's input is kept
-    `inputs` times, because the loops over the blocks copy part of what they keep. `hidden` is the share of collectives
-    that runs beside other work.
+    `inputs` times, because the loops over the blocks copy part of what they keep. Each pass over a block reads and
+    writes `traffic` arrays. `hidden` is the share of collectives that runs beside other work.
     """
 
     working: float
     inputs: float
     layers: float
+    traffic: float
     hidden: float
 
 
-TPU, GPU = Factors(working=46, inputs=1.83, layers=2.5, hidden=0), Factors(working=32, inputs=1, layers=2.5, hidden=0.9)
+TPU = Factors(working=46, inputs=1.83, layers=2.5, traffic=75, hidden=0)
+GPU = Factors(working=32, inputs=1, layers=2.5, traffic=109, hidden=0.9)
 # Such arrays that each block keeps beside its input.
 KEPT: dict[Remat | None, float] = {
     "block": 0,
@@ -64,7 +66,6 @@ AGAIN: dict[Remat | None, tuple[float, float, float]] = {
 # Traffic where products are split over `tensor`, of which a part stays whole: the norms' kernels do not run there.
 SPLIT_TRAFFIC, WHOLE_TRAFFIC = 2.7, 0.15
 TEXT = 16  # bytes for each feature of a text token in each block: keys, values, their norms and gradients
-TRAFFIC = 109  # arrays [tokens, dim] in bfloat16 that each pass over a block reads and writes
 GATHERED = 2.3  # times that the weights of all blocks are gathered for each part of a batch
 LANES = 128  # narrower parts of weights a TPU does not gather but adds up, which takes twice the bytes
 REDUCED = 3  # arrays [tokens, dim] that a block adds up over `tensor` in each pass
@@ -171,7 +172,8 @@ def cost(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, 
     products += products_again * (work.forward_flops - work.attention_flops)
     products *= share
     total.flops.update(products=int(products), attention=int(attention))
-    moved = 2 * b * parts * work.tokens * d * layers * TRAFFIC * (2 + traffic_again)
+    factors = TPU if machine.is_tpu else GPU
+    moved = 2 * b * parts * work.tokens * d * layers * factors.traffic * (2 + traffic_again)
     moved *= 1 if split == 1 else WHOLE_TRAFFIC + SPLIT_TRAFFIC / split
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((work.state.params, work.state.opt_state)))
     moved += 3 * state / (mesh["fsdp"] * split)
@@ -186,9 +188,8 @@ def cost(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, 
     for kind, axis, received in _received(work, config, machine, mesh):
         if received:
             total.received[kind] += received
-            hidden = 0 if machine.is_tpu else GPU.hidden
-            total.overlapped[kind] += hidden * received
-            seconds = (1 - hidden) * received / machine.axis_rate(mesh, axis)
+            total.overlapped[kind] += factors.hidden * received
+            seconds = (1 - factors.hidden) * received / machine.axis_rate(mesh, axis)
             for part in (total.bound, total.expected):
                 part["collectives"] += seconds
     return total

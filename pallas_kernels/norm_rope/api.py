@@ -107,7 +107,8 @@ def norm_rope(
     *,
     implementation: Implementation | None = None,
 ) -> Float[Array, "b n heads head_dim"]:
-    """`reference`. The kernels round once, at the end; their gradient is the reference's, by XLA.
+    """`reference`. The kernels round once, at the end. The gradient is a kernel's on TPUs, for heads of 128 features,
+    and the reference's by XLA elsewhere.
 
     Without `implementation` the kernel runs if it can and saves memory traffic, which on a GPU requires a `table`;
     else XLA. Raises ValueError if "pallas" is asked for and cannot run.
@@ -116,41 +117,56 @@ def norm_rope(
     if not rows.by_kernel(implementation, unsupported(x, heads), default=pays):
         return reference(x, weight, heads, eps, table, history_scale, num_history)
     kernel = norm_rope_tpu if device.platform() == "tpu" else norm_rope_gpu
-    sizes = tiles.lookup("norm_rope", device.kind(), x.shape[1])
-    return by(partial(kernel.forward, sizes=sizes), x, weight, heads, eps, table, history_scale, num_history)
+    forward = partial(kernel.forward, sizes=tiles.lookup("norm_rope", device.kind(), x.shape[1]))
+    backward = None
+    if device.platform() == "tpu" and x.shape[2] == heads * rows.LANES:
+        backward = partial(norm_rope_tpu.backward, sizes=tiles.lookup("norm_rope_backward", device.kind(), x.shape[1]))
+    return by(forward, x, weight, heads, eps, table, history_scale, num_history, backward=backward)
 
 
 def by(
     forward, x: Array, weight: Array, heads: int, eps: float, table: Rotary | None, history_scale: Array | None,
-    num_history: int,
+    num_history: int, backward=None,
 ) -> Array:  # fmt: skip
-    """`norm_rope` by `forward` of `norm_rope_tpu` or `norm_rope_gpu`, with its block sizes."""
+    """`norm_rope` by `forward` of `norm_rope_tpu` or `norm_rope_gpu`, with its block sizes; its gradient by `backward`
+    of `norm_rope_tpu`, or by XLA.
+    """
+    runs: rows.Runs = (x.shape[1],)
+    if history_scale is not None and num_history:
+        runs = (num_history, x.shape[1] - num_history) if num_history < x.shape[1] else (num_history,)
+
+    def rows_of_weights(weight: Array, history_scale: Array | None) -> Float[Array, "runs d"]:
+        """A row for each run: the rotation is linear, so a head's factor can be part of its weights."""
+        row = weight.astype(jnp.float32)[None]
+        if history_scale is None or not num_history:
+            return row
+        scale = jnp.broadcast_to(history_scale.astype(jnp.float32), (heads,))
+        scaled = row * jnp.repeat(scale, x.shape[2] // heads)
+        return jnp.concatenate([scaled, row]) if len(runs) > 1 else scaled
 
     @jax.custom_vjp
     def run(x: Array, weight: Array, table: Rotary | None, history_scale: Array | None) -> Array:
-        # The rotation is linear, so a head's factor can be part of its weights. The history's weights are a row.
-        table_of_weights, runs = weight.astype(jnp.float32)[None], (x.shape[1],)
-        if history_scale is not None and num_history:
-            scale = jnp.broadcast_to(history_scale.astype(jnp.float32), (heads,))
-            scaled = table_of_weights * jnp.repeat(scale, x.shape[2] // heads)
-            table_of_weights, runs = (
-                jnp.concatenate([scaled, table_of_weights]),
-                (num_history, x.shape[1] - num_history),
-            )
-            if runs[1] == 0:
-                table_of_weights, runs = scaled, runs[:1]
-        return forward(x, table_of_weights, heads, eps, table and signed(table), runs)
+        return forward(x, rows_of_weights(weight, history_scale), heads, eps, table and signed(table), runs)
 
     def keep(*inputs):
         return run(*inputs), inputs
 
-    def backward(inputs, gradient):
-        def plain(x, weight, table, history_scale):
-            return reference(x, weight, heads, eps, table, history_scale, num_history, turn_heads)
+    def plain(x, weight, table, history_scale):
+        return reference(x, weight, heads, eps, table, history_scale, num_history, turn_heads)
 
+    def by_xla(inputs, gradient):
         return jax.vjp(plain, *inputs)[1](gradient)
 
-    run.defvjp(keep, backward)
+    def by_kernel(inputs, gradient):
+        x, weight, table, history_scale = inputs
+        of_rows, back = jax.vjp(rows_of_weights, weight, history_scale)
+        dx, drows = backward(x, of_rows, gradient, eps, table and signed(table), runs)
+        dweight, dscale = back(drows)
+        # Angles are not learnt, and what nobody asks for is not computed.
+        _, of_table = jax.vjp(lambda table: plain(x, weight, table, history_scale), table)
+        return dx, dweight, *of_table(gradient), dscale
+
+    run.defvjp(keep, by_xla if backward is None else by_kernel)
     return run(x, weight, table, history_scale)
 
 

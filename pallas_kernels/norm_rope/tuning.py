@@ -1,4 +1,4 @@
-"""Block sizes of norm_rope for the tuner."""
+"""Block sizes of norm_rope for the tuner: of the values, and on TPUs of the gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,4 +34,25 @@ def _reference(x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array) 
     return api.reference(x, weight.reshape(-1), weight.shape[0], EPS, (cos, sin))
 
 
-OPS = {"norm_rope": row_op(_inputs, 2, _kernel, _reference)}
+def _with_cotangent(shape: Shape) -> Any:
+    x, upper = tokens(shape, 2)
+    _, *others = _inputs(shape)
+    return x, *others, upper.reshape(*upper.shape[:2], shape["heads"], shape["head_dim"])
+
+
+def _gradients(sizes: Tiles) -> Callable[..., Any]:
+    def run(x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array, upper: jax.Array) -> Any:
+        dx, dweight = tpu.backward(x, weight.reshape(1, -1), upper, EPS, api.signed((cos, sin)), (x.shape[1],), sizes)
+        return dx, dweight.reshape(weight.shape)
+
+    return run
+
+
+def _reference_gradients(x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array, upper: jax.Array) -> Any:
+    return jax.vjp(lambda x, weight: _reference(x, weight, cos, sin), x, weight)[1](upper)
+
+
+OPS = {
+    "norm_rope": row_op(_inputs, 2, _kernel, _reference),
+    "norm_rope_backward": row_op(_with_cotangent, 3, _gradients, _reference_gradients, platforms=("tpu",)),
+}

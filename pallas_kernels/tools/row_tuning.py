@@ -1,6 +1,6 @@
 """Parts of the tuning of kernels over rows: inputs of the 14B model's size, and candidate block sizes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,8 +43,14 @@ def runs(x: jax.Array) -> tuple[int, int]:
     return history, x.shape[1] - history
 
 
-def row_op(arguments: Callable[[Shape], Any], passes: float, kernel: Any, reference: Any) -> Op:
-    """An op that reads and writes its tokens `passes` times in total."""
+def row_op(
+    arguments: Callable[[Shape], Any],
+    passes: float,
+    kernel: Any,
+    reference: Any,
+    platforms: Sequence[str] = ("tpu", "gpu"),
+) -> Op:
+    """An op that reads and writes its tokens `passes` times in total, and has kernels for `platforms`."""
 
     def work(shape: Shape) -> float:
         return passes * 2 * shape["b"] * shape["n"] * shape["heads"] * shape["head_dim"]
@@ -56,7 +62,7 @@ def row_op(arguments: Callable[[Shape], Any], passes: float, kernel: Any, refere
         work=work,
         unit="B",
         arguments=lambda shape: tuple(arguments(shape)),
-        candidates=candidates,
+        candidates=lambda platform, shape: candidates(platform, shape) if platform in platforms else [],
         kernel=kernel,
         alternatives=lambda platform: {"xla": reference},
     )

@@ -76,6 +76,26 @@ def test_norm_rope(target, report, heads, head_dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_gradients_of_norm_rope_on_tpus_move_each_token_once(tpu, report, dtype):
+    device = tpu("v5p:2x2x1")
+    heads, head_dim = 40, 128
+    angles = programs.shape(1, TOKENS, head_dim // 2, dtype=jnp.float32)
+    head_major = programs.shape(1, heads, TOKENS, head_dim, dtype=dtype)  # as attention's gradient writes it
+
+    def gradients(x, weight, cos, sin, scale, upper):
+        def values(x):
+            return norm_rope(x, weight, heads, EPS, (cos, sin), scale, programs.HISTORY, implementation="pallas")
+
+        return jax.vjp(values, x)[1](upper.transpose(0, 2, 1, 3))[0]
+
+    weight, scale = (programs.shape(size, dtype=jnp.float32) for size in (heads * head_dim, heads))
+    arguments = aot.on_device((tokens(dtype), weight, angles, angles, scale, head_major), device)
+    program = aot.compiled(gradients, *arguments, platform="tpu")
+    assert programs.custom_calls(program) == {"tpu_custom_call": 1}
+    assert report(f"norm and rotation, gradients, {dtype.dtype}", device, program).temporaries < 0.03 * GB
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_gated_residual(target, report, dtype):
     device, platform = target
 

@@ -14,8 +14,8 @@ GB = 1e9
 def stage1():
     """The planner's knowledge of stage 1 in parts of a number, and its config."""
 
-    def work(accumulate: int, fsdp: int) -> Work:
-        overrides = [f"optim.accumulate={accumulate}", f"mesh.fsdp={fsdp}"]
+    def work(accumulate: int, fsdp: int, remat: str) -> Work:
+        overrides = [f"optim.accumulate={accumulate}", f"mesh.fsdp={fsdp}", f"remat={remat}"]
         return Work.of(program.open_config("configs/stage1_init.yaml", overrides))
 
     return work
@@ -30,14 +30,14 @@ def answer(work: Work, name: str):
 
 @pytest.fixture(scope="module")
 def v5p(stage1):
-    work = stage1(2, 16)
+    work = stage1(2, 16, "block")
     return work, *answer(work, "v5p-128")
 
 
 def test_stage1_fits_a_v5p_128(v5p):
     _, rented, found = v5p
     assert found.fits(rented)
-    assert found.memory.peak == pytest.approx(34.4 * GB, rel=0.05)
+    assert found.memory.peak == pytest.approx(31.4 * GB, rel=0.05)
     assert found.memory.frozen == pytest.approx(1.8 * GB, rel=0.02)
     assert found.memory.optimizer == pytest.approx(2 * found.memory.parameters, rel=0.01)
 
@@ -62,7 +62,7 @@ def test_the_estimate_is_close_to_what_is_compiled(v5p):
 
 
 def test_stage1_fits_a_v6e_256(stage1):
-    work = stage1(1, 16)
+    work = stage1(1, 16, "block")
     rented, found = answer(work, "v6e-256")
     assert found.fits(rented)
     assert found.candidate.memory.peak == pytest.approx(found.memory.peak, rel=1 / 6)
@@ -71,7 +71,14 @@ def test_stage1_fits_a_v6e_256(stage1):
 
 def test_what_does_not_fit_is_told_with_a_remedy(capsys):
     """The compiler finds no room on a v5e's 16 GB, and the page says how much is missing."""
-    arguments = ["configs/stage1_init.yaml", "--topology", "v5e-256", "mesh.fsdp=16", "optim.accumulate=1"]
+    arguments = [
+        "configs/stage1_init.yaml",
+        "--topology",
+        "v5e-256",
+        "mesh.fsdp=16",
+        "optim.accumulate=1",
+        "remat=block",
+    ]
     assert command.main(arguments) == 1
     out, err = capsys.readouterr()
     assert "DOES NOT FIT" in out

@@ -57,12 +57,29 @@ def test_32k_tokens():
     assert_close(got, reference(x, weight, 1, EPS, table, scale, 9000))
 
 
-def test_gradients_equal_the_reference():
-    x, weight, table, scale = draw(1, 5, 2, 64, jnp.float32, scales=2)
-    cotangent = jnp.asarray(np.random.default_rng().standard_normal((1, 5, 2, 64)), jnp.float32)
-    _, expected = jax.vjp(lambda *args: reference(*args[:2], 2, EPS, *args[2:], 3), x, weight, table, scale)
-    _, got = jax.vjp(lambda *args: by(KERNELS["tpu"], *args[:2], 2, EPS, *args[2:], 3), x, weight, table, scale)
-    assert_close(got(cotangent), expected(cotangent))
+BACKWARD = partial(norm_rope_tpu.backward, sizes={"block": 16}, interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "n", "samples", "scales", "num_history", "dtype", "backward"),
+    [
+        (64, 5, 1, 2, 3, jnp.float32, None),  # by XLA
+        (128, 37, 2, 2, 20, jnp.float32, BACKWARD),  # blocks of both kinds of tokens, and one beyond the last
+        (128, 16, 1, 1, 16, jnp.float32, BACKWARD),  # one scale for all heads, no noisy tokens
+        (128, 20, 0, 0, 0, jnp.float32, BACKWARD),  # no positions
+        (128, 37, 1, 2, 20, jnp.bfloat16, BACKWARD),
+    ],
+)
+def test_gradients_equal_the_reference(head_dim, n, samples, scales, num_history, dtype, backward):
+    x, weight, table, scale = draw(2, n, 2, head_dim, dtype, samples=samples, scales=scales)
+    cotangent = jnp.asarray(np.random.default_rng().standard_normal((2, n, 2, head_dim)), dtype)
+
+    def ours(x, weight, table, scale):
+        return by(KERNELS["tpu"], x, weight, 2, EPS, table, scale, num_history, backward=backward)
+
+    _, expected = jax.vjp(lambda *args: reference(*args[:2], 2, EPS, *args[2:], num_history), x, weight, table, scale)
+    _, got = jax.vjp(ours, x, weight, table, scale)
+    assert_close(got(cotangent), expected(cotangent), dtype=dtype)
 
 
 def test_unsupported_calls_give_the_reason():

@@ -162,14 +162,17 @@ def test_attention_trials_compute_the_same_function(name):
     assert (op.candidates("tpu", op.axes) == []) == (name in ("attention_dq", "attention_float32"))
 
 
-@pytest.mark.parametrize("name", ["adaln", "adaln_backward", "norm_rope", "gated_residual"])
-def test_norm_trials_compute_the_same_function(name):
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [("adaln", 64), ("adaln_backward", 64), ("norm_rope", 64), ("norm_rope_backward", 128), ("gated_residual", 64)],
+)
+def test_norm_trials_compute_the_same_function(name, head_dim):
     """The kernel computes the same as the alternative, on an interpreted TPU."""
     op = tune.OPS[name]
-    arguments = op.arguments({"b": 1, "n": 33, "heads": 2, "head_dim": 64})
+    arguments = op.arguments({"b": 1, "n": 33, "heads": 2, "head_dim": head_dim})
     sizes = op.candidates("tpu", op.axes)[0]
     expected = jax.jit(op.alternatives("tpu")["xla"])(*arguments)
     with compiling_for(SimpleNamespace(platform="tpu", device_kind="TPU v5")), pltpu.force_tpu_interpret_mode():
         got = jax.jit(op.kernel(sizes))(*arguments)
     assert tunable.distance(got, expected) < op.tolerance
-    assert len(op.candidates("gpu", op.axes)) > 3
+    assert (len(op.candidates("gpu", op.axes)) > 3) == (name != "norm_rope_backward")

@@ -32,7 +32,7 @@ def test_a_given_mesh_is_planned_as_it_is(capsys):
     arguments = ("configs/stage1_init.yaml", "--topology", "v5p-128", "--quick", "mesh.fsdp=64", "optim.accumulate=4")
     code, out, _ = run(capsys, *arguments)
     assert code == 0
-    assert "settings: mesh.data=1 mesh.fsdp=64 optim.accumulate=4 remat=block" in out
+    assert "settings: mesh.data=1 mesh.fsdp=64 optim.accumulate=4 remat=products" in out
     assert "settings were estimated" not in out
 
 

@@ -39,7 +39,21 @@ def each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> 
     axes = set() if mesh is None else set(mesh.axis_names) - set(mesh.manual_axes)
     if not axes:
         return function
+    alone = tuple(axis for axis in mesh.axis_names if axis in axes and mesh.shape[axis] == 1)
+    in_specs = jax.tree.map(lambda spec: _split_too(spec, alone), in_specs)
     return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
+
+
+def _split_too(spec: PartitionSpec, alone: tuple[str, ...]) -> PartitionSpec:
+    """`spec`, which also splits the first dimension over the axes `alone`, of one device each.
+
+    A gradient is summed over the axes that an input is not split over. Libtpu keeps sums over one device, and they keep
+    it from fusing what is before and after.
+    """
+    first, *rest = tuple(spec) or (None,)
+    named = () if first is None else (first,) if isinstance(first, str) else tuple(first)
+    used = {axis for part in (first, *rest) if part is not None for axis in ([part] if isinstance(part, str) else part)}
+    return PartitionSpec((*named, *(axis for axis in alone if axis not in used)) or None, *rest)
 
 
 def heads_split(samples: int, heads: int) -> PartitionSpec:

@@ -102,7 +102,7 @@ class Attention(nnx.Module):
             scale = 1 + jax.nn.sigmoid(scale[...].astype(jnp.float32)) * (MAX_KEY_SCALE - 1)
         key = self._normed(self.norm_k, self.to_k(x), table, scale, num_history, by)
         if norms.head_major(by):
-            return key, self.to_v.head_major(x, self.heads)
+            return key, self.to_v.to_heads(x, self.heads)
         return key, rearrange(self.to_v(x), "b n (heads d) -> b n heads d", heads=self.heads)
 
     def _normed(
@@ -110,7 +110,9 @@ class Attention(nnx.Module):
     ) -> Array:
         return norms.norm_rope(x, norm.weight[...], self.heads, norm.eps, table, scale, num_history, by)
 
-    def out(self, x: Float[Array, "b n heads head_dim"]) -> Float[Array, "b n d"]:
+    def out(self, x: Float[Array, "b n heads head_dim"], by: norms.Choice = "xla") -> Float[Array, "b n d"]:
+        if norms.head_major(by):
+            return self.to_out.from_heads(x)
         return self.to_out(rearrange(x, "b n heads d -> b n (heads d)"))
 
 
@@ -174,7 +176,7 @@ class Block(nnx.Module):
                 context=implementations.context,
                 implementation=implementations.attention,
             )
-            attended = self.attn1.out(attended)
+            attended = self.attn1.out(attended, by)
 
         x, num_history = x[:, start:], num_history - start
         # With guidance_cross_attn the text speaks to the noisy tokens only.
@@ -194,7 +196,8 @@ class Block(nnx.Module):
 
         with jax.named_scope("cross_attention"):
             query = self.attn2.query(normed, by=by)
-            noisy = noisy + self.attn2.out(attention(query, *text, implementation=implementations.attention))
+            read = attention(query, *text, implementation=implementations.attention)
+            noisy = noisy + self.attn2.out(read, by)
         x = jnp.concatenate([past, noisy], 1) if first else noisy
 
         normed = modulate(x, 3)

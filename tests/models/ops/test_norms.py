@@ -1,6 +1,7 @@
 """A block whose norms run by kernels, interpreted on the CPU, against the same by XLA; which runs where; its scopes."""
 
 import logging
+import re
 from types import SimpleNamespace
 
 import jax
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
+from helios_jax import lora
 from helios_jax.models.layers import Linear
-from helios_jax.models.ops import norms
+from helios_jax.models.ops import mesh_axes, norms
 from helios_jax.models.transformer.block import Block, TransformerConfig
 from helios_jax.models.transformer.packing import Packing
-from helios_jax.sharding import AXES
+from helios_jax.sharding import AXES, BATCH
 from pallas_kernels.attention import reference as attention
 from pallas_kernels.core.device import compiling_for
 from tests.closeness import assert_close
@@ -148,11 +150,28 @@ def test_profiles_name_the_parts_of_a_block():
         assert f"/{scope}/" in text
 
 
-def test_a_product_that_writes_heads_has_bias_and_adapters():
+def test_products_that_write_or_read_heads_have_bias_and_adapters():
     rng = np.random.default_rng()
-    linear = Linear(6, 8, rngs=nnx.Rngs(0))
-    linear.bias[...] = jnp.asarray(rng.standard_normal(8), jnp.float32)
-    x = jnp.asarray(rng.standard_normal((2, 3, 6)), jnp.float32)
-    for adapters in (None, nnx.List([Linear(6, 8, rngs=nnx.Rngs(1))])):
-        linear.adapters = nnx.data(adapters)
-        assert_close(linear.head_major(x, 2), linear(x).reshape(2, 3, 2, 4))
+
+    def draw(*sizes):
+        return jnp.asarray(rng.standard_normal(sizes), jnp.float32)
+
+    linear, x = Linear(8, 8, rngs=nnx.Rngs(0)), draw(2, 3, 8)
+    linear.bias[...] = draw(8)
+    weights = (lora.LoRAWeight(draw(*sizes), axes=()) for sizes in ((8, 4), (4, 8), (8,)))
+    adapter = lora.LoRA("style", *weights, scaling=jnp.array(0.5), weight=jnp.array(2.0))
+    for adapters in ([], [adapter]):
+        lora.adapters.set_adapters(linear, adapters)
+        assert_close(linear.to_heads(x, 2), linear(x).reshape(2, 3, 2, 4))
+        assert_close(linear.from_heads(x.reshape(2, 3, 2, 4)), linear(x))
+
+
+def test_gradients_are_summed_over_the_axes_that_have_devices_and_no_other():
+    """Libtpu keeps sums over one device, and does not fuse across them."""
+    mesh = AbstractMesh((2, 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 4)
+    samples = PartitionSpec(BATCH)
+    with jax.sharding.use_abstract_mesh(mesh):
+        scaled = mesh_axes.each_device(lambda x, weight: x * weight, (samples, PartitionSpec()), samples)
+        gradients = jax.grad(lambda x, weight: scaled(x, weight).sum(), argnums=(0, 1))
+        text = str(jax.make_jaxpr(gradients)(jnp.ones((4, 3)), jnp.ones(3)))
+    assert re.findall(r"psum\w*\[\s*axes=\((.*?)\)", text) == ["'data',"]  # of the weight
