@@ -123,7 +123,7 @@ $(call done,stage3_ode): $(CHAIN)/ode.done
 $(CHAIN)/ode.done: $(call done,stage2_post)
 	$(BIN)/python -m helios_jax.toy.build --captions --videos 256 --out $(CHAIN)/captions.txt
 	$(BIN)/python -m helios_jax.precompute ode --prompts $(CHAIN)/captions.txt --model $(CHAIN)/stage2_post/pipeline \
-		--out $(CHAIN)/ode --size 64x64 --num-frames 132 --steps 20 20 20 --guidance-scale 3 --negative-prompt "" \
+		--out $(CHAIN)/ode --size 64x64 --num-frames 132 --steps 20 20 20 --student-steps 1 1 1 --guidance-scale 3 --negative-prompt "" \
 		--time-shift-type exponential --batch 32 --shard-size 64
 	touch $@
 $(call done,stage2_post): $(call done,stage2_init)

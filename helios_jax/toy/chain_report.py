@@ -26,15 +26,15 @@ from helios_jax.toy.report import generate, held_out, machine
 
 BASE: dict[str, Any] = {"num_inference_steps": 50, "guidance_scale": 3.0}
 MID: dict[str, Any] = {"pyramid_num_inference_steps_list": [20, 20, 20], "guidance_scale": 3.0}
-STUDENT: dict[str, Any] = {"pyramid_num_inference_steps_list": [2, 2, 2], "is_amplify_first_chunk": True}
+STUDENT: dict[str, Any] = {"pyramid_num_inference_steps_list": [1, 1, 1], "is_amplify_first_chunk": True}
 # Each stage, its sampling options, and the transformer calls per chunk after the first chunk.
 STAGES = {
     "stage1_init": (BASE, 100),
     "stage1_post": (BASE, 100),
     "stage2_init": (MID, 120),
     "stage2_post": (MID, 120),
-    "stage3_ode": (STUDENT, 6),
-    "stage3_distill": (STUDENT, 6),
+    "stage3_ode": (STUDENT, 3),
+    "stage3_distill": (STUDENT, 3),
 }
 SCORES = ("shape", "colour", "background", "direction", "speed", "colour_error", "contrast", "chunk_jump")
 # Curves of the last stage: the loss of each network says more than their sum.
