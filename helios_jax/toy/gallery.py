@@ -1,9 +1,13 @@
 """Every task of the sampler with the toy model, as pictures, and the memory of a long stream.
 
 python -m helios_jax.toy.gallery --out docs/results/tasks.md
+python -m helios_jax.toy.gallery --out tasks.md --model helios_jax/assets/toy num_inference_steps=50 guidance_scale=3
+
+Options of sampling are given as for `sample.py configs/toy/sample.yaml`.
 """
 
 import argparse
+import dataclasses
 import gc
 import itertools
 import resource
@@ -16,13 +20,14 @@ import jax
 import numpy as np
 from PIL import Image
 
+from helios_jax.config import load
 from helios_jax.runtime.compilation import enable_cache
-from helios_jax.sampling.options import PromptSwitch, SamplingOptions
+from helios_jax.sampling.options import PromptSwitch, SampleConfig, SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.toy import world as toy
 from helios_jax.toy.report import machine, picture
+from helios_jax.toy.rollouts import cost
 
-SIZE = {"height": toy.NOMINAL_SIZE, "width": toy.NOMINAL_SIZE, "guidance_scale": 3.0}
 CHECKS = (20, 100, 200, 300)
 
 
@@ -35,11 +40,10 @@ def scene(words: str, seed: int) -> toy.Scene:
     raise AssertionError
 
 
-def tasks(pipe: HeliosPipeline, steps: int) -> dict[str, np.ndarray]:
+def tasks(pipe: HeliosPipeline, options: SamplingOptions) -> dict[str, np.ndarray]:
     """uint8 videos [t, h, w, 3] by their description."""
 
     def make(prompt: str, **arguments) -> np.ndarray:
-        options = SamplingOptions(**SIZE, num_frames=4 * toy.CHUNK_FRAMES, num_inference_steps=steps)
         return np.concatenate(list(pipe.stream(prompt, options=options, **arguments)), 1)[0]
 
     plus, bar, square = scene("plus slowly", 0), scene("bar slowly", 10), scene("square slowly", 20)
@@ -58,11 +62,11 @@ def tasks(pipe: HeliosPipeline, steps: int) -> dict[str, np.ndarray]:
     }
 
 
-def stream_memory(pipe: HeliosPipeline) -> list[tuple[int, float, float, float]]:
+def stream_memory(pipe: HeliosPipeline, options: SamplingOptions) -> list[tuple[int, float, float, float]]:
     """(chunks, seconds, MiB of live arrays, MiB of peak host memory) along one stream without end."""
-    options = SamplingOptions(**{**SIZE, "guidance_scale": 1.0}, num_frames=None, num_inference_steps=1)
     rows, begin = [], time.monotonic()
-    stream = pipe.stream("a red square moves right fast on a black background", options=options)
+    endless = dataclasses.replace(options, num_frames=None)
+    stream = pipe.stream("a red square moves right fast on a black background", options=endless)
     for _ in itertools.islice(stream, CHECKS[-1]):
         if stream.chunk % 50 == 0:
             stream.set_prompt(toy.caption(toy.sample_scene(stream.chunk, "test")))
@@ -77,21 +81,24 @@ def stream_memory(pipe: HeliosPipeline) -> list[tuple[int, float, float, float]]
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, samples, measures, writes; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m helios_jax.toy.gallery", description="Show every task.")
-    parser.add_argument("--model", default="helios_jax/assets/toy")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of sampling")
+    parser.add_argument("--model", help="a diffusers folder of the toy [that of configs/toy/sample.yaml]")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file; the picture goes beside it")
-    parser.add_argument("--steps", type=int, default=50)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    config = load("toy/sample", args.overrides, SampleConfig)
     enable_cache()
-    pipe = HeliosPipeline.from_pretrained(args.model)
-    memory = stream_memory(pipe)
-    videos = tasks(pipe, args.steps)
+    pipe = HeliosPipeline.from_pretrained(args.model or config.model)
+    options = config.options()
+    calls = cost(pipe.plan(options), pipe.transformer.config)["calls"]
+    memory = stream_memory(pipe, options)
+    videos = tasks(pipe, options)
     image = args.out.with_suffix(".png")
     picture(list(videos.values()), list(videos), image)
     words = " ".join(["python -m helios_jax.toy.gallery", *(sys.argv[1:] if argv is None else argv)])
     lines = [
         "# The sampler's tasks with the toy model",
         "",
-        f"`{words}` on {machine()}, jax {version('jax')}; {args.steps} steps per chunk, guidance 3.",
+        f"`{words}` on {machine()}, jax {version('jax')}; {calls:.0f} calls of the transformer a chunk.",
         "",
         f"![frames of each task's video]({image.name})",
         "",
@@ -100,8 +107,7 @@ def main(argv: list[str] | None = None) -> int:
         "",
         "## A stream without end",
         "",
-        f"One stream of {CHECKS[-1]} chunks ({CHECKS[-1] * toy.CHUNK_FRAMES} frames), one step per chunk, a new prompt"
-        " every 50 chunks.",
+        f"One stream of {CHECKS[-1]} chunks ({CHECKS[-1] * toy.CHUNK_FRAMES} frames), a new prompt every 50 chunks.",
         "",
         "| chunks | seconds | arrays held, MiB | peak host memory, MiB |",
         "| --- | --- | --- | --- |",
