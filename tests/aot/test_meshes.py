@@ -17,7 +17,13 @@ def compiled(monkeypatch, mesh: str, devices: Any, context: str) -> tuple[Any, A
     """(the mesh, the training step)."""
     monkeypatch.setattr(program, "LATENTS", (16, 16))
     flags = [SMALL, "init=null", "flow.components=null", "data.batch_size=8", "optim.accumulate=1"]
-    flags += ["flow.corruption=null", "flow.drop=null", f"mesh={mesh}", f"mesh.context_attention={context}"]
+    flags += [
+        "remat=block",
+        "flow.corruption=null",
+        "flow.drop=null",
+        f"mesh={mesh}",
+        f"mesh.context_attention={context}",
+    ]
     config = program.open_config("configs/stage1_init.yaml", flags)
     laid = make_mesh(config.mesh, devices)
     return laid, program.compiled(config, program.abstract_state(config), laid)
