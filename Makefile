@@ -22,10 +22,16 @@ STEPS ?=
 ALL_STEPS := $(patsubst %,configs/%.yaml,stage2_init stage3_ode stage3_post)
 ON ?= --topology v5p-128 mesh.fsdp=16
 
-.PHONY: sample test test-all test-light test-newest newer aot aot-oldest aot-newest aot-steps gpu-report fuzz lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-score chain scenes
+.PHONY: sample test test-all test-light test-newest newer aot aot-oldest aot-newest aot-steps gpu-report fuzz lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-mid toy-distilled toy-score chain scenes
 
-sample: $(VENV)/.run  ## sample a video of four chunks with the embedded model
-	$(BIN)/python sample.py configs/toy/sample.yaml --overwrite $(ARGS)
+SAMPLE = $(BIN)/python sample.py configs/toy/sample.yaml --overwrite
+sample: $(VENV)/.run  ## sample with the embedded model: from text, and without ARGS also from an image, a video, two prompts
+	$(SAMPLE) $(ARGS)
+ifeq ($(ARGS),)
+	$(SAMPLE) --image helios_jax/assets/toy_bar.png --prompt "a green vertical bar moves left slowly on a navy background" --out outputs/toy-image.mp4
+	$(SAMPLE) --video outputs/toy.mp4 --out outputs/toy-video.mp4
+	$(SAMPLE) --then 2 "a blue plus moves down slowly on a navy background" --out outputs/toy-switch.mp4
+endif
 
 test: $(VENV)/.test  ## run the tests, including those against torch, diffusers and transformers
 	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m "not heavy" $(ARGS)
@@ -85,33 +91,49 @@ tune: $(VENV)/.run  ## time a kernel's block sizes on this GPU or TPU: make tune
 parity: $(VENV)/.test  ## measure the error against the references; write docs/results/parity.md
 	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m tests.parity.report docs/results/parity.md
 
-# --- the toy: everything up to the embedded model ---
+# --- the toy: everything up to the embedded models ---
 DATA := data/toy
 LATENTS := data/toy-latents
 TOY := helios_jax/assets/toy
 
-toy: toy-data toy-vae toy-latents toy-stage1 toy-score
+# A stopped run also exits with 0, so an export is tested for; the same command continues from the checkpoint.
+run = $(BIN)/python train.py configs/toy/$(1).yaml $(2) $(ARGS)
+# ODE pairs of the teacher $(1), for students of one step per level, in the folder $(2).
+pairs = $(BIN)/python -m helios_jax.toy.build --captions --videos 256 --out $(2)-captions.txt && \
+	$(BIN)/python -m helios_jax.precompute ode --prompts $(2)-captions.txt --model $(1) --out $(2) --size 64x64 \
+	--num-frames 132 --steps 20 20 20 --student-steps 1 1 1 --guidance-scale 3 --negative-prompt "" \
+	--time-shift-type exponential --batch 32 --shard-size 64
+
+toy: toy-data toy-vae toy-latents toy-stage1 toy-mid toy-distilled toy-score
 toy-data: $(VENV)/.run
 	test -d $(DATA) || $(BIN)/python -m helios_jax.toy.build --out $(DATA) --videos 1800 --chunks 4
 toy-vae: $(VENV)/.run
-	$(BIN)/python train.py configs/toy/vae.yaml $(ARGS)
-	$(BIN)/python train.py configs/toy/vae_long.yaml $(ARGS)
+	$(call run,vae)
+	$(call run,vae_long)
 	cp -r runs/toy-vae-long/vae $(TOY)/
 toy-latents: $(VENV)/.run
 	test -d $(LATENTS) || $(BIN)/python -m helios_jax.precompute --videos $(DATA) --vae $(TOY)/vae --text $(TOY) --out $(LATENTS)
-toy-stage1: $(VENV)/.run  ## train stage 1 of the toy on two CPU devices, which use two cores better
-	XLA_FLAGS=--xla_force_host_platform_device_count=2 $(BIN)/python train.py configs/toy/stage1.yaml $(ARGS)
+toy-stage1: $(VENV)/.run
+	$(call run,stage1)
 	cp -r runs/toy-stage1/pipeline/transformer $(TOY)/
-toy-score: $(VENV)/.run  ## score the toy model on held-out captions
-	$(BIN)/python -m helios_jax.toy.report --model $(TOY) --out docs/results/toy.md $(ARGS)
+toy-mid: $(VENV)/.run
+	$(call run,stage2_init,run=runs/toy-mid init=$(TOY))
+	test -f runs/toy-mid/pipeline/model_index.json && rm -rf $(TOY)_mid && cp -r runs/toy-mid/pipeline $(TOY)_mid
+toy-distilled: $(VENV)/.run
+	test -f runs/toy-pairs/dataset_info.json || { $(call pairs,$(TOY)_mid,runs/toy-pairs); }
+	$(call run,stage3_ode,run=runs/toy-ode init=$(TOY)_mid data.folder=runs/toy-pairs)
+	$(call run,stage3_distill,run=runs/toy-distilled init=runs/toy-ode/pipeline distill.score.init=$(TOY))
+	test -f runs/toy-distilled/pipeline/model_index.json && rm -rf $(TOY)_distilled && \
+		cp -r runs/toy-distilled/pipeline $(TOY)_distilled
+toy-score: $(VENV)/.run  ## score the embedded models on held-out captions
+	$(BIN)/python -m helios_jax.toy.report --out docs/results/toy.md $(ARGS)
 
 # --- the toy's three stages, as at 14B; `make chain` continues where it was stopped ---
 CHAIN := runs/toy-chain
-TWO := XLA_FLAGS=--xla_force_host_platform_device_count=2
 done = $(CHAIN)/$(1)/pipeline/model_index.json
 # The export's index is the last file of a stage. A stopped run also exits with 0, so the rule tests that the index
 # exists; the next `make chain` continues from the checkpoint.
-train = $(TWO) $(BIN)/python train.py configs/$(1).yaml $(ARGS) && test -f $@
+train = $(BIN)/python train.py configs/$(1).yaml $(ARGS) && test -f $@
 
 chain: $(CHAIN)/report.md  ## run all stages of the toy and write a report
 $(CHAIN)/report.md: $(call done,stage3_distill) | $(VENV)/.test-light
@@ -121,10 +143,7 @@ $(call done,stage3_distill): $(call done,stage3_ode)
 $(call done,stage3_ode): $(CHAIN)/ode.done
 	$(call train,toy/stage3_ode)
 $(CHAIN)/ode.done: $(call done,stage2_post)
-	$(BIN)/python -m helios_jax.toy.build --captions --videos 256 --out $(CHAIN)/captions.txt
-	$(BIN)/python -m helios_jax.precompute ode --prompts $(CHAIN)/captions.txt --model $(CHAIN)/stage2_post/pipeline \
-		--out $(CHAIN)/ode --size 64x64 --num-frames 132 --steps 20 20 20 --student-steps 1 1 1 --guidance-scale 3 --negative-prompt "" \
-		--time-shift-type exponential --batch 32 --shard-size 64
+	$(call pairs,$(CHAIN)/stage2_post/pipeline,$(CHAIN)/ode)
 	touch $@
 $(call done,stage2_post): $(call done,stage2_init)
 	$(call train,toy/stage2_post)

@@ -80,7 +80,7 @@ def test_configs_and_the_embedded_model_are_found_from_any_folder(installed, tmp
     package = installed / "helios_jax"
     assert set(got["found"]) == {str(package / "configs" / "toy" / "sample.yaml")}
     assert got["base"] == str(package / "configs" / "released" / "stage1_init.yaml")
-    assert got["model"] == str(package / "assets" / "toy")
+    assert got["model"] == str(package / "assets" / "toy_distilled")
     assert "transformer" in got["subfolders"]
     assert got["stage"] == "vae"
     assert got["error"].startswith("toy/sampel: no such file; did you mean toy/sample.yaml")

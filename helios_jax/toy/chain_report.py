@@ -12,29 +12,27 @@ import platform
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image, ImageDraw
 
+from helios_jax.config import load
 from helios_jax.runtime.compilation import enable_cache
+from helios_jax.sampling.options import SampleConfig
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.toy import world as toy
 from helios_jax.toy.metrics import aggregate
-from helios_jax.toy.report import generate, held_out, machine
+from helios_jax.toy.report import cost, generate, held_out, machine
 
-BASE: dict[str, Any] = {"num_inference_steps": 50, "guidance_scale": 3.0}
-MID: dict[str, Any] = {"pyramid_num_inference_steps_list": [20, 20, 20], "guidance_scale": 3.0}
-STUDENT: dict[str, Any] = {"pyramid_num_inference_steps_list": [1, 1, 1], "is_amplify_first_chunk": True}
-# Each stage, its sampling options, and the transformer calls per chunk after the first chunk.
+# Each stage, and the config of sample.py for its model.
 STAGES = {
-    "stage1_init": (BASE, 100),
-    "stage1_post": (BASE, 100),
-    "stage2_init": (MID, 120),
-    "stage2_post": (MID, 120),
-    "stage3_ode": (STUDENT, 3),
-    "stage3_distill": (STUDENT, 3),
+    "stage1_init": "toy/sample_base",
+    "stage1_post": "toy/sample_base",
+    "stage2_init": "toy/sample_mid",
+    "stage2_post": "toy/sample_mid",
+    "stage3_ode": "toy/sample",
+    "stage3_distill": "toy/sample",
 }
 SCORES = ("shape", "colour", "background", "direction", "speed", "colour_error", "contrast", "chunk_jump")
 # Curves of the last stage: the loss of each network says more than their sum.
@@ -96,14 +94,16 @@ def main(argv: list[str] | None = None) -> None:
         f"| after | transformer calls per chunk | seconds | {' | '.join(SCORES)} |",
         "| --- |" + " --- |" * (len(SCORES) + 2),
     ]
-    for name, (options, calls) in STAGES.items():
+    for name, config in STAGES.items():
         pipe = HeliosPipeline.from_pretrained(args.chain / name / "pipeline")
+        options = load(config, [f"num_frames={frames}"], SampleConfig).options()
+        calls = cost(pipe.plan(options), pipe.transformer.config)["calls"]
         begin = time.monotonic()
-        videos[name] = generate(pipe, captions, frames, args.videos, options)
+        videos[name] = generate(pipe, captions, args.videos, options)
         seconds = time.monotonic() - begin
         got = aggregate(videos[name], attributes)
         values = " | ".join(f"{got[key]:.2f}" for key in SCORES)
-        lines.append(f"| {name} | {calls} | {seconds:.0f} | {values} |")
+        lines.append(f"| {name} | {calls:.0f} | {seconds:.0f} | {values} |")
         print(lines[-1], flush=True)
     loss, samples = (args.out.with_name(f"{args.out.stem}_{kind}.png") for kind in ("curves", "samples"))
     curves(args.chain, loss)

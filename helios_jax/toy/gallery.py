@@ -1,9 +1,9 @@
 """Every task of the sampler with the toy model, as pictures, and the memory of a long stream.
 
 python -m helios_jax.toy.gallery --out docs/results/tasks.md
-python -m helios_jax.toy.gallery --out tasks.md --model helios_jax/assets/toy num_inference_steps=50 guidance_scale=3
+python -m helios_jax.toy.gallery --out tasks.md --config toy/sample_base
 
-Options of sampling are given as for `sample.py configs/toy/sample.yaml`.
+Options of sampling are given as for `sample.py` with the same config.
 """
 
 import argparse
@@ -25,8 +25,7 @@ from helios_jax.runtime.compilation import enable_cache
 from helios_jax.sampling.options import PromptSwitch, SampleConfig, SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.toy import world as toy
-from helios_jax.toy.report import machine, picture
-from helios_jax.toy.rollouts import cost
+from helios_jax.toy.report import cost, machine, picture
 
 CHECKS = (20, 100, 200, 300)
 
@@ -82,12 +81,12 @@ def main(argv: list[str] | None = None) -> int:
     """Parses the command line, samples, measures, writes; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m helios_jax.toy.gallery", description="Show every task.")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of sampling")
-    parser.add_argument("--model", help="a diffusers folder of the toy [that of configs/toy/sample.yaml]")
+    parser.add_argument("--config", default="toy/sample", help="of sample.py [toy/sample]")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file; the picture goes beside it")
     args = parser.parse_intermixed_args(argv)
-    config = load("toy/sample", args.overrides, SampleConfig)
+    config = load(args.config, args.overrides, SampleConfig)
     enable_cache()
-    pipe = HeliosPipeline.from_pretrained(args.model or config.model)
+    pipe = HeliosPipeline.from_pretrained(config.model)
     options = config.options()
     calls = cost(pipe.plan(options), pipe.transformer.config)["calls"]
     memory = stream_memory(pipe, options)

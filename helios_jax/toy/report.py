@@ -1,17 +1,18 @@
 """Samples videos of held-out captions, scores them, and writes a table and a picture.
 
-    python -m helios_jax.toy.report --model helios_jax/assets/toy --out docs/results/toy.md
+    python -m helios_jax.toy.report --out docs/results/toy.md                   # the embedded models
+    python -m helios_jax.toy.report --out x.md --configs toy/sample_base model=runs/x/pipeline
 
 The table also scores the world's renderings (the limit of the metrics) and their VAE reconstructions (the limit of the
 model).
 """
 
 import argparse
+import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
+from helios_jax.config import load
+from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import normalize
 from helios_jax.runtime.compilation import enable_cache
+from helios_jax.sampling.options import SampleConfig, SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline, decode
+from helios_jax.sampling.plan import Plan
 from helios_jax.toy import world as toy
 from helios_jax.toy.metrics import aggregate
 
@@ -41,6 +46,7 @@ SHOWN = (
     "chunk_jump",
     "colour_shift",
 )
+CONFIGS = ["toy/sample_base", "toy/sample_mid", "toy/sample"]
 DRIFTING = ("shape", "colour", "background", "colour_error", "contrast")
 
 
@@ -56,18 +62,27 @@ def held_out(videos: int, world: Any = toy) -> list[Any]:
     return scenes
 
 
-def generate(
-    pipe: HeliosPipeline, captions: list[str], frames: int, batch: int, options: Mapping[str, Any]
-) -> list[np.ndarray]:
-    """uint8 videos [t, h, w, 3], one for each caption, the n-th with seed n; `options` are the pipeline's."""
+def generate(pipe: HeliosPipeline, captions: list[str], batch: int, options: SamplingOptions) -> list[np.ndarray]:
+    """uint8 videos [t, h, w, 3], one for each caption, the n-th with seed n."""
     videos: list[np.ndarray] = []
-    size = {"height": toy.NOMINAL_SIZE, "width": toy.NOMINAL_SIZE}
     for first in range(0, len(captions), batch):
         prompts = captions[first : first + batch]
         seeds = list(range(first, first + len(prompts)))
-        frames_of = pipe(prompts, **size, num_frames=frames, seed=seeds, **options).frames
-        videos.extend(np.round(frames_of * 255).astype(np.uint8))
+        videos.extend(np.round(pipe(prompts, seed=seeds, options=options).frames * 255).astype(np.uint8))
     return videos
+
+
+def cost(plan: Plan, config: TransformerConfig) -> dict[str, float]:
+    """Costs of a chunk after the first: calls of the transformer, noisy tokens in thousands over all calls, and the
+    history's tokens in each."""
+    calls, tokens = 0, 0
+    for i, level in enumerate(reversed(plan.levels)):
+        steps = len(level.steps.sigma) * (1 if plan.guidance_scale is None else 2)
+        t, h, w, _ = plan.latent_shape
+        calls += steps
+        tokens += steps * math.prod((t, h >> i, w >> i)) // math.prod(config.patch_size)
+    history = plan.memory.num_tokens(*plan.latent_shape[1:3], config.patch_size)
+    return {"calls": calls, "kilotokens": tokens / 1000, "history_tokens": history}
 
 
 def reconstruct(pipe: HeliosPipeline, video: np.ndarray) -> np.ndarray:
@@ -109,42 +124,45 @@ def machine() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, samples, scores, writes; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m helios_jax.toy.report", description="Score a toy model.")
-    parser.add_argument("--model", default="helios_jax/assets/toy")
+    parser = argparse.ArgumentParser(prog="python -m helios_jax.toy.report", description="Score the toy's models.")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of sampling, for all models")
+    parser.add_argument("--configs", nargs="+", default=CONFIGS, help=f"of sample.py, a column each {CONFIGS}")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file; the picture goes beside it")
     parser.add_argument("--videos", type=int, default=48, help="held-out captions, one video each")
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    args = parser.parse_args(argv)
-    enable_cache()
-    pipe = HeliosPipeline.from_pretrained(args.model)
+    args = parser.parse_intermixed_args(argv)
     scenes = held_out(args.videos)
     captions = [toy.caption(scene) for scene in scenes]
-    frames = args.chunks * toy.CHUNK_FRAMES
-    begin = time.monotonic()
-    videos = generate(
-        pipe, captions, frames, args.batch, {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
-    )
-    seconds = time.monotonic() - begin
-    real = [toy.render(scene, frames) for scene in scenes]
     attributes = [toy.parse_caption(caption) for caption in captions]
-    columns = {
-        "rendered": aggregate(real, attributes),
-        "rendered, after the VAE": aggregate([reconstruct(pipe, video) for video in real], attributes),
-        "generated": aggregate(videos, attributes),
-    }
+    frames = args.chunks * toy.CHUNK_FRAMES
+    configs = [load(name, [*args.overrides, f"num_frames={frames}"], SampleConfig) for name in args.configs]
+    enable_cache()
+    real = [toy.render(scene, frames) for scene in scenes]
+    columns, told, shown = {"rendered": aggregate(real, attributes)}, [], []
+    for config in configs:
+        pipe = HeliosPipeline.from_pretrained(config.model)
+        if len(columns) == 1:  # all have the same autoencoder
+            columns["after the VAE"] = aggregate([reconstruct(pipe, video) for video in real], attributes)
+        begin = time.monotonic()
+        videos = generate(pipe, captions, args.batch, config.options())
+        name = Path(config.model).name
+        columns[name] = aggregate(videos, attributes)
+        calls = cost(pipe.plan(config.options()), pipe.transformer.config)["calls"]
+        told.append(f"`{name}`: {calls:.0f} calls of the transformer a chunk, {time.monotonic() - begin:.0f} s")
+        shown += [(f"{name}: {caption}", video) for caption, video in zip(captions[:3], videos)]
     image = args.out.with_suffix(".png")
-    picture(videos[:8], captions[:8], image)
+    picture([video for _, video in shown], [words for words, _ in shown], image)
     versions = ", ".join(f"{name} {version(name)}" for name in ("jax", "flax"))
     words = " ".join(["python -m helios_jax.toy.report", *(sys.argv[1:] if argv is None else argv)])
     lines = [
-        "# The toy model on held-out captions",
+        "# The toy's models on held-out captions",
         "",
-        f"`{words}`: {args.videos} captions, {frames} frames each ({args.chunks} chunks), {args.steps} UniPC steps,",
-        f"guidance {args.guidance:g}, {seconds:.0f} s in total on {machine()}; Python"
-        f" {platform.python_version()}, {versions}.",
+        f"`{words}`: {args.videos} captions, {frames} frames each ({args.chunks} chunks), on {machine()}; Python",
+        f"{platform.python_version()}, {versions}. Seconds are of all videos, with compilation.",
+        "",
+        *(f"- {line}" for line in told),
+        "",
         "`helios_jax/toy/metrics.py` defines the metrics. Errors, jumps and shifts are best at 0, all others at 1.",
         "`_start` and `_end` are the first and the last sixth of the frames.",
         "",

@@ -7,12 +7,12 @@ A caption tells every chunk anew what to show, so that a video of the toy hardly
 goes on from a rendered chunk of its scene and the prompt is empty: the memory alone knows its looks and its motion.
 The rendered chunk is then the first of the scored video.
 
-Options of sampling are given as for `sample.py configs/toy/sample.yaml`, or with `--world scenes`, the larger world, as
-for configs/scenes/sample.yaml. The folder gets scores.json (as `helios_jax.ablations.scores` says) and sheet.png.
+Options of sampling are given as for `sample.py configs/toy/sample_base.yaml`, or with `--world scenes`, the larger
+world, as for configs/scenes/sample.yaml. The folder gets scores.json (as `helios_jax.ablations.scores` says) and
+sheet.png.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,18 +23,16 @@ import numpy as np
 
 from helios_jax.ablations import scores
 from helios_jax.config import ConfigError, load
-from helios_jax.models.transformer import TransformerConfig
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime.command import Parser
 from helios_jax.runtime.compilation import enable_cache
 from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.options import SampleConfig, SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
-from helios_jax.sampling.plan import Plan
 from helios_jax.toy import scene_metrics, scenes
 from helios_jax.toy import world as toy
 from helios_jax.toy.metrics import rollout
-from helios_jax.toy.report import held_out, picture
+from helios_jax.toy.report import cost, held_out, picture
 
 PROG = "python -m helios_jax.toy.rollouts"
 
@@ -49,7 +47,7 @@ class World:
 
 
 WORLDS = {
-    "shapes": World(toy, "toy/sample", rollout),
+    "shapes": World(toy, "toy/sample_base", rollout),
     "scenes": World(
         scenes, "scenes/sample", lambda video, scene, *rest: scene_metrics.rollout(video, scenes.caption(scene), *rest)
     ),
@@ -72,19 +70,6 @@ def sample(
         else:
             stream = pipe.stream([world.caption(scene) for scene in part], options=options, seed=seeds)
             yield from np.concatenate(list(stream), 1)
-
-
-def cost(plan: Plan, config: TransformerConfig) -> dict[str, float]:
-    """Costs of a chunk after the first: calls of the transformer, noisy tokens in thousands over all calls, and the
-    history's tokens in each."""
-    calls, tokens = 0, 0
-    for i, level in enumerate(reversed(plan.levels)):
-        steps = len(level.steps.sigma) * (1 if plan.guidance_scale is None else 2)
-        t, h, w, _ = plan.latent_shape
-        calls += steps
-        tokens += steps * math.prod((t, h >> i, w >> i)) // math.prod(config.patch_size)
-    history = plan.memory.num_tokens(*plan.latent_shape[1:3], config.patch_size)
-    return {"calls": calls, "kilotokens": tokens / 1000, "history_tokens": history}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

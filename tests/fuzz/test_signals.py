@@ -44,7 +44,7 @@ def start_toy(room: Path, kind: str) -> subprocess.Popen:
     out = {"mp4": ["--out", "out/x.mp4"], "png": ["--out", "out/x"], "csv": ["--out", "out", "--csv", "p.csv"]}[kind]
     model = f"model={ROOT / 'helios_jax/assets/toy'}"
     frames = "33" if kind == "csv" else "132"
-    return start(room, str(ROOT / "configs/toy/sample.yaml"), model, "--num-frames", frames, *out)
+    return start(room, str(ROOT / "configs/toy/sample_base.yaml"), model, "--num-frames", frames, *out)
 
 
 def timed(process: subprocess.Popen) -> float:

@@ -28,6 +28,15 @@ def test_scores_of_the_embedded_model(wordless, tmp_path):
         assert sheet.size[0] > 64
 
 
+def test_the_embedded_student_shows_in_three_steps_what_is_asked_for(tmp_path):
+    arguments = ["--model", f"{MODEL}_distilled", "--out", str(tmp_path), "--videos", "4", "--chunks", "2"]
+    assert rollouts.main([*arguments, "num_inference_steps=null", "guidance_scale=null"]) == 0
+    found = {name: values.mean() for name, values in scores.read(tmp_path).metrics.items()}
+    assert found["calls"] == 3
+    assert min(found[name] for name in ("shape", "colour", "direction", "contrast")) > 0.9
+    assert found["colour_error"] < 0.06
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
