@@ -6,6 +6,7 @@ reads. The kernel reads and writes once.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -126,7 +127,7 @@ def norm_rope(
 
 def by(
     forward, x: Array, weight: Array, heads: int, eps: float, table: Rotary | None, history_scale: Array | None,
-    num_history: int, backward=None,
+    num_history: int, backward: Any = None,
 ) -> Array:  # fmt: skip
     """`norm_rope` by `forward` of `norm_rope_tpu` or `norm_rope_gpu`, with its block sizes; its gradient by `backward`
     of `norm_rope_tpu`, or by XLA.

@@ -138,7 +138,7 @@ def _backward(x, weight, gradient, *rest, runs: Runs, eps: float):
             dweight[0, i : i + 1, head * LANES : (head + 1) * LANES] += mine.sum(0, keepdims=True)
     slope = slope / x.shape[2]
     for head in range(heads):
-        y, _, inner = of_head(head)
+        y, inner = of_head(head)[::2]
         dx[0, :, head * LANES : (head + 1) * LANES] = (rate * (inner - y * slope)).astype(dx.dtype)
 
 

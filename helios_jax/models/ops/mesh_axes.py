@@ -36,8 +36,7 @@ def over_context(function: Callable[..., Any], in_specs: Any, out_specs: Any) ->
 def each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`function` on each device's part of what the specs split over all axes (within `over_context`: all others)."""
     mesh = current()
-    axes = set() if mesh is None else set(mesh.axis_names) - set(mesh.manual_axes)
-    if not axes:
+    if mesh is None or not (axes := set(mesh.axis_names) - set(mesh.manual_axes)):
         return function
     alone = tuple(axis for axis in mesh.axis_names if axis in axes and mesh.shape[axis] == 1)
     in_specs = jax.tree.map(lambda spec: _split_too(spec, alone), in_specs)
@@ -45,15 +44,20 @@ def each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> 
 
 
 def _split_too(spec: PartitionSpec, alone: tuple[str, ...]) -> PartitionSpec:
-    """`spec`, which also splits the first dimension over the axes `alone`, of one device each.
+    """`spec`, with the axes `alone`, of one device each, added to those that split the first dimension.
 
-    A gradient is summed over the axes that an input is not split over. Libtpu keeps sums over one device, and they keep
-    it from fusing what is before and after.
+    A gradient is summed over the axes that do not split its input. Libtpu keeps such sums, also over one device, and
+    does not fuse across them.
     """
-    first, *rest = tuple(spec) or (None,)
-    named = () if first is None else (first,) if isinstance(first, str) else tuple(first)
-    used = {axis for part in (first, *rest) if part is not None for axis in ([part] if isinstance(part, str) else part)}
-    return PartitionSpec((*named, *(axis for axis in alone if axis not in used)) or None, *rest)
+    first, *rest = map(_axes, tuple(spec) or (None,))
+    used = {*first, *(axis for part in rest for axis in part)}
+    first = (*first, *(axis for axis in alone if axis not in used))
+    return PartitionSpec(first or None, *(part or None for part in rest))
+
+
+def _axes(part: Any) -> tuple[str, ...]:
+    """The axes that split a dimension: none, one, or several."""
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
 def heads_split(samples: int, heads: int) -> PartitionSpec:
