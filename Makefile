@@ -30,7 +30,7 @@ sample: $(VENV)/.run  ## sample with the embedded model: from text, and without 
 ifeq ($(ARGS),)
 	$(SAMPLE) --image helios_jax/assets/toy_bar.png --prompt "a green vertical bar moves left slowly on a navy background" --out outputs/toy-image.mp4
 	$(SAMPLE) --video outputs/toy.mp4 --out outputs/toy-video.mp4
-	$(SAMPLE) --then 2 "a blue plus moves down slowly on a navy background" --out outputs/toy-switch.mp4
+	$(SAMPLE) --then 2 "a blue plus moves down slowly on a navy background" --interpolation-steps 0 --out outputs/toy-switch.mp4
 endif
 
 test: $(VENV)/.test  ## run the tests, including those against torch, diffusers and transformers

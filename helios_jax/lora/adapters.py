@@ -50,7 +50,7 @@ class LoRA(nnx.Module):
         self.scaling, self.weight = LoRAScale(scaling, axes=()), LoRAScale(weight, axes=())
 
     def __call__(self, x: Array, first: Product = jnp.matmul, second: Product = jnp.matmul) -> Array:
-        """What the adapter adds to its layer's output for `x`; `first` is the product with `a`, `second` with `b`."""
+        """Computes what is added to the layer's output for `x`; `first` is the product with `a`, `second` with `b`."""
         a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
         scale = self.scaling[...] * self.weight[...]
         low = first(x, a.reshape(-1, a.shape[-1])).astype(jnp.float32) * scale

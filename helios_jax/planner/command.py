@@ -26,7 +26,7 @@ from helios_jax.planner.report import Answer, page, remedies
 from helios_jax.planner.search import Candidate
 from helios_jax.runtime import aot
 from helios_jax.runtime.command import Parser
-from helios_jax.runtime.memory import is_out_of_memory
+from helios_jax.runtime.memory import is_kernel_too_large, is_out_of_memory
 
 PROG = "python -m helios_jax.plan"
 SHOWN = 5  # estimated settings of a page
@@ -104,6 +104,13 @@ def compiled(work: Work, one: Candidate, rented: Machine, all_effort: bool) -> A
     try:
         step = program.compiled(one.config, work.state, mesh, all_effort=all_effort)
     except jax.errors.JaxRuntimeError as error:
+        if is_kernel_too_large(error):
+            name = re.search(r"for %(\w+)", str(error))
+            kernel = name[1] if name else "a kernel"
+            raise ConfigError(
+                f"{kernel}: its blocks need more on-chip memory than a {rented.chip.name} has; make them smaller in "
+                "pallas_kernels/core/tiles.json, or take fewer samples at a time (optim.accumulate)"
+            ) from None
         if not is_out_of_memory(error):
             raise
         used = re.search(r"temporaries \(([\d.]+)G\)", str(error))

@@ -1,6 +1,11 @@
 """Errors of a device or a host that has no memory left."""
 
-ON_CHIP = ("memory space vmem", "memory space smem")  # a kernel's own, which its block sizes decide
+ON_CHIP = ("memory space vmem", "memory space smem")
+
+
+def is_kernel_too_large(error: BaseException) -> bool:
+    """Tells the compiler's error of a kernel whose blocks need more on-chip memory than a TPU has."""
+    return any(name in str(error) for name in ON_CHIP)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -12,4 +17,4 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error)
     ours = type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError") and "RESOURCE_EXHAUSTED" in text
-    return ours and not any(name in text for name in ON_CHIP)
+    return ours and not is_kernel_too_large(error)

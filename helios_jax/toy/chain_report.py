@@ -82,6 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--shown", type=int, default=3, help="number of captions in the picture")
     args = parser.parse_args(argv)
+    if args.chunks < 2:
+        parser.error(f"--chunks must be at least 2, to score what happens between them, got {args.chunks}")
     if missing := [name for name in STAGES if not (args.chain / name / "pipeline" / "model_index.json").exists()]:
         parser.error(f"--chain: {args.chain} has no {', '.join(missing)}; run make chain first")
     enable_cache()

@@ -132,6 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_intermixed_args(argv)
+    if args.chunks < 2:
+        parser.error(f"--chunks must be at least 2, to score what happens between them, got {args.chunks}")
     scenes = held_out(args.videos)
     captions = [toy.caption(scene) for scene in scenes]
     attributes = [toy.parse_caption(caption) for caption in captions]

@@ -1,7 +1,9 @@
 """The planner's command: one page, exit codes, and refusals in one line."""
 
+import jax
 import pytest
 
+from helios_jax.planner import command
 from helios_jax.planner.command import main
 
 
@@ -67,6 +69,24 @@ def test_refusals(capsys, arguments, words):
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert words in err
+
+
+def test_a_kernel_that_is_too_large_for_a_chip_is_told_in_one_line(capsys, monkeypatch):
+    """Less memory in the step's arrays would not help, so it is no answer that the step does not fit."""
+
+    def refuse(*_, **__):
+        text = (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem while allocating on stack for %splash_dkv.1 ="
+        )
+        raise jax.errors.JaxRuntimeError(text)
+
+    monkeypatch.setattr(command.search, "real_mesh", lambda *_: None)
+    monkeypatch.setattr(command, "arguments", lambda *_: {})
+    monkeypatch.setattr(command.program, "compiled", refuse)
+    code, _, err = run(capsys, "configs/stage1_init.yaml", "--topology", "v5p-128", "mesh.fsdp=16")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "splash_dkv: its blocks need more on-chip memory than a TPU v5p has" in err
 
 
 def test_an_absent_compiler_is_told_with_a_remedy(capsys, monkeypatch):
