@@ -60,14 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         jobs = Jobs(table, args.out.absolute())
         wanted = {(row, seed): jobs(row, seed) for row in table.rows for seed in table.options.seeds}
         if args.list:
+            waiting = queue.to_do(jobs.in_order, {*wanted.values()})
             for job in jobs.in_order:
-                print(f"{'done' if queue.done(job) else 'to do'}: {job.name}: {shlex.join(job.command)}")
+                state = "done" if queue.done(job) else "to do" if job in waiting else "not needed"
+                print(f"{state}: {job.name}: {shlex.join(job.command)}")
             return 0
         cluster = many.cluster(args.ray, args.ray_worker)
         if cluster is None:
-            failed = queue.run(jobs.in_order, args.parallel)
+            failed = queue.run(jobs.in_order, {*wanted.values()}, args.parallel)
         else:
-            failed = queue.run_on(cluster, jobs.in_order, args.out.absolute())
+            failed = queue.run_on(cluster, jobs.in_order, {*wanted.values()}, args.out.absolute())
         command = shlex.join([*PROG.split(), *(sys.argv[1:] if argv is None else argv)])
         path = args.page or args.out / "page.md"
         return _report(table, wanted, failed, path, command, args.wandb)

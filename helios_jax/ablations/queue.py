@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +34,18 @@ LAST = 2000  # characters of a log in which the reason of a failure is looked fo
 def done(job: Job) -> bool:
     """True if the job has ended well."""
     return (job.folder / DONE).is_file()
+
+
+def to_do(jobs: Sequence[Job], wanted: Collection[Job]) -> list[Job]:
+    """The `jobs` that must run for the results of those that are `wanted`, in the same order.
+
+    A job whose result only done jobs took need not run again, so its folder may be gone.
+    """
+    found = dict[Job, None]()
+    for job in reversed(jobs):  # each comes after those that it needs
+        if not done(job) and (job in wanted or any(job in other.needs for other in found)):
+            found[job] = None
+    return list(reversed(found))
 
 
 @dataclass(frozen=True)
@@ -71,16 +83,16 @@ def _gpus() -> list[str]:
     return [str(i) for i in range(len(listed.splitlines()))]
 
 
-def run(jobs: Sequence[Job], parallel: int = 1) -> dict[Job, str]:
-    """Runs all jobs that are not done, `parallel` at a time on shares of this machine.
+def run(jobs: Sequence[Job], wanted: Collection[Job], parallel: int = 1) -> dict[Job, str]:
+    """Runs what the `wanted` jobs need, and has not been done, `parallel` jobs at a time on shares of this machine.
 
     `jobs` are in an order in which each comes after those that it needs. Returns the reasons of those that failed or
     could not begin; the others are done. A signal ends the jobs, which save what they made, and raises `Interrupted`.
     """
-    waiting, failed = [job for job in jobs if not done(job)], dict[Job, str]()
+    waiting, failed = to_do(jobs, wanted), dict[Job, str]()
     free, running = slots(parallel), dict[subprocess.Popen[bytes], tuple[Job, Slot, float]]()
     total, told, begin = len(waiting), set[Path](), time.monotonic()
-    print(f"{len(jobs)} jobs, {len(jobs) - total} of them done before", flush=True)
+    print(f"{len(jobs)} jobs, {total} of them to do", flush=True)
     with interrupts.deferred():
         try:
             while waiting or running:
@@ -131,14 +143,14 @@ def make(job: Job) -> float:
     return time.monotonic() - begin
 
 
-def run_on(cluster: Cluster, jobs: Sequence[Job], out: Path) -> dict[Job, str]:
+def run_on(cluster: Cluster, jobs: Sequence[Job], wanted: Collection[Job], out: Path) -> dict[Job, str]:
     """Runs jobs on a cluster: first those that need none, then those that need these, and so on; returns as `run` does.
 
     All machines must see the folder `out` of the jobs.
     """
     failed = dict[Job, str]()
-    waiting = [job for job in jobs if not done(job)]
-    print(f"{len(jobs)} jobs, {len(jobs) - len(waiting)} of them done before", flush=True)
+    waiting = to_do(jobs, wanted)
+    print(f"{len(jobs)} jobs, {len(waiting)} of them to do", flush=True)
     while waiting:
         for job in waiting:
             if broken := [need for need in job.needs if need in failed]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,8 +107,21 @@ def test_equal_commands_are_one_job_and_done_ones_do_not_run_again(table, monkey
     assert run(table, "--seeds", "0") == 0
     assert "Holds for one seed: The anchor keeps colours" in capsys.readouterr().out
     assert run(table, "--seeds", "0", "7", "--rows", "full") == 0
-    assert "3 jobs, 2 of them done before" in capsys.readouterr().out
+    assert "3 jobs, 1 of them to do" in capsys.readouterr().out
     assert [(folder / "runs").read_text() for folder in folders(table, "train")] == ["x", "x"]
+
+
+def test_scores_that_another_machine_made_need_no_training_here(table, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert run(table, "--seeds", "0", "1") == 0
+    for folder in folders(table, "train"):
+        shutil.rmtree(folder)  # only the scores were copied
+    capsys.readouterr()
+    assert run(table, "--seeds", "0", "1", "--list") == 0
+    listed = capsys.readouterr().out
+    assert (listed.count("not needed: train"), listed.count("done: score")) == (2, 4)
+    assert run(table) == 0
+    assert "8 jobs, 4 of them to do" in capsys.readouterr().out  # both models again, for the scores of seed 2
 
 
 def test_a_job_that_fails_is_told_and_the_others_go_on(table, monkeypatch, capsys):

@@ -43,4 +43,4 @@ def test_the_quick_table_from_data_to_page(tmp_path):
     assert set(found["rows"]) == {"full", "absolute positions", "no anchor", "no corruption"}
     assert (tmp_path / "out/page-curves.png").is_file()
     again = python(tmp_path, "-m", "helios_jax.ablations", "table.yaml", "--out", "out", "--parallel", 2)
-    assert "8 jobs, 8 of them done before" in again
+    assert "8 jobs, 0 of them to do" in again

@@ -238,7 +238,7 @@ def test_the_jobs_of_a_table_each_run_once_after_those_that_they_need(address, t
     arguments = [f"{tmp_path}/table.yaml", "--out", f"{tmp_path}/out", "--seeds", "0", "--ray", address]
     assert ablations.main(arguments) == 1
     printed = capsys.readouterr()
-    assert "4 jobs, 0 of them done before\n2 tasks, room for 2 workers" in printed.out
+    assert "4 jobs, 4 of them to do\n2 tasks, room for 2 workers" in printed.out
     assert "failed: train of no anchor, seed 0: exit code 1: train.py: optim.lr must be positive" in printed.err
     assert "no result: no anchor, seed 0: it needs train of no anchor" in printed.err
     assert [path.read_text() for path in (tmp_path / "out").glob("train-*/runs")] == ["x"]
