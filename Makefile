@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda13)
 JAX := $(if $(ACCELERATOR),"jax[$(ACCELERATOR)]")
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Python compiles what is imported, a fraction of what is installed.
+export PIP_NO_COMPILE := 1
 ARGS ?=
 # A Python for which requirements.txt has the newest jax. For Python 3.11 it has the oldest.
 NEWER ?= $(shell for p in python3.13 python3.12 $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3; do \
@@ -22,7 +24,7 @@ STEPS ?=
 ALL_STEPS := $(patsubst %,configs/%.yaml,stage2_init stage3_ode stage3_post)
 ON ?= --topology v5p-128 mesh.fsdp=16
 
-.PHONY: sample test test-all test-light test-newest newer aot aot-oldest aot-newest aot-steps gpu-report fuzz lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-mid toy-distilled toy-score chain scenes
+.PHONY: sample test test-all test-light test-newest environments newer aot aot-oldest aot-newest aot-steps gpu-report fuzz lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-mid toy-distilled toy-score chain scenes
 
 SAMPLE = $(BIN)/python sample.py configs/toy/sample.yaml --overwrite
 sample: $(VENV)/.run  ## sample with the embedded model: from text, and without ARGS also from an image, a video, two prompts
@@ -45,6 +47,10 @@ test-light: $(VENV)/.test-light  ## run the tests that need no torch, without th
 
 test-newest: | newer  ## run the tests of test-light that a release of jax can break, on the newest
 	$(MAKE) test-light PYTHON=$(NEWER) VENV=.venv-newest LIGHT="$(LIGHT) and not plain"
+
+# What lint does not install: pip and pyright take one core each.
+environments: $(AOT)/.aot $(AOT)-newest/.aot | newer
+	$(MAKE) $(VENV)-newest/.test-light PYTHON=$(NEWER) VENV=$(VENV)-newest
 
 newer:
 	@test -n "$(NEWER)" || { echo "the newest jax needs Python 3.12 or newer: make NEWER=/path/to/python3.12 ..."; exit 2; }

@@ -53,6 +53,7 @@ PLAIN |= {
     f"training/test_{name}.py"
     for name in ("ends", "kill", "operations", "progress", "saved", "stage_table", "start", "training_data", "work")
 }
+PLAIN |= {"training/test_laws.py", "training/test_player_losses.py", "sampling/test_overlap.py", "diffusion"}
 PLAIN |= {f"runtime/test_{name}.py" for name in ("interrupts", "many")} | {"test_pretrained.py", "kernels/test_tune.py"}
 PLAIN |= {
     f"sampling/test_{name}.py"

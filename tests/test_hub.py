@@ -12,6 +12,12 @@ from tests.processes import ROOT, environment
 from tests.tiny_lora import ARRAYS
 
 
+LOAD = """
+from helios_jax import HeliosPipeline, lora
+lora.attach(HeliosPipeline.from_pretrained("owner/tiny").transformer, {"style": "owner/style"})
+"""
+
+
 def python(settings, *arguments):
     """Runs Python with the hub of `settings`; returns its exit code and what it printed."""
     surroundings = environment() | settings
@@ -23,12 +29,12 @@ def test_a_pipeline_and_a_lora_by_name(folder, config, tmp_path):
     style, cache = tmp_path / "style", tmp_path / "cache"
     style.mkdir()
     save_file(ARRAYS, style / "style.safetensors")
-    command = ["sample.py", str(config), "--model", "owner/tiny", "--num-frames", "5", "--overwrite"]
+    command = ["sample.py", str(config), "--model", "owner/tiny", "--num-frames", "5"]
     with fake_hub.serve({"owner/tiny": folder, "owner/style": style}, cache) as hub:
         code, printed = python(hub, *command, "--lora", "owner/style=0.5")
         assert code == 0, printed
     # The server is gone.
-    code, printed = python(hub, *command, "--lora", "owner/style=0.5")
+    code, printed = python(hub, "-c", LOAD)
     assert code == 0, printed
 
 

@@ -142,7 +142,9 @@ def test_losses_are_those_of_one_host_on_any_mesh(hosts, config, trained, tmp_pa
     np.testing.assert_allclose(np.load(tmp_path / "r" / "weight.npy"), np.load(trained / "weight.npy"), atol=1e-5)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.heavy)]
+)
 def test_a_signal_to_one_host_saves_and_ends_all_and_others_go_on(hosts, config, tmp_path, number, code):
     """Slurm says how many there are, and tells a stopped run from one that is done by `stopped_code`."""
     run = tmp_path / "r"

@@ -23,8 +23,8 @@ from tests.processes import environment
 from tests.training import recipe
 
 STAGES = (
-    "stage1_init",
-    pytest.param("stage2_init", marks=pytest.mark.heavy),  # packed levels on a mesh are stage3_ode's, too
+    # Packed levels on a mesh are stage3_ode's, too, and `test_axes` has the gradients of both.
+    *(pytest.param(stage, marks=pytest.mark.heavy) for stage in ("stage1_init", "stage2_init")),
     "stage3_ode",
     pytest.param("stage3_gan", marks=pytest.mark.heavy),
 )
