@@ -15,6 +15,7 @@ import pytest
 from helios_jax.ablations import command, intervals, scores
 from helios_jax.ablations.table import Jobs, read
 from helios_jax.config import ConfigError
+from helios_jax.training.stage_table import load_config
 from tests.processes import environment
 
 ROOT = Path(__file__).parents[2]
@@ -235,9 +236,19 @@ def test_intervals_hold_the_mean_as_often_as_they_say():
     assert 86 <= held <= 99
 
 
-def test_the_quick_table_is_one_that_can_be():
-    table = read("ablations/quick")
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_tables_are_ones_that_can_be(path, monkeypatch):
+    """Also the settings of each run of train.py."""
+    monkeypatch.chdir(ROOT)
+    table = read(f"ablations/{path.stem}")
     jobs = Jobs(table, Path("out"))
-    assert {jobs(row, 0).needs[0].command[1] for row in table.rows} == {"train.py"}
+    for row in table.rows:
+        jobs(row, 0)
+    for job in jobs.in_order:
+        if job.command[1] == "train.py":
+            load_config(job.command[2], job.command[3:])
+
+
+def test_a_table_that_is_not_there_is_refused():
     with pytest.raises(ConfigError, match="no such file"):
         read("ablations/quik")
