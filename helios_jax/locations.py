@@ -246,7 +246,7 @@ def appears(path: Path, text: str) -> bool:
 
 
 def upload(source: Path, path: Path) -> None:
-    """Copies a local file. Readers see the whole file or what was there before."""
+    """Copies a local file. Readers see either the whole new file or the old one, if any."""
     with source.open("rb") as file, path.open("wb") as out:
         shutil.copyfileobj(file, out, BLOCK)
 
@@ -347,7 +347,7 @@ class Mirror:
         return copy
 
     def sync(self, *, now: bool = False) -> None:
-        """Copies what has changed; not more often than `MIRRORED_EVERY`, unless `now`."""
+        """Copies the files that have changed; at most once in `MIRRORED_EVERY` seconds, unless `now`."""
         if self._temporary is None or (not now and time.monotonic() < self._last + MIRRORED_EVERY):
             return
         self._last = time.monotonic()
@@ -357,7 +357,7 @@ class Mirror:
                 self._sizes[file] = size
 
     def close(self) -> None:
-        """Copies what has changed, and removes the temporary folder."""
+        """Copies the files that have changed, and removes the temporary folder."""
         if self._temporary is not None:
             self.sync(now=True)
             self._temporary.cleanup()

@@ -184,7 +184,7 @@ def denoise_step(
 
 
 def rows(level: Level) -> Level:
-    """The tables of a level, to be scanned over its steps, without what all steps share."""
+    """The part of a level that differs from step to step, its tables, for a scan over the steps."""
     return Level(level.steps, level.moves)
 
 

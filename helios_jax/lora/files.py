@@ -1,4 +1,4 @@
-"""LoRA files of diffusers, PEFT, Wan and musubi-tuner, under one naming: that of diffusers' modules.
+"""LoRA files of diffusers, PEFT, Wan and musubi-tuner, all under the names of diffusers' modules.
 
 `blocks.0.attn1.to_q` stands for what is stored as `transformer.blocks.0.attn1.to_q.lora_A.weight` (diffusers),
 `base_model.model.blocks...` (PEFT), `diffusion_model.blocks.0.self_attn.q.lora_down.weight` (Wan, as ComfyUI saves it)

@@ -61,7 +61,7 @@ class _Output:
         return len(data)
 
     def mark(self) -> None:
-        """Declares what was written so far to be whole."""
+        """Marks all bytes written so far as whole: `fail` cuts the file back to here."""
         self._whole = self._size
 
     def fail(self) -> None:
@@ -164,7 +164,7 @@ class VideoWriter:
             self.frames += 1
 
     def _mux(self, frame: av.VideoFrame | None) -> None:
-        """Encodes a frame, or with None completes the stream; what is then in the file is whole."""
+        """Encodes a frame, or with None completes the stream; the file is whole after it."""
         try:
             self._container.mux(self._stream.encode(frame))
         except OSError as error:

@@ -91,7 +91,7 @@ class Discriminator(nnx.Module):
     """A head for the velocity and one for each chosen block."""
 
     def __init__(self, config: DiscriminatorConfig, width: int, channels: int, *, rngs: nnx.Rngs):
-        """`width` is the transformer's, `channels` those of its velocity."""
+        """`width` is the number of features of the critic's tokens, `channels` that of its velocity."""
         self.config = config
         self.output = Head(channels, config.dim, rngs=rngs) if config.output else None
         self.blocks = nnx.List([Head(width, config.dim, rngs=rngs) for _ in config.blocks])

@@ -85,7 +85,7 @@ def normalize(latents: Float[Array, "b t h w c"], config: VAEConfig) -> Float[Ar
 
 
 def denormalize(latents: Float[Array, "b t h w c"], config: VAEConfig) -> Float[Array, "b t h w c"]:
-    """The inverse of `normalize`: what `AutoencoderKLWan.decode` takes."""
+    """The inverse of `normalize`, for `AutoencoderKLWan.decode`."""
     mean, std = jnp.asarray(config.latents_mean), jnp.asarray(config.latents_std)
     return (latents.astype(jnp.float32) * std + mean).astype(latents.dtype)
 

@@ -26,7 +26,7 @@ def make_prompts(prompt: Any) -> list[str]:
 
 
 def make_seeds(seed: int | Sequence[int], prompts: int, videos: int) -> list[int]:
-    """One seed per video, prompt by prompt; `videos` are those of each prompt.
+    """One seed per video, prompt by prompt, for `prompts` prompts with `videos` videos each.
 
     A single number seeds each prompt's first video, and the prompt's next videos get seed + 1, seed + 2, ... A sequence
     has a seed for every video. Raises ValueError for a sequence of another length.

@@ -40,7 +40,7 @@ class SeededNoise:
         self._asked: Counter[str] = Counter(asked)
 
     def asked(self) -> dict[str, int]:
-        """Number of draws at each site: `SeededNoise(*seeds, asked=...)` goes on from there."""
+        """Number of draws at each site; `SeededNoise(*seeds, asked=...)` continues after them."""
         return dict(self._asked)
 
     def _draw(self, kind, site: str, shape: tuple[int, ...]) -> jax.Array:

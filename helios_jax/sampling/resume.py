@@ -17,7 +17,7 @@ from helios_jax.sampling.stream import State, Stream, read_state
 
 # Settings that may differ from a state's: the length, the file's rate, later prompts, and how the video is computed.
 FREE = (*ELSEWHERE, *NOT_COMPARED, "num_frames", "fps", "video_fps", "switches", "attention", "norms")
-# Settings not taken from a state, because they depend on the machine: where weights are, and what computes.
+# Settings not taken from a state, because they depend on the machine: the weights' location and the implementations.
 FROM_HERE = ("model", "transformer", "attention", "norms", "offload_text_encoder")
 
 

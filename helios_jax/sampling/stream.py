@@ -173,7 +173,7 @@ class Stream:
         )
 
     def save_state(self, path: str | os.PathLike) -> None:
-        """Writes the state after the chunk that was yielded last, a few MB: `HeliosPipeline.resume` goes on from it.
+        """Writes the state after the chunk that was yielded last, a few MB: `HeliosPipeline.resume` continues from it.
 
         The file is whole or absent, whenever the process ends. Raises ValueError when the call's noise was not seeded.
         """

@@ -43,7 +43,7 @@ class Row:
 
 
 def read(path: Path) -> list[list[Row]]:
-    """The rows of each video in the file's order or, where a column prompt_index allows several rows, in that of ids.
+    """The rows of each video, in the file's order, or sorted by id if a column prompt_index allows several rows of one.
 
     Raises ConfigError, in one line, for a file that cannot be read, and for a row that would be cut or lost: a field
     too many, an id or a prompt_index that occurs twice.
