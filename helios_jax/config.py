@@ -42,8 +42,8 @@ def load(
     """An instance of the dataclass `schema`: its defaults, the YAML file `path` over its bases, then `overrides`.
 
     `flags` are values of top-level fields as a person typed them (strings, or lists and dicts of them), taken
-    literally; they win over everything. A flag is named as its field is, unless `names` has another. `under` has values
-    by their source's name that win over the file alone.
+    literally; they win over everything. A flag is named as its field is, unless `names` has another. `under` maps the
+    name of a source to values that win over the file, but not over overrides and flags.
 
     Raises ConfigError, in one line, for a file that is missing or not YAML, an unknown key, a wrong type, a value
     out of range, an override that is not `key=value`. Reads files and nothing else.
@@ -108,7 +108,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def peek(path: str | Path, overrides: Sequence[str], key: str) -> tuple[Any, str] | None:
-    """(value, file or override that gives it) of a top-level key, before any schema; None where none gives it.
+    """The value of a top-level key, and the file or override that gives it, without a schema; None if none gives it.
 
     Raises ConfigError for files and overrides that cannot be read.
     """
@@ -120,7 +120,7 @@ def peek(path: str | Path, overrides: Sequence[str], key: str) -> tuple[Any, str
 
 
 def save(config: Any, path: str | Path) -> None:
-    """Write a dataclass instance as YAML that `load` reads back to an equal one."""
+    """Writes a dataclass instance as YAML that `load` reads back to an equal one."""
     path = location(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as part:
@@ -211,7 +211,7 @@ def _merge(merged: Any, key: str, value: Any, source: str, schema: type) -> Any:
 
 
 def _place(source: str, message: str, key: str = "") -> str:
-    """`message` behind where it comes from; a flag takes the place of a `key` that the message begins with."""
+    """`message` after the name of its `source`; a flag replaces a `key` that the message begins with."""
     if source.startswith("--") and message.startswith(key):
         rest = message[len(key) :]
         if rest.startswith("[") or "." in key:  # of a list's item
@@ -221,7 +221,7 @@ def _place(source: str, message: str, key: str = "") -> str:
 
 
 def _build(cls: Any, node: Any, values: dict, prefix: str, sources: dict[str, str], default: str) -> Any:
-    """`values` as the dataclass `cls`, part by part from the inside, so that a range error knows its key."""
+    """Builds the dataclass `cls` from `values`, inner dataclasses first, so that a range error names its key."""
     arguments, hints = {}, get_type_hints(cls)
     for f in dataclasses.fields(cls):
         key, value, child = f"{prefix}{f.name}", values[f.name], node._get_node(f.name)

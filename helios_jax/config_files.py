@@ -1,4 +1,4 @@
-"""YAML of configs, read within bounds: size, nesting, and what aliases come to when they are written out."""
+"""Reads the YAML of configs within bounds: of size, of nesting, and of the number of values with aliases expanded."""
 
 import io
 from pathlib import Path
@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 MOST_BYTES = 1_000_000  # our longest config has 3,000
 MOST_NESTED = 50  # parsers recurse, and crash on many more
 MOST_VALUES = 10_000
-# ValueError: numbers of thousands of digits, dates that are none.
+# ValueError: numbers of thousands of digits, and dates that do not exist.
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, ValueError)
 
 
@@ -53,9 +53,9 @@ def read_override(text: str) -> Any:
 
 
 def check(text: str, *, whole: bool = False) -> None:
-    """Raises Excess for YAML past the bounds, and YAMLError for text that is none. Does not recurse.
+    """Raises Excess for YAML past the bounds, and YAMLError for text that is not YAML. Does not recurse.
 
-    Also Excess for one value where a `whole` file is expected.
+    Of a `whole` file, it also raises Excess for a single value in place of `key: value` pairs.
     """
     sizes: dict[str, int] = {}  # values of each anchor, aliases in it written out
     open_: list[tuple[str | None, int]] = []  # anchor of each collection that is open, and the values before it

@@ -68,7 +68,7 @@ def misfit(hint: Any, value: Any, key: str) -> str | None:
 
 
 def misfit_at(schema: type, key: str, value: Any) -> str | None:
-    """`misfit` of the field at a dotted key, which may be none."""
+    """`misfit` of the field at a dotted key; also says if there is no such field."""
     hint: Any = schema
     parts = key.split(".")
     for i, part in enumerate(parts):
@@ -133,7 +133,7 @@ def _number(kind: type, value: Any) -> Any:
 
 
 def unreadable(text: str, key: str) -> str | None:
-    """Says in one line which character of a text no file name, terminal or tokenizer takes; None if all are good."""
+    """Names in one line a character that no file name, terminal or tokenizer accepts; None if all are good."""
     if "\0" in text:
         return f"{key} must not hold a NUL character; leave it out"
     try:

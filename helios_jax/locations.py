@@ -1,7 +1,7 @@
 """Locations of files: local paths, and folders of buckets such as gs://BUCKET/NAME.
 
-`location` turns a text into a path. A local one is pathlib's. One of a bucket has the same methods (`BucketPath`), and
-what takes only local files is given a copy: `local_copy` to read, `replacing` to write, `Mirror` for files that grow.
+`location` turns a text into a path: pathlib's for a local file, a `BucketPath` with the same methods for a bucket's.
+Code that needs local files works on a copy: `local_copy` to read, `replacing` to write, `Mirror` for files that grow.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class LocationError(ValueError):
 
 @contextmanager
 def _errors(path: Any) -> Iterator[None]:
-    """Makes errors of a bucket's service, which know no common class, OSErrors in one line."""
+    """Turns errors of a bucket's service, which share no class, into OSErrors of one line."""
     try:
         yield
     except (OSError, ValueError, NotImplementedError):
@@ -61,7 +61,7 @@ class _Backend:
 
 
 class _File:
-    """An open file of a bucket. What is written arrives when it is closed, so that closing has errors, too."""
+    """An open file of a bucket. Data is uploaded when it is closed, so that closing can fail, too."""
 
     def __init__(self, file: Any, path: str):
         self._file, self._path = file, path
@@ -102,8 +102,8 @@ def _nowhere(parts: tuple[str | os.PathLike, ...]) -> tuple[str | os.PathLike, .
 class BucketPath(PosixGPath, Path):  # pyright: ignore[reportIncompatibleMethodOverride]
     """A file or folder of a bucket, with the methods of pathlib.Path that etils leaves out or defines otherwise.
 
-    Its parts begin with NOWHERE: `pathlib.Path` of it, which forgets its class and keeps its parts, can be neither made
-    nor written. etils' own would be a local /gs/BUCKET/NAME.
+    Its parts begin with NOWHERE. So `pathlib.Path(path)`, which keeps the parts but not the class, is a place that can
+    be neither made nor written; with the parts that etils uses it would be a local /gs/BUCKET/NAME.
     """
 
     if sys.version_info < (3, 12):
@@ -140,7 +140,7 @@ class BucketPath(PosixGPath, Path):  # pyright: ignore[reportIncompatibleMethodO
         errors: str | None = None,
         newline: str | None = None,
     ) -> Any:
-        """As pathlib's, for modes r, w, rb and wb. Unbuffered reads ask for no bytes but those that are read."""
+        """As pathlib's, for modes r, w, rb and wb. Unbuffered reads download only the bytes that are read."""
         options = {"cache_type": "none"} if buffering == 0 and mode == "rb" else {}
         kind = f"{mode.replace('b', '').replace('t', '')}b"
         if kind not in ("rb", "wb"):
@@ -177,7 +177,7 @@ class BucketPath(PosixGPath, Path):  # pyright: ignore[reportIncompatibleMethodO
 
 
 def location(name: str | os.PathLike) -> Path:
-    """The path of a text. One of a bucket is a `BucketPath`, which is used as pathlib's.
+    """The path that a text names: a `BucketPath` for a bucket's, which is used like pathlib's.
 
     Raises LocationError for a scheme that is not known, and for one whose package is not installed.
     """
@@ -234,7 +234,7 @@ def check_locations(local: bool = False, **names: str | None) -> None:
 
 
 def appears(path: Path, text: str) -> bool:
-    """True once the file has this text, which another machine has just written; False if it gets it not."""
+    """Waits until a file has a text that another machine has just written; False if not within `VISIBLE` seconds."""
     until = time.monotonic() + VISIBLE
     while True:
         with suppress(OSError):
@@ -246,7 +246,7 @@ def appears(path: Path, text: str) -> bool:
 
 
 def upload(source: Path, path: Path) -> None:
-    """Copies a local file. Readers see the whole file or what was there before."""
+    """Copies a local file. Readers see either the whole new file or the old one, if any."""
     with source.open("rb") as file, path.open("wb") as out:
         shutil.copyfileobj(file, out, BLOCK)
 
@@ -270,7 +270,7 @@ def copy_tree(source: Path, target: Path) -> None:
 
 @contextmanager
 def local_copy(path: Path) -> Iterator[Path]:
-    """A local file or folder with the content of `path`: that itself, or a temporary copy of a bucket's.
+    """Yields a local file or folder with the content of `path`: itself if it is local, else a temporary copy.
 
     ValueError and FileNotFoundError about the copy name `path` instead.
     """
@@ -294,9 +294,9 @@ def local_copy(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A local path to write to, which replaces `path` at the end. On an error `path` stays as it was.
+    """Yields a local path to write to, which replaces `path` at the end. On an error `path` stays as it was.
 
-    Nothing else is left. Raises OSError with `path` in its text if writing fails.
+    No temporary file is left. Raises OSError with `path` in its text if writing fails.
     """
     remote = is_remote(path)
     folder = Path(tempfile.mkdtemp(prefix="helios-")) if remote else path.parent
@@ -325,8 +325,8 @@ def write_error(error: OSError, path: Path) -> OSError:
 class Mirror:
     """A folder for files that grow line by line, which a bucket's cannot.
 
-    `folder` is the local one to write in. Where `path` is a bucket's, it is a temporary one, and `sync` copies the
-    files that have changed to `path`.
+    `folder` is the local folder to write in. If `path` is a bucket's, it is a temporary one, and `sync` copies files
+    that have changed to `path`.
     """
 
     def __init__(self, path: Path):
@@ -337,7 +337,7 @@ class Mirror:
         self._last = -MIRRORED_EVERY
 
     def take(self, name: str) -> Path:
-        """The local file of this name, with what `path` has of it."""
+        """The local file of this name, with the content that `path` already has, if any."""
         copy = self.folder / name
         if self._temporary is not None and (self.path / name).is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -347,7 +347,7 @@ class Mirror:
         return copy
 
     def sync(self, *, now: bool = False) -> None:
-        """Copies what has changed; not more often than `MIRRORED_EVERY`, unless `now`."""
+        """Copies the files that have changed; at most once in `MIRRORED_EVERY` seconds, unless `now`."""
         if self._temporary is None or (not now and time.monotonic() < self._last + MIRRORED_EVERY):
             return
         self._last = time.monotonic()
@@ -357,14 +357,14 @@ class Mirror:
                 self._sizes[file] = size
 
     def close(self) -> None:
-        """Copies what has changed, and removes the temporary folder."""
+        """Copies the files that have changed, and removes the temporary folder."""
         if self._temporary is not None:
             self.sync(now=True)
             self._temporary.cleanup()
 
 
 def standard(path: Path) -> epath.Path:
-    """The path as etils itself has it, for libraries that take no other."""
+    """The path as etils' own class, for libraries that accept no other."""
     return epath.Path(str(path))
 
 

@@ -23,8 +23,8 @@ AnyMesh = Mesh | AbstractMesh
 AXES = ("data", "fsdp", "tensor", "context")
 
 # Logical axis of a parameter -> mesh axis. Attention and the feed-forward split over `tensor` between their two matrix
-# products, the residual stream and the rank of adapters over `fsdp`, the first of them where an array has both; axes
-# that are not listed (embed_out, channels, layers, None) are not split.
+# products, the residual stream and the rank of adapters over `fsdp`. If two dimensions of an array map to the same mesh
+# axis, the first is split. Axes that are not listed (embed_out, channels, layers, None) are not split.
 RULES = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp", "rank": "fsdp"}
 
 BATCH = ("data", "fsdp")  # samples are split over both
@@ -95,7 +95,7 @@ def _slices(asked: int | None, data: int, devices: Sequence[Any]) -> tuple[int, 
     """(number of slices, True where each is a host); raises ValueError for a number that the devices do not have."""
     own, hosts = (len({getattr(device, name, 0) for device in devices}) for name in ("slice_index", "process_index"))
     tpu = devices[0].platform == "tpu"
-    # GPUs of several hosts or racks reach one another, if slowly: their `data` need not be as many.
+    # GPUs of several hosts or racks reach one another, if slowly, so `data` need not be a multiple of their number.
     if asked == own or (asked is None and (tpu or data % own == 0)):
         return own, False
     if not tpu and asked in (None, 1):
@@ -135,7 +135,7 @@ def shardings(tree: Tree, mesh: AnyMesh) -> Tree:
 
 
 def gather(tree: Tree) -> Tree:
-    """The tree with every array in this host's reach; all hosts must call it."""
+    """The tree with every array gathered on this host; all hosts must call it."""
     if jax.process_count() == 1:
         return tree
     return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True), tree)
@@ -166,7 +166,7 @@ def batch_rows(batch_size: int, mesh: Mesh) -> list[int]:
 
 
 def put_batch(batch: Tree, batch_size: int, mesh: Mesh) -> Tree:
-    """Global arrays on the mesh, of a batch of `batch_size` samples, from this host's rows (`batch_rows`) of it."""
+    """Global arrays on the mesh for a batch of `batch_size` samples, from the rows of this host (`batch_rows`)."""
     sharding, rows = batch_sharding(mesh), batch_rows(batch_size, mesh)
 
     def put(local: Any) -> jax.Array:

@@ -1,7 +1,7 @@
 """Damage to the history in training, so that the model learns to correct its own errors (paper section 3.3).
 
-Random decisions are made per sample, from a key of its own; upstream makes most of them once for a batch. A frame that
-was dropped, or that lies before the video's beginning, is zero and stays zero through every corruption.
+Random decisions are made per sample, from the sample's own key; upstream makes most of them once for a batch. A frame
+that was dropped, or that lies before the video's beginning, is zero and stays zero through every corruption.
 """
 
 from dataclasses import dataclass, field
@@ -24,10 +24,11 @@ def _check_probabilities(config: object, *names: str) -> None:
 
 @dataclass(unsafe_hash=True)
 class DropConfig:
-    """Rates at which history is dropped, so that one model learns text, image and video to video.
+    """Probabilities of dropping history, so that one model learns text, image and video to video.
 
-    `t2v`: all of it. Else `i2v`: all but the last frame, as an image's history is (the anchor stays). Else `v2v`: the
-    oldest frames, down to a random number of whole chunks. (Upstream's random_drop_*_ratio.)
+    `t2v` drops all of it and the anchor. Otherwise, `i2v` drops all but the last frame, as if an image had been given;
+    the anchor stays. Otherwise, `v2v` drops the oldest frames, down to a random number of whole chunks. (Upstream's
+    random_drop_*_ratio.)
     """
 
     t2v: float = 0.4
@@ -59,10 +60,10 @@ class BlurConfig:
 
 @dataclass(unsafe_hash=True)
 class SaturationConfig:
-    """Sections whose channels move away from their mean, or towards it, by one factor a section.
+    """Saturation: the channels of a section move towards their mean, or away from it, by one factor per section.
 
-    It is uniform in [`smallest`, 1) or in (1, `largest`], each half of the time; a section stays as it is with
-    probability `clean`. The anchor always does.
+    The factor is uniform in [`smallest`, 1) or in (1, `largest`], each half of the time. A section stays unchanged with
+    probability `clean`, the anchor always.
     """
 
     smallest: float = 0.3
@@ -139,13 +140,13 @@ def corrupt_history(
     config: CorruptionConfig,
     memory: MemoryConfig,
 ) -> tuple[Float[Array, "b t h w c"], Float[Array, "b 1 h w c"]]:
-    """History and anchor as a model that errs would have made them."""
+    """Corrupts history and anchor, so that they look as if a model that makes errors had generated them."""
     count = 1 + max(sections(memory), default=0)
     # The anchor is a section of its own, the last.
     section = jnp.asarray((count, *sections(memory)))
 
     def corrupt(key: Array, frames: Array) -> Array:
-        # All uniform numbers are drawn at once: each draw of its own costs seconds to compile.
+        # All uniform numbers are drawn at once: every separate draw takes seconds to compile.
         strengths = len(frames) if config.per == "frame" else count + 1
         k_uniform, k_noise = jax.random.split(key)
         sizes = (2, strengths, count + 1, 3 * count)
@@ -184,7 +185,7 @@ def blur(frames: Float[Array, "t h w c"], ratio: Float[Array, " t"]) -> Float[Ar
 
 
 def saturate(frames: Float[Array, "t h w c"], factor: Float[Array, " t"]) -> Float[Array, "t h w c"]:
-    """Each value's distance to the mean of its place's channels, times the frame's factor; 1 changes no bit."""
+    """Scales each value's distance from the mean of its pixel's channels by the frame's factor; 1 changes no bit."""
     mean, factor = frames.mean(-1, keepdims=True), factor[:, None, None, None]
     return jnp.where(factor == 1, frames, (frames - mean) * factor + mean)
 
@@ -196,9 +197,9 @@ def _down_up(ratio: Float[Array, ""], size: int) -> Float[Array, "size size"]:
 
 
 def _resize(inputs: Array | int, outputs: Array | int, size: int) -> Float[Array, "size size"]:
-    """Weights [out, in] of bilinear resizing with antialiasing, zero past the numbers of inputs and outputs.
+    """Weights [out, in] of antialiased bilinear resizing from `inputs` to `outputs` values; zero in the rest of `size`.
 
-    The numbers may be traced: shapes do not depend on the draws.
+    `inputs` and `outputs` may be traced, because no shape depends on them.
     """
     scale = inputs / outputs
     place = jnp.arange(size, dtype=jnp.float32) + 0.5

@@ -27,8 +27,8 @@ from helios_jax.models.transformer.remat import Remat
 class Conditioning:
     """The text's keys and values (`Transformer.text_kv`) and the guidance.
 
-    With a guidance scale the text's batch is the prompts, then as many negative prompts; without one (None) there is
-    no guidance and no second pass. `zero_star` is CFG-Zero*'s projection.
+    With a guidance scale, the text's batch holds the prompts, then as many negative prompts. None means no guidance and
+    a batch of half the size. `zero_star` turns CFG-Zero*'s projection on.
     """
 
     text: Any
@@ -57,10 +57,10 @@ class Level:
 
 @struct.dataclass
 class Held:
-    """A chunk's first latent frame that is known, for the steps of one level.
+    """A known first latent frame of a chunk, for the steps of one level.
 
-    The frame [b, 1, h, w, c] at the level's size and, upsampled, at that of the level below (zeros at the coarsest);
-    and the sigmas that the level begins and ends with.
+    `frame` [b, 1, h, w, c] has the level's size. `below` is the frame of the next coarser level, upsampled to this size
+    (zeros at the coarsest). `begin` and `end` are the sigmas of `Level`.
     """
 
     frame: Any
@@ -88,7 +88,7 @@ def first_sample(noise: ChunkNoise, levels: Sequence[Level]) -> Float[Array, "b 
 
 @jax.jit
 def enter(level: Level, sample: Float[Array, "b t h w c"], white: Float[Array, "b t h2 w2 c"]):
-    """A later level's starting sample, from the result of the level before."""
+    """A later level's starting sample, from the result of the level before and white noise at this level's size."""
     assert level.gamma is not None
     return level.alpha * upsample(sample) + level.beta * block_noise(white, level.gamma)
 
@@ -107,10 +107,10 @@ def hold(frame: Float[Array, "b 1 h w c"], levels: Sequence[Level]) -> list[Held
 def held_velocity(
     velocity: Float[Array, "b t h w c"], sample: Float[Array, "b t h w c"], sigma: Any, held: Held
 ) -> Float[Array, "b t h w c"]:
-    """`velocity`, of which the first frame leads from where `sample` is at the level's `sigma` to the known frame.
+    """`velocity` with a first frame that leads from `sample`, at the level's `sigma`, to the known frame.
 
-    A level's path goes from (1 - begin) * below + begin * noise to (1 - end) * frame + end * noise. The noise is what
-    the sample shows of it.
+    A level's path goes from (1 - begin) * below + begin * noise to (1 - end) * frame + end * noise. The noise follows
+    from the sample.
     """
     data = (1 - sigma) * (1 - held.end) * held.frame + sigma * (1 - held.begin) * held.below
     noise = (sample[:, :1] - data) / ((1 - sigma) * held.end + sigma * held.begin)
@@ -119,7 +119,7 @@ def held_velocity(
     return jnp.concatenate([first - last, velocity[:, 1:]], 1)
 
 
-# Jitted, it copies: the noise belongs to the caller, and some solvers keep the level's first sample.
+# Jitted, so that it copies its input: the noise belongs to the caller, and some solvers keep the level's first sample.
 start = jax.jit(solvers.start)
 
 
@@ -172,7 +172,7 @@ def denoise_step(
     dtype: Any = None,
     remat: Remat | None = None,
 ) -> SolverState:
-    """One solver step; the tables of `level` hold one row. With `held` the chunk's first frame becomes that one."""
+    """One solver step by the only row in the tables of `level`. With `held`, the first frame moves to the known one."""
     velocity = guided_velocity(
         model, state.sample, level.steps.timestep, history, conditioning, memory, dtype=dtype, remat=remat
     )
@@ -184,16 +184,16 @@ def denoise_step(
 
 
 def rows(level: Level) -> Level:
-    """The part of a level that differs from step to step."""
+    """The part of a level that differs from step to step, its tables, for a scan over the steps."""
     return Level(level.steps, level.moves)
 
 
-# Takes a level's number, the level and the state at its start; yields the state each time that it has moved it.
+# Solves one level: takes its number, the level and the state at its start; yields the state after each advance.
 Solve = Callable[[int, Level, SolverState], Iterator[SolverState]]
 
 
 def through_levels(noise: ChunkNoise, levels: Sequence[Level], solve: Solve) -> Iterator[SolverState]:
-    """Goes from noise through all levels, coarsest first; yields every state of `solve`, the last one the result."""
+    """Runs `solve` on each level, coarsest first, beginning with noise. Yields every state; the last is the result."""
     sample = first_sample(noise, levels)
     for i, level in enumerate(levels):
         if i > 0:
@@ -226,9 +226,9 @@ def record_chunk(
     places: Sequence[Sequence[int]] | None = None,
     held: Sequence[Held] | None = None,
 ) -> tuple[Float[Array, "b t h w c"], list[Float[Array, "steps b t _h _w c"]]]:
-    """`denoise_chunk`, and of each level the samples that its steps at `places` began with, then its result.
+    """`denoise_chunk` that also returns, for each level, the samples before its steps `places`, then its result.
 
-    Without `places` nothing is recorded. `held`, one for each level, is the chunk's first frame, if that is known.
+    Without `places` nothing is recorded. `held`, one for each level, is the chunk's first frame, if it is known.
     """
     recorded = []
 
@@ -261,7 +261,7 @@ def denoise_to_exits(
     dtype: Any = None,
     remat: Remat | None = None,
 ) -> Float[Array, "b t h w c"]:
-    """A chunk whose levels end early: the student's in stage 3 (inference_with_trajectory_stage2).
+    """A chunk whose levels end early, as the student makes it in stage 3 (inference_with_trajectory_stage2).
 
     Sample b ends level i with the step `exits[i][b]`; `exits.end_at` makes the tables of `levels`. The gradient
     goes through each level's last step, and from there into the level below where that step is also the first.

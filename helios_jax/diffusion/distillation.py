@@ -19,8 +19,9 @@ from helios_jax.diffusion.noising import predict_data
 class RenoiseConfig:
     """Distribution of the noise added to a generated chunk before it is scored (upstream's sample_dynamic_timestep).
 
-    "uniform", or "beta" with `alpha` and `beta`, which by step `until` have become 1 along a cosine: more noise at
-    first, all times alike then. The times are shifted by the number of tokens and kept within [`smallest`, `largest`].
+    "uniform", or "beta" with the parameters `alpha` and `beta`, which reach 1 along a cosine at training step `until`:
+    more noise at first, uniform then. The times are shifted by the number of tokens and kept within [`smallest`,
+    `largest`].
     """
 
     distribution: Literal["uniform", "beta"] = "uniform"
@@ -108,7 +109,7 @@ def gan_loss(logits: Float[Array, "b heads"], real: bool) -> Float[Array, " b"]:
 def penalty(
     logits: Float[Array, "b heads"], moved: Float[Array, "b heads"], config: PenaltyConfig
 ) -> Float[Array, " b"]:
-    """Squared difference of `moved` logits, of latents with a little noise, from `logits`."""
+    """Weighted mean square of `moved` - `logits`, where `moved` are the logits of latents with a little noise."""
     scale = config.sigma if config.per_sigma else 1.0
     return config.weight * jnp.square((moved - logits) / scale).mean(1)
 

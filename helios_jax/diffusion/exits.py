@@ -43,7 +43,7 @@ def end_at(
 ) -> list[Level]:
     """Levels with tables [steps, b]: `first_levels` for samples that are `first`, each ending with its step of `exits`.
 
-    The step at the exit results in its prediction of the data. Rows after it are not meant to be taken.
+    The step at the exit returns its prediction of the data. The rows after it must not be used.
     """
     tables = []
     for stop, level, first_level in zip(exits, levels, first_levels, strict=True):

@@ -11,7 +11,10 @@ def guide(
     *,
     project: bool,
 ) -> Float[Array, "b t h w c"]:
-    """negative + scale * (positive - negative), in float32; `project` scales the negative one per sample first."""
+    """negative + scale * (positive - negative), in float32.
+
+    `project` first scales each sample's `negative` to the projection of `positive` on it (CFG-Zero*).
+    """
     if project:
         axes = tuple(range(1, positive.ndim))
         dot = (positive * negative).sum(axes, keepdims=True)

@@ -42,8 +42,9 @@ def make_levels(
 ) -> tuple[Level, ...]:
     """Levels of `counts` steps, coarsest first, for `tokens` at full size.
 
-    The first `stand` steps stand still. Without a pyramid there is one level. The defaults are the sampler's; for the
-    student in training the shift counts the level's "own" size, and timesteps are not `whole` numbers.
+    The first `stand` steps of a pyramid leave the sample unchanged (CFG-Zero*'s zero init). Without a pyramid there is
+    one level. The defaults are the sampler's; for the student in training the shift counts the level's "own" size, and
+    timesteps are not `whole` numbers.
     """
     if not pyramid:
         table = sigmas(scheduler, counts[0], tokens)
@@ -59,7 +60,8 @@ def make_levels(
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The levels of a chunk, and of each the student's steps: their places, timesteps (not rounded) and sigmas."""
+    """A teacher's levels and, for each of them, the student's steps: their indices among the teacher's (`places`),
+    their timesteps (not rounded) and their sigmas."""
 
     levels: tuple[Level, ...]
     places: tuple[tuple[int, ...], ...]
@@ -70,9 +72,9 @@ class Trajectory:
 def make_trajectory(
     scheduler: SchedulerConfig, steps: Sequence[int], student_steps: Sequence[int], tokens: int, stand: int = 0
 ) -> Trajectory:
-    """The teacher's levels for `tokens` at full size, each with the student's steps among its own.
+    """The teacher's levels for `tokens` at full size; the steps of each include the student's.
 
-    A level's shift counts its own size, as in upstream's training. The first `stand` steps stand still.
+    A level's shift counts its own size, as in upstream's training. The first `stand` steps leave the sample unchanged.
     """
     tables, made = [], []
     for i, stage in enumerate(stages(scheduler)):
@@ -95,7 +97,7 @@ def level_table(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps [steps] and sigmas [steps + 1] of one level whose shift counts `tokens`, float64.
 
-    Sigmas run from 0.999 to 0 within the level; a schedule of `few` steps leaves out the one before the end.
+    Sigmas run from 0.999 to 0 within the level; a schedule of `few` steps leaves out the last sigma before 0.
     """
     timesteps, table = _shifted(stage, *_grid(config, stage, count, few), tokens, _shift(config))
     return np.trunc(timesteps) if whole else timesteps, np.append(table, 0.0)
@@ -131,7 +133,7 @@ def _tokens(tokens: int, level: int, levels: int, counted: Counted) -> int:
 def _assembled(
     scheduler: SchedulerConfig, tables: Sequence[tuple[np.ndarray, np.ndarray]], stand: int
 ) -> tuple[Level, ...]:
-    """Levels of (timesteps, sigmas), each with how it is entered; of the first, `stand` steps stand still."""
+    """Levels from their (timesteps, sigmas), with the weights to enter them. `stand` is that of `make_levels`."""
     levels = [
         _entry(scheduler, stage, i, make_steps(scheduler, *table))
         for i, (stage, table) in enumerate(zip(stages(scheduler), tables))

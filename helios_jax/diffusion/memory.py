@@ -1,4 +1,4 @@
-"""The hierarchical memory: what a chunk is conditioned on, at a fixed shape however long the video grows."""
+"""The hierarchical memory: the past that a chunk is conditioned on, of a fixed shape however long the video grows."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,10 +15,10 @@ from helios_jax.models.transformer.history import num_tokens
 class MemoryConfig:
     """The history window in latent frames (paper section 3.2), from far to near.
 
-    `anchor="first"` keeps the video's first latent frame in the window for ever, None does not; "second" does, and
-    replaces it, even that of an input image or video, by the first frame of the second generated chunk (diffusers'
-    `is_skip_first_chunk`). Positions are "relative" (frame indices never grow; the released models) or "absolute"
-    (they count from the video's start).
+    `anchor="first"` keeps the video's first latent frame in the window for ever, None keeps none. "second" begins like
+    "first"; then the first frame of the second generated chunk replaces the anchor, even that of an input image or
+    video (diffusers' `is_skip_first_chunk`). Positions are "relative" (frame indices never grow; the released models)
+    or "absolute" (they count from the video's start).
     """
 
     long: int = 16
@@ -53,8 +53,9 @@ class MemoryConfig:
 
 @struct.dataclass
 class History:
-    """The last latent frames [b, frames, h, w, c], zeros where the video has not begun; the anchor [b, 1, h, w, c];
-    whether an anchor is known yet; and the number of chunks made, one number or one per sample."""
+    """The past of a video: the last frames (`latents`) [b, frames, h, w, c], zeros where the video has not begun; the
+    `anchor` [b, 1, h, w, c], which is known if `anchored`; and the number of chunks made (`chunk`), one number or one
+    per sample."""
 
     latents: Any
     anchor: Any
@@ -63,7 +64,7 @@ class History:
 
 
 def empty(config: MemoryConfig, batch: int, height: int, width: int, channels: int) -> History:
-    """No past: text to video. Sizes are the latents'."""
+    """The history of a video without a past, as in text to video: zeros. Sizes are the latents'."""
     return History(
         latents=jnp.zeros((batch, config.frames, height, width, channels), jnp.float32),
         anchor=jnp.zeros((batch, 1, height, width, channels), jnp.float32),
@@ -75,7 +76,7 @@ def empty(config: MemoryConfig, batch: int, height: int, width: int, channels: i
 def push(history: History, latents: Float[Array, "b t h w c"], config: MemoryConfig) -> History:
     """The history after a chunk. The first chunk's first frame becomes the anchor unless one is known.
 
-    With `config.anchor="second"` that of the second generated chunk then takes its place, in any case.
+    With `config.anchor="second"`, the second generated chunk's first frame then replaces it in any case.
     """
     frames = history.latents.shape[1]
     keep = history.anchored

@@ -29,7 +29,7 @@ def block_factor(gamma: float, size: int = 4) -> np.ndarray:
 
 
 def block_noise(white: Float[Array, "b t h w c"], gamma: float) -> Float[Array, "b t h w c"]:
-    """White noise made negatively correlated within each 2 x 2 block, so that it hides what upsampling repeated."""
+    """White noise made negatively correlated within each 2 x 2 block, so that it hides the repeats of upsampling."""
     factor = jnp.asarray(block_factor(gamma), jnp.float32)
     blocks = rearrange(white, "b t (h i) (w j) c -> b t h w c (i j)", i=2, j=2)
     mixed = jnp.einsum("...j,ij->...i", blocks, factor, precision=jax.lax.Precision.HIGHEST)

@@ -10,7 +10,7 @@ from helios_jax.diffusion.solvers import SOLVERS
 
 @dataclass(unsafe_hash=True)
 class SchedulerConfig:
-    """scheduler_config.json of diffusers' `HeliosScheduler`, in its names; sigma is 1 at pure noise and 0 at data."""
+    """scheduler_config.json of diffusers' `HeliosScheduler`, under its names; sigma is 1 at noise and 0 at data."""
 
     CLASS_NAME: ClassVar[str] = "HeliosScheduler"
 
@@ -108,7 +108,7 @@ def stages(config: SchedulerConfig) -> tuple[Stage, ...]:
         entry, end = float(table[first]), float(table[last]) if last < train else 0.0
         start = entry if i == 0 else 1 - upsampling_weights(entry, config.gamma)[0] * (1 - entry)
         moves.append((start, end, entry))
-    # Each level's share of the timesteps is the distance that it moves.
+    # Each level's share of the timesteps is proportional to the range of sigmas that it covers.
     passed = np.concatenate([[0.0], np.cumsum([start - end for start, end, _ in moves])])
     shares = passed / passed[-1]
     out = []

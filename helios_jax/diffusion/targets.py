@@ -42,7 +42,7 @@ class TimesConfig:
             raise ValueError(f"logit_std must be above 0, got {self.logit_std}")
 
 
-# Not annotated with shapes: jax puts things that are no arrays into pytrees, too.
+# Fields are not annotated with shapes: jax also puts objects that are no arrays into pytrees.
 @struct.dataclass
 class FlowSample:
     """`noisy` [b, t, h, w, c] at `sigma` [b] (1 is the start of its path), the velocity `target` of the same shape, and
@@ -80,7 +80,7 @@ def straight_sample(
     quantile: Float[Array, " b"],
     config: TimesConfig,
 ) -> FlowSample:
-    """On the straight path from noise to latents: stage 1."""
+    """Noisy samples on the straight path from noise to latents, for stage 1."""
     sigma = _shift((STEPS - _step(quantile)) / STEPS, latents, config)
     return FlowSample(add_noise(latents, noise, sigma), velocity(latents, noise), sigma, sigma * STEPS)
 
@@ -92,10 +92,10 @@ def pyramid_samples(
     levels: Sequence[Stage],
     config: TimesConfig,
 ) -> list[FlowSample]:
-    """On the paths of all levels of the pyramid, coarsest first; as many of a level as it has quantiles: stage 2.
+    """Noisy samples on the paths of all levels, coarsest first, one for each quantile of a level; for stage 2.
 
     A level goes from the level below, upsampled and mixed with noise at the level's start, to the latents at its own
-    size, mixed with noise at its end. The noise is one, downsampled (and scaled to variance 1) like the latents.
+    size, mixed with noise at its end. All levels share one noise, downsampled like the latents and kept at variance 1.
     """
     clean, noises = [latents], [noise]
     for _ in levels[1:]:

@@ -17,7 +17,7 @@ from helios_jax.models.transformer import Transformer, TransformerConfig
 
 
 def main(argv: list[str]) -> int:
-    """Run the command line; returns the exit code."""
+    """Runs the command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m helios_jax.lora", description="Merge LoRA files into a model.")
     parser.add_argument("model", help="a diffusers folder or a hub name")
     parser.add_argument("out", type=argument, help="the folder to write the transformer to")

@@ -35,8 +35,8 @@ class LoRAConfig:
     """A new adapter, in PEFT's names. `alpha` None is the rank, which makes the scaling 1.
 
     `target_modules`: "all-linear" for every linear layer, a regular expression for whole names, or a list of names and
-    ends of names, as in ("to_q", "ffn.net.2", "patch_embedding"); the names are diffusers'. `init` is that of A, B
-    starts at zero: "kaiming" (PEFT's own) or "gaussian" with deviation 1 / rank (with which Helios was trained).
+    ends of names, as in ("to_q", "ffn.net.2", "patch_embedding"); the names are diffusers'. `init` is the distribution
+    of A: "kaiming" (PEFT's default) or "gaussian" with deviation 1 / rank (as Helios was trained). B starts at zero.
     """
 
     rank: int = 128
@@ -68,9 +68,9 @@ def attach(
     Args:
         model: it may have adapters of other names already.
         adapters: files, or what `read` takes.
-        scales: how strongly each is felt, 1 unless given.
-        dtype: of the adapters; None is that of each layer's weight.
-        empty: zeros in place of their values, for a model of which shapes alone count. Can be traced.
+        scales: the strength of each adapter, 1 unless given.
+        dtype: the adapters' dtype; None is that of each layer's weight.
+        empty: fills adapters with zeros, for a model of which only shapes matter; the call can then be traced.
 
     Raises:
         CheckpointError: a file does not fit the model; one line names the modules.
@@ -120,17 +120,17 @@ def check(model: nnx.Module, adapters: Mapping[str, LoRAFile]) -> None:
 
 def _taken(file: LoRAFile, layers: Mapping[str, Target]) -> dict[str, Change]:
     """The changes of `file`, without the differences of norms and modulation that only Wan files have."""
-    felt = {n: c for n, c in file.changes.items() if n in layers or c.rank or c.bias is not None}
-    return {n: c for n, c in felt.items() if any(x is not None for x in (c.down, c.bias, c.diff, c.diff_b))}
+    relevant = {n: c for n, c in file.changes.items() if n in layers or c.rank or c.bias is not None}
+    return {n: c for n, c in relevant.items() if any(x is not None for x in (c.down, c.bias, c.diff, c.diff_b))}
 
 
 def _warn_of_the_rest(file: LoRAFile, layers: Mapping[str, Target]) -> None:
     """Warns of changes that are ignored. Zeros, which most files have there, give no warning."""
     taken = _taken(file, layers)
     left = {n: (c.diff_m,) if n in taken else (c.diff, c.diff_b, c.diff_m) for n, c in file.changes.items()}
-    felt = [n for n, parts in left.items() if any(x is not None and x.read().any() for x in parts)]
-    if felt:
-        warnings.warn(f"{file.source}: ignored what it changes in {some(felt)}, as diffusers does", stacklevel=3)
+    nonzero = [n for n, parts in left.items() if any(x is not None and x.read().any() for x in parts)]
+    if nonzero:
+        warnings.warn(f"{file.source}: ignored what it changes in {some(nonzero)}, as diffusers does", stacklevel=3)
 
 
 def _from_files(

@@ -1,4 +1,4 @@
-"""LoRA files of diffusers, PEFT, Wan and musubi-tuner, under one naming: that of diffusers' modules.
+"""LoRA files of diffusers, PEFT, Wan and musubi-tuner, all under the names of diffusers' modules.
 
 `blocks.0.attn1.to_q` stands for what is stored as `transformer.blocks.0.attn1.to_q.lora_A.weight` (diffusers),
 `base_model.model.blocks...` (PEFT), `diffusion_model.blocks.0.self_attn.q.lora_down.weight` (Wan, as ComfyUI saves it)
@@ -34,9 +34,9 @@ METADATA = "lora_adapter_metadata"  # key of PEFT's config in the header of diff
 
 @dataclass
 class Change:
-    """Change that a file makes to one module: `scaling` * up @ down to its weight, and to its bias what follows.
+    """The change of one module: its weight gets `scaling` * up @ down or `diff`, its bias gets `bias` and `diff_b`.
 
-    As in files, down is [rank, in, *kernel] and up [out, rank, *ones]. `diff` is a change of the whole weight.
+    As in files, `down` is [rank, in, *kernel], `up` is [out, rank, *ones] and `diff` has the shape of the weight.
     """
 
     down: Stored | None = None
@@ -90,8 +90,8 @@ def read(name: str | Path, *, weight_name: str | None = None, revision: str | No
 def file_and_scale(text: str) -> tuple[str, float]:
     """Splits a command-line value: a file or a repository, and an optional =SCALE.
 
-    A path that exists is taken whole. In others, the last = counts, and it may be a part of the name too unless that
-    ends before it.
+    A path that exists is taken whole. Otherwise a number after the last = is the scale. Without a number, the = is part
+    of the name. Raises ValueError for a scale that is not finite, and for text other than a number after a file's name.
     """
     name, equals, scale = text.rpartition("=")
     if not equals or location(text).exists():

@@ -36,7 +36,7 @@ IMAGE = re.compile(
 
 
 def module_name(name: str) -> str:
-    """diffusers' name of a module that has a prefix and Wan's or musubi's name."""
+    """diffusers' name of a module: removes prefixes, and translates Wan's and musubi's names."""
     name = name.replace(COMPILED, "")
     name = name[match.end() :] if (match := PREFIX.match(name)) else name
     for pattern, theirs in WAN:
@@ -46,7 +46,7 @@ def module_name(name: str) -> str:
 
 
 def part_of(key: str) -> tuple[str, str] | None:
-    """diffusers' module and the part of a `Change` (or "alpha") that a file's key is; None for another key."""
+    """The module (diffusers' name) and the part of a `Change`, or "alpha", that a file's key stands for; else None."""
     stem, _, last = key.rpartition(".")
     if last in ("alpha", "diff", "diff_b", "diff_m"):
         return module_name(stem), last

@@ -34,12 +34,12 @@ def save(
     a model, all must call.
 
     Args:
-        path: a .safetensors file, or a folder, in which it is pytorch_lora_weights.safetensors.
-        dtype: what is written; None writes what the adapter has.
-        metadata: more of the file's metadata.
+        path: a .safetensors file, or a folder, in which the file is named pytorch_lora_weights.safetensors.
+        dtype: the dtype in the file; None is the adapter's.
+        metadata: further entries of the file's metadata.
 
     Raises:
-        ValueError: no adapter has this name, or it is not said which of several.
+        ValueError: no adapter has this name, or `name` is None and the model does not have exactly one adapter.
     """
     known = names(model)
     if name is None and len(known) != 1:
@@ -50,14 +50,14 @@ def save(
     path = path if path.suffix == ".safetensors" else path / WEIGHTS[0]
 
     found: dict[str, tuple[Target, LoRA]] = {}
-    concerned: dict[Any, np.ndarray] = {}
+    changed: dict[Any, np.ndarray] = {}
     for module, target in targets(model).items():
         adapter = next((a for a in module_at(model, target.path).adapters or () if a.name == name), None)
         if adapter is None:
             continue
-        if target.path not in concerned:
-            concerned[target.path] = _concerned(adapter)
-        if concerned[target.path][() if target.layer is None else target.layer]:
+        if target.path not in changed:
+            changed[target.path] = _changed_layers(adapter)
+        if changed[target.path][() if target.layer is None else target.layer]:
             found[module] = (target, adapter)
     tensors: dict[str, files.Spec] = {}
     values: dict[str, Callable[[], np.ndarray]] = {}
@@ -80,8 +80,8 @@ def save(
     return path
 
 
-def _concerned(adapter: LoRA) -> np.ndarray:
-    """Numbers of the stacked layers that an adapter changes; the others are zeros."""
+def _changed_layers(adapter: LoRA) -> np.ndarray:
+    """True for each stacked layer whose values in an adapter are not all zeros; a scalar if layers are not stacked."""
     layers = adapter.scaling.ndim
     parts = [x[...] for x in (adapter.a, adapter.b, adapter.bias) if x is not None]
     used = [np.asarray(jnp.any(part != 0, axis=tuple(range(layers, part.ndim)))) for part in parts]

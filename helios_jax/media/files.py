@@ -42,7 +42,7 @@ def check_readable(path: Path, example: str) -> None:
 def check_writable(path: Path) -> None:
     """Makes the folder of `path`, or raises ValueError if a regular file could not be written."""
     kind = kind_of(path)
-    kind_of(_part(path))  # its name is longer
+    kind_of(_part(path))  # the name of the temporary file is longer, and may be too long
     if kind == "folder":
         raise ValueError(f"{path}: is a folder; name a file in it, such as {path / 'video.mp4'}")
     if kind == "special":
@@ -75,6 +75,7 @@ def check_folder(folder: Path, path: Path | None = None) -> None:
 
 
 def _part(path: Path) -> Path:
+    """The temporary file that `locations.replacing` writes in place of `path`."""
     return path.with_name(f".{path.name}") if path.name else path
 
 

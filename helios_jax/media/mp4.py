@@ -1,4 +1,4 @@
-"""Writing of an mp4 that plays while it grows, and that can go on later. PyAV is imported when one is opened."""
+"""Writes an mp4 that plays while it grows, and that can be continued later. PyAV is imported when one is opened."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ MAX_RATE = 2**31 - 1  # frames a second: mp4 and FFmpeg keep 32-bit numbers
 
 
 class _Output:
-    """A file for the muxer, opened at the first byte. After an error it drops what comes, so that closing cannot fail.
+    """The file of the muxer, opened at the first byte. After an error it drops all bytes, so that closing cannot fail.
 
-    The muxer gets an object, not a name, as FFmpeg takes names such as `take:1.mp4` for protocols. While `expected`, a
-    file that is continued, is given, what comes is only compared with it: `same` tells whether all of it was in there.
+    The muxer gets an object, not a name, as FFmpeg takes names such as `take:1.mp4` for protocols. While `expected` (a
+    file to be continued) is set, bytes are only compared with it; `same` is False once they differ.
     """
 
     def __init__(self, path: Path):
@@ -61,7 +61,7 @@ class _Output:
         return len(data)
 
     def mark(self) -> None:
-        """Declares what was written so far to be whole."""
+        """Marks all bytes written so far as whole: `fail` cuts the file back to here."""
         self._whole = self._size
 
     def fail(self) -> None:
@@ -83,12 +83,12 @@ class VideoWriter:
     up to the frame before the newest. If the disk is full, the frames before stay, and OSError names the path.
     Colours are BT.709 in limited range, and tagged so.
 
-    With `keep` a file of this class goes on: its first `keep` frames stay, or all if it has fewer, and `frames` tells
-    how many. It is as it was until a frame is written.
+    With `keep`, a file that this class wrote is continued: its first `keep` frames stay, or all if it has fewer, and
+    `frames` is their number. The file is unchanged until a frame is written.
 
     Raises ValueError, in one line and before anything is written, for a suffix that is not .mp4, an odd or non-positive
-    size, a rate that the file cannot hold, a path that is not a regular file or cannot be written, and a file that was
-    written otherwise and so cannot go on.
+    size, a rate that the file cannot hold, a path that is not a regular file or cannot be written, and a file that
+    cannot be continued because it has another size, rate or encoder.
     """
 
     takes = "np"
@@ -123,7 +123,7 @@ class VideoWriter:
             self._keep(keep)
 
     def _keep(self, most: int) -> None:
-        """Muxes the packets that are there once more, so that the muxer knows where it stands; compares the bytes."""
+        """Muxes the file's own packets again, to bring the muxer into the state it had, and compares the bytes."""
         import av
 
         try:
@@ -164,7 +164,7 @@ class VideoWriter:
             self.frames += 1
 
     def _mux(self, frame: av.VideoFrame | None) -> None:
-        """Encodes a frame, or with None completes the stream; what is then in the file is whole."""
+        """Encodes a frame, or with None completes the stream; the file is whole after it."""
         try:
             self._container.mux(self._stream.encode(frame))
         except OSError as error:

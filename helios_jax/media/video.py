@@ -1,4 +1,4 @@
-"""Strict reading of video files: a damaged one is refused, where by default a decoder invents what is missing.
+"""Strict reading of video files: damaged files are refused, while a decoder by default invents missing content.
 
 PyAV is imported when the first file is opened.
 """
@@ -74,6 +74,7 @@ def frames_at(path: str | os.PathLike, numbers: Iterable[int]) -> Iterator[UInt8
 def _pick(
     path: Path, frames: Iterable[tuple[int, av.VideoFrame | np.ndarray]], wanted: list[int]
 ) -> Iterator[np.ndarray]:
+    """The frames whose numbers are `wanted`, in increasing order. Raises ValueError for a number past the end."""
     left = iter(wanted)
     number, count = next(left, None), 0
     if number is None:
@@ -99,7 +100,7 @@ def _numbered(path: Path, near: int) -> Iterator[tuple[int, av.VideoFrame | np.n
 
 
 def _at_rate(path: str | os.PathLike, fps: float | None) -> Iterator[tuple[np.ndarray, float]]:
-    """Frames and their rate."""
+    """The frames of `read_video`, each with the rate in frames per second."""
     if fps is None:
         for frame, _, rate in _decode(Path(path)):
             yield _upright(frame), rate

@@ -24,9 +24,9 @@ FRAME = re.compile(r"\d{6,}\.png")
 
 @runtime_checkable
 class Writer(Protocol):
-    """Writer of one video, chunk by chunk. Chunks that were written survive a process that dies.
+    """Writer of one video, chunk by chunk. Chunks that were written survive if the process dies.
 
-    With `keep` an unfinished video goes on: its first `keep` frames stay, or all if it has fewer.
+    With `keep`, an unfinished video is continued: its first `keep` frames stay, or all if it has fewer.
     """
 
     path: Path
@@ -41,7 +41,7 @@ class Writer(Protocol):
 class FrameWriter:
     """Writes a folder of PNG files, 000000.png and on.
 
-    Raises ValueError if the folder already holds frames, but for those of a video that goes on (`keep`).
+    Raises ValueError if the folder already holds PNG files, unless a video is continued (`keep`).
     """
 
     takes = "np"

@@ -1,4 +1,4 @@
-"""The heads that tell real latents from made ones, on what the fake score's transformer makes of them (paper 3.5)."""
+"""The discriminator: heads that tell real latents from generated ones by the critic's features (paper section 3.5)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,8 +15,8 @@ GROUPS = 32  # of the group norms
 
 @dataclass(unsafe_hash=True)
 class DiscriminatorConfig:
-    """`blocks` are the numbers, from 0, of the transformer's blocks whose noisy tokens a head sees; with `output` one
-    more sees the velocity. `dim` is the heads' width (upstream's gan_hooks, is_use_gan_final, gan_cond_map_dim)."""
+    """One head sees the noisy tokens after each of the critic's `blocks` (numbers from 0) and, with `output`, one more
+    the velocity. `dim` is the heads' width (upstream's gan_hooks, is_use_gan_final, gan_cond_map_dim)."""
 
     blocks: tuple[int, ...] = (5, 15, 25, 35)
     output: bool = True
@@ -33,7 +33,7 @@ class DiscriminatorConfig:
 
 
 class GroupNorm(nnx.Module):
-    """Normalised over each sample's frames, pixels and channels of one of 32 groups, in float32."""
+    """Normalises each of 32 groups of channels over a sample's frames and pixels, in float32."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs):
         self.weight = param(rngs, ones, (features,), (None,))
@@ -49,8 +49,8 @@ class GroupNorm(nnx.Module):
 
 
 class Head(nnx.Module):
-    """Six convolutions, each with group norm and SiLU, a mean over what is left, one number (upstream's
-    Discriminator3DHead)."""
+    """Six convolutions, each with group norm and SiLU, a mean over frames and pixels, and a linear layer to one logit
+    (upstream's Discriminator3DHead)."""
 
     # Kernel, stride and padding of each convolution, in time, height and width.
     SHAPES: ClassVar = (
@@ -91,7 +91,7 @@ class Discriminator(nnx.Module):
     """A head for the velocity and one for each chosen block."""
 
     def __init__(self, config: DiscriminatorConfig, width: int, channels: int, *, rngs: nnx.Rngs):
-        """`width` is the transformer's, `channels` those of its velocity."""
+        """`width` is the number of features of the critic's tokens, `channels` that of its velocity."""
         self.config = config
         self.output = Head(channels, config.dim, rngs=rngs) if config.output else None
         self.blocks = nnx.List([Head(width, config.dim, rngs=rngs) for _ in config.blocks])

@@ -24,7 +24,7 @@ Initializer = Callable[..., jax.Array]
 # a tuple: reshaped to it in the file.
 Layout = Literal["same", "linear", "conv"] | tuple[int, ...]
 
-LINEAR = "linear"  # the name by which policies of rematerialization keep outputs of linear layers
+LINEAR = "linear"  # checkpoint name of the outputs of linear layers, for rematerialization policies
 
 zeros = jax.nn.initializers.zeros
 ones = jax.nn.initializers.ones
@@ -33,9 +33,9 @@ lecun_normal = jax.nn.initializers.lecun_normal
 
 
 class Shapes(nnx.Rngs):
-    """In place of `rngs` it makes a module abstract: its parameters are `jax.ShapeDtypeStruct`s.
+    """Passed as `rngs`, it makes a module abstract: the parameters are `jax.ShapeDtypeStruct`s.
 
-    `nnx.eval_shape` makes the same by tracing every initializer, which takes a second for a VAE.
+    `nnx.eval_shape` gives the same, but traces every initializer, which takes a second for a VAE.
     """
 
 
@@ -58,20 +58,23 @@ Product = Callable[[Array, Array], Array]  # of inputs and a weight [in, out]
 def with_adapters(
     y: Array, x: Array, adapters: nnx.List | None, *, first: Product = jnp.matmul, second: Product = jnp.matmul
 ) -> Array:
-    """A layer's output `y` for its input `x`, plus what its low-rank adapters (`helios_jax.lora`) add."""
+    """A layer's output `y` for its input `x`, plus what its low-rank adapters (`helios_jax.lora`) add.
+
+    `first` and `second` compute the products with an adapter's A and B.
+    """
     for adapter in adapters or ():
         y = y + adapter(x, first, second)
     return y
 
 
 def split_product(x: Float[Array, "b n in"], weight: Float[Array, "in out"], heads: int) -> Array:
-    """`x @ weight` as [b, n, heads, head_dim], written head by head, as attention on a TPU reads it."""
+    """`x @ weight` as [b, n, heads, head_dim], in memory head by head, as attention on a TPU reads it."""
     weight = weight.reshape(x.shape[-1], heads, -1)
     return jnp.einsum("bnd,dhk->bhnk", x, weight).transpose(0, 2, 1, 3)
 
 
 def joined_product(x: Float[Array, "b n heads head_dim"], weight: Float[Array, "in out"]) -> Float[Array, "b n out"]:
-    """The product of all features of a token's heads with `weight`, read head by head, as attention on a TPU writes."""
+    """`x`, its heads joined, times `weight`; it is read head by head, as attention on a TPU writes it."""
     weight = weight.reshape(*x.shape[2:], -1)
     return jnp.einsum("bhnk,hkd->bnd", x.transpose(0, 2, 1, 3), weight)
 

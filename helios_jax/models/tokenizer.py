@@ -18,9 +18,9 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 
 
 def prompt_clean(text: str) -> str:
-    """`text` with mojibake and HTML entities (also doubly escaped ones) undone and each run of white space one space.
+    """Repairs mojibake, unescapes HTML entities (also doubly escaped ones) and makes each run of white space one space.
 
-    As Helios' training captions and diffusers' HeliosPipeline.
+    Helios' training captions were cleaned like this, and diffusers' HeliosPipeline does the same.
     """
     text = html.unescape(html.unescape(ftfy.fix_text(text))).strip()
     return re.sub(r"\s+", " ", text).strip()
@@ -29,8 +29,8 @@ def prompt_clean(text: str) -> str:
 class Tokenizer:
     """The tokenizer of UMT5, as its tokenizer.json describes it.
 
-    transformers before version 5 (with which Helios was trained) does the same; version 5 rebuilds the steps before the
-    vocabulary from its own code, which differs for files of other steps than T5's.
+    transformers before version 5, with which Helios was trained, gives the same ids. Version 5 rebuilds the steps
+    before the vocabulary from its own code, which differs if a file has other steps than T5's.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path, max_length: int):
@@ -66,7 +66,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids that it can give."""
+        """The number of token ids."""
         return self._backend.get_vocab_size()
 
     def __call__(self, prompts: list[str], max_length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -52,9 +52,9 @@ class UMT5Config:
 def relative_buckets(length: int, config: UMT5Config) -> np.ndarray:
     """Row of the bias table for each query (row) and key (column) of `length` tokens, int32.
 
-    Half of the table is for keys after the query. Of each half, half are single distances and the others grow
-    logarithmically up to the maximal distance. A table made on the host: float32 as in transformers, because the
-    logarithms of some distances round to the other side of a boundary elsewhere.
+    Half of the table is for keys after the query. In each half, half of the rows stand for single distances; the others
+    grow logarithmically up to the maximal distance. Computed on the host in float32, as in transformers: elsewhere the
+    logarithms of some distances round to the other side of a boundary.
     """
     half = config.relative_attention_num_buckets // 2
     exact = half // 2
@@ -71,7 +71,7 @@ class Attention(nnx.Module):
     def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs):
         self.config = config
         d, inner = config.d_model, config.num_heads * config.d_kv
-        # What would have been the scale of the scores is in the queries' weights.
+        # Scores are not scaled: the factor d_kv^-0.5 is in the initial weights of the queries instead.
         query_init = normal((d * config.d_kv) ** -0.5)
         self.q = Linear(d, inner, axes=("embed", "heads"), bias=False, init=query_init, rngs=rngs)
         self.k = Linear(d, inner, axes=("embed", "heads"), bias=False, rngs=rngs)
@@ -135,7 +135,7 @@ class UMT5Encoder(nnx.Module):
         self.final_layer_norm = RMSNorm(config.d_model, config.layer_norm_epsilon, rngs=rngs)
 
     def __call__(self, ids: Int[Array, "b m"], mask: Mask) -> Float[Array, "b m d"]:
-        """Embeddings of the tokens `ids`, of which no one attends to those where `mask` is 0."""
+        """Embeddings of the tokens `ids`. No token attends to the tokens where `mask` is 0."""
         mask = mask.astype(bool)
         x = self.shared(ids)
         for block in self.blocks:
@@ -144,5 +144,5 @@ class UMT5Encoder(nnx.Module):
 
 
 def encode(encoder: UMT5Encoder, ids: Int[Array, "b m"], mask: Mask) -> Float[Array, "b m d"]:
-    """The encoder's output with zeros past each prompt's end, as Helios was trained on (its attention sees them)."""
+    """The encoder's output with zeros past each prompt's end, as in Helios' training: its attention sees the zeros."""
     return jnp.where(mask.astype(bool)[..., None], encoder(ids, mask), 0)

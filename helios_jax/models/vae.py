@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from helios_jax.models.layers import Conv, ones, param
 
-WHOLE = (None, None)  # axes of every weight: 127M parameters are kept whole on each device
+WHOLE = (None, None)  # axes of every weight: the 127M parameters are replicated on all devices
 
 
 @dataclass(unsafe_hash=True)
@@ -85,13 +85,13 @@ def normalize(latents: Float[Array, "b t h w c"], config: VAEConfig) -> Float[Ar
 
 
 def denormalize(latents: Float[Array, "b t h w c"], config: VAEConfig) -> Float[Array, "b t h w c"]:
-    """The inverse of `normalize`: what `AutoencoderKLWan.decode` takes."""
+    """The inverse of `normalize`, for `AutoencoderKLWan.decode`."""
     mean, std = jnp.asarray(config.latents_mean), jnp.asarray(config.latents_std)
     return (latents.astype(jnp.float32) * std + mean).astype(latents.dtype)
 
 
 def _conv3d(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:
-    """Same padding in space, none in time; `stride` in time."""
+    """3-D convolution with "same" padding in space and none in time; `stride` is in time."""
     padding = [(0, 0)] + [(k // 2, k // 2) for k in weight.shape[1:3]]
     return jax.lax.conv_general_dilated(
         x, weight, (stride, 1, 1), padding, dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
@@ -114,9 +114,9 @@ def _conv3d_as_2d(x: jax.Array, weight: jax.Array, stride: int) -> jax.Array:
 
 
 class CausalConv(Conv):
-    """Convolution over time, height and width that sees no later frame, the shape kept; zeros come before frame 0.
+    """Convolution over time, height and width that sees no later frames; zeros are padded before frame 0.
 
-    Without `causal` time is not padded: every output needs all the frames under its kernel.
+    Without `causal`, time is not padded: every output needs all the frames under its kernel.
     """
 
     def __init__(
@@ -135,8 +135,8 @@ class CausalConv(Conv):
             x = jnp.concatenate([zeros, x], 1)
         # XLA's 3-D convolution is slow on a CPU: 3x3x3 with 3 to 32 channels takes 3 to 14 times as long forward and 3
         # to 7 times as long with gradients as one 2-D convolution over the channels of three frames, which also beats
-        # the sum of three 2-D ones. GPUs and TPUs have a fast one. The choice falls while lowering, so a program that
-        # is compiled on a host for another platform gets that platform's.
+        # the sum of three 2-D ones. GPUs and TPUs have a fast one. The branch is chosen when the program is lowered, so
+        # that cross-compilation for another platform works.
         y = jax.lax.platform_dependent(
             x,
             weight,
@@ -203,7 +203,7 @@ class MidBlock(nnx.Module):
 
 
 class Downsample(nnx.Module):
-    """Half the height and width and, with `time`, all frames but the first two by two (WanResample, downsample)."""
+    """Halves height and width and, with `time`, the number of frames after the first (WanResample, downsample)."""
 
     def __init__(self, dim: int, *, time: bool, rngs: nnx.Rngs):
         self.resample = Conv(dim, dim, (3, 3), stride=(2, 2), padding=((0, 1), (0, 1)), axes=WHOLE, rngs=rngs)
@@ -218,9 +218,9 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Twice the height and width at half the channels and, with `time`, two frames for each but the first.
+    """Doubles height and width, halves the channels and, with `time`, doubles the number of frames after the first.
 
-    WanResample, upsample: the frames after the first are doubled as if the first had not been there.
+    As in WanResample (upsample), the later frames are computed as if the first one did not exist.
     """
 
     def __init__(self, dim: int, *, time: bool, rngs: nnx.Rngs):

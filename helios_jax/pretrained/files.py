@@ -40,7 +40,7 @@ PIECE = 64 * 2**20  # bytes that are read before they are cast
 MOST_HEADER = 100_000_000  # bytes; the library takes no larger one
 
 
-# Bits of infinity (of NaN where there is no infinity) of floating dtypes: those of NaNs are greater.
+# Bit patterns of +infinity in floating dtypes (of NaN in dtypes without infinity). Those of NaNs are greater.
 INFINITY = {
     np.dtype(dtype): bits
     for dtype, bits in (
@@ -57,8 +57,8 @@ INFINITY = {
 def check_finite(values: np.ndarray, source: str, name: str) -> None:
     """Raises `CheckpointError` if `values`, the tensor `name`, hold NaN or infinity.
 
-    Two maxima of the values' bits, as signed and as unsigned integers, find what is positive and what is negative. That
-    takes no memory, and a tenth of the time of `np.isfinite` in bfloat16. Integers are finite.
+    Two maxima of the values' bits suffice: as signed integers they find positive ones, as unsigned integers negative
+    ones. That takes no memory, and a tenth of the time of `np.isfinite` in bfloat16. Integers are finite.
     """
     bits = INFINITY.get(values.dtype)
     if bits is None or not values.size:

@@ -31,11 +31,11 @@ def local(name: str | Path) -> Path:
 
 
 def resolve(name: str | Path, parts: Sequence[str] | None = None, revision: str | None = None) -> Path:
-    """The folder `name`, or the hub snapshot of that name, of which what is not cached yet is downloaded.
+    """The folder `name`, or the snapshot of the hub repository `name`; files that are not cached yet are downloaded.
 
     Args:
         name: a folder (`local`), or a hub name such as BestWishYsh/Helios-Base.
-        parts: the subfolders that are needed, and model_index.json; "." is a component at the top. None: all of it.
+        parts: the subfolders to download beside model_index.json; "." is a component at the top. None: everything.
         revision: branch, tag or commit of the hub repository.
 
     Raises:

@@ -177,9 +177,9 @@ def _of_layer(sharding: Any) -> Any:
 def _put(tensor: Stored, entry: Entry, shape: tuple[int, ...], dtype: Any, sharding: Any, device: Any) -> jax.Array:
     """A tensor of a file as a parameter of `shape`, on its devices.
 
-    The rows that this host's devices need are read: along `axis`, ours that is the file's first, where there is one.
-    It is transposed as it is put: XLA copies a strided array about as fast as a contiguous one, numpy takes three
-    times as long, and a program on the device would have to be compiled for every shape.
+    Only the rows that this host's devices need are read, if the file's first dimension is one of the parameter's
+    (`axis`). The tensor is transposed as it is copied to the device: XLA copies a strided array about as fast as a
+    contiguous one, numpy takes three times as long, and a program on the device must be compiled for every shape.
     """
     axis = None if not shape or isinstance(entry.layout, tuple) else 0 if entry.layout == "same" else -1
     rows, kept = slice(None), shape

@@ -7,7 +7,7 @@ import numpy as np
 
 from helios_jax.runtime.seeds import checked
 
-# A prompt of one video, or one per video of a batch.
+# One prompt, or a sequence of prompts.
 Prompt = str | Sequence[str]
 
 
@@ -18,7 +18,7 @@ def check_output_type(output_type: str) -> None:
 
 
 def make_prompts(prompt: Any) -> list[str]:
-    """The prompts as a list; raises ValueError for what is no string and no list of strings."""
+    """The prompts as a list. Raises ValueError unless `prompt` is a string or a non-empty sequence of strings."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, Sequence) or not prompts or not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"prompt must be a string or a list of at least one, got {prompt!r}")
@@ -26,7 +26,11 @@ def make_prompts(prompt: Any) -> list[str]:
 
 
 def make_seeds(seed: int | Sequence[int], prompts: int, videos: int) -> list[int]:
-    """One seed per video: each prompt's videos count on from `seed`, unless every video has its own."""
+    """One seed per video, prompt by prompt, for `prompts` prompts with `videos` videos each.
+
+    A single number seeds each prompt's first video, and the prompt's next videos get seed + 1, seed + 2, ... A sequence
+    has a seed for every video. Raises ValueError for a sequence of another length.
+    """
     if not isinstance(seed, Sequence | np.ndarray):
         return [checked(checked(seed) + i) for i in range(videos)] * prompts
     if len(seed) != prompts * videos:
@@ -35,7 +39,7 @@ def make_seeds(seed: int | Sequence[int], prompts: int, videos: int) -> list[int
 
 
 def make_negatives(negative_prompt: Prompt | None, count: int) -> list[str]:
-    """One negative prompt per prompt, empty unless given."""
+    """One negative prompt for each of `count` prompts, empty unless given. Raises ValueError for another number."""
     if negative_prompt is None or isinstance(negative_prompt, str):
         return [negative_prompt or ""] * count
     if len(negative_prompt) != count:

@@ -25,22 +25,22 @@ from helios_jax.sampling.plan import Variant
 from helios_jax.sampling.trained import read_trained, with_loras
 
 PIPELINES = ("HeliosPipeline", "HeliosPyramidPipeline")
-# Our own entry of model_index.json, where it is not 384 x 640; diffusers ignores names with an underscore.
+# Our own entry of model_index.json, written unless the size is 384 x 640; diffusers ignores names with an underscore.
 TRAINED_SIZE = "_trained_size"
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 Network = TypeVar("Network", bound=nnx.Module)
 
 
 def _read_scheduler(folder: Path) -> SchedulerConfig:
-    """HeliosDMDScheduler's file names no solver: its class is one, with its own default shift."""
+    """Reads the scheduler's config. A HeliosDMDScheduler's file names no solver, so its class gives the defaults."""
     name = "scheduler_config.json"
-    few = pretrained.read_json(folder / name).get("_class_name") == DMDSchedulerConfig.CLASS_NAME
-    return pretrained.read_config(folder, DMDSchedulerConfig if few else SchedulerConfig, name)
+    is_dmd = pretrained.read_json(folder / name).get("_class_name") == DMDSchedulerConfig.CLASS_NAME
+    return pretrained.read_config(folder, DMDSchedulerConfig if is_dmd else SchedulerConfig, name)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint's folder: its kind, the configs of its parts, and the tokenizer."""
+    """An opened checkpoint: its folder and kind, the configs of its parts, and the tokenizer, but no weights."""
 
     folder: Path
     subfolder: str  # the transformer's
@@ -56,9 +56,9 @@ class Checkpoint:
         """The checkpoint in a diffusers folder or a hub repository; reads configs, the tokenizer and file headers.
 
         Args:
-            name: the folder, or the repository's name, of which no more is downloaded than is needed.
-            transformer: the subfolder with the transformer; the released repositories hold those of earlier stages,
-                such as transformer_init and transformer_ode, beside the last.
+            name: the folder, or the name of a hub repository, of which only the files that are needed are downloaded.
+            transformer: the subfolder with the transformer; the released repositories also hold the transformers of
+                earlier stages of training, such as transformer_init and transformer_ode.
             revision: branch, tag or commit of the repository.
 
         Raises:
@@ -123,7 +123,7 @@ class Checkpoint:
                 raise CheckpointError(f"{self.folder}: {ours[0]} {ours[1]} is not {theirs[0]} {theirs[1]}")
 
     def with_loras(self, metadata: Mapping[str, Mapping[str, str]]) -> "Checkpoint":
-        """The checkpoint with the settings of LoRAs, of which `metadata` has those of each file by its name.
+        """The checkpoint with the training settings that LoRA files record; `metadata` has each file's, by its name.
 
         Raises CheckpointError for LoRAs that disagree, or that were trained for another kind of checkpoint.
         """
@@ -131,7 +131,7 @@ class Checkpoint:
         return replace(self, variant=replace(self.variant, trained=trained))
 
     def hash(self) -> str:
-        """Tells its weights, configs and tokenizer apart from those of others; see `fingerprint`."""
+        """A hash that tells this checkpoint's weights, configs and tokenizer from others'; see `fingerprint`."""
         index = self.folder / "model_index.json"
         parts = weights_hash(self.folder / part for part in (self.subfolder, *PARTS))
         return hashlib.sha256(f"{parts} {file_hash(index)}".encode()).hexdigest()
@@ -145,7 +145,7 @@ class Checkpoint:
     def load_transformer(
         self, dtype: Any, *, stacked: bool, mesh: Mesh | None = None, implementations: Implementations = DEVICE
     ) -> Transformer:
-        """The transformer with its weights in `dtype`; with a `mesh`, split over it as its axes' rules say."""
+        """The transformer with its weights in `dtype`, sharded over `mesh`, if given, by `helios_jax.sharding`."""
         model = Transformer.abstract(self.transformer, stacked=stacked, implementations=implementations)
         return self._load(model, self.subfolder, dtype, mesh)
 
@@ -153,7 +153,7 @@ class Checkpoint:
         return self._load(self.abstract_vae(), "vae", dtype, mesh)
 
     def load_text_encoder(self, dtype: Any, *, mesh: Mesh | None = None, offloaded: bool = False) -> UMT5Encoder:
-        """With `offloaded` it goes to the host's memory, and to the device when a prompt is encoded."""
+        """The text encoder; if `offloaded`, in host memory, to be copied to the device while a prompt is encoded."""
         return self._load(self.abstract_text_encoder(), "text_encoder", dtype, mesh, offloaded)
 
     def _load(self, model: Network, part: str, dtype: Any, mesh: Mesh | None, offloaded: bool = False) -> Network:
@@ -171,7 +171,7 @@ class Checkpoint:
         offload_text_encoder: bool = False,
         implementations: Implementations = DEVICE,
     ) -> tuple[Transformer, AutoencoderKLWan, UMT5Encoder]:
-        """The networks with their weights."""
+        """The transformer, the VAE and the text encoder with their weights."""
         return (
             self.load_transformer(dtype, stacked=stacked, mesh=mesh, implementations=implementations),
             self.load_vae(vae_dtype, mesh=mesh),

@@ -3,8 +3,8 @@
 The config says what to run; flags and `key=value` arguments override it. Frames go to the mp4 as chunks come, so it can
 be watched while it grows and an interrupted run leaves the chunks that were done. Beside each video lies a JSON file
 with its settings and figures. Exit code 0 when done, 1 when some videos of a CSV failed, 130 when interrupted by Ctrl-C
-or SIGTERM (`runtime.interrupts`), 2 for input that cannot be used: one line says what, the rule and the remedy, before
-the model is built.
+or SIGTERM (`runtime.interrupts`), 2 for input that cannot be used: one line names the fault, the rule and the remedy,
+before the model is built.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from helios_jax.runtime.command import Parser, program_name
 from helios_jax.runtime.memory import is_out_of_memory
 from helios_jax.sampling.options import FILES, MAKE, METHOD, NOISE, SampleConfig, SamplingOptions
 
-# Flags of another form than their field.
+# Fields whose flag has another name and form.
 OTHERWISE = {"switches": "--then", "loras": "--lora"}
 # Errors of a path that was typed, wherever it is first used.
 BAD_PATHS = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS)
@@ -34,7 +34,7 @@ LESS_MEMORY = (
 
 
 def parse(argv: Sequence[str]) -> SampleConfig:
-    """The command line over the config; raises ConfigError."""
+    """Reads the config and the command line, which wins over it. Raises ConfigError."""
     parser = Parser(
         prog=program_name("sample.py"),
         usage="%(prog)s CONFIG [--flag X ...] [key=value ...]",
@@ -85,7 +85,7 @@ def parse(argv: Sequence[str]) -> SampleConfig:
 
 
 def _load(path: str, overrides: Sequence[str], given: Mapping[str, Any]) -> SampleConfig:
-    """The config; with `resume` what the command line leaves out is as in the state. Raises ConfigError."""
+    """The config. With `resume`, settings that the command line leaves out are the state's. Raises ConfigError."""
     found = configs.peek(path, overrides, "resume")
     resume = given.get("resume", found and found[0])
     if not isinstance(resume, str):
@@ -112,7 +112,7 @@ def _default(f: Any) -> str:
 
 
 class Lines(logging.Handler):
-    """Lines on what stderr is at that time: while bars are shown, rich takes its place and prints above them."""
+    """Log handler that looks `sys.stderr` up for every line: while bars are shown, rich's prints above them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)

@@ -1,7 +1,7 @@
 """An image or a video as the history of the first chunk (image to video, video to video).
 
-The host part (`read_context`) reads, checks and resizes, and needs no weights; the device part (`encode_context`)
-encodes and adds noise, with the draws of diffusers' Helios pipelines in their order.
+The host part (`read_context`) reads, checks and resizes, and needs no weights. The device part (`encode_context`)
+encodes and adds noise; it draws random numbers in the order of diffusers' Helios pipelines.
 """
 
 import dataclasses
@@ -37,7 +37,11 @@ VideoInput = Sequence[Image.Image | np.ndarray] | np.ndarray | str | os.PathLike
 def prepare_images(
     image: ImageInput | Sequence[ImageInput], batch: int, height: int, width: int
 ) -> Float[np.ndarray, "n 1 h w 3"]:
-    """One image for all of a batch (n is 1), or a sequence or an array [n, h, w, 3] of one each (n is `batch`)."""
+    """Images at the given size, in [-1, 1]: one for the whole batch (n is 1) or one for each prompt (n is `batch`).
+
+    `image` is one image, or a sequence or an array [n, h, w, 3] of several. Raises the errors of `preprocess`, and
+    ValueError for another number of images.
+    """
     many = _is_list(image) or (isinstance(image, np.ndarray) and image.ndim == 4)
     images: Any = image if many else [image]
     _check_count("image", len(images), batch)
@@ -46,26 +50,26 @@ def prepare_images(
 
 @dataclass(frozen=True)
 class Still:
-    """Images in [-1, 1]: n of one frame each, [n, 1, h, w, 3]."""
+    """Input images: `pixels` [n, 1, h, w, 3] in [-1, 1]."""
 
     pixels: np.ndarray
 
     def repeated(self, copies: int) -> "Still":
-        """Each image `copies` times in a row, unless one serves all."""
+        """Each image `copies` times in a row; a single image stays one, for the whole batch."""
         return self if len(self.pixels) == 1 else Still(np.repeat(self.pixels, copies, 0))
 
 
 @dataclass(frozen=True)
 class Clip:
-    """The parts of n videos that reach the memory, in [-1, 1]: the first frame [n, 1, h, w, 3] and the last chunks
-    [n, t, h, w, 3]; and how many whole chunks the videos have."""
+    """The parts of n input videos that the history needs, in [-1, 1]: the first frame [n, 1, h, w, 3] and the last
+    chunks (`tail`) [n, t, h, w, 3]. `num_chunks` counts the whole chunks of each video."""
 
     first: np.ndarray
     tail: np.ndarray
     num_chunks: int
 
     def repeated(self, copies: int) -> "Clip":
-        """Each video `copies` times in a row, unless one serves all."""
+        """Each video `copies` times in a row; a single video stays one, for the whole batch."""
         if len(self.first) == 1:
             return self
         return Clip(np.repeat(self.first, copies, 0), np.repeat(self.tail, copies, 0), self.num_chunks)
@@ -115,13 +119,14 @@ def prepare_videos(
     vae: VAEConfig,
     fps: float | None = None,
 ) -> Clip:
-    """One video for all of a batch (n is 1), or a sequence or an array [n, t, h, w, 3] of one each (n is `batch`).
+    """The clip of one video for the whole batch (n is 1), or of one for each prompt (n is `batch`).
 
-    A list of images is one video, a list of files is as many. However long a file is, only what reaches the memory is
-    held, and resized. `fps` as in `frames_of`.
+    `video` is one video, or a sequence or an array [n, t, h, w, 3] of several. A list of images is one video, a list of
+    files is several. Only the frames that the history needs are held and resized, however long a file is. `fps` is that
+    of `frames_of`.
 
-    Raises ValueError or FileNotFoundError, in one line, for files that cannot be read and for less than a chunk of
-    frames.
+    Raises ValueError or FileNotFoundError, in one line, for files that cannot be read, for less than a chunk of frames,
+    and for videos of different lengths.
     """
     many = (_is_list(video) and len(video) > 0 and not _is_frame(video[0])) or (
         isinstance(video, np.ndarray) and video.ndim == 5
@@ -154,9 +159,10 @@ def from_image(
     noise: Noise,
     batch: int | None = None,
 ) -> History:
-    """The image as the anchor; the last latent of a chunk in which it stands still as the newest frame; zeros else.
+    """The history of an image: the anchor is the image, the newest frame the last latent of a chunk that repeats it.
 
-    `pixels` are `prepare_images`'. One image serves `batch` videos, with random draws for each.
+    All other frames are zeros. `pixels` come from `prepare_images`. One image serves `batch` videos, each with random
+    draws of its own.
     """
     posterior = _encode_still(vae, pixels, memory)
     shape = (batch or len(pixels), *posterior[0].shape[1:])
@@ -177,10 +183,10 @@ def from_video(
     noise: Noise,
     batch: int | None = None,
 ) -> History:
-    """The video's first frame as the anchor, its last latents as the history, zeros before them if they are few.
+    """The history of a video: its first frame is the anchor, its last latents fill the window, after zeros if too few.
 
-    The video is cut into chunks from its end; frames left at its beginning are dropped. `clip` is `prepare_videos`'.
-    One video serves `batch` videos, with random draws for each.
+    The video is cut into chunks from its end; frames left at its beginning are dropped. `clip` comes from
+    `prepare_videos`. One video serves `batch` videos, each with random draws of its own.
     """
     posterior = _encode_still(vae, clip.first, memory)
     shape = (batch or len(clip.first), *posterior[0].shape[1:])
@@ -189,7 +195,7 @@ def from_video(
     parts = np.split(clip.tail, clip.tail.shape[1] // _chunk_frames(memory, vae.config), axis=1)
 
     def last(draws: Iterable[Drawn]) -> Iterable[Drawn]:
-        """Chunks that do not reach the memory have their draws, as in diffusers, but are not encoded."""
+        """Keeps the draws of the chunks that are encoded; as in diffusers, earlier chunks consume draws, too."""
         return deque(draws, maxlen=len(parts))
 
     draws = last(_normal(noise, "video_posterior", shape) for _ in range(clip.num_chunks))
@@ -203,13 +209,13 @@ def from_video(
 
 @program()
 def _posterior(vae: AutoencoderKLWan, pixels: Float[Array, "n t h w 3"]) -> Posterior:
-    """The one program that encodes: a chunk's mean and standard deviation, in float32."""
+    """Mean and standard deviation of a chunk's latents, float32: one program for images and videos."""
     mean, logvar = vae.encode(pixels.astype(vae.quant_conv.weight.dtype))
     return mean.astype(jnp.float32), jnp.exp(0.5 * logvar.astype(jnp.float32))
 
 
 def _encode_still(vae: AutoencoderKLWan, pixels: Float[np.ndarray, "n 1 h w 3"], memory: MemoryConfig) -> Posterior:
-    """A chunk that repeats one frame. The VAE is causal: the first latent depends on the first frame alone."""
+    """Encodes a chunk that repeats one frame. The VAE is causal: the first latent depends on the first frame alone."""
     return _posterior(vae, jnp.repeat(jnp.asarray(pixels), _chunk_frames(memory, vae.config), 1))
 
 
@@ -223,14 +229,14 @@ def _normal(noise: Noise, site: str, shape: tuple[int, ...]) -> Array:
 
 
 def _draw_noise(noise: Noise, site: str, shape: tuple[int, ...], low: float, high: float) -> tuple[Array, Array]:
-    """The noise of `shape`, and sigmas [1, t], one per frame and shared by the batch."""
+    """Draws noise of `shape`, and sigmas [1, t] between `low` and `high`, one per frame and shared by the batch."""
     name, frames = f"{site}_sigma", (shape[1],)
     sigma = low + (high - low) * jnp.asarray(draw(noise.uniform(name, frames), frames, name))
     return _normal(noise, f"{site}_noise", shape), sigma[None]
 
 
 def _history(memory: MemoryConfig, anchor: Array, latents: Array) -> History:
-    """`latents` as the newest frames of an empty history."""
+    """A history whose newest frames are `latents` (the last ones that fit), after zeros."""
     batch, _, *size = latents.shape
     blank = empty(memory, batch, *size)
     latents = jnp.concatenate([blank.latents, latents], 1)[:, -memory.frames :]
@@ -261,7 +267,8 @@ def _check_count(what: str, count: int, batch: int) -> None:
 def frames_of(video: Any, fps: float | None, name: str) -> Iterable[Any]:
     """The frames of one video: a file or its http address, a sequence of images or arrays, or an array [t, h, w, 3].
 
-    A file's are read as they are asked for, at the rate `fps`, by default its own.
+    The frames of a file are read lazily, at `fps` frames a second (None: all of its frames). Raises ValueError for
+    other values, and for `fps` with frames in memory.
     """
     if _is_path(video):
         return _frames_of_file(video, fps)

@@ -55,10 +55,11 @@ def is_url(name: str | os.PathLike) -> bool:
 
 @contextmanager
 def local(name: str | os.PathLike, kind: str) -> Iterator[Path]:
-    """The file at a path, or a temporary file with what is at an http or https address; `kind` is "image" or "video".
+    """Yields a local file with the content of `name`: a path, a file of a bucket, or an http or https address.
 
-    Raises ValueError, in one line that begins with the address, for what cannot be downloaded, and for other schemes.
-    What is raised about the temporary file names the address instead.
+    `kind`, "image" or "video", decides how large a download may be. Raises ValueError, in one line that begins with the
+    address, if it cannot be downloaded or has another scheme. In errors that the caller raises about the temporary
+    file, the address takes the place of its name.
     """
     if not is_url(name):
         try:
@@ -105,7 +106,7 @@ def _fetch(url: str, file: IO[bytes], most: int) -> None:
     except _TooLargeError:
         text = f"{url}: larger than {most // 1_000_000} MB; name a smaller file, or download it first"
         raise ValueError(text) from None
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an address that is none
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: not a valid address
         raise _failed(url, error) from None
 
 

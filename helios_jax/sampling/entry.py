@@ -8,13 +8,13 @@ from helios_jax.runtime.command import program_name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`cli.main`, imported when it is called."""
+    """Runs `cli.main`, which is imported only now."""
     from helios_jax.sampling import cli
 
     return cli.main(argv)
 
 
 def entry_point() -> NoReturn:
-    """`main` as a process of its own, which it ends: the interpreter's own end takes a while, and answers no signal."""
+    """Runs `main` and ends the process at once: the interpreter's own shutdown takes a while and ignores signals."""
     interrupts.install(program_name("sample.py"))
     interrupts.leave(main())

@@ -1,4 +1,4 @@
-"""Hashes of what a video depends on: of weights a sample, cheap even for 28 GB; of inputs every byte."""
+"""Hashes of the files that a video depends on: of samples of the weights, cheap even for 28 GB; of all input bytes."""
 
 import hashlib
 from collections.abc import Iterable
@@ -22,16 +22,16 @@ def weights_hash(folders: Iterable[Path]) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 over one file of weights; see `_digest`. Its name does not count."""
+    """SHA-256 over one file of weights, without its name; see `_digest`."""
     _digest(digest := hashlib.sha256(), path, "")
     return digest.hexdigest()
 
 
 def _digest(digest: "hashlib._Hash", path: Path, name: str) -> None:
-    """Adds a file's name, its size, and a MiB of its start, middle and end.
+    """Adds `name`, the file's size, and a MiB each of its start, middle and end to `digest`.
 
-    The start holds every tensor's name, shape and place. It tells checkpoints apart; it does not prove that every byte
-    is as it was.
+    The start of a safetensors file holds every tensor's name, shape and offset. The hash tells checkpoints apart; it
+    does not prove that every byte is unchanged.
     """
     size = path.stat().st_size
     digest.update(f"{name} {size}\n".encode())
@@ -43,9 +43,9 @@ def _digest(digest: "hashlib._Hash", path: Path, name: str) -> None:
 
 @cache
 def content_hash(name: str) -> str | None:
-    """SHA-256 over all of an input: a file, or the files of a folder in the order of their names; None if it is gone.
+    """SHA-256 over all bytes of an input: a file, or the files of a folder in the order of their names.
 
-    Of a URL it is the text: what it names is not loaded for this.
+    None if it cannot be read. Of a URL only the text is hashed: nothing is downloaded for this.
     """
     if is_url(name):
         return hashlib.sha256(name.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Latents to frames."""
+"""Decodes latents to pixels, and encodes single frames to latents."""
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,12 @@ decode = program(static_argnames="dtype")(to_pixels)
 
 
 def last_frame(vae: AutoencoderKLWan, pixels: UInt8[Array, "b t h w 3"]) -> Float[Array, "b 1 h_ w_ c"]:
-    """The last frame of a chunk as the first latent frame of the next chunk: as an image's."""
+    """Encodes the last frame of a chunk, as an image, to the first latent frame of the next chunk."""
     return to_latent(vae, pixels[:, -1:].astype(jnp.float32) / 127.5 - 1)
 
 
 def to_latent(vae: AutoencoderKLWan, image: Float[Array, "b 1 h w 3"]) -> Float[Array, "b 1 h_ w_ c"]:
-    """The latent frame of images in [-1, 1], without a random draw."""
+    """The normalized latent frame of images in [-1, 1]: the mean, without a random draw."""
     mean, _ = vae.encode(image.astype(vae.quant_conv.weight.dtype))
     return normalize(mean.astype(jnp.float32), vae.config)
 
@@ -36,7 +36,10 @@ encode_last_frame, encode_image = program()(last_frame), program()(to_latent)
 
 
 def decode_video(vae: AutoencoderKLWan, latents: Float[Array, "b t h w c"], plan: Plan, *, dtype: str) -> np.ndarray:
-    """The pixels of a whole video, chunk by chunk: the first latent frame of each is an image's."""
+    """The pixels [b, t, h, w, 3] of a whole video of `num_frames` frames, in the `dtype` of `to_pixels`.
+
+    Each chunk is decoded on its own, because its first latent frame stands for one frame, as an image's does.
+    """
     chunks = jnp.split(latents, latents.shape[1] // plan.memory.frames_per_chunk, axis=1)
     made = (np.asarray(decode(vae, chunk, dtype=dtype)) for chunk in chunks)
     added = [chunk[:, -plan.frames.of(number) :] for number, chunk in enumerate(made)]

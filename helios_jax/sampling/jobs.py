@@ -21,7 +21,7 @@ ELSEWHERE = (
     *("csv", "ids", "interpolate_time", "naming", "num_videos_per_prompt"),
     *("out", "format", "overwrite", "state", "resume", "profile", "ray", "ray_worker"),
 )
-# Fields that do not decide what is in a video: paths, as the content counts, and where the text encoder waits.
+# Fields that may differ for the same video: paths, whose content is compared, and where the text encoder is kept.
 NOT_COMPARED = ("model", "transformer", "loras", "image", "video", "offload_text_encoder")
 
 
@@ -29,7 +29,7 @@ NOT_COMPARED = ("model", "transformer", "loras", "image", "video", "offload_text
 class Job:
     """One video: its `name` in messages, its whole config, and the path of its file.
 
-    `weights` are hashes of the files that make it, by name: those of the checkpoint and of the LoRAs.
+    `weights` has hashes of the files of the checkpoint and of the LoRAs, by name.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Job:
         return dict(self.weights) | {key: content_hash(name) for key, name in named.items() if name is not None}
 
     def differs(self, facts: Mapping[str, Any]) -> list[str]:
-        """Names of the settings and inputs that decide the video and are others in `facts`, those of a file."""
+        """Names of the settings and inputs that decide the video and differ from those in `facts`, a file's sidecar."""
         theirs, inputs = facts.get("settings"), facts.get("inputs")
         theirs, inputs = (value if isinstance(value, dict) else {} for value in (theirs, inputs))
         names = [key for key, ours in self.settings().items() if key not in NOT_COMPARED and ours != theirs.get(key)]
@@ -73,7 +73,7 @@ class Job:
 
 
 def make_jobs(config: SampleConfig, frames: ChunkFrames, weights: Mapping[str, Any] | None = None) -> list[Job]:
-    """All videos of a run, in order; `frames` are those of the chunks, `weights` those of `Job`.
+    """All videos of a run, in order; `frames` are the numbers of frames of chunks, `weights` those of each `Job`.
 
     Raises ConfigError for a CSV that cannot be read or an `out` that does not fit.
     """
@@ -98,6 +98,7 @@ def make_jobs(config: SampleConfig, frames: ChunkFrames, weights: Mapping[str, A
 
 
 def _out(config: SampleConfig, one: SampleConfig, row: str, seed: int, kind: Format) -> Path:
+    """The path of a video's file: `config` is the run's, `one` and `row` are the config and the id of the video."""
     several = f"_seed{seed}" if config.num_videos_per_prompt > 1 else ""
     suffix = "" if kind == "png" else f".{kind}"
     if config.csv is None:
@@ -120,14 +121,15 @@ def _rows(config: SampleConfig, frames: ChunkFrames) -> Iterator[tuple[str, Samp
         videos = {name: rows for name, rows in videos.items() if name in config.ids}
     for name, rows in videos.items():
         try:
-            yield name, _one(config, rows, frames)
+            yield name, _video_config(config, rows, frames)
         except ConfigError:
             raise
         except ValueError as error:
             raise rows[0].error(f"id {name}: {error}") from None
 
 
-def _one(config: SampleConfig, rows: list[table.Row], frames: ChunkFrames) -> SampleConfig:
+def _video_config(config: SampleConfig, rows: list[table.Row], frames: ChunkFrames) -> SampleConfig:
+    """The config of one video of the CSV; with several `rows`, its prompt switches from row to row."""
     first = rows[0]
     prompts = [row.get("refined_prompt", "prompt") for row in rows]
     given: dict[str, Any] = {

@@ -27,7 +27,8 @@ class Noise(Protocol):
 
 
 class SeededNoise:
-    """Keys split from a seed by site and by how often the site was asked: more chunks never change earlier ones.
+    """Random numbers from seeds. The key of a draw depends on its site and on the number of draws made there before.
+    So more chunks never change earlier ones.
 
     With several seeds the first dimension is the batch and each seed draws one row of it, so a video is the same alone
     and in a batch; a draw that all videos share, with another first dimension, comes from the first seed.
@@ -39,7 +40,7 @@ class SeededNoise:
         self._asked: Counter[str] = Counter(asked)
 
     def asked(self) -> dict[str, int]:
-        """Number of draws at each site: `SeededNoise(*seeds, asked=...)` goes on from there."""
+        """Number of draws at each site; `SeededNoise(*seeds, asked=...)` continues after them."""
         return dict(self._asked)
 
     def _draw(self, kind, site: str, shape: tuple[int, ...]) -> jax.Array:
@@ -64,7 +65,7 @@ def _drawn(kind: Any, shape: tuple[int, ...], root: jax.Array, number: jax.Array
 
 
 def draw(values: ArrayLike, shape: tuple[int, ...], site: str) -> np.ndarray | jax.Array:
-    """`values` as a float32 array, checked: a caller's object may hand out anything."""
+    """`values` as an array, float32 unless it is jax's. Raises ValueError for another shape than was asked for."""
     array = values if isinstance(values, jax.Array) else np.asarray(values, np.float32)
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"noise for {site!r} has shape {list(array.shape)}, not {list(shape)} as it was asked for")

@@ -15,7 +15,7 @@ from helios_jax.config_types import got, unreadable
 from helios_jax.locations import check_locations, location
 from helios_jax.runtime.seeds import checked
 
-# More than anyone waits for; numbers past them would overflow or fill the memory before a message.
+# Limits beyond any use: larger numbers would overflow or fill the memory before an error could be reported.
 MOST_VIDEOS = 10_000  # of a prompt, planned at once
 MOST_PIXELS = 2**14  # of a side
 MOST_STEPS = 10_000
@@ -23,7 +23,7 @@ MOST_GUIDANCE = 1_000
 MOST_LATENT_FRAMES = 1_000
 MOST_TOKENS = 2**14
 MOST_FRAMES = 2**40
-MOST_VIDEO_FPS = 1_000  # a file at a higher rate is its frames many times over
+MOST_VIDEO_FPS = 1_000  # a higher rate only repeats the file's frames
 MOST_FPS = 2**31 - 1  # FFmpeg keeps rates as 32-bit numbers
 WEIGHTS_FPS = 24  # the rate of the clips that the released weights were trained on
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -91,11 +91,11 @@ class PromptSwitch:
 
 @dataclass
 class ContextConfig:
-    """Noise that the frames of an input image or video get, in the names of diffusers' Helios pipelines.
+    """Noise added to the frames of an input image or video, under the names of diffusers' Helios pipelines.
 
-    A frame becomes sigma * noise + (1 - sigma) * latent, sigma uniform between two bounds. As in diffusers the image
-    sigmas are those of the anchor, which is the image or a video's first frame; all other frames take the video sigmas,
-    also the repetition of an image.
+    A frame becomes sigma * noise + (1 - sigma) * latent, sigma uniform between two bounds. As in diffusers, the image
+    sigmas apply to the anchor, which is the image or a video's first frame. The video sigmas apply to all other frames,
+    also to the repetition of an image.
     """
 
     add_noise_to_image_latents: bool = option(True, "whether an input image gets noise", NOISE)
@@ -200,7 +200,7 @@ class SamplingOptions(ContextConfig):
             raise ValueError(f"history_sizes must be three numbers (long, mid, short), got {list(self.history_sizes)}")
 
     def changed(self, changes: Mapping[str, Any]) -> "SamplingOptions":
-        """A copy with `changes`, of which sequences may be lists or tuples.
+        """A copy with `changes`; sequences in them may be lists or tuples.
 
         Raises TypeError, in one line, for a name that is no option.
         """
@@ -216,7 +216,7 @@ class SamplingOptions(ContextConfig):
 
 
 def takes_options(function: Function) -> Function:
-    """A decorator: `**changes` of `function` become keyword arguments of all options in its signature and its help."""
+    """Decorator that lists every option as a keyword argument, in place of `**changes`, in signature and docstring."""
     signature = inspect.signature(function)
     kept = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     fields = sorted(dataclasses.fields(SamplingOptions), key=lambda f: f.metadata["group"] == NOISE)
@@ -231,10 +231,10 @@ def takes_options(function: Function) -> Function:
 
 @dataclass
 class SampleConfig(SamplingOptions):
-    """One run of sample.py: a video, or with `csv` many; it adds prompts, inputs and files to `SamplingOptions`.
+    """Settings of one run of sample.py, which makes one video or, with `csv`, many: adds inputs to `SamplingOptions`.
 
-    A CSV has a row per video with columns prompt (or refined_prompt), and as far as wanted id, negative_prompt, image
-    (or image_name), video (or video_name), seed and num_frames (or duration). With a column prompt_index the rows of an
+    A CSV has a row per video: a column prompt (or refined_prompt) and optional columns id, negative_prompt, image (or
+    image_name), video (or video_name), seed and num_frames (or duration). With a column prompt_index, the rows of one
     id are one video, whose prompts switch every `interpolate_time` chunks (upstream's interactive format). Files in it
     are relative to the CSV's folder; http and https addresses are downloaded.
     """

@@ -1,4 +1,4 @@
-"""Files that a run writes: what another run or a person made is never overwritten unasked."""
+"""Checks of the files that a run writes: files of other runs or of a person are never overwritten unasked."""
 
 import fcntl
 import os
@@ -18,9 +18,9 @@ from helios_jax.sampling.jobs import Job
 
 
 def check(job: Job, *, goes_on: bool = False) -> None:
-    """Raises ConfigError where a file of the video would take the place of one that the same run did not make.
+    """Raises ConfigError if a file of the video would overwrite a file that this run did not make.
 
-    With `goes_on` the video's own file is there, to be continued.
+    With `goes_on`, the video's own file exists and will be continued.
     """
     config = job.config
     written = {"out": job.out, "the JSON beside it": sidecar(job.out)}
@@ -45,7 +45,7 @@ def check(job: Job, *, goes_on: bool = False) -> None:
         check_folder(location(config.profile))
     if config.overwrite or goes_on:
         return
-    if _made(job.out) and not is_rest_of(job):
+    if _has_content(job.out) and not is_rest_of(job):
         remedy = "name another file, or --overwrite"
         if config.resume is not None:
             remedy = "it is not the file of the video of this state: " + remedy
@@ -62,16 +62,16 @@ def check(job: Job, *, goes_on: bool = False) -> None:
 
 
 def is_rest_of(job: Job) -> bool:
-    """True if the file is what an interrupted run of the same video left, which this run makes again."""
+    """True if an interrupted run left the file of the same video unfinished; this run makes it again."""
     facts = read_sidecar(job.out) or {}
     return job.config.resume is None and facts.get("complete") is False and not job.differs(facts)
 
 
 @contextmanager
 def claim(path: Path) -> Iterator[bool]:
-    """Holds the video at `path` for this process: False if another process is making it, which may be one that ends.
+    """Locks the video at `path` for this process; yields False if another process, perhaps one just ending, holds it.
 
-    The lock lies beside the video, and goes with the process, however that ends. A bucket has no locks.
+    The lock is on a file beside the video, and the system releases it however the process ends. A bucket has no locks.
     """
     if is_remote(path):
         yield True
@@ -101,14 +101,15 @@ def _lock(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def _is_open_as(number: int, path: Path) -> bool:
+def _is_open_as(descriptor: int, path: Path) -> bool:
+    """True if the open file is still the one at `path`."""
     try:
-        return os.path.samestat(os.fstat(number), path.stat())
+        return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _made(path: Path) -> bool:
+def _has_content(path: Path) -> bool:
     return any(path.iterdir()) if path.is_dir() else path.exists()
 
 

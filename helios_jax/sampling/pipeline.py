@@ -48,7 +48,7 @@ class HeliosPipelineOutput:
 
 @dataclass
 class HeliosPipeline:
-    """Helios, all of diffusers' `HeliosPipeline` and `HeliosPyramidPipeline`: the checkpoint's files say which.
+    """The Helios pipeline: diffusers' `HeliosPipeline` or `HeliosPyramidPipeline`, as the checkpoint's files say.
 
     ```python
     pipe = HeliosPipeline.from_pretrained("BestWishYsh/Helios-Base")
@@ -85,14 +85,14 @@ class HeliosPipeline:
         """The pipeline in a diffusers folder, a hub repository (at a `revision`) or an opened checkpoint.
 
         `transformer` is the subfolder with the transformer: released repositories also hold those of other stages, such
-        as transformer_ode. `dtype` is for the transformer and the text encoder: bfloat16 where there is an
-        accelerator and float32 on CPU unless given. `vae_dtype` is the VAE's: `dtype` or, on CPU,
-        float32. `stacked` keeps transformer blocks stacked and scanned (the default on TPU) or as a list (elsewhere).
+        as transformer_ode. `dtype` is for the transformer and the text encoder, by default bfloat16 on an accelerator
+        and float32 on CPU. `vae_dtype` is the VAE's, by default `dtype` or, on CPU, float32. `stacked` keeps the
+        transformer's blocks stacked and scans over them (the default on TPU), or keeps them as a list (elsewhere).
         With `offload_text_encoder` (the default where there is an accelerator) the text encoder, 11 GB of the released
         weights, waits in the host's memory and is on the device only while a prompt is encoded. `attention` and `norms`
         name the implementations in the transformer (docs/kernels.md), by default the device's best. With a `mesh`
-        (`helios_jax.sharding.make_mesh`) each device gets its shard of every tensor; where its `context` splits the
-        tokens, `context_attention` names the way that they attend to one another.
+        (`helios_jax.sharding.make_mesh`) each device gets its shard of every tensor; where the axis `context` splits
+        the tokens, `context_attention` is the algorithm by which they attend to one another.
 
         Raises:
             ValueError: the `attention` or `norms` asked for cannot run here, or the mesh does not fit the heads.
@@ -112,7 +112,7 @@ class HeliosPipeline:
         return cls(*networks, checkpoint.tokenizer, checkpoint.scheduler, checkpoint.variant)
 
     def save_pretrained(self, folder: str | Path, *, dtype: Any = None, max_shard_size: int | str = "5GB") -> None:
-        """Writes the pipeline as a folder that this class and diffusers load, tensor by tensor."""
+        """Writes the pipeline, tensor by tensor, to a folder that this class and diffusers can load."""
         folder = location(folder)
         for name in ("transformer", "vae", "text_encoder"):
             model = getattr(self, name)
@@ -129,7 +129,7 @@ class HeliosPipeline:
         return encode_prompts(self.text_encoder, self.tokenizer, make_prompts(prompts), max_sequence_length)
 
     def plan(self, options: SamplingOptions) -> Plan:
-        """The plan of `options` for this checkpoint; raises ValueError for an option that cannot be."""
+        """The plan of `options` for this checkpoint. Raises ValueError for an option that does not fit it."""
         return make_plan(self.transformer.config, self.vae.config, self.scheduler, self.variant, options)
 
     @takes_options
@@ -160,10 +160,10 @@ class HeliosPipeline:
             num_videos_per_prompt: videos of each prompt, in a row.
             output_type: "np" for float32 frames [b, t, h, w, 3] in [0, 1]; "latent" for the latents [b, t, h, w, c] of
                 whole chunks, without the history they began with.
-            seed: of each prompt's first video, the next ones count on; or one per video. A video does not depend on
-                the others of its batch.
+            seed: the seed of each prompt's first video, from which the prompt's next videos count on; or one per video.
+                A video does not depend on the others of its batch.
             noise: a source of random numbers in place of seeds, with `normal(site, shape)` and `uniform(site, shape)`.
-            options: all options together; those given by name replace its values.
+            options: all options as one object; options given by name replace its values.
 
         Raises:
             ValueError: an argument cannot be used; the message names it, the rule and the remedy.
@@ -210,8 +210,8 @@ class HeliosPipeline:
 
         A chunk comes as soon as it is decoded, while the next one is computed; memory does not grow. The text can be
         changed on the way (`Stream.set_prompt`), and `save_state` writes a file that `resume` goes on from. The other
-        arguments are those of `__call__`; `num_frames=None` never ends. `progress(chunk, step)` is called after every
-        step, which then is waited for.
+        arguments are those of `__call__`; `num_frames=None` never ends. `progress(chunk, step)`, if given, is called
+        after every step, and the stream then waits for each step.
         """
         check_output_type(output_type)
         plan = self.plan((options or SamplingOptions()).changed(changes))
@@ -243,9 +243,10 @@ class HeliosPipeline:
         output_type: str = "np",
         progress: sampler.Progress | None = None,
     ) -> Stream:
-        """The stream whose state is in `path`, from the chunk after the last one it yielded, bit for bit as it would
-        have gone on. `num_frames` gives the whole video another length; so does a `plan`, whose options must be those
-        of the state in all else. `switches` take the place of those that were planned for later chunks.
+        """Continues the stream whose state is in `path`, bit for bit as if it had not stopped.
+
+        `num_frames` gives the whole video another length. So may a `plan`, whose options must otherwise give the same
+        video as the state's. `switches` replace the switches that were planned for later chunks.
 
         Raises:
             ValueError: the file is no such state, or was made with another checkpoint or other options, or a prompt
@@ -316,7 +317,7 @@ class HeliosPipeline:
         return dataclasses.replace(call, overlap=self.vae, begins=begins)
 
     def generate(self, call: Call) -> Float[Array, "b t h w c"]:
-        """The latents of all chunks; a first chunk of its own kind is a program of its own."""
+        """The latents of all chunks. A first chunk with steps or a beginning unlike later ones has its own program."""
         assert call.plan.num_chunks is not None
         mixtures = [call.prompts.mixture(chunk) for chunk in range(call.first, call.plan.num_chunks)]
         noises = [call.chunk_noise() for _ in mixtures]
@@ -363,7 +364,7 @@ def compute_dtype(dtype: Any = None) -> Any:
 
 
 def identity_of(variant: Variant, config: TransformerConfig, dtype: Any) -> dict[str, Any]:
-    """JSON of what a stream's states depend on besides its options: another one cannot go on from them."""
+    """Identity of a checkpoint and precision, ready for JSON: a saved state resumes only where it is the same."""
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
     return {"variant": variant.name, "transformer": plain, "precision": str(dtype)}
 
@@ -375,7 +376,7 @@ def check_identity(path: str | PathLike, state: State, identity: Mapping[str, An
 
 
 def _with_switches(state: State, switches: Sequence[PromptSwitch], plan: Plan) -> Schedule:
-    """The schedule of a state up to its chunk, and then `switches`."""
+    """A state's schedule up to its chunk, then `switches`. Raises ValueError for a switch before that chunk."""
     past = [entry for entry in state.prompts.entries if entry.chunk < state.chunk]
     prompts = past[-1].prompts if past else state.prompts.entries[0].prompts
     later = make_schedule(prompts, switches, plan.options, plan.frames).entries[1:]

@@ -1,4 +1,4 @@
-"""The plan of a video: chunks, shapes, levels, steps. It needs configs only, so errors come before weights."""
+"""The plan of a video: chunks, shapes, levels, steps. Configs suffice for it, so errors precede loading of weights."""
 
 import math
 import warnings
@@ -21,8 +21,8 @@ from helios_jax.sampling.trained import Trained
 class Variant:
     """The released kind of a checkpoint, from its model_index.json: Base (no pyramid), Mid, Distilled.
 
-    `trained_size` is the height and width in pixels that its weights know: 384 x 640 unless the file says otherwise.
-    `trained` are other settings of the training, which sampling follows.
+    `trained_size` is the height and width in pixels of its training: 384 x 640 unless the file says otherwise.
+    `trained` has other settings of the training, which sampling follows.
     """
 
     pyramid: bool = False
@@ -38,8 +38,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class Plan:
-    """A video's sizes and steps: `latent_shape` [t, h, w, c] of a chunk and its pixel `frames`, the levels of all
-    chunks and `first_levels` of the first. Without end `num_chunks` is None. It is made once and passed on."""
+    """Sizes and steps of a video: the `latent_shape` [t, h, w, c] of a chunk, the pixel `frames` of chunks, and the
+    `levels` of a chunk, `first_levels` for the first one. `num_chunks` is None for a video without end."""
 
     options: SamplingOptions
     num_chunks: int | None
@@ -68,7 +68,7 @@ def make_plan(
     variant: Variant,
     options: SamplingOptions,
 ) -> Plan:
-    """The plan of `options` for a checkpoint. Raises ValueError that names the option that cannot be.
+    """The plan of `options` for a checkpoint. Raises ValueError, which names it, for an option that does not fit.
 
     Warns of a size that the weights were not trained at.
     """
@@ -162,6 +162,7 @@ def frames_of_chunks(options: SamplingOptions, vae: VAEConfig, variant: Variant)
 def _step_counts(
     variant: Variant, scheduler: SchedulerConfig, steps: int | None, pyramid: Sequence[int] | None
 ) -> list[int]:
+    """Steps of each level, coarsest first. Raises ValueError for the option of another kind of checkpoint."""
     if not variant.pyramid:
         if pyramid is not None:
             raise ValueError(
@@ -187,7 +188,7 @@ def _step_counts(
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
-    """Raises ValueError unless both sizes are positive multiples; names the nearest that are."""
+    """Raises ValueError unless height and width are positive multiples of `multiple`; it names the nearest ones."""
     for name, value in {"height": height, "width": width}.items():
         if value < multiple or value % multiple:
             below = value // multiple * multiple

@@ -21,13 +21,14 @@ COLUMNS = (
     TextColumn("{task.fields[count]}", style="progress.download"),
     TimeRemainingColumn(),
 )
-SPEED_OVER = 3600.0  # seconds: rich's 30 are less than many a chunk takes
+SPEED_OVER = 3600.0  # seconds to average the speed over: a chunk may take longer than rich's default of 30
 
 
 class RunProgress:
-    """Progress of all videos, of which `chunks` are to be made each (None: without end); `with` while one is made.
+    """Progress of a run's videos, to be entered (`with`) while each is made.
 
-    The time left follows from chunks in the file: the first one, with its compilation, is not counted.
+    `chunks` has the number of chunks of each video, None for one without end. The time left is estimated from chunks
+    that are in the file, without the first one, which includes compilation.
     """
 
     def __init__(self, chunks: Sequence[int | None], clock: Callable[[], float] | None = None):
@@ -45,11 +46,11 @@ class RunProgress:
         self._chunk_bar = self._bars.add_task("chunks", count="")
         self._step_bar = self._bars.add_task("steps", count="")
         self._stack = ExitStack()
-        self._told = False
+        self._announced = False  # the compilation, on a line of its own
         self._video = 0
 
     def begin(self, video: int, name: str) -> None:
-        """Says which video is next, counted from 0, and how long the rest takes. Failed ones leave the estimate."""
+        """Announces the next video, counted from 0, and the time left. Videos that failed leave the estimate."""
         self._video, count, left = video, len(self._chunks), self._chunks[video:]
         task = self._bars.tasks[0]
         # Not through `update`, which forgets the speed when the total changes.
@@ -66,13 +67,13 @@ class RunProgress:
         self._bars.reset(self._step_bar, total=plan.num_steps(0), count=f"0/{plan.num_steps(0)}")
 
     def step(self, step: int, total: int) -> None:
-        """A step, counted from 0, has been computed."""
+        """Shows that a step, counted from 0, has been computed."""
         if step == 0:
             self._bars.reset(self._step_bar, total=total)
         self._bars.update(self._step_bar, completed=step + 1, count=f"{step + 1}/{total}", description="steps")
 
     def chunk(self, done: int, total: int | None, frames: int) -> None:
-        """`done` chunks of the video are in its file, `frames` in all."""
+        """Shows that `done` chunks of the video, with `frames` frames in all, are in its file."""
         count = f"{done}/{total or '-'}"
         self._bars.update(self._chunk_bar, completed=done, count=count)
         self._bars.update(self._videos, advance=1, count=f"{self._video + (done == total)}/{len(self._chunks)}")
@@ -89,6 +90,6 @@ class RunProgress:
 
     def _compiling(self) -> None:
         self._bars.update(self._step_bar, description="compiling")
-        if not self.live and not self._told:
+        if not self.live and not self._announced:
             print("compiling: the first chunk takes longer", flush=True)
-        self._told = True
+        self._announced = True

@@ -29,9 +29,9 @@ class Schedule:
     entries: tuple[Entry, ...]
 
     def mixture(self, chunk: int) -> Mixture:
-        """The weights of `chunk`: a fade's are linspace(0, 1, crossfade), upstream's rule.
+        """The prompts of `chunk` and their weights, which follow linspace(0, 1, crossfade) in a fade (upstream's rule).
 
-        So a fade over N chunks begins with a chunk of the text before and ends with one of the new text. A switch
+        So a fade over N chunks begins with a chunk of the old text and ends with a chunk of the new text. A switch
         during a fade starts from the weights reached.
         """
         *before, last = (entry for entry in self.entries if entry.chunk <= chunk)
@@ -48,12 +48,12 @@ class Schedule:
         return Schedule((*(e for e in self.entries if e.chunk < entry.chunk), entry))
 
     def prune(self, chunk: int) -> "Schedule":
-        """Without entries that no chunk from `chunk` on needs, so that a stream's schedule does not grow."""
+        """The schedule without entries that no chunk from `chunk` on needs, so that a stream's does not grow."""
         if len(self.mixture(chunk)) > 1:
             return self
         past = [i for i, entry in enumerate(self.entries) if entry.chunk <= chunk]
         last = self.entries[past[-1]]
-        if chunk - last.chunk < last.crossfade:  # the fade's first chunk is still the text before
+        if chunk - last.chunk < last.crossfade:  # the fade's first chunk still has the old text
             return self
         return Schedule((replace(last, crossfade=0), *self.entries[past[-1] + 1 :]))
 

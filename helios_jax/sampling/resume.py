@@ -1,4 +1,4 @@
-"""Going on from a state: its settings, those that a command line may change, and the file that it goes on in."""
+"""Resumes a video from a saved state: its settings, the settings that may change, and the file to be continued."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from helios_jax.sampling.plan import Plan
 from helios_jax.sampling.prompts import chunk_of
 from helios_jax.sampling.stream import State, Stream, read_state
 
-# What may be another after a state: the length, the rate of the file, later prompts, how the computer works.
+# Settings that may differ from a state's: the length, the file's rate, later prompts, and how the video is computed.
 FREE = (*ELSEWHERE, *NOT_COMPARED, "num_frames", "fps", "video_fps", "switches", "attention", "norms")
-# What the machine that goes on decides: where the weights lie in it, and what it computes with.
+# Settings not taken from a state, because they depend on the machine: the weights' location and the implementations.
 FROM_HERE = ("model", "transformer", "attention", "norms", "offload_text_encoder")
 
 
 def settings_of(state: State, path: str) -> dict[str, Any]:
-    """The settings of the run that wrote a state, by the names of `SampleConfig`; one of Python's streams has fewer.
+    """The settings of the run that wrote a state, by the names of `SampleConfig`; a stream in Python stores fewer.
 
     Raises ConfigError for the state of several videos.
     """
@@ -43,7 +43,7 @@ def settings_of(state: State, path: str) -> dict[str, Any]:
 
 
 def check_typed(config: SampleConfig, settings: Mapping[str, Any], path: str) -> None:
-    """Raises ConfigError if the command line asks for another video than that of the state's `settings`."""
+    """Raises ConfigError if the command line asks for another video than the state's `settings` describe."""
     ours = to_dict(config)
     for key, theirs in settings.items():
         if key not in FREE and key in ours and ours[key] != theirs:
@@ -55,12 +55,13 @@ def check_typed(config: SampleConfig, settings: Mapping[str, Any], path: str) ->
 
 @dataclass(frozen=True)
 class Rest:
-    """The part of a video that a state is before.
+    """The part of a video that is still to be made after a saved state.
 
     Args:
-        chunk: the chunk that comes first.
-        begins: the first chunk of the file that goes on; None where the rest gets a file of its own.
-        keep: frames (of latents for an .npz) of that file that stay; the last chunk's can be made again.
+        chunk: the first chunk to make, counted over the whole video.
+        begins: the first chunk in the file that is continued; None if the rest gets a file of its own.
+        keep: the frames (latent ones for an .npz) that the file must have before `chunk`; those of the last chunk can
+            be made again if they are missing.
         finished: True if there is nothing left to make.
     """
 
@@ -71,9 +72,9 @@ class Rest:
 
 
 def rest_of(job: Job, plan: Plan) -> Rest | None:
-    """The part of the job's video that its state leaves to make, or None where it resumes nothing.
+    """The part of the job's video that its saved state leaves to be made, or None if the job does not resume.
 
-    Raises ConfigError if the state is of another video, or after another chunk than the file.
+    Raises ConfigError if the state is of another video, or if the file holds other chunks than those before the state.
     """
     path, options = job.config.resume, plan.options
     if path is None:
@@ -95,7 +96,7 @@ def rest_of(job: Job, plan: Plan) -> Rest | None:
     ended = plan.num_chunks is not None and state.chunk >= plan.num_chunks
     if begins is None:
         return Rest(state.chunk, None, 0, ended)
-    # The frame that a kill took from a file is still to be made, unless less is asked for than was before.
+    # After a kill the file may lack its last frames: such a video is not finished, unless a shorter one is asked for.
     before = state.options.num_frames
     shorter = options.num_frames is not None and (before is None or options.num_frames < before)
     finished = ended and (shorter or (facts is not None and facts.get("complete") is True))
@@ -108,7 +109,7 @@ def rest_of(job: Job, plan: Plan) -> Rest | None:
 
 
 def check_gap(path: Path, rest: Rest, frames: int, plan: Plan) -> None:
-    """Raises ConfigError if the file's `frames` end before the last chunk of the state, which can be made again."""
+    """Raises ConfigError if a file with so many `frames` lacks more than the last chunk, which can be made again."""
     chunk = plan.memory.frames_per_chunk if path.suffix == ".npz" else plan.frames.of(rest.chunk - 1)
     gap = rest.keep - frames
     if gap > chunk or (gap and plan.memory.frames < plan.memory.frames_per_chunk):
@@ -118,7 +119,7 @@ def check_gap(path: Path, rest: Rest, frames: int, plan: Plan) -> None:
 
 
 def missing(stream: Stream, rest: Rest, frames: int, plan: Plan) -> np.ndarray:
-    """The last of the `rest.keep` frames that the file, which has `frames`, lacks."""
+    """The frames from `frames` to `rest.keep`, which the file lacks, made again from the state's last chunk."""
     chunk = stream.last_chunk()[0]
     begins, last = rest.begins or 0, rest.chunk - 1
     before = (last - begins) * len(chunk)
@@ -128,7 +129,7 @@ def missing(stream: Stream, rest: Rest, frames: int, plan: Plan) -> np.ndarray:
 
 
 def _check_inputs(job: Job, state: State, path: str) -> None:
-    """Raises ConfigError for other weights, LoRAs or inputs than the state's, as far as it tells."""
+    """Raises ConfigError for other weights, LoRAs or inputs than the state's, as far as the state records them."""
     theirs = {} if state.about is None else state.about["inputs"]
     for key, ours in job.inputs.items():
         if state.about is not None and ours is not None and ours != theirs.get(key):

@@ -39,7 +39,7 @@ PACKAGES = ("helios_jax", "jax", "flax", "numpy")
 
 @dataclass(frozen=True)
 class Weights:
-    """Files of a run's weights, checked and not read: those of the checkpoint and of the LoRAs, by number."""
+    """The files of a run's checkpoint and of its LoRAs (by their number), checked but not read."""
 
     checkpoint: Checkpoint
     loras: Mapping[str, lora.LoRAFile]
@@ -47,7 +47,7 @@ class Weights:
 
     @classmethod
     def open(cls, config: SampleConfig) -> "Weights":
-        """Finds the weights that a config names. Raises ValueError for what is missing or does not fit."""
+        """Finds the weights that a config names. Raises ValueError if files are missing or do not fit."""
         checkpoint = Checkpoint.open(config.model, transformer=config.transformer)
         files, scales = {}, {}
         for i, text in enumerate(config.loras):
@@ -58,7 +58,7 @@ class Weights:
         return cls(checkpoint, files, scales)
 
     def hashes(self) -> dict[str, Any]:
-        """Hashes of the files, by name, as `Job` has them."""
+        """Hashes of the files, by name, for `Job.weights`."""
         hashes: dict[str, Any] = {"weights": self.checkpoint.hash()}
         if self.loras:
             files = self.loras.items()
@@ -66,9 +66,9 @@ class Weights:
         return hashes
 
     def plan(self, job: Job) -> Plan:
-        """The plan of a video. Raises ValueError that names the option that cannot be."""
-        one = self.checkpoint
-        return make_plan(one.transformer, one.vae, one.scheduler, one.variant, job.config.options())
+        """The plan of a video. Raises ValueError, which names it, for an option that does not fit."""
+        parts = self.checkpoint
+        return make_plan(parts.transformer, parts.vae, parts.scheduler, parts.variant, job.config.options())
 
     def load(self, config: SampleConfig) -> HeliosPipeline:
         """The pipeline, with the LoRAs merged in."""
@@ -94,8 +94,8 @@ def run(config: SampleConfig) -> int:
     begin = time.monotonic()
     cluster = many.cluster(config.ray, config.ray_worker)
     weights = Weights.open(config)
-    one = weights.checkpoint
-    jobs = make_jobs(config, frames_of_chunks(config, one.vae, one.variant), weights.hashes())
+    checkpoint = weights.checkpoint
+    jobs = make_jobs(config, frames_of_chunks(config, checkpoint.vae, checkpoint.variant), weights.hashes())
     todo = [job for job in jobs if config.csv is None or not job.done()]
     if config.csv is not None:
         print(f"{len(jobs)} videos, {len(jobs) - len(todo)} of them done before", flush=True)
@@ -133,7 +133,7 @@ def _make_rows(
 ) -> int:
     """Makes the videos of a CSV, here or on a cluster; returns sample.py's exit code.
 
-    The inputs of a row fail when its turn comes, and the other rows are made.
+    Inputs are read when a row's turn comes: those that cannot be used fail their row only.
     """
     start = partial(_RowMaker, config, weights, RunProgress(chunks), begin)
     if cluster is not None:
@@ -148,7 +148,7 @@ def _make_rows(
 
 
 def _start_on_cluster(config: SampleConfig, hashes: Mapping[str, Any]) -> "_RowMaker":
-    """The function that makes videos on a worker of a cluster. Raises ValueError for other weights than `hashes`."""
+    """The function that makes videos on a cluster's worker. Raises ValueError if its weights lack these `hashes`."""
     begin = time.monotonic()
     enable_cache()
     weights = Weights.open(config)
@@ -158,14 +158,14 @@ def _start_on_cluster(config: SampleConfig, hashes: Mapping[str, Any]) -> "_RowM
 
 
 class _RowMaker:
-    """Makes videos of a CSV with one pipeline. `shown` is of all of them; with None, each has its own."""
+    """Makes videos of a CSV with one pipeline. `shown` is the progress of all of them; None gives each its own."""
 
     def __init__(self, config: SampleConfig, weights: Weights, shown: RunProgress | None, begin: float):
         self._weights, self._shown, self._begin = weights, shown, begin
         self._pipe, self._number = weights.load(config), itertools.count()
 
     def __call__(self, job: Job) -> bool:
-        """Makes a video, unless another run makes it now or has made it since this one began: then returns False."""
+        """Makes a video; returns False if another run is making it now or has made it since this run began."""
         number, plan = next(self._number), self._weights.plan(job)
         shown = self._shown or RunProgress([plan.num_chunks])
         shown.begin(number if self._shown else 0, job.name)
@@ -180,7 +180,7 @@ class _RowMaker:
 
 
 def _check(job: Job, plan: Plan, rest: Rest | None, checkpoint: Checkpoint, *, alone: bool) -> None:
-    """Raises ValueError for a video that cannot be made, or if it is `alone`, whose file cannot be written."""
+    """Raises ValueError for a video that cannot be made or, if it is `alone` (no row of a CSV), cannot be written."""
     goes_on = rest is not None and rest.begins is not None
     outputs.check(job, goes_on=goes_on)
     config = job.config
@@ -202,6 +202,7 @@ def _check(job: Job, plan: Plan, rest: Rest | None, checkpoint: Checkpoint, *, a
 
 
 def _open(job: Job, rest: Rest | None) -> Writer:
+    """Opens the writer of a job's file, which keeps the frames of a video that is continued."""
     config = job.config
     return open_writer(job.out, config.fps, config.height, config.width, 0 if rest is None else rest.keep)
 
@@ -220,7 +221,10 @@ def make(
     shown: RunProgress,
     begin: float,
 ) -> None:
-    """One video, its figures and its sidecar, also of one that is interrupted; then raises the KeyboardInterrupt."""
+    """Makes one video, prints its figures and writes its sidecar.
+
+    A video that is interrupted gets these, too, before the KeyboardInterrupt is raised again.
+    """
     config = job.config
     times: list[float] = []
     interrupted = None
@@ -233,7 +237,7 @@ def make(
         ExitStack() as trace,
         closing(ThreadedWriter(_open(job, rest))) as writer,
     ):
-        # A run that is killed leaves it, so that the next one knows whose file it is.
+        # Written first: if this run is killed, the next one can tell from it which video the file holds.
         write_sidecar(job.out, {**about, "first_chunk": begins, "complete": False})
         kept, first = writer.frames, begins if rest is None else rest.chunk
         shown.start(plan)
@@ -242,15 +246,15 @@ def make(
             shown.step(step, plan.num_steps(chunk))
 
         def written(chunk: int, state: Snapshot | None) -> None:
-            """After a chunk is in the file: the state on disk is never ahead of the frames."""
+            """Runs once a chunk is in the file, so that the state on disk is never ahead of the frames."""
             times.append(time.monotonic())
             if config.state is not None and state is not None:
                 state.save(config.state)
             shown.chunk(chunk, plan.num_chunks, writer.frames)
 
         try:
-            # A bar waits for every step, which costs a little; without one nothing does. A trace needs it, too: of a
-            # chunk that was queued before the trace began it would show nothing.
+            # Waiting for every step costs a little, so it is done for a bar or a trace only. A trace needs it, because
+            # it would not show the part of a chunk that was queued before the trace began.
             wait = config.profile is not None or shown.live
             stream = _start(pipe, config, plan, context, writer.takes, progress if wait else None)
             stream.about, first = about, stream.chunk
@@ -292,6 +296,7 @@ def make(
 def _start(
     pipe: HeliosPipeline, config: SampleConfig, plan: Plan, context: Context, output_type: str, progress: Any
 ) -> Stream:
+    """Starts the stream of a video, or resumes it from the state that the config names."""
     if config.resume is not None:
         switches = later_switches(config, plan, read_state(config.resume).chunk)
         return pipe.resume(config.resume, plan=plan, switches=switches, output_type=output_type, progress=progress)
@@ -302,7 +307,7 @@ def _start(
 
 
 def _figures(begin: float, times: Sequence[float], frames: int) -> dict[str, str]:
-    """Figures of a run. The first chunk includes compilation; the seconds a chunk leave it out."""
+    """Figures of a run, by name. The seconds a chunk leave the first chunk out, which includes compilation."""
     figures = {}
     if times:
         figures["time to first chunk"] = f"{times[0] - begin:.2f} s"

@@ -38,7 +38,7 @@ Chunk = TypeVar("Chunk")
 
 @struct.dataclass
 class TextChanges:
-    """Text that changes from chunk to chunk: `embeddings` [chunks, b, m, d] and, [chunks], where they are new ones."""
+    """Text that changes from chunk to chunk: `embeddings` [chunks, b, m, d]; `changed` [chunks], True for new ones."""
 
     embeddings: Any
     changed: Any
@@ -57,11 +57,11 @@ def generate(
     *,
     memory: MemoryConfig,
 ) -> tuple[History, Float[Array, "b t h w c"]]:
-    """Chunks as one `lax.scan`: the latents without the history they began with, and the history after them.
+    """Generates chunks in one `lax.scan`; returns the history after them, and their latents without the first history.
 
-    `noise` has the chunks as the first dimension of its arrays. With `texts` the keys and values of `conditioning` are
-    replaced in every chunk whose text is a new one. With `overlap`, the VAE, a chunk begins with the last frame of the
-    one before; a single chunk begins with the latent frame `begins`, if given.
+    `noise` has the chunks as the first dimension of its arrays. With `texts`, the keys and values of `conditioning` are
+    replaced in every chunk whose text is new. With `overlap`, the VAE, a chunk begins with the last frame of the chunk
+    before; a single chunk begins with the latent frame `begins`, if given.
     """
 
     def body(carry, chunk):
@@ -77,18 +77,18 @@ def generate(
         latents = denoise_chunk(model, history, noise, now, levels, memory, held)
         return (push(history, latents, memory), kv), latents
 
-    # Text that stays is no part of the carry, which would be copied.
+    # Text that never changes stays out of the carry, which the scan would copy.
     kv = None if texts is None else conditioning.text
     (history, _), chunks = jax.lax.scan(body, (history, kv), (noise, texts))
     return history, rearrange(chunks, "k b t h w c -> b (k t) h w c")
 
 
-# Steps of the next chunk that are queued, at most, before one is handed out.
+# The most steps of the next chunk that are queued before a chunk is yielded.
 AHEAD = 8
-# Seconds: a launch that takes longer waits for room in the device's queue. A GPU's has room for about one step at 14B.
+# Seconds. A launch that takes longer waits for room in the device's queue. A GPU's holds about a step of the 14B model.
 SLOW_LAUNCH = 0.01
 
-# A step's state takes the place of the one before.
+# The old state is donated: the new one takes its memory.
 step_program = program(static_argnames="memory", donate_argnames="state")(denoise_step)
 _push = jax.jit(push, static_argnums=2)
 
@@ -107,12 +107,12 @@ def stream(
     """Yields `finish(latents)` of each chunk and the history after it; `chunks` gives noise, levels and text of each.
 
     A chunk is yielded once the next one is queued, all of it or its first `AHEAD` steps, so that the device works while
-    the host handles frames. Where launches wait, it is yielded as soon as it is computed and one step is queued.
-    `progress(chunk, step)` is called when a step has been computed, steps counted over all levels. A signal is
-    seen after every step (`interrupts.check`).
+    the host handles frames. If launches wait for the device, it is yielded as soon as it is computed and one step is
+    queued. `progress(chunk, step)` is called when a step has been computed, steps counted over all levels. Signals are
+    handled after every step (`interrupts.check`).
 
-    The first chunk begins with the latent frame `begins`, if given, and with `overlap` each later one with what that
-    makes of what `finish` returned for the chunk before.
+    The first chunk begins with the latent frame `begins`, if given. With `overlap`, each later chunk begins with the
+    latent frame that `overlap` returns for the chunk before, as `finish` returned it.
     """
     step = step_program.bind(model)
     ahead = AHEAD if progress is None else 1  # progress waits for every step: a chunk must not wait with it
@@ -165,7 +165,7 @@ def _by_step(
 
 
 def _when_computed(done: list[Chunk]) -> Iterator[Chunk]:
-    """`done` as soon as it is computed: signals are seen meanwhile."""
+    """Yields `done` as soon as its arrays are computed; signals are handled while it waits."""
     arrays = _arrays(done)
     interrupts.wait(lambda: all(array.is_ready() for array in arrays))
     yield from done
@@ -180,6 +180,6 @@ def _arrays(tree: Any) -> list[Any]:
 
 
 def split(level: Level) -> list[Level]:
-    """Its steps one by one, cut on the host: on the device each number would be a program of its own."""
+    """A level for each step, with one row of the tables, cut on the host: on the device every cut is a program."""
     host = jax.tree.map(np.asarray, rows(level))
     return [jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), host) for i in range(len(level.steps.sigma))]

@@ -35,8 +35,9 @@ STATE_FORMAT = "helios_jax stream 2"
 class Call:
     """Inputs of every chunk of a call, made from its arguments.
 
-    `first` chunks have been made already, and `history` follows them. `identity` names the checkpoint. Where chunks
-    overlap, `overlap` is the VAE, and `begins` the latent frame of the image or video that the first chunk begins with.
+    `first` chunks have been made already, and `history` is the history after them. `identity` tells the checkpoint.
+    Where chunks overlap, `overlap` is the VAE, and `begins` the latent frame of the image or video that the first chunk
+    begins with.
     """
 
     plan: Plan
@@ -72,10 +73,10 @@ class Call:
 
 
 class Stream:
-    """An iterator over chunks, `finish(latents)` as numpy arrays: `HeliosPipeline.stream` and `resume` return one.
+    """An iterator over chunks, numpy arrays of `finish(latents)`, from `HeliosPipeline.stream` or `resume`.
 
-    The next chunk is queued before one is handed out: a slow caller does not stall the device. A chunk that has begun
-    keeps its text.
+    The next chunk is queued before a chunk is yielded, so that a slow caller does not stall the device. A chunk that
+    has begun keeps its text.
     """
 
     def __init__(
@@ -91,13 +92,13 @@ class Stream:
         self.plan = call.plan
         self.chunk = call.first  # chunks yielded, over the whole video
         self.latents: np.ndarray | None = None  # [b, t, h, w, c] of the chunk that was yielded last
-        self.about: dict[str, Any] | None = None  # JSON that its states keep: what made the video
-        self.pixels = pixels  # what `finish` returns; else latents
+        self.about: dict[str, Any] | None = None  # JSON that saved states keep: the settings and inputs of the video
+        self.pixels = pixels  # True if `finish` returns pixels, False for latents
         self._finish = finish
         self._prompts = call.prompts
-        self._begun = call.first
+        self._begun = call.first  # chunks whose text and noise are fixed
         self._history = call.history
-        self._asked = {call.first: _asked(call.noise)}
+        self._asked = {call.first: _asked(call.noise)}  # the numbers of draws made before each chunk
         self._chunks = sampler.stream(
             transformer,
             call.history,
@@ -113,7 +114,7 @@ class Stream:
         return self
 
     def __next__(self) -> np.ndarray:
-        """The next chunk; the last one ends where `num_frames` says."""
+        """The next chunk. The last one is cut to `num_frames`. Raises FloatingPointError (`check_latents`)."""
         (latents, out), self._history = next(self._chunks)
         out, self.latents = np.asarray(out), np.asarray(latents)
         check_latents(self.latents, self.chunk)
@@ -133,20 +134,20 @@ class Stream:
         return self._next_frame((latents, self._finish(latents)))
 
     def _next_frame(self, chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """The first latent frame of the chunk after one, of which these are the latents and what `finish` returned."""
+        """The first latent frame of the chunk after `chunk`, a pair: latents, and what `finish` returned for them."""
         vae, (latents, out) = self.call.overlap, chunk
         assert vae is not None
         return encode_last_frame(vae, out if self.pixels else decode(vae, latents, dtype="uint8"))
 
     def _added(self, out: np.ndarray, chunk: int) -> np.ndarray:
-        """A chunk's frames without the one that it has from the chunk before; latents stay as they are."""
+        """A chunk's pixels without the frame that it shares with the chunk before; latents stay as they are."""
         return out[:, -self.plan.frames.of(chunk) :] if self.pixels else out
 
     def set_prompt(self, prompt: str, crossfade: int | None = None) -> int:
-        """Every video of the batch follows `prompt` from the next chunk that has not begun; returns that chunk.
+        """Makes all videos of the batch follow `prompt` from the next chunk that has not begun; returns its number.
 
-        It fades in over `crossfade` chunks (by default the call's `interpolation_steps`), 0 changes at once. Later
-        switches that were planned are dropped.
+        The prompt fades in over `crossfade` chunks (by default the call's `interpolation_steps`); 0 changes at once.
+        Switches that were planned for later are dropped. Raises ValueError for an empty prompt or a negative crossfade.
         """
         if not prompt.strip():
             raise ValueError("set_prompt needs a prompt, got an empty one")
@@ -159,10 +160,10 @@ class Stream:
         return entry.chunk
 
     def last_chunk(self) -> np.ndarray:
-        """The chunk that was yielded last, or the one before a state, made again from the history's latents.
+        """Makes the last chunk again from the history's latents: the one yielded last, or the one before a saved state.
 
-        All frames that it adds, also those past `num_frames`. Raises ValueError if there is none, or if the history is
-        shorter than a chunk.
+        Returns all frames that it adds, also those past `num_frames`. Raises ValueError if there is none, or if the
+        history is shorter than a chunk.
         """
         frames = self.plan.memory.frames_per_chunk
         if not self.chunk or self.plan.memory.frames < frames:
@@ -172,14 +173,14 @@ class Stream:
         )
 
     def save_state(self, path: str | os.PathLike) -> None:
-        """Writes the state after the chunk that was yielded last, a few MB: `HeliosPipeline.resume` goes on from it.
+        """Writes the state after the chunk that was yielded last, a few MB: `HeliosPipeline.resume` continues from it.
 
         The file is whole or absent, whenever the process ends. Raises ValueError when the call's noise was not seeded.
         """
         self.snapshot().save(path)
 
     def snapshot(self) -> "Snapshot":
-        """Takes the state that `save_state` writes, to be written later. Raises ValueError as that does."""
+        """The state that `save_state` writes, to be written later. Raises ValueError as `save_state` does."""
         asked = self._asked.get(self.chunk)
         noise = self.call.noise
         if asked is None and self._begun == self.chunk:
@@ -202,6 +203,7 @@ class Stream:
         return Snapshot(json.dumps(meta), self._history)
 
     def _inputs(self) -> Iterator[tuple[ChunkNoise, tuple[Level, ...], Conditioning]]:
+        """Noise, levels and text of each chunk; the chunk has begun when they are asked for."""
         while self.plan.num_chunks is None or self._begun < self.plan.num_chunks:
             chunk = self._begun
             text = self.call.texts.kv(self._prompts.mixture(chunk))
@@ -245,7 +247,7 @@ class State:
 
 
 def read_state(path: str | os.PathLike) -> State:
-    """Raises ValueError, in one line, for a file that is missing, broken or of another kind."""
+    """Reads a file of `Stream.save_state`. Raises ValueError, in one line, if it is missing, broken or another kind."""
     path = location(path)
     if kind_of(path) in ("folder", "special"):  # reading from a pipe would wait for ever
         raise ValueError(f"{path}: not the state of a stream; name a file that save_state wrote")
@@ -279,7 +281,7 @@ _HISTORY = [field.name for field in dataclasses.fields(History)]
 
 
 def _digest(meta: str, history: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 over a state: a file that was changed is told from one that is whole."""
+    """SHA-256 over a state, by which a damaged file is detected."""
     digest = hashlib.sha256(meta.encode())
     for name in sorted(history):
         digest.update(f"{name} {history[name].dtype} {history[name].shape}".encode())
@@ -296,7 +298,7 @@ def check_latents(latents: np.ndarray, first: int = 0) -> None:
 
 
 def _to_host(arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Starts the copy of arrays to the host, as soon as they are computed."""
+    """Asks for a copy of arrays on the host as soon as they are computed; does not wait for it."""
     for array in arrays:
         array.copy_to_host_async()
     return arrays

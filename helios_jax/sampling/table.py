@@ -1,4 +1,4 @@
-"""The file of a run of many videos: a CSV with a row per video or prompt, or a text file with a prompt a line."""
+"""Reads the file of a run of many videos: a CSV with a row per video or prompt, or a text file with a prompt a line."""
 
 import csv
 from collections.abc import Iterator
@@ -43,10 +43,10 @@ class Row:
 
 
 def read(path: Path) -> list[list[Row]]:
-    """The rows of each video, in the order of their ids where a column prompt_index has several of one video.
+    """The rows of each video, in the file's order, or sorted by id if a column prompt_index allows several rows of one.
 
     Raises ConfigError, in one line, for a file that cannot be read, and for a row that would be cut or lost: a field
-    too many, an id or a prompt_index that is there twice.
+    too many, an id or a prompt_index that occurs twice.
     """
     rows = list(_lines(path) if path.suffix.lower() == ".txt" else _table(path))
     if not rows:
@@ -71,7 +71,7 @@ def read(path: Path) -> list[list[Row]]:
 
 
 def _place(row: Row) -> tuple[int, int, str, int]:
-    """Ids that are numbers in their order, then words; in a video by prompt_index."""
+    """The sorting key of a row: numeric ids by number, then other ids; within a video, rows by prompt_index."""
     index = row.number("prompt_index")
     if index is None:
         raise row.error("prompt_index is empty; number the prompts of a video")

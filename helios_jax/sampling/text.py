@@ -1,4 +1,4 @@
-"""Prompts to keys and values: each text is encoded once, and projected once for chunks in a row that share it."""
+"""Prompts to keys and values: each text is encoded once, and projected once for consecutive chunks that share it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,9 +30,9 @@ def text_kv(transformer: Transformer, embeddings: Array) -> Any:
 def encode_prompts(
     encoder: UMT5Encoder, tokenizer: Tokenizer, prompts: Sequence[str], max_sequence_length: int | None
 ) -> Array:
-    """Text embeddings [b, m, d], zero past each prompt's end; `max_sequence_length` is by default the tokenizer's.
+    """Text embeddings [b, m, d], zero past each prompt's end; m is `max_sequence_length` or the tokenizer's limit.
 
-    An encoder in the host's memory is on the device for as long as this takes.
+    An encoder in host memory is copied to the device for this call. Raises ValueError for a length below 1.
     """
     length = min(512, tokenizer.max_length) if max_sequence_length is None else max_sequence_length
     if length < 1:
@@ -42,7 +42,7 @@ def encode_prompts(
 
 
 class Texts:
-    """The texts of one call. `negatives` are one per video, or empty without guidance."""
+    """Cache of the text embeddings of one call. `negatives` are one per video, or empty without guidance."""
 
     def __init__(self, embed: Callable[[Sequence[str]], Array], transformer: Transformer, negatives: Sequence[str]):
         self.negatives = tuple(negatives)
@@ -60,7 +60,7 @@ class Texts:
             self._known[self.negatives] = self._embed(self.negatives)
 
     def forget(self, batches: Sequence[Prompts]) -> None:
-        """Keeps `batches` and the negative prompts only."""
+        """Drops all embeddings but those of `batches` and of the negative prompts."""
         keep = {*batches, self.negatives}
         self._known = {prompts: value for prompts, value in self._known.items() if prompts in keep}
 
@@ -74,8 +74,8 @@ class Texts:
         return jnp.concatenate([out, self._known[self.negatives]]) if self.negatives else out
 
     def kv(self, mixture: Mixture) -> Any:
-        """Keys and values of `embeddings(mixture)`; the last mixture's are kept."""
+        """Keys and values of `embeddings(mixture)`; those of the last mixture are cached."""
         if self._last is None or self._last[0] != mixture:
-            self._last = None  # room for the new ones
+            self._last = None  # frees the memory for the new ones
             self._last = (mixture, text_kv(self._transformer, self.embeddings(mixture)))
         return self._last[1]

@@ -21,10 +21,10 @@ METADATA = "helios_jax_trained"  # of a LoRA file
 
 @dataclass(unsafe_hash=True)
 class Trained:
-    """The memory of a training run and, of a student, the steps of each level, coarsest first.
+    """The memory of a training run and, for a distilled student, the steps of each level, coarsest first.
 
-    The defaults are those of the released weights, whose files have no record. `steps` is None but for a student,
-    `amplify_first_chunk` says that it takes twice as many in a video's first chunk.
+    The defaults are those of the released weights, whose files have no record. `steps` is None unless it is a student;
+    with `amplify_first_chunk` the student takes twice as many steps in a video's first chunk.
     """
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -47,9 +47,10 @@ def read_trained(folder: Path) -> Trained:
 
 
 def with_loras(trained: Trained, metadata: Mapping[str, Mapping[str, str]], *, distilled: bool) -> Trained:
-    """The settings of a transformer with LoRAs in it: those of the LoRAs' `metadata`, by file, if any has a record.
+    """The settings of a transformer with LoRAs: those that the `metadata` of the LoRA files record, else `trained`.
 
-    Raises CheckpointError, in one line, for LoRAs that disagree, and for a student's on another kind of checkpoint.
+    Raises CheckpointError, in one line, for LoRAs that disagree, and for a student's LoRA unless the checkpoint is
+    `distilled`.
     """
     records = {
         name: _parse(json.loads(one[METADATA]), f"{name}: {METADATA}")

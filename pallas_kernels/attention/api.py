@@ -70,9 +70,9 @@ def with_log_sums(
     value: Float[Array, "b m heads head_dim"],
     key_lengths: Int[Array, " b"],
 ) -> tuple[Float[Array, "b n heads head_dim"], Float[Array, "b heads n"]]:
-    """`attention` by the kernel, and log(sum(exp(logits))) of each query and head, to merge it with other keys'.
+    """`attention` by the kernel, and log(sum(exp(logits))) of each query and head, for merging with other keys.
 
-    The sum of a row without keys counts for nothing beside others. It has no gradient of its own: see `gradients`.
+    The log-sum of a row without keys is so low that a merge ignores it. Not differentiable: see `gradients`.
     """
     kernels, sizes = _kernels(query)
     return kernels.with_log_sums(query, key, value, key_lengths, sizes)
@@ -87,9 +87,10 @@ def gradients(
     dots: Float[Array, "b heads n"],
     key_lengths: Int[Array, " b"],
 ) -> tuple[Float[Array, "b n heads head_dim"], Float[Array, "b m heads head_dim"], Float[Array, "b m heads head_dim"]]:
-    """Gradients by the kernel of queries, keys and values, where these keys are some of those that the queries see.
+    """Gradients of queries, keys and values by the kernel, for one piece of the keys that the queries see.
 
-    `log_sums` are over all of those keys, and `dots` are the products of each output with its `cotangent`.
+    `log_sums` are over all keys that the queries see, also in other pieces; `dots` are the products of each output with
+    its `cotangent`.
     """
     kernels, sizes = _kernels(query)
     return kernels.gradients(query, key, value, cotangent, log_sums, dots, key_lengths, sizes)

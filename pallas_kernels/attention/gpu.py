@@ -24,7 +24,7 @@ from pallas_kernels.attention.hopper import GROUPS, Dialect, Ring
 from pallas_kernels.attention.residuals import KEPT_ATTENTION
 from pallas_kernels.core.tiles import Tiles
 
-LOWEST = -1e30  # the log of a sum of nothing: finite, as differences of it must be
+LOWEST = -1e30  # log-sum of a row without keys: finite, because log-sums are subtracted from one another
 OPS = ("attention", "attention_dq", "attention_dkv")
 
 
@@ -83,7 +83,7 @@ def with_log_sums(
 ) -> tuple[Float[Array, "b n heads head_dim"], Float[Array, "b heads n"]]:
     """`attention`, and log(sum(exp(logits))) of each query and head; without gradients.
 
-    A row without keys has a sum that counts for nothing beside others.
+    The log-sum of a row without keys is so low that a merge with other keys ignores it.
     """
     n, (query, key, value) = query.shape[1], (hopper.padded(x) for x in (query, key, value))
     lengths = jnp.maximum(key_lengths, 1).astype(jnp.int32)
@@ -104,7 +104,7 @@ def gradients(
     *,
     interpret: Any = None,
 ) -> tuple[Float[Array, "b n heads head_dim"], Float[Array, "b m heads head_dim"], Float[Array, "b m heads head_dim"]]:
-    """Gradients of queries, keys and values where these keys are some of those that the queries see."""
+    """Gradients of queries, keys and values for one piece of the keys that the queries see."""
     n, m = query.shape[1], key.shape[1]
     q, k, v, cotangent = (hopper.padded(x) for x in (query, key, value, cotangent.astype(query.dtype)))
     sums, dots = (jnp.pad(x, [(0, 0), (0, 0), (0, -n % hopper.ROWS)]) for x in (log_sums / math.log(2), dots))

@@ -126,7 +126,7 @@ def of_head(array: Any, sample: Array, rows: Any, head: Array) -> tuple[Any, ...
 
 
 class Dialect(NamedTuple):
-    """Matrices are tuples of their parts.
+    """Operations that differ between compiler and interpreter. Matrices are tuples of their parts.
 
     zeros: `(rows, columns)` or `(rows,)` of float32 0, as a product lies in registers, or as its rows do
     numbers: of the rows (axis 0) or columns (axis 1) of a product of some shape
@@ -199,12 +199,12 @@ INTERPRETED = Dialect(
 
 
 def exponent(head_dim: int) -> float:
-    """exp(query key^T / sqrt(head_dim)) is exp2(this query key^T); the hardware has exp2 only."""
+    """The factor s for which exp(query key^T / sqrt(head_dim)) is exp2(s query key^T); the hardware has exp2 only."""
     return head_dim**-0.5 * math.log2(math.e)
 
 
 def hide(say: Dialect, logits: Array, first: Array, length: Array) -> Array:
-    """-inf for keys from `length` on; the first column is key `first`."""
+    """Masks keys from `length` on: their logits become -inf. The first column is key `first`."""
 
     def hidden(logits: Array) -> Array:
         return jnp.where(say.numbers(logits.shape, 1) + first < length, logits, -jnp.inf)
@@ -243,5 +243,5 @@ def padded(x: Array) -> Array:
 
 
 def room(length: int, tile: int, interpret: Any) -> int:
-    """The valid rows of an output written in tiles: TMA drops writes beyond an end, but the interpreter does not."""
+    """Rows to allocate for an output written in tiles: TMA drops writes beyond the end, the interpreter does not."""
     return length if interpret is None else -(-length // tile) * tile

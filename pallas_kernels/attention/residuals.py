@@ -1,3 +1,3 @@
-"""The name of what attention's kernels keep for their gradients: outputs and log-sums (`jax.ad_checkpoint`)."""
+"""The checkpoint name (`jax.ad_checkpoint`) of the outputs and log-sums that attention keeps for its gradients."""
 
 KEPT_ATTENTION = "attention"

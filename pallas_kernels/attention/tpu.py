@@ -68,9 +68,10 @@ def gradients(
     *,
     interpret: bool = False,
 ) -> tuple[Float[Array, "b n heads head_dim"], Float[Array, "b m heads head_dim"], Float[Array, "b m heads head_dim"]]:
-    """Gradients of queries, keys and values where these keys are some of those that the queries see.
+    """Gradients of queries, keys and values for one piece of the keys that the queries see.
 
-    By splash attention's backward kernel, which jax keeps private: its own gradient knows no other keys.
+    Calls splash attention's backward kernel, which is private to jax: the public gradient assumes that there are no
+    other keys.
     """
     (_, n, _, head_dim), m = query.shape, key.shape[1]
     kernel, (q, k, v, segments) = _prepared(query, key, value, key_lengths, tiles, interpret=interpret)
@@ -121,7 +122,7 @@ def _prepared(
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=None if save_residuals else KEPT_ATTENTION,  # pieces are merged, and then kept
+        residual_checkpoint_name=None if save_residuals else KEPT_ATTENTION,  # of pieces, the merged result is kept
         save_residuals=save_residuals,
         interpret=interpret,
     )

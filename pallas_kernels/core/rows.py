@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.core import device
 
 Implementation = Literal["xla", "pallas"]
-# Numbers of tokens: the first run takes the table's first row, the second run the next.
+# Lengths of runs of tokens: the tokens of the first run take the table's first row, those of the second run the next.
 Runs = tuple[int, ...]
 LANES = 128
 

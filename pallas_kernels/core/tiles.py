@@ -18,7 +18,7 @@ def table() -> Table:
 def lookup(op: str, kind: str, length: int) -> Tiles:
     """Sizes for `op` over `length` tokens on a device whose kind is `kind`, such as "TPU v5" or "NVIDIA H100 PCIe".
 
-    Those of the longest name that has any for the length. Raises KeyError where none has.
+    They are those of the longest matching name that has any for this length. Raises KeyError if none has.
     """
     kinds = [name for name in table()[op] if kind.startswith(name)]
     for name in sorted(kinds, key=len, reverse=True):

@@ -1,9 +1,9 @@
 """A gated residual and the norm that follows it: x + gate * y, then normed, shifted and scaled.
 
-The kernel pays on GPUs after self-attention, where the text's attention norms the sum of the noisy tokens. XLA writes
-the sum and reads it again: 88 MB of 516 per block at 11040 tokens of 5120 features in bfloat16. In the other places
-XLA adds in the product before, which is better: after the text's attention on GPUs, and everywhere on TPUs. A sum
-without a norm directly after it (the block's end) is one pass in XLA and needs no kernel.
+The kernel pays on GPUs after self-attention, where cross-attention takes the norm of the noisy tokens' sum. XLA writes
+the sum and reads it again: 88 MB of 516 per block at 11040 tokens of 5120 features in bfloat16. Elsewhere XLA fuses the
+addition into the matrix product before it, which is better: after cross-attention on GPUs, and everywhere on TPUs. A
+sum without a norm directly after it (the block's end) is one pass in XLA and needs no kernel.
 """
 
 from functools import partial
@@ -89,7 +89,7 @@ def by(
 ) -> Sums:  # fmt: skip
     """`gated_residual` by `forward` of `gated_residual_tpu` or `gated_residual_gpu`, with its block sizes.
 
-    The gradient is adaLN's kernel `norm_backward` and, for what is added and gated, XLA.
+    The gradient of the norm is adaLN's kernel `norm_backward`; the gradient of the gated sum is XLA's.
     """
     first = x.shape[1] - sum(runs)
 

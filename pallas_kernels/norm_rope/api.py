@@ -36,7 +36,7 @@ def reference(
     (0, 1), (2, 3), ... are turned by the angles of `table` (by `turn`, or `turn_pairs`); the first `num_history` tokens
     times `history_scale`.
 
-    What is between these steps has the dtype of `x`, as where each is a layer of its own.
+    Between these steps the dtype is that of `x`, as if each step were a layer of its own.
     """
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
@@ -163,7 +163,7 @@ def by(
         of_rows, back = jax.vjp(rows_of_weights, weight, history_scale)
         dx, drows = backward(x, of_rows, gradient, eps, table and signed(table), runs)
         dweight, dscale = back(drows)
-        # Angles are not learnt, and what nobody asks for is not computed.
+        # Angles are not learnt: XLA drops their gradient unless something uses it.
         _, of_table = jax.vjp(lambda table: plain(x, weight, table, history_scale), table)
         return dx, dweight, *of_table(gradient), dscale
 
@@ -172,6 +172,6 @@ def by(
 
 
 def signed(table: Rotary) -> Rotary:
-    """[#b, n, head_dim]: turning is y * cos + (y with the two of each pair exchanged) * sin."""
+    """cos and sin [#b, n, head_dim], signed so that the rotation is y * cos + (y with each pair exchanged) * sin."""
     cos, sin = (jnp.repeat(t.astype(jnp.float32), 2, -1) for t in table)
     return cos, sin * jnp.where(jnp.arange(sin.shape[-1]) % 2, 1.0, -1.0)

@@ -10,9 +10,9 @@ DTYPES = {"bfloat16": 0.01, "float32": 1e-5}  # largest error allowed, relative 
 
 @dataclass(frozen=True)
 class Case:
-    """`ours` and the `reference` of the same float inputs. `tokens` have the case's dtype; the others are float32.
+    """A kernel (`ours`) and its `reference`, both called with random inputs of the shapes `tokens` and then `others`.
 
-    `allowed` is the largest error, where that of the dtype does not do.
+    `tokens` have the case's dtype, `others` are float32. `allowed` replaces the dtype's largest error.
     """
 
     op: str
@@ -28,5 +28,5 @@ class Case:
 def both(
     op: Callable[..., Any], reference: Callable[..., Any], *rest: Any
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The op by Pallas and its reference, of the arrays that `rest` comes after."""
+    """The op by Pallas and its reference, as functions of arrays alone; `rest` are the arguments after them."""
     return lambda *x: op(*x, *rest, implementation="pallas"), lambda *x: reference(*x, *rest)

@@ -25,7 +25,7 @@ from pallas_kernels.tools import isolated
 from pallas_kernels.tools.case import DTYPES, Case
 from pallas_kernels.tools.tunable import add_line, distance, modules, word
 
-STILL = 0.1  # allowed share of that tolerance between runs: XLA's own sums over rows have no fixed order
+STILL = 0.1  # share of the tolerance that results may move between runs: XLA's sums over rows have no fixed order
 RUNS = 3
 LIMIT = 90  # seconds
 

@@ -27,17 +27,18 @@ IN_A_PROGRAM, REPEATS, SPEND = 8, 7, 0.1
 
 @dataclass(frozen=True)
 class Op:
-    """
-    axes: names of the axes of its inputs, and the sizes they have where none are given: the 14B model's
-    length: the axis by whose size tiles.json keeps block sizes
-    fixed: axes for whose usual sizes alone block sizes are kept
-    work: how many `unit`s one call is; "FLOP" or "B", bytes that have to be read or written at least once
-    arguments: random inputs, on the device
-    candidates: block sizes that may do on "gpu" or "tpu"; none where the op has none
-    kernel: the op with such sizes, to be called with the arguments
-    alternatives: by name, others that compute the same, trusted ones first: kernels are checked with what runs first
-    prepared: of a function and its arguments, what is to be timed in its place: a part, with what that part needs
-    tolerance: how far results may be from the first alternative's, as a part of their root mean square
+    """An op for the tuner.
+
+    axes: the axes of its inputs and their default sizes, which are the 14B model's
+    length: the axis whose size is the key of block sizes in tiles.json
+    fixed: axes that must have their default sizes for block sizes to be stored
+    work: the number of `unit`s of one call: "FLOP", or "B" for bytes that must be read or written at least once
+    arguments: makes random inputs on the device
+    candidates: block sizes to try on "gpu" or "tpu"; empty if the op has no kernel there
+    kernel: makes the op with such sizes, to be called with the arguments
+    alternatives: other implementations by name, the most trusted first: kernels are compared with the first that runs
+    prepared: replaces a function and its arguments by what is timed, such as the backward pass and its inputs
+    tolerance: the largest difference from that alternative, relative to the root mean square of its results
     """
 
     axes: Shape

@@ -44,13 +44,13 @@ def attention(
 ) -> Float[Array, "b n heads head_dim"]:
     """softmax(query key^T / sqrt(head_dim)) value, every query seeing every key; the softmax is float32.
 
-    With `num_keys` it sees the first so many; those behind them are padding.
-    With `segments` a query sees the keys of its own segment only: several sequences packed into one. Each of them is
-    then computed on its own, so that nothing is spent on what a mask would hide.
-    With `present` the arrays are this device's share of tokens that are split over the mesh's context, and a query sees
-    the keys of all devices that are present, by the way that `context` names.
-    Without `implementation` the device's default runs (`choices`), and XLA where that cannot; the log says which.
-    Raises ValueError when the one asked for cannot run.
+    With `num_keys`, queries see the first so many keys; the keys after them are padding.
+    With `segments`, a query sees the keys of its own segment only: several sequences are packed into one. Each segment
+    is computed separately, so that no work is spent on masked pairs.
+    With `present`, the arrays are this device's share of tokens that are split over the mesh axis `context`. A query
+    then sees the keys of all devices except padding, by the algorithm that the argument `context` names.
+    Without `implementation`, the device's default runs (`choices`), or XLA if that cannot; the log says which.
+    Raises ValueError if the implementation asked for cannot run.
     """
     if present is not None:
         attend = _by_context(query, context, implementation)
@@ -64,9 +64,9 @@ def attention(
 
 
 def check(implementation: Attention | None, head_dim: int, dtype: Any, context: ContextAttention | None = None) -> None:
-    """Raises ValueError when the `implementation` asked for cannot run such queries here: known before weights are.
+    """Raises ValueError if the `implementation` asked for cannot run such queries here, before weights are read.
 
-    `context` is the way of tokens that devices share.
+    `context` is the algorithm for tokens that are split over devices, None where they are not.
     """
     if implementation is not None:
         choose = _choose_for_ring if context == "ring" else _choose
@@ -74,7 +74,7 @@ def check(implementation: Attention | None, head_dim: int, dtype: Any, context: 
 
 
 def _by_context(query: Array, context: ContextAttention, asked: Attention | None) -> Callable[..., Array]:
-    """Attention to the keys of all devices; a function of this device's queries, keys, values and `present`."""
+    """Attention to the keys of all devices, as a function of this device's queries, keys, values and `present`."""
     if context == "ring":
         op: Callable[..., Array] = partial(ring, _PIECES[_choose_for_ring(query, asked)])
     else:
@@ -87,7 +87,7 @@ def _by_context(query: Array, context: ContextAttention, asked: Attention | None
 
 
 def _each_device(attend: Callable[..., Array]) -> Callable[..., Array]:
-    """`attend` by each device of its samples and heads, where they divide."""
+    """Makes each device run `attend` on its own samples and heads, if their numbers divide over the mesh."""
 
     def run(query: Array, key: Array, value: Array) -> Array:
         split = mesh_axes.heads_split(query.shape[0], query.shape[2])
@@ -116,6 +116,7 @@ def _pallas(query: Array, key: Array, value: Array, num_keys: int | None = None)
 
 
 def _choose(query: Array | jax.ShapeDtypeStruct, asked: Attention | None) -> Attention:
+    """The implementation `asked` for, or else the device's default, or else XLA. Raises ValueError as `attention`."""
     reasons = {"xla": None, "cudnn": _no_cudnn(query), "pallas": pallas.unsupported(query)}
     if asked is not None:
         if reasons[asked]:
@@ -130,7 +131,7 @@ def _choose(query: Array | jax.ShapeDtypeStruct, asked: Attention | None) -> Att
 
 
 def _choose_for_ring(query: Array | jax.ShapeDtypeStruct, asked: Attention | None) -> Attention:
-    """The implementation of a piece of the keys, whose log-sum-exps are merged with those of others."""
+    """The implementation of attention to a piece of the keys; it must give log-sum-exps, by which pieces are merged."""
     reasons = {
         "xla": None,
         "cudnn": "cuDNN's attention has no gradient for a part of the keys, which a ring of devices needs",
@@ -141,7 +142,7 @@ def _choose_for_ring(query: Array | jax.ShapeDtypeStruct, asked: Attention | Non
             raise ValueError(f"attention: {reasons[asked]}; leave attention out, or ask for 'xla'")
         return asked
     best = choices.default("attention")
-    reason = _no_cudnn(query) if best == "cudnn" else None  # what cuDNN leaves to XLA, our kernel computes more slowly
+    reason = _no_cudnn(query) if best == "cudnn" else None  # our kernel is slower than XLA where cuDNN cannot run
     reason = reason or reasons["pallas"]
     if best == "xla" or reason:
         _say(f"attention around the ring by xla ({device.kind()})" + (f": {reason}" if best != "xla" else ""))
@@ -163,6 +164,7 @@ def _no_cudnn(query: Array | jax.ShapeDtypeStruct) -> str | None:
 
 @cache
 def _say(line: str) -> None:
+    """Logs a line once per process."""
     log.info(line)
 
 
@@ -171,8 +173,8 @@ def _xla(query: Array, key: Array, value: Array, num_keys: int | None = None) ->
 
 
 def _by_platform(op: Callable[..., Any], *arrays: Array) -> Any:
-    """`op` in blocks that fit the device."""
-    # The choice falls while lowering, so a program compiled on a host for another platform gets that platform's.
+    """Runs `op` with the block size for the device that the program is compiled for."""
+    # The branch is chosen when the program is lowered, so that cross-compilation for another platform works.
     cache, memory = (partial(op, block=block) for block in (CACHE, MEMORY))
     return jax.lax.platform_dependent(*arrays, cpu=cache, default=memory)
 
@@ -180,14 +182,14 @@ def _by_platform(op: Callable[..., Any], *arrays: Array) -> Any:
 _IMPLEMENTATIONS: dict[Attention, Callable[..., Array]] = {"xla": _xla, "cudnn": _cudnn, "pallas": _pallas}
 
 
-def _of_kernel(op: Callable[..., Any]) -> Callable[..., Any]:
-    """`op` with the same length for all samples."""
+def _with_length(op: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel's `op`, which takes a length per sample, as a function that takes one for all samples."""
     return lambda query, *rest: op(query, *rest[:-1], jnp.full(query.shape[0], rest[-1], jnp.int32))
 
 
 _PIECES: dict[Attention, Pieces] = {
     "xla": Pieces(partial(_by_platform, blockwise_with_log_sums), partial(_by_platform, blockwise_gradients)),
-    "pallas": Pieces(_of_kernel(pallas.with_log_sums), _of_kernel(pallas.gradients)),
+    "pallas": Pieces(_with_length(pallas.with_log_sums), _with_length(pallas.gradients)),
 }
 
 
@@ -196,9 +198,9 @@ def _by_segment(
 ) -> Array:
     parts: list[tuple[int, Array]] = []  # (first token, outputs) of each run of tokens of one segment
     for segment in np.unique(segments[0]):
-        asks, answers = (runs_of(ids == segment) for ids in segments)
+        query_runs, key_runs = (runs_of(ids == segment) for ids in segments)
         mine = () if present is None else (present[:, segments[1] == segment],)
-        out = attend(take(query, asks), take(key, answers), take(value, answers), *mine)
-        ends = np.cumsum([stop - start for start, stop in asks])
-        parts += [(start, run) for (start, _), run in zip(asks, jnp.split(out, ends[:-1], 1))]
+        out = attend(take(query, query_runs), take(key, key_runs), take(value, key_runs), *mine)
+        ends = np.cumsum([stop - start for start, stop in query_runs])
+        parts += [(start, run) for (start, _), run in zip(query_runs, jnp.split(out, ends[:-1], 1))]
     return jnp.concatenate([part for _, part in sorted(parts, key=lambda part: part[0])], 1)

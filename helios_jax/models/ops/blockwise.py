@@ -1,6 +1,7 @@
-"""Attention a block of queries after the other, so that the logits of a block are all there are at a time.
+"""Attention for one block of queries at a time, so that only the logits of one block exist at a time.
 
-On a CPU they stay in its caches; elsewhere they would not fit into memory: 20 GB in the 14B model's self-attention.
+On a CPU they stay in its caches. On other devices all logits together would not fit into memory: 20 GB in the 14B
+model's self-attention.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 CACHE, MEMORY = 2**21, 2**28  # logits of a block: 8 MB, 1 GB
-LOWEST = -1e30  # a hidden key's logit: finite, since a row may have no other
+LOWEST = -1e30  # a masked key's logit: finite, since all keys of a row may be masked
 
 
 def blockwise(
@@ -23,7 +24,7 @@ def blockwise(
 ) -> Float[Array, "b n heads head_dim"]:
     """softmax(query key^T / sqrt(head_dim)) value; the softmax is float32, and divides after the second product.
 
-    A block has about `block` logits; twice as many are left together.
+    Splits queries into blocks of about `block` logits; up to twice as many are not split.
     """
     query, key, value = (jnp.moveaxis(x, 2, 1) for x in (_scaled(query), key, value))
 
@@ -44,7 +45,7 @@ def blockwise_with_log_sums(
 ) -> tuple[Float[Array, "b n heads head_dim"], Float[Array, "b heads n"]]:
     """`blockwise` over the first `length` keys, in float32, and log(sum(exp(logits))) of each query.
 
-    Without any key (`length` 0) the sum counts as nothing beside others, and the values mean nothing.
+    With `length` 0 the output is meaningless, and its log-sum so low that a merge with other keys ignores it.
     """
     query, key, value = (jnp.moveaxis(x, 2, 1) for x in (_scaled(query), key, value))
 
@@ -67,9 +68,10 @@ def blockwise_gradients(
     *,
     block: int,
 ) -> tuple[Float[Array, "b n heads head_dim"], Float[Array, "b m heads head_dim"], Float[Array, "b m heads head_dim"]]:
-    """Float32 gradients of attention for the queries and the first `length` keys and values of those that they see.
+    """Float32 gradients of queries, keys and values for one piece of the keys: the first `length` of those given.
 
-    `log_sums` are over all keys that the queries see, and `dots` the products of each output with its `cotangent`.
+    `log_sums` are over all keys that the queries see, also in other pieces; `dots` are the products of each output with
+    its `cotangent`.
     """
     scale = query.shape[-1] ** -0.5
     query, key, value, cotangent = (jnp.moveaxis(x, 2, 1) for x in (_scaled(query), key, value, cotangent))
@@ -80,7 +82,7 @@ def blockwise_gradients(
 
     def add(sums: tuple[Array, Array], rows: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
         query, cotangent, log_sums, dots = rows
-        logits = _hidden(product("bhnd,bhmd->bhnm", query, key), length)
+        logits = _masked(product("bhnd,bhmd->bhnm", query, key), length)
         weights = jnp.exp(logits - log_sums)
         d_logits = weights * (product("bhnd,bhmd->bhnm", cotangent, value) - dots)
         weights, d_logits = weights.astype(value.dtype), d_logits.astype(key.dtype)
@@ -99,15 +101,15 @@ def _scaled(query: Array) -> Array:
     return query * query.shape[-1] ** -0.5
 
 
-def _hidden(logits: Float[Array, "b heads n m"], length: Any) -> Float[Array, "b heads n m"]:
-    """Logits, all but the first `length` of each row so low that they count for nothing beside others."""
+def _masked(logits: Float[Array, "b heads n m"], length: Any) -> Float[Array, "b heads n m"]:
+    """Logits in which all keys but the first `length` are masked; None masks none."""
     return logits if length is None else jnp.where(jnp.arange(logits.shape[-1]) < length, logits, LOWEST)
 
 
 def _softmax(query: Array, key: Array, value: Array, length: Any = None) -> tuple[Array, Array, Array]:
     """(sums of values by weight, sums of weights, largest logits) of each query, float32, heads before tokens."""
     logits = jnp.einsum("bhnd,bhmd->bhnm", query, key, preferred_element_type=jnp.float32)
-    logits = _hidden(logits, length)
+    logits = _masked(logits, length)
     largest = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     weights = jnp.exp(logits - largest)
     out = jnp.einsum("bhnm,bhmd->bhnd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
@@ -115,7 +117,7 @@ def _softmax(query: Array, key: Array, value: Array, length: Any = None) -> tupl
 
 
 def _by_block(attend: Callable[[Array], Any], query: Float[Array, "b heads n d"], *, num_keys: int, block: int) -> Any:
-    """`attend` of a block of queries after the other, or of all at once if they are few."""
+    """Runs `attend` on one block of queries at a time, or on all at once if they are few."""
     size, n = _size(query.shape, num_keys, block), query.shape[2]
     if size == n:
         return attend(query)
@@ -123,7 +125,7 @@ def _by_block(attend: Callable[[Array], Any], query: Float[Array, "b heads n d"]
 
 
 def _size(query: tuple[int, ...], num_keys: int, block: int) -> int:
-    """Queries of a block, of all [b, heads, n, d]."""
+    """The number of queries in a block; `query` is the shape [b, heads, n, d] of all."""
     b, heads, n, _ = query
     total = b * heads * n * num_keys
     return n if total <= 2 * block else -(-n // -(-total // block))

@@ -1,7 +1,7 @@
 """Implementations of attention and norms: by name, or the default for a kind of device.
 
-Defaults are data, in choices.json: published figures and counts of bytes moved, until a device's own figures are there
-(`make gpu-report ARGS=--write`).
+Defaults are data, in choices.json. They rest on published figures and on counts of bytes moved, until the figures of a
+device are measured (`make gpu-report ARGS=--write`).
 """
 
 import json
@@ -20,9 +20,9 @@ Norms = Literal["xla", "pallas"]
 
 @dataclass(frozen=True)
 class Implementations:
-    """Implementations asked for by name; None leaves the choice to the device, and to XLA what no other can do.
+    """Implementations asked for by name. None takes the device's default, or XLA if that cannot run.
 
-    `context` is the way of self-attention where the mesh splits tokens (`context_attention`).
+    `context` is the algorithm of self-attention where the mesh splits tokens (`context_attention`).
     """
 
     attention: Attention | None = None
@@ -39,7 +39,7 @@ def _table() -> dict[str, dict[str, str]]:
 
 
 def default(op: Literal["attention", "norms"]) -> str:
-    """The implementation for the device at hand: that of the longest beginning of its kind's name."""
+    """The default for the device at hand: the entry whose name is the longest prefix of the device kind's name."""
     names = [name for name in _table()[op] if device.kind().startswith(name)]
     return _table()[op][max(names, key=len)]
 

@@ -20,11 +20,11 @@ from helios_jax.models.ops.token_runs import runs_of, take
 from helios_jax.sharding import CONTEXT, RULES, ContextAttention
 from pallas_kernels.attention import KEPT_ATTENTION
 
-Present = Bool[np.ndarray, "ways m"]  # of the keys of each device's share, those that are no padding
+Present = Bool[np.ndarray, "ways m"]  # True for the keys of each device's share that are no padding
 
 
 class Pieces(NamedTuple):
-    """Attention to some of the keys that queries see, in float32; keys past a length are padding."""
+    """Attention to one piece of the keys that queries see, in float32; keys past a length are padding."""
 
     forward: Callable[..., tuple[Array, Array]]  # (query, key, value, length) -> (output, log sums [b, heads, n])
     # (query, key, value, cotangent, log sums and dots over all keys, length) -> gradients of the first three
@@ -51,7 +51,7 @@ def ulysses(
     value: Float[Array, "b m heads head_dim"],
     present: Present,
 ) -> Float[Array, "b n heads head_dim"]:
-    """`attend` of each device's share of the heads, over the tokens of all."""
+    """Runs `attend` on this device's share of the heads over all tokens, between two exchanges of tokens for heads."""
     query, key, value = (jax.lax.all_to_all(x, CONTEXT, 2, 1, tiled=True) for x in (query, key, value))
     runs = runs_of(present.reshape(-1))
     key, value = take(key, runs), take(value, runs)
@@ -65,18 +65,18 @@ def ring(
     value: Float[Array, "b m heads head_dim"],
     present: Present,
 ) -> Float[Array, "b n heads head_dim"]:
-    """Attention of this device's queries to the keys of all, one device's keys after the other."""
+    """Attention of this device's queries to the keys of all devices, one device's share after the other."""
     ways, dtype = len(present), query.dtype
-    forth = [(i, (i + 1) % ways) for i in range(ways)]
+    to_next = [(i, (i + 1) % ways) for i in range(ways)]
 
     def length(step: Array | int) -> Array:
-        """Keys, without padding, of the share that is here after so many steps."""
+        """The number of keys, without padding, in the share that this device holds after so many steps."""
         return jnp.asarray(present.sum(1), jnp.int32)[(jax.lax.axis_index(CONTEXT) - step) % ways]
 
     def rotated(*arrays: Array) -> tuple[Array, ...]:
-        return tuple(jax.lax.ppermute(x, CONTEXT, forth) for x in arrays)
+        return tuple(jax.lax.ppermute(x, CONTEXT, to_next) for x in arrays)
 
-    def values(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+    def forward(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
         def merge(sums: tuple[Array, Array], key: Array, value: Array, step: Array | int) -> tuple[Array, Array]:
             out, log_sums = pieces.forward(query, key, value, length(step))
             total = jnp.logaddexp(sums[1], log_sums)
@@ -90,17 +90,17 @@ def ring(
             return (*following, *merge((sums[0], sums[1]), key, value, step)), None
 
         b, n, heads, _ = query.shape
-        none = jnp.zeros(query.shape, jnp.float32), jnp.full((b, heads, n), LOWEST, jnp.float32)
-        (key, value, *sums), _ = jax.lax.scan(turn, (key, value, *none), jnp.arange(ways - 1))
+        initial = jnp.zeros(query.shape, jnp.float32), jnp.full((b, heads, n), LOWEST, jnp.float32)
+        (key, value, *sums), _ = jax.lax.scan(turn, (key, value, *initial), jnp.arange(ways - 1))
         out, log_sums = merge((sums[0], sums[1]), key, value, ways - 1)
         return out.astype(dtype), log_sums
 
     @jax.custom_vjp
     def attend(query: Array, key: Array, value: Array) -> Array:
-        return values(query, key, value)[0]
+        return forward(query, key, value)[0]
 
     def keep(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, ...]]:
-        out, log_sums = (checkpoint_name(x, KEPT_ATTENTION) for x in values(query, key, value))
+        out, log_sums = (checkpoint_name(x, KEPT_ATTENTION) for x in forward(query, key, value))
         return out, (query, key, value, out, log_sums)
 
     def backward(kept: tuple[Array, ...], cotangent: Array) -> tuple[Array, Array, Array]:
@@ -117,10 +117,10 @@ def ring(
             d_query, *others = add(tuple(sums), key, value, step)
             return (*following, d_query, *rotated(*others)), None
 
-        none = [jnp.zeros(x.shape, jnp.float32) for x in (query, key, value)]
-        (key, value, *sums), _ = jax.lax.scan(turn, (key, value, *none), jnp.arange(ways - 1))
+        initial = [jnp.zeros(x.shape, jnp.float32) for x in (query, key, value)]
+        (key, value, *sums), _ = jax.lax.scan(turn, (key, value, *initial), jnp.arange(ways - 1))
         d_query, *others = add(tuple(sums), key, value, ways - 1)
-        d_key, d_value = rotated(*others)  # home
+        d_key, d_value = rotated(*others)  # the last step takes them back to the device that owns the keys
         return d_query.astype(dtype), d_key.astype(dtype), d_value.astype(dtype)
 
     attend.defvjp(keep, backward)
@@ -129,7 +129,7 @@ def ring(
 
 
 def _present_first(x: Shaped[Array, "b m heads head_dim"], present: Present) -> Shaped[Array, "b m heads head_dim"]:
-    """This device's keys with padding behind the others."""
+    """This device's keys in an order that puts padding last, since `Pieces` take a length."""
     order = np.argsort(~present, 1, kind="stable")
     if (order == np.arange(order.shape[1])).all():
         return x

@@ -29,12 +29,18 @@ def in_context() -> bool:
 
 
 def over_context(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` on each device's share of what the specs split over `context`; other axes stay the compiler's."""
+    """Makes each device run `function` on its share of tokens, split over `context` by the specs.
+
+    The compiler still splits the other axes.
+    """
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names={CONTEXT}, check_vma=False)
 
 
 def each_device(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`function` on each device's part of what the specs split over all axes (within `over_context`: all others)."""
+    """Makes each device run `function` on its part of the arrays, split by the specs.
+
+    This takes all axes of the mesh, or within `over_context` all others. Without a mesh it is `function` itself.
+    """
     mesh = current()
     if mesh is None or not (axes := set(mesh.axis_names) - set(mesh.manual_axes)):
         return function

@@ -1,4 +1,4 @@
-"""Norms with what surrounds them, by the kernels of `pallas_kernels` where these pay, and by XLA elsewhere."""
+"""Norms fused with the operations around them: kernels of `pallas_kernels` where these pay, and XLA elsewhere."""
 
 import logging
 from collections.abc import Callable
@@ -22,16 +22,16 @@ from pallas_kernels.norm_rope import Rotary
 log = logging.getLogger(__name__)
 
 HEADS_SPLIT = "heads are split over the mesh's tensor, and their norm is across all heads"
-# "xla" for all, or what each kernel's own op says pays on this device.
+# "xla" for all norms; None for the default of each op of `pallas_kernels`, which is what pays on this device.
 Choice = Literal["xla"] | None
 
 
 def choose(x: Float[Array, "b n d"] | jax.ShapeDtypeStruct, heads: int, asked: Norms | None) -> Choice:
     """The implementation of a block's norms.
 
-    Left to the device (`choices`), it is XLA where the kernels cannot run. Under a mesh that splits heads, XLA norms
-    queries and keys, whose norm is across all heads, with a sum over devices. The log says which, and why. Raises
-    ValueError when "pallas" is asked for and cannot run.
+    If none is asked for, the device's default runs (`choices`), or XLA if the kernels cannot. Under a mesh that splits
+    heads, XLA computes the norm of queries and keys, which is across all heads and needs a sum over devices. The log
+    says which implementation runs, and why. Raises ValueError if "pallas" is asked for and cannot run.
     """
     if asked == "xla":
         return "xla"
@@ -54,7 +54,7 @@ def choose(x: Float[Array, "b n d"] | jax.ShapeDtypeStruct, heads: int, asked: N
 
 
 def check(asked: Norms | None, heads: int, width: int, dtype: Any) -> None:
-    """Raises ValueError when the implementation asked for cannot run such tokens here: known before weights are."""
+    """Raises ValueError if the implementation asked for cannot run such tokens here, before weights are read."""
     if asked is not None:
         choose(jax.ShapeDtypeStruct((1, 1, width), dtype), heads, asked)
 
@@ -94,12 +94,12 @@ def gated_residual(
 
 
 def fuses_residual(by: Choice) -> bool:
-    """True if `gated_residual` is a kernel; where it is not, XLA adds in the product before."""
+    """True if `gated_residual` is a kernel. Elsewhere XLA fuses the addition into the matrix product before it."""
     return by is None and device.platform() == "gpu"
 
 
 def head_major(by: Choice) -> bool:
-    """True if attention reads heads one after the other."""
+    """True if attention reads arrays head by head ([b, heads, n, head_dim] in memory)."""
     return by is None and device.platform() == "tpu" and not _heads_split()
 
 
@@ -108,7 +108,7 @@ def _heads_split() -> bool:
 
 
 def _split(samples: int) -> str | None:
-    """The reason that the mesh's split rules all kernels out, or None."""
+    """The reason why no kernel can run on arrays as the mesh splits them, or None."""
     if mesh_axes.size(CONTEXT) > 1 and not mesh_axes.in_context():
         return f"tokens are split over the mesh's {CONTEXT}, and here no device has a share of its own"
     devices = mesh_axes.size(*BATCH)
@@ -116,7 +116,7 @@ def _split(samples: int) -> str | None:
 
 
 def _on_samples(op: Callable[..., Any], by: Choice, x: Array, *rest: Any) -> Any:
-    """`op` on each device's samples: under a mesh nothing else splits what a kernel reads."""
+    """Runs `op` on each device's samples: under a mesh the compiler cannot split the arrays of a kernel."""
     if by == "xla":
         return op(x, *rest)
     samples = PartitionSpec(BATCH)
@@ -126,4 +126,5 @@ def _on_samples(op: Callable[..., Any], by: Choice, x: Array, *rest: Any) -> Any
 
 @cache
 def _say(line: str) -> None:
+    """Logs a line once per process."""
     log.info(line)

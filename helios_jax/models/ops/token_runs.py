@@ -1,4 +1,4 @@
-"""Runs of tokens that are next to one another, for cuts that are known when a program is compiled."""
+"""Runs of consecutive tokens: slices that are known when a program is compiled."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +8,11 @@ TokenRuns = list[tuple[int, int]]  # [start, stop)
 
 
 def runs_of(chosen: Bool[np.ndarray, " n"]) -> TokenRuns:
-    """Runs of True."""
+    """The runs of consecutive True values."""
     edges = np.flatnonzero(np.diff(chosen, prepend=False, append=False))
     return [(int(start), int(stop)) for start, stop in edges.reshape(-1, 2)]
 
 
 def take(x: Shaped[Array, "b n *rest"], runs: TokenRuns) -> Shaped[Array, "b m *rest"]:
-    """The tokens of all runs."""
+    """The tokens of all runs, one run after the other."""
     return jnp.concatenate([x[:, start:stop] for start, stop in runs], 1)

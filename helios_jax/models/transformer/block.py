@@ -75,7 +75,7 @@ TextKV = tuple[Float[Array, "b m heads head_dim"], Float[Array, "b m heads head_
 
 
 class Attention(nnx.Module):
-    """q/k RMS-normalised across all heads, then split into heads."""
+    """Projections of attention; queries and keys are RMS-normalised across all heads, then split into heads."""
 
     def __init__(self, config: TransformerConfig, *, history_scale: bool, rngs: nnx.Rngs):
         dim, self.heads = config.dim, config.num_attention_heads
@@ -96,7 +96,8 @@ class Attention(nnx.Module):
     def key_value(
         self, x: Float[Array, "b n d"], table: Rotary | None = None, num_history: int = 0, by: norms.Choice = "xla"
     ) -> TextKV:
-        """The first `num_history` keys are times 1 + 9 sigmoid(s): how strongly the past is attended to."""
+        """Keys and values. With a learnt scale s, the first `num_history` keys are multiplied by 1 + 9 sigmoid(s): how
+        strongly the history is attended to."""
         scale = self.history_key_scale
         if scale is not None:
             scale = 1 + jax.nn.sigmoid(scale[...].astype(jnp.float32)) * (MAX_KEY_SCALE - 1)
@@ -147,7 +148,11 @@ class Block(nnx.Module):
         keep_history: bool = True,
         implementations: Implementations = DEVICE,
     ) -> Float[Array, "b n_out d"]:
-        """`keep_history=False` returns the noisy tokens alone: all that is needed after the last block."""
+        """The tokens after the block; `keep_history=False`, for the last block, returns the noisy ones only.
+
+        `time` has six modulations for each row of `packing.rows`, `table` are the rotary tables of the tokens, and
+        `text` are the block's keys and values of the text.
+        """
         rows = self.scale_shift_table[...].astype(jnp.float32) + time.astype(jnp.float32)
         num_history = packing.num_history
         start = 0 if keep_history else num_history
@@ -179,7 +184,7 @@ class Block(nnx.Module):
             attended = self.attn1.out(attended, by)
 
         x, num_history = x[:, start:], num_history - start
-        # With guidance_cross_attn the text speaks to the noisy tokens only.
+        # With guidance_cross_attn, only noisy tokens attend to the text.
         first = num_history if self.guidance_cross_attn else 0
         with jax.named_scope("norms"):
             if self.norm2 is not None and norms.fuses_residual(by):
@@ -208,9 +213,9 @@ class Block(nnx.Module):
 
 
 def check_implementations(asked: Implementations, config: TransformerConfig, dtype: Any, mesh: Any = None) -> None:
-    """Raises ValueError when one that is asked for cannot run here, or over `mesh`, with tokens of `dtype`.
+    """Raises ValueError if an implementation asked for cannot run here, or over `mesh`, with tokens of `dtype`.
 
-    So it is known before weights are read.
+    It needs no weights, so that the error precedes their loading.
     """
     context_attention.check(asked.context, config.num_attention_heads, mesh)
     shared = mesh is not None and mesh.shape[CONTEXT] > 1

@@ -35,9 +35,9 @@ class Patches(nnx.Module):
 
 
 def coarser(source: Patches, scale: tuple[int, int, int]) -> tuple[Float[Array, "kt kh kw c d"], Float[Array, " d"]]:
-    """Weight and bias of patches `scale` times as large: values repeated over the kernel and averaged.
+    """Weight and bias for patches `scale` times as large: the weights repeated over the larger kernel and divided.
 
-    They make of a block what `source` makes of the downsampled one.
+    So they embed a block as `source` embeds the mean of the block over `scale`.
     """
     weight = source.weight[...] / math.prod(scale)
     for axis, times in enumerate(scale):
@@ -63,7 +63,7 @@ class ConditionEmbedder(nnx.Module):
         self.text_embedder = Embedder(text_dim, dim, None, rngs=rngs)
 
     def time(self, timestep: Float[Array, "b rows"], dtype) -> tuple[Array, Array]:
-        """The embedding [b, rows, d] and its projection to six modulations [b, rows, 6, d]; float32 embedder."""
+        """The embedding [b, rows, d], computed in float32, and its projection to six modulations [b, rows, 6, d]."""
         b, rows = timestep.shape
         x = timestep_features(timestep.reshape(-1), self.freq_dim)
         x = self.time_embedder.linear_2(jax.nn.silu(self.time_embedder.linear_1(x))).astype(dtype)

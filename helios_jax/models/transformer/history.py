@@ -1,4 +1,4 @@
-"""The history's parts: how much coarser than the patch embedding each of them is, and the frames that they hold.
+"""The parts of the history: their scales, relative to the patch embedding, and the inputs that hold their frames.
 
 `SCALES` is the one table of how the past is compressed. The patch embeddings, the rotary positions, the counts of
 tokens and the layout of checkpoints follow from it; `diffusion/memory.py` says which frames each part gets. A new part
@@ -15,11 +15,11 @@ Scale = tuple[int, int, int]  # patches of the patch embedding's size that a tok
 
 # From near to far; tokens go the other way round.
 SCALES: dict[str, Scale] = {"short": (1, 1, 1), "mid": (2, 2, 2), "long": (4, 4, 4)}
-# The same by the names of the parameters.
+# The same scales, by the names of the parts' patch embeddings.
 MEMORY_PATCHES = {f"patch_{part}": scale for part, scale in SCALES.items()}
 
 
-# The fields of the next two are not annotated with shapes: jax puts things that are no arrays into pytrees, too.
+# The fields of the next two are not annotated with shapes: jax also puts objects that are no arrays into pytrees.
 @struct.dataclass
 class HistoryLatents:
     """Clean latents that condition the noisy ones, [b, t, h, w, c] at full resolution; None where a part is absent."""

@@ -46,9 +46,9 @@ class Transformer(nnx.Module):
 
     `stacked=True` keeps the blocks as one block whose parameters have a leading layer dimension, run by `lax.scan`:
     short compilation, for training and TPUs. Otherwise blocks are a list and are unrolled: no copies of stacked
-    weights, for inference on GPUs. The files and the numbers are the same. `unroll` writes the loop over stacked blocks
-    out: for small models, where the loop's copies take longer than the blocks. `implementations` are those of calls
-    that name none.
+    weights, for inference on GPUs. The files and the numbers are the same. `unroll` unrolls the loop over stacked
+    blocks, for small models, where the loop's copies take longer than the blocks. `implementations` are the default of
+    every call.
     """
 
     FILE_NAMES = (("ffn.up", "ffn.net.0.proj"), ("ffn.down", "ffn.net.2"), ("to_out", "to_out.0"))
@@ -108,7 +108,7 @@ class Transformer(nnx.Module):
         if isinstance(self.blocks, nnx.List):
             return tuple(block.attn2.key_value(text) for block in self.blocks)
 
-        # Computed again for a gradient: in float32 they would be kept for all blocks.
+        # Rematerialized: else a gradient would keep float32 intermediates of all blocks.
         @partial(jax.checkpoint, prevent_cse=False)
         def key_value(block: Block) -> TextKV:
             return block.attn2.key_value(text)
@@ -129,7 +129,7 @@ class Transformer(nnx.Module):
         """Velocity (noise minus data) of `latents` at `timestep` (0 to 1000).
 
         `text` comes from `text_kv`. Computes in the dtype of `latents`. Without `indices` frames count from zero, which
-        fits a call without history only. With `remat` the backward pass computes again what that policy does not keep.
+        fits a call without history only. `remat` is the rematerialization policy for the backward pass (None: none).
         """
         (out,) = self.packed(
             (latents,), timestep[:, None], text, history, indices, remat=remat, implementations=implementations
@@ -149,8 +149,8 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "b t _h _w c_out"], ...]:
         """`__call__` of several latents of the same chunks, such as the levels of the pyramid, as one sequence (NaViT).
 
-        Each has its own timestep and sees its own copy of the history and nothing of the others, so the velocities are
-        those of calls on their own.
+        Each has its own timestep and attends only to itself and its own copy of the history, so the velocities are
+        those of separate calls.
         """
         return self._run(latents, timesteps, text, history, indices, (), remat, implementations)[0]
 
@@ -166,7 +166,7 @@ class Transformer(nnx.Module):
         remat: Remat | None = None,
         implementations: Implementations | None = None,
     ) -> tuple[Float[Array, "b t h w c_out"], tuple[Float[Array, "b _t _h _w d"], ...]]:
-        """The velocity, and what each of `blocks` (numbers from 0) makes of the noisy tokens, on their grid."""
+        """The velocity, and the noisy tokens after each of `blocks` (numbers from 0), on their grid."""
         (out,), kept = self._run((latents,), timestep[:, None], text, history, indices, blocks, remat, implementations)
         t, h, w = (size // p for size, p in zip(latents.shape[1:4], self.config.patch_size))
         return out, tuple(rearrange(x, "b (t h w) d -> b t h w d", t=t, h=h, w=w) for x in kept)
@@ -251,8 +251,11 @@ def _pass(
     unroll: bool,
     implementations: Implementations,
 ) -> tuple[Float[Array, "b noisy values"], list[Float[Array, "b noisy d"]]]:
-    """(the output's values of the noisy tokens, those tokens after each of the blocks `kept`); `layers` are the blocks,
-    the norm of their output and its projection. Where devices share tokens, each runs it on its own."""
+    """Runs `layers`: the blocks, the norm of their output and its projection. Where tokens are split over devices, each
+    device runs it on its share.
+
+    Returns the output's values of the noisy tokens, and the noisy tokens after each of the blocks `kept`.
+    """
     blocks, norm_out, proj_out = layers
 
     def run(block: Block, kv: Any, x: Array, keep_history: bool) -> Array:
@@ -260,9 +263,9 @@ def _pass(
         return block(x, modulation, table, kv, packing, keep_history=keep_history, implementations=implementations)
 
     if remat is not None:
-        # In a loop nothing could take the place of what is computed again.
-        straight = unroll or isinstance(blocks, nnx.List)
-        run = jax.checkpoint(run, static_argnums=3, policy=policy(remat), prevent_cse=straight)
+        # Inside a scan, XLA cannot replace the recomputation by the first results (CSE), so nothing must prevent that.
+        unrolled = unroll or isinstance(blocks, nnx.List)
+        run = jax.checkpoint(run, static_argnums=3, policy=policy(remat), prevent_cse=unrolled)
     states: Any = []  # noisy tokens after blocks
     if isinstance(blocks, nnx.List):
         for i, (block, kv) in enumerate(zip(blocks, text, strict=True)):
@@ -271,7 +274,7 @@ def _pass(
                 x = run(block, kv, x, not last)
             states.append(x if last else x[:, packing.num_history :])
     else:
-        # Each kept block has a place, all others share one more: all tokens of all blocks would fill the memory.
+        # Each kept block has a place, and all others share one more: the tokens of all blocks would fill the memory.
         count = len(jax.tree.leaves(text)[0])
         places = [kept.index(i) if i in kept else len(kept) for i in range(count)]
 

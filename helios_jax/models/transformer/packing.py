@@ -1,4 +1,4 @@
-"""Several sequences in one (NaViT, arXiv 2307.06304): the levels of the pyramid in training; and shares of devices."""
+"""The layout of tokens: several sequences packed into one (NaViT, arXiv 2307.06304), and split over devices."""
 
 from dataclasses import dataclass, replace
 
@@ -15,11 +15,12 @@ from pallas_kernels.core.rows import Runs, spread
 class Packing:
     """Layout of several sequences in one: first each one's `history` tokens, then each one's `noisy` tokens.
 
-    One sequence is the usual case. All history comes first, so that what treats it apart need not know of packing.
-    One sequence may have `padding` behind its noisy tokens: tokens that are computed like them, attended to by none.
+    One sequence is the usual case; in training there are several, the levels of the pyramid. All history comes first,
+    so that code for the history need not know of packing. A single sequence may end with `padding`: tokens that are
+    computed like noisy ones, but that no token attends to.
 
-    With `whole` it is the share of one of `ways` devices, each of which has as many tokens of every part as the others.
-    The last shares of a part may end with padding.
+    With `whole`, this is the layout of one device's share, one of `ways`. All shares have the same number of tokens of
+    every part, so the last shares of a part may end with padding.
     """
 
     history: int
@@ -88,10 +89,10 @@ class Packing:
         return [s.reshape(x.shape[0], -1, x.shape[2])[:, :n] for s, n in zip(shares, whole.noisy, strict=True)]
 
     def runs(self, rows: Float[Array, "b rows d"], *, history: bool = True) -> tuple[Float[Array, "b runs d"], Runs]:
-        """The `rows` that tokens take, and how many tokens take each; without `history` only for noisy tokens.
+        """The `rows` that tokens take, and how many tokens take each; without `history`, for noisy tokens only.
 
-        The last rows are those of each sequence's noisy tokens; before them come the history's, one for all copies of
-        it or one for each.
+        The last rows belong to the noisy tokens, one to each sequence's. Before them come the history's rows: one for
+        all copies of it, or one for each.
         """
         copies = rows.shape[1] - len(self.noisy)
         noisy = (*self.noisy[:-1], self.noisy[-1] + self.padding)
@@ -100,7 +101,7 @@ class Packing:
         return rows[:, copies:], noisy
 
     def rows(self, rows: Float[Array, "b rows d"], *, history: bool = True) -> Float[Array, "b n d"]:
-        """Each token's row of those of `runs`; what is the same for all tokens is [b, 1, d]."""
+        """The row of each token, as `runs` assigns them; [b, 1, d] if it is the same for all tokens."""
         return spread(*self.runs(rows, history=history))
 
     def segments(self, *, history: bool) -> Segments | None:

@@ -9,15 +9,15 @@ from pallas_kernels.attention import KEPT_ATTENTION
 
 BLOCK_INPUT = "block_input"
 
-# block: nothing but the block's input. offload: that, in the host's memory.
-# attention: and what kernels of attention need to go back, their outputs and log-sums; XLA's attention, which has no
-# log-sums, is computed again.
-# products: and the outputs of linear layers, each with what its adapters add: what is left to compute again is cheap.
-# dots_with_no_batch_dims_saveable: the results of all matrix products with weights, those of adapters on their own.
-# dots_saveable: and those of attention, as many as pairs of tokens where XLA computes it.
+# block: keeps only the block's input. offload: keeps it in host memory.
+# attention: also keeps the outputs and log-sums of attention kernels, for their gradients. XLA's attention has no
+# log-sums and is computed again.
+# products: also keeps the outputs of linear layers, with what their adapters add. The rest is cheap to compute again.
+# dots_with_no_batch_dims_saveable: keeps the results of all products with weights, those of adapters separately.
+# dots_saveable: also keeps the results of attention's products; by XLA, they have a value for each pair of tokens.
 Remat = Literal["block", "offload", "attention", "products", "dots_with_no_batch_dims_saveable", "dots_saveable"]
 
-# cuDNN's attention, whose outputs and log-sums have no names.
+# The primitive of cuDNN's attention. Its outputs and log-sums have no checkpoint names, so it is told by its own.
 _CUDNN = "dot_product_attention_fwd_wrapper"
 
 

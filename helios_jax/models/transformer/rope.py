@@ -10,6 +10,8 @@ from pallas_kernels.norm_rope import Rotary
 def _grid(
     frames: Int[Array, "#b t"], height: int, width: int, dims: tuple[int, ...], theta: float
 ) -> Float[Array, "#b t h w pairs"]:
+    """The angle of each pair of features at each place of the grid: those of time, then height, then width."""
+
     def angles(position, dim):
         return position[..., None] * (1.0 / theta ** (jnp.arange(0, dim, 2, dtype=jnp.float32) / dim))
 
