@@ -40,10 +40,10 @@ class Conditioning:
 class Level:
     """One resolution of the pyramid; a model without a pyramid has one level.
 
-    `moves` [steps] is 0 where a step keeps the sample as it is (CFG-Zero*'s zero init), None when there is no such
-    step. All levels but the first begin with alpha * upsampled latents + beta * block noise: `alpha`, `beta` and the
-    `gamma` of that noise. `begin` and `end` are the sigmas that the level begins and ends with on the path from noise
-    (1) to data (0); `Steps.sigma` counts within the level.
+    `moves` [steps] is 0 where a step takes a velocity of zero (CFG-Zero*'s zero init), None if no step does. All levels
+    but the first begin with alpha * upsampled latents + beta * block noise: `alpha`, `beta` and the `gamma` of that
+    noise. `begin` and `end` are the sigmas that the level begins and ends with on the path from noise (1) to data (0);
+    `Steps.sigma` counts within the level.
     """
 
     steps: Steps

@@ -36,26 +36,26 @@ def make_levels(
     tokens: int,
     *,
     pyramid: bool,
-    stand: int = 0,
+    zero_init: int = 0,
     counted: Counted = "entered",
     whole: bool = True,
 ) -> tuple[Level, ...]:
     """Levels of `counts` steps, coarsest first, for `tokens` at full size.
 
-    The first `stand` steps of a pyramid leave the sample unchanged (CFG-Zero*'s zero init). Without a pyramid there is
-    one level. The defaults are the sampler's; for the student in training the shift counts the level's "own" size, and
+    The first `zero_init` steps take a velocity of zero (CFG-Zero*'s zero init). Without a pyramid there is one level.
+    The defaults are the sampler's; for the student in training the shift counts the level's "own" size, and
     timesteps are not `whole` numbers.
     """
     if not pyramid:
         table = sigmas(scheduler, counts[0], tokens)
         steps = make_steps(scheduler, table[:-1] * scheduler.num_train_timesteps, table)
-        return (Level(steps, begin=jnp.float32(1), end=jnp.float32(0)),)
+        return _with_zero_init((Level(steps, begin=jnp.float32(1), end=jnp.float32(0)),), zero_init)
     few = SOLVERS[scheduler.scheduler_type].few_steps
     tables = [
         level_table(scheduler, stage, count, _tokens(tokens, i, len(counts), counted), few=few, whole=whole)
         for i, (stage, count) in enumerate(zip(stages(scheduler), counts, strict=True))
     ]
-    return _assembled(scheduler, tables, stand)
+    return _assembled(scheduler, tables, zero_init)
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ class Trajectory:
 
 
 def make_trajectory(
-    scheduler: SchedulerConfig, steps: Sequence[int], student_steps: Sequence[int], tokens: int, stand: int = 0
+    scheduler: SchedulerConfig, steps: Sequence[int], student_steps: Sequence[int], tokens: int, zero_init: int = 0
 ) -> Trajectory:
     """The teacher's levels for `tokens` at full size; the steps of each include the student's.
 
-    A level's shift counts its own size, as in upstream's training. The first `stand` steps leave the sample unchanged.
+    A level's shift counts its own size, as in upstream's training. `zero_init` is as in `make_levels`.
     """
     tables, made = [], []
     for i, stage in enumerate(stages(scheduler)):
@@ -89,7 +89,7 @@ def make_trajectory(
         tables.append((np.trunc(timesteps), np.append(table, 0.0)))
         made.append((tuple(places), timesteps[places].astype(np.float32), table[places].astype(np.float32)))
     places, timesteps, table = zip(*made)
-    return Trajectory(_assembled(scheduler, tables, stand), places, timesteps, table)
+    return Trajectory(_assembled(scheduler, tables, zero_init), places, timesteps, table)
 
 
 def level_table(
@@ -131,16 +131,23 @@ def _tokens(tokens: int, level: int, levels: int, counted: Counted) -> int:
 
 
 def _assembled(
-    scheduler: SchedulerConfig, tables: Sequence[tuple[np.ndarray, np.ndarray]], stand: int
+    scheduler: SchedulerConfig, tables: Sequence[tuple[np.ndarray, np.ndarray]], zero_init: int
 ) -> tuple[Level, ...]:
-    """Levels from their (timesteps, sigmas), with the weights to enter them. `stand` is that of `make_levels`."""
+    """Levels from their (timesteps, sigmas), with the weights to enter them. `zero_init` is as in `make_levels`."""
     levels = [
         _entry(scheduler, stage, i, make_steps(scheduler, *table))
         for i, (stage, table) in enumerate(zip(stages(scheduler), tables))
     ]
-    if stand:
-        levels[0] = dataclasses.replace(levels[0], moves=(jnp.arange(len(tables[0][0])) >= stand).astype(jnp.float32))
-    return tuple(levels)
+    return _with_zero_init(tuple(levels), zero_init)
+
+
+def _with_zero_init(levels: tuple[Level, ...], count: int) -> tuple[Level, ...]:
+    """Sets the velocity of the first `count` steps of the first level to zero."""
+    if not count:
+        return levels
+    first, *later = levels
+    moves = (jnp.arange(len(first.steps.timestep)) >= count).astype(jnp.float32)
+    return (dataclasses.replace(first, moves=moves), *later)
 
 
 def _entry(scheduler: SchedulerConfig, stage: Stage, i: int, steps: Steps) -> Level:

@@ -126,8 +126,8 @@ class Teacher:
         tokens = math.prod(self.plan.latent_shape[:3]) // math.prod(config.patch_size)
         zero = self.settings.cfg_zero_star and self.plan.guidance_scale is not None
         counts = [factor * count for count in self.settings.student_steps]
-        stand = options.zero_steps + 1 if zero else 0
-        return make_trajectory(self._scheduler, self.settings.steps, counts, tokens, stand)
+        zero_init = options.zero_steps + 1 if zero else 0
+        return make_trajectory(self._scheduler, self.settings.steps, counts, tokens, zero_init)
 
     def load(self) -> "Teacher":
         """With its weights: float32 on CPU and bfloat16 elsewhere. Raises ValueError if `tensor` does not fit here."""

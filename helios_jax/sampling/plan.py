@@ -102,9 +102,9 @@ def make_plan(
     frames = frames_of_chunks(options, vae, variant)
 
     def levels(counts: Sequence[int]) -> tuple[Level, ...]:
-        stand = options.zero_steps + 1 if zero_star and guided and options.use_zero_init else 0
+        zero_init = options.zero_steps + 1 if zero_star and guided and options.use_zero_init else 0
         tokens = math.prod(shape[:3]) // math.prod(transformer.patch_size)
-        return make_levels(scheduler, counts, tokens, pyramid=variant.pyramid, stand=stand)
+        return make_levels(scheduler, counts, tokens, pyramid=variant.pyramid, zero_init=zero_init)
 
     every = levels(counts)
     return Plan(

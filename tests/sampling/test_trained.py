@@ -167,3 +167,19 @@ def test_diffusers_loads_a_folder_with_a_record(tmp_path):
     )
     assert theirs.config.num_layers == tiny.TRANSFORMER.num_layers
     assert {k: v for k, v in theirs.config.items() if k != "_trained"} == dict(plain.config)
+
+
+@pytest.mark.parametrize("pyramid", [False, True])
+def test_the_first_steps_of_cfg_zero_star_have_no_velocity_with_a_pyramid_or_without(pyramid):
+    variant = Variant(pyramid=pyramid, trained_size=(64, 64))
+    counts = {"pyramid_num_inference_steps_list": [4, 4, 4]} if pyramid else {"num_inference_steps": 4}
+
+    def moves(**options):
+        first, *later = plan_of(Trained(), variant, **counts, **options).levels
+        assert all(level.moves is None for level in later)
+        return None if first.moves is None else first.moves.tolist()
+
+    assert moves(use_cfg_zero_star=True) == [0, 0, 1, 1]
+    assert moves(use_cfg_zero_star=True, zero_steps=0) == [0, 1, 1, 1]
+    assert moves(use_cfg_zero_star=True, use_zero_init=False) is None
+    assert moves(use_cfg_zero_star=False) is None
