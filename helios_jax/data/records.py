@@ -203,7 +203,7 @@ class Source:
                 example[key] = example[key].decode()
         except CacheError as error:
             raise RecordError(f"{self._name}: {error}") from None
-        except Exception as error:  # array_record, protobuf and TFDS have no common one
+        except Exception as error:  # array_record, protobuf and TFDS share no base class
             i = bisect_right(self._ends, number)
             place = number - (self._ends[i - 1] if i else 0)
             raise RecordError(
@@ -269,7 +269,7 @@ def open_source(
         builder: Any = tfds.builder_from_directory(str(folder))
         splits, features = dict(builder.info.splits), dict(builder.info.features)
         stored = json.loads((folder / BUCKETS).read_text()) if (folder / BUCKETS).is_file() else None
-    except Exception as error:  # json, protobuf and TFDS have no common one
+    except Exception as error:  # json, protobuf and TFDS share no base class
         raise ValueError(f"{folder}: its metadata is damaged: {one_line(error)}; {DAMAGED}") from None
     if split not in splits:
         raise ValueError(f"{folder} has no split {split!r}: choose one of {', '.join(sorted(splits))}")

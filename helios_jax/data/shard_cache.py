@@ -87,7 +87,7 @@ def fetch(name: str, cache: Path) -> Path:
                 _copy(name, target, size)
     except CacheError:
         raise
-    except Exception as error:  # the storage services have no common one; also a full disk
+    except Exception as error:  # storage services share no base class; also a full disk
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
         raise CacheError(f"{name} cannot be copied to {cache}: {reason}") from None
     return target

@@ -51,7 +51,7 @@ def make_step(stage: Stage[Any, Any], optimizer: optax.GradientTransformation, s
         for player in stage.players():
             if host and grads:  # the last player's gradients wait in host memory
                 grads[-1] = offload.stacked_to_host(grads[-1])
-            # A player starts after these gradients are done, so that two players' activations never share the memory.
+            # A player starts after these gradients are done: two players' activations are never in memory together.
             inputs, grads = jax.lax.optimization_barrier((inputs, grads))
             gradient = partial(_gradient, player, config.optim.accumulate, state, placed.params, mesh)
             (value, more), own = player.take(state.step, gradient, inputs)

@@ -21,7 +21,7 @@ Offload = Literal["host"]
 class EMAConfig:
     """Exponential moving average of the parameters, kept in float32; until step `start` it equals them.
 
-    It is updated every `every` steps; in stage 3 that must be `critic.steps_per_generator`, the generator's interval.
+    It is updated every `every` steps; the distill stage needs `critic.steps_per_generator`, the generator's interval.
     With `ramp`, update s after `start` keeps at most (1 + s) / (10 + s) of the average, and update 0 keeps none of it:
     a young average forgets faster (as in upstream's code). Without, every update keeps `decay`.
     """

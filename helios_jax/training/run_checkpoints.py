@@ -138,7 +138,7 @@ class Checkpoints:
                 found = self.restore(state, step)
             except (RestoreError, MemoryError, jax.errors.JaxRuntimeError):
                 raise
-            except Exception as error:  # Orbax, TensorStore and JSON have no common one
+            except Exception as error:  # Orbax, TensorStore and JSON share no base class
                 fault = one_line(error).partition(". See full TensorStore details")[0]
             # Each host reads its own part of the arrays, so the parts of other hosts may be damaged.
             if faults := [text for text in hosts.gather(f"restored/{step}", fault) if text]:
@@ -240,7 +240,7 @@ class Checkpoints:
             yield
         except jax.errors.JaxRuntimeError:
             raise
-        except Exception as error:  # Orbax and TensorStore have no common one
+        except Exception as error:  # Orbax and TensorStore share no base class
             raise cannot_write(self.folder, error) from None
 
 

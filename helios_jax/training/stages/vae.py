@@ -107,7 +107,7 @@ class VAEStage(Stage[VAETrainConfig, AutoencoderKLWan]):
         sizes = self._sizes()
         model = AutoencoderKLWan(sizes, rngs=nnx.Rngs(key))
         _start_plain(model)
-        # Sampling noise as large as the latents would hide what a new encoder sends: its deviation starts at a seventh.
+        # Sampling noise as large as the latents would drown a new encoder's signal: its deviation starts at a seventh.
         bias = model.quant_conv.bias
         bias[...] = bias[...].at[sizes.z_dim :].set(-4.0)
         return model
