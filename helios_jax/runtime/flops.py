@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# Of the numbers that decide which branch is taken.
+# Primitives that compute the index of a branch from known numbers.
 SCALARS: dict[str, Callable[..., Any]] = {
     "convert_element_type": lambda x, new_dtype, **_: np.asarray(x).astype(new_dtype),
     "select_n": lambda which, *cases: cases[int(which)],
