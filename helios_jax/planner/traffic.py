@@ -1,7 +1,7 @@
 """Bytes that a compiled program's instructions read from and write to the device's main memory.
 
-A fusion that takes a slice of an operand reads the slice, and one that updates a slice writes it. What lies in a TPU's
-on-chip memory costs nothing here: the compiler's own copies bring it there.
+A fusion that takes a slice of an operand reads the slice, and one that updates a slice writes it. Arrays in a TPU's
+on-chip memory cost nothing here: the compiler's own copies, which are counted, bring them there.
 """
 
 from helios_jax.planner.hlo import FUSIONS, Computation, Instruction, Module
