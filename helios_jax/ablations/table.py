@@ -14,7 +14,7 @@
 
 A step is one command. In it `{out}` is the step's own folder, `{seed}` the seed, the name of another step that step's
 folder, and the name of a variable its text, in which placeholders may stand, too. A row changes variables. A row's
-result is its step `score`; of the others those run that it needs. The same command is one job, whichever rows ask for
+result is its step `score`; other steps run only if it needs them. The same command is one job, whichever rows ask for
 it: rows that differ in sampling alone share a model.
 """
 
@@ -39,7 +39,7 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 class Claim:
     """A comparison of a row with others: the mean of `metric` should be `better` in `row` than in each of `against`.
 
-    `at_most` instead of rows to compare with: the mean should not be above this number.
+    With `at_most` in place of `against`, the mean should not be above this number.
     """
 
     says: str = "???"

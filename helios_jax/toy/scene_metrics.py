@@ -103,7 +103,7 @@ def rollout(
 
 
 def measure(video: UInt8[np.ndarray, "t h w 3"], shapes: Sequence[Attributes]) -> tuple[list[Track], Ground]:
-    """Finds each of `shapes` by its colour in each frame, and what the background behind them is like."""
+    """Finds each of `shapes` by its colour in each frame, and measures the background behind them."""
     height, width = video.shape[1:3]
     pixels = video.astype(np.float32) / 255
     masks = _masks(pixels, shapes)
@@ -165,7 +165,7 @@ def _correlation(mask: Float[np.ndarray, "t h w"], template: Float[np.ndarray, "
 
 
 def _ground(pixels: Float[np.ndarray, "t h w 3"], covered: Float[np.ndarray, "t h w"]) -> Ground:
-    """The background where no shape is; the waves are fitted to what is seen of them."""
+    """Measures the background on pixels that no shape covers; the waves are fitted to these pixels alone."""
     seen = (covered < 0.02).astype(np.float32)
     grey = pixels.mean(-1)
     count = np.maximum(seen.sum((1, 2)), 1)
@@ -235,7 +235,7 @@ def _of_ground(ground: Ground, words: scenes.Background) -> dict[str, float]:
 
 
 def _pan_error(ground: Ground, words: scenes.Background) -> float:
-    """Difference of the texture's movement from the said one; of a texture that is not there, all of a pan."""
+    """Difference of the texture's movement from the said pan; all of the pan if the video shows no texture."""
     if words.texture == "plain" or len(ground.brightness) < 2:
         return 0.0
     columns = {"striped": [(0, (0, 1))], "barred": [(1, (1, 0))], "checkered": [(2, (1, 1)), (3, (1, -1))]}
