@@ -94,7 +94,7 @@ def read_frames(path: Path, box: Size, limit: int | None = None) -> Iterator[Fra
 
 
 def _scaler(first: av.VideoFrame, size: Size) -> Callable[[av.VideoFrame], av.VideoFrame]:
-    """FFmpeg's filter: `VideoFrame.reformat` asks for accurate rounding, and has other pixels."""
+    """Scaling by FFmpeg's filter: `VideoFrame.reformat` asks for accurate rounding, which gives other pixels."""
     graph = av.filter.Graph()
     source = graph.add_buffer(width=first.width, height=first.height, format=first.format, time_base=first.time_base)
     filters = [("scale", f"{size[1]}:{size[0]}:flags=fast_bilinear"), ("format", "yuv420p"), ("buffersink", None)]
@@ -115,7 +115,7 @@ def count_frames(path: Path) -> int:
 
 
 def planes_to_rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB of a yuv420p frame with video-reader-rs' integers: every term is rounded on its own, from 10 bits.
+    """RGB of a yuv420p frame by video-reader-rs' integer arithmetic: every term is rounded on its own, from 10 bits.
 
     Without tags a frame is BT.601 in limited range.
     """

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MODEL = "gpt-5.2-2025-12-11"  # that of the published scores
 KEY = "OPENAI_API_KEY"
-NUMBER_OF_FRAMES = "##NUM_FRAMES##"  # an instruction may hold it, as upstream's does
+NUMBER_OF_FRAMES = "##NUM_FRAMES##"  # placeholder that an instruction may contain, as upstream's does
 PICTURE_TOKENS = 255  # of a picture of up to 512x512 pixels, about
 TRIES = 3  # for an answer that is a number
 RETRIES = 8  # of a request, by the client, which waits as long as the server asks it to

@@ -63,7 +63,7 @@ def rate(metric: str, score: float | None, length: Length, strict: bool = False)
 
 
 def total(ratings: Mapping[str, int | None], length: Length) -> float:
-    """The weighted total. A metric without a rating adds nothing, so that the total is a part of the whole's."""
+    """The weighted total. A metric without a rating adds nothing, so that the total is partial."""
     present = ((rating, weight) for metric, weight in WEIGHTS[length].items() if (rating := ratings.get(metric)))
     return round(sum(rating * weight for rating, weight in present), 4)
 
