@@ -35,7 +35,7 @@ class Outcome:
 
 
 def outcome(claim: Claim, values: Mapping[str, Mapping[str, np.ndarray]]) -> Outcome | None:
-    """How a claim came out; None if a row of it has no result. Raises ScoreError for a metric that was not scored."""
+    """The outcome of a claim; None if a row of it has no result. Raises ScoreError for a metric that was not scored."""
     rows = (claim.row, *claim.against)
     if any(row not in values for row in rows):
         return None

@@ -37,12 +37,12 @@ def done(job: Job) -> bool:
 
 
 def to_do(jobs: Sequence[Job], wanted: Collection[Job]) -> list[Job]:
-    """The `jobs` that must run for the results of those that are `wanted`, in the same order.
+    """The `jobs` that must run to get the results of the `wanted` ones, in the same order.
 
     A job that only finished jobs needed does not run again, so its folder may have been deleted.
     """
     found = dict[Job, None]()
-    for job in reversed(jobs):  # each comes after those that it needs
+    for job in reversed(jobs):  # each comes after the jobs that it needs
         if not done(job) and (job in wanted or any(job in other.needs for other in found)):
             found[job] = None
     return list(reversed(found))
@@ -144,7 +144,7 @@ def make(job: Job) -> float:
 
 
 def run_on(cluster: Cluster, jobs: Sequence[Job], wanted: Collection[Job], out: Path) -> dict[Job, str]:
-    """Runs jobs on a cluster: first those that need none, then those that need these, and so on; returns as `run` does.
+    """Runs jobs on a cluster in rounds, each with all jobs whose needs are done by then; returns as `run` does.
 
     All machines must see the folder `out` of the jobs.
     """

@@ -68,7 +68,7 @@ def _memory_gib() -> float | None:
 def blocks(size: Size, say: Say) -> None:
     """A block of the transformer at each level of the pyramid, by each pair of attention and norms.
 
-    Blocks run one after the other, so that a block's time is that of a pass divided by their number.
+    Blocks are queued one after the other, as in a pass: a block's time is a pass's divided by the number of blocks.
     """
     config, dtype = size.transformer, _dtype()
     block = fill(Transformer.abstract(dataclasses.replace(config, num_layers=1)), dtype, 0).blocks[0]
@@ -103,7 +103,7 @@ def blocks(size: Size, say: Say) -> None:
         try:
             step = _compiled_block(block, x, rest, packing, Implementations(*pair))
             out = np.asarray(step(block, jnp.copy(x), *rest), np.float32)
-        except Exception as error:  # one that cannot run says so, and the others are run
+        except Exception as error:  # a pair that cannot run gets a row with the reason
             say(**row, why=f"{type(error).__name__}: {error}".splitlines()[0][:200])
             continue
         first = expected.setdefault(noisy, out)

@@ -26,7 +26,7 @@ Size = tuple[int, int]
 
 
 def target_size(height: int, width: int, box: Size) -> Size:
-    """Height and width at which the metrics see a video: one side is that of `box`, and both are even.
+    """Height and width at which the metrics see a video: one side equals that of `box`, and both are even.
 
     The proportions stay, so that 480x832 becomes 368x640 in a box of 384x640.
     """
@@ -137,7 +137,7 @@ def _plane(plane: VideoPlane) -> UInt8[np.ndarray, "h w"]:
 
 @functools.cache
 def _tables(bt709: bool, full_range: bool) -> tuple[Int16[np.ndarray, " 256"], ...]:
-    """Tables from the bytes of a plane to what they add to a pixel: luma, red by V, blue by U, green by U and by V."""
+    """Tables from a plane's bytes to their terms of a pixel: luma, red by V, blue by U, green by U and by V."""
     red, blue = (0.2126, 0.0722) if bt709 else (0.299, 0.114)
     green = 1 - red - blue
     y_scale, scale = (1.0, 1.0) if full_range else (255 / 219, 255 / 224)

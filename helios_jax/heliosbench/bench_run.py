@@ -99,7 +99,7 @@ def _upstream_scores(folder: Path) -> dict[str, dict[str, tuple[dict[str, Any], 
 
 
 def pending(models: Sequence[Model], recipes: Sequence[Recipe]) -> list[Task]:
-    """The videos that lack a metric: a task for the metrics of this machine, and one for those of a service."""
+    """Tasks for the videos that lack metrics: one for metrics of this machine, and one for metrics of a service."""
     tasks = []
     for remote in (False, True):
         for model in models:

@@ -43,7 +43,7 @@ def is_drift(metric: str) -> bool:
 
 
 def normalized(score: Any) -> float | None:
-    """The score clipped to [0, 1]; None for what is no number."""
+    """The score clipped to [0, 1]; None for a value that is no number."""
     if isinstance(score, bool) or not isinstance(score, int | float) or math.isnan(score):
         return None
     return max(0.0, min(1.0, float(score)))

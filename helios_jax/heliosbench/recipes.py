@@ -1,4 +1,4 @@
-"""Recipes of the metrics by name, for those that can be computed here; for the others, what is missing."""
+"""Recipes of the metrics by name, and the reasons why some metrics cannot be computed here."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -202,7 +202,7 @@ class Teacher:
         history = self._split(call.history)
         made: list[list[records.Example]] = [[] for _ in group]
         for chunk in range(self.plan.num_chunks or 0):
-            way = self.trajectories[min(chunk, 1)]
+            trajectory = self.trajectories[min(chunk, 1)]
             noise = self._split(call.chunk_noise())
             before = history
             history, kept = denoise_trajectory(
@@ -210,14 +210,14 @@ class Teacher:
                 history,
                 noise,
                 conditioning,
-                way.levels,
-                places=way.places,
+                trajectory.levels,
+                places=trajectory.places,
                 memory=self.plan.memory,
             )
             shared: Mapping[str, Any] = {
                 "chunk": np.int32(chunk),
-                **{f"timesteps_{i}": x for i, x in enumerate(way.timesteps)},
-                **{f"sigmas_{i}": x for i, x in enumerate(way.sigmas)},
+                **{f"timesteps_{i}": x for i, x in enumerate(trajectory.timesteps)},
+                **{f"sigmas_{i}": x for i, x in enumerate(trajectory.sigmas)},
             }
             latents = [np.asarray(level, np.float16) for level in kept]
             past, anchor = np.asarray(before.latents, np.float16), np.asarray(before.anchor, np.float16)

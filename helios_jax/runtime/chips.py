@@ -27,8 +27,8 @@ class Chip:
     clock: float = 0.0  # cycles a second, for the compiler's own estimates
 
 
-# TPU: the shares in products and in memory-bound operations are those of libtpu 0.0.42.1's own estimates for stage 1 on
-# v5p, compiled with all effort, summed over the step; that of splash attention is an assumption. H100 and H200:
+# TPU: the shares in products and in memory-bound operations follow from libtpu 0.0.42.1's own estimates for stage 1 on
+# v5p, compiled with all effort, summed over the step; the share in splash attention is an assumption. H100 and H200:
 # measured (docs/results/gpu.md).
 _TPU, _GPU = (0.82, 0.6, 0.32), (0.71, 0.62, 0.8)
 _CLOUD = "cloud.google.com/tpu/docs"
@@ -63,7 +63,7 @@ CHIPS = {
     ),
 }  # fmt: skip
 
-# Operations a second in products of bfloat16 by `device_kind`, as jax and NVIDIA's driver write it; of TPUs those of
+# Operations a second in products of bfloat16 by `device_kind`, as jax and NVIDIA's driver write it; for TPUs, of
 # one TensorCore. From Google's pages and NVIDIA's data sheets, without sparsity. Parts of a GPU (MIG) have other names.
 _V4, _V5P, _V7 = 275e12 / 2, CHIPS["v5p"].flops / 2, 2307e12 / 2
 _A100, _HOPPER, _NVL = 312e12, CHIPS["H100"].flops, 835.5e12

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a process ends at once, or with what it made, by one line and exit code 130.
+"""Ctrl-C and SIGTERM: a process ends with one line and exit code 130, at once or at its next `check`.
 
 No handler raises an exception: Python runs handlers between any two instructions, and an exception out of a
 `__del__` or a callback of the garbage collector is printed and lost. Handlers here do nothing. The signal's number
@@ -34,7 +34,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _State:
-    """Signals of this process, of which there is one."""
+    """State of the signal handling, of which a process has one."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -156,7 +156,7 @@ class _Worker:
     def begin(self, start: Start[Any, Any], folder: str, probes: Mapping[str, str]) -> tuple[str, str | None]:
         """Prepares the process; returns the machine's name, and in one line why it cannot do the work, if so."""
         node = os.uname().nodename
-        with suppress(OSError):  # relative paths are the driver's; where its folder is absent, those of a working_dir
+        with suppress(OSError):  # relative paths are the driver's or, without its folder, a working_dir's
             os.chdir(folder)
         for name, text in probes.items():
             if not appears(path := location(name), text):
@@ -222,7 +222,7 @@ class _Pool:
                 call = self._calls.pop(reference)
                 try:
                     answer = self._ray.get(reference)
-                except errors.RayTaskError as error:  # of `start`: those of tasks are results
+                except errors.RayTaskError as error:  # raised by `start`: the error of a task is a result
                     raise (error.cause or error) from error
                 except errors.RayError as error:
                     answer = self._lost(call, _reason(error))

@@ -29,7 +29,7 @@ LETTER_SCORE = -20.0
 
 
 def words_of(world: str) -> Counter[str]:
-    """How often each word is in the captions of a world."""
+    """Counts of the words in the captions of a world."""
     if world == "shapes":
         return Counter(
             word for split in ("train", "test") for a in toy.combinations(split) for word in toy.caption(a).split()

@@ -51,7 +51,7 @@ SECONDS = ("present", "shape", "colour_error", "stuck", "background", "texture_c
 
 @dataclass(frozen=True)
 class Track:
-    """Measurements of a shape in each frame: where it is, how much of it, what it looks like.
+    """Measurements of a shape in each frame: its area, position, form and colour.
 
     `area` is relative to the right shape's, `position` (y, x) in pixels of a 64x64 frame, `judged` False where another
     shape may cover it.
@@ -81,7 +81,7 @@ def rollout(
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The metrics of a video against its caption, and some of them for each of its seconds of `fps` frames.
 
-    Beside those of the table there are `NAME_end` of the last sixth, and `NAME_drift`, the change since the first.
+    Besides the table's metrics there are `NAME_end`, of the last sixth, and `NAME_drift`, the change since the first.
     """
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or len(video) < 2:
         raise ValueError(f"a video is uint8 [t >= 2, h, w, 3], got {video.dtype} {list(video.shape)}")
@@ -131,7 +131,7 @@ def measure(video: UInt8[np.ndarray, "t h w 3"], shapes: Sequence[Attributes]) -
 
 
 def _masks(pixels: Float[np.ndarray, "t h w 3"], shapes: Sequence[Attributes]) -> list[Float[np.ndarray, "t h w"]]:
-    """How much of each pixel is of each shape, 0 to 1, by its chroma: the colour without its brightness."""
+    """The share of each pixel, 0 to 1, that each shape covers, by its chroma: the colour without its brightness."""
     plane = np.array([[1.0, -0.5, -0.5], [0.0, math.sqrt(0.75), -math.sqrt(0.75)]], np.float32)
     chroma = pixels @ plane.T
     strength = np.linalg.norm(chroma, axis=-1)
@@ -249,7 +249,7 @@ def _pan_error(ground: Ground, words: scenes.Background) -> float:
 
 
 def _wanted(colour: Float[np.ndarray, "3"], name: str) -> Float[np.ndarray, "3"]:
-    """The colour, 0 to 1, of the hue nearest to that of `colour` in the band of its name."""
+    """The colour, 0 to 1, in the band of `name` whose hue is nearest to the hue of `colour`."""
     plane = np.array([[1.0, -0.5, -0.5], [0.0, math.sqrt(0.75), -math.sqrt(0.75)]])
     x, y = plane @ colour
     low, high = world.COLOURS[name]

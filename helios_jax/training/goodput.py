@@ -43,7 +43,7 @@ class Goodput:
         """The figures for a line of metrics; the seconds lost to each of LOST are counted since the last report."""
         now = time.monotonic()
         lost, self._lost = self._lost, dict.fromkeys(LOST, 0.0)
-        if not self._first:  # the first step's time is that of compiling
+        if not self._first:  # the first step's time is mostly compilation
             self._computing += max(now - self._last - sum(lost.values()), 0.0)
         self._first, self._last = False, now
         share = self._computing / max(time.time() - self.began, 1e-9)

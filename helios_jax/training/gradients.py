@@ -1,4 +1,4 @@
-"""Addition of gradients that are known already to those of the backward pass."""
+"""Addition of precomputed gradients to the gradients of the backward pass."""
 
 from typing import Any
 

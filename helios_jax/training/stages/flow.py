@@ -161,7 +161,7 @@ def make_samples(
     keys: Key[Array, " b"],
     flow: FlowConfig,
 ) -> list[FlowSample]:
-    """Training samples of each clip: one, or those of all levels of the pyramid."""
+    """Training samples of each clip: one or, with a pyramid, `sample_ratios[i]` of each level i."""
     if flow.pyramid is None:
         return [straight_sample(target, noise, draw_quantile(keys, flow.times), flow.times)]
     quantiles, used = [], 0

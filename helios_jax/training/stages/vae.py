@@ -72,7 +72,7 @@ class ReconstructionConfig:
     l1: float = 0.1  # mean absolute error
     edge: float = 0.5  # both errors of the differences between neighbouring pixels: sharp outlines
     kl: float = 1e-6
-    first_frame: float = 1.0  # weight of a clip's first frame beside 1 for the others
+    first_frame: float = 1.0  # weight of a clip's first frame; the other frames have 1
 
     def __post_init__(self):
         for name, weight in dataclasses.asdict(self).items():

@@ -185,7 +185,7 @@ def _judges(config: DistillTrainConfig) -> Any:
 def _apart(on: Array, loss: Callable[[Any], tuple[Array, Any]], x: Any) -> tuple[tuple[Array, Any], Any]:
     """Returns `loss(x)`, a pair (number, aux), and its gradient at `x`; all are zeros unless `on`.
 
-    Both are computed here and are constants to the outer backward pass, which so keeps no activations of the loss.
+    They are computed here and are constants to the outer backward pass, which keeps no activations of `loss`.
     """
     gradient, x = jax.value_and_grad(loss, has_aux=True), jax.lax.stop_gradient(x)
     nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, x))

@@ -104,7 +104,7 @@ def _discriminator(config: DistillTrainConfig, model: Transformer) -> Discrimina
 
 
 def init(config: DistillTrainConfig, key: jax.Array) -> Players:
-    """All players with random weights; new adapters begin as in `load`, those of files are empty."""
+    """All players with random weights; new adapters begin as in `load`, adapters from files are zeros."""
     generator = start.init_transformer(config, key)
     if config.distill.score.init is None:
         student = _attach(generator, config, empty=True)
