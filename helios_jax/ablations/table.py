@@ -185,7 +185,7 @@ class Jobs:
                 f"{nearest(min(unknown), [*self._table.steps, *variables])}"
             )
         needs = {name: self._step(name, row, seed, (*within, step)) for name in self._table.steps if name in used}
-        # Wherever the table's folder is, the same words are the same job.
+        # Without the table's folder: the same words are the same job, wherever the folder is.
         named = {name: job.folder.name for name, job in needs.items()} | {"seed": str(seed)}
         identity = hashlib.sha256("\0".join(_replaced(word, named) for word in words).encode()).hexdigest()[:10]
         if identity not in self._made:

@@ -35,7 +35,7 @@ from pallas_kernels.tools import check, tune
 from pallas_kernels.tools.tunable import add_line
 
 LEAST = 15.0  # seconds that must be left for a phase to begin
-END_TO_END = 200.0  # seconds of nine minutes that the phases before end_to_end leave to it; fewer of fewer minutes
+END_TO_END = 200.0  # seconds that the phases before end_to_end leave to it; in proportion if --minutes is below 9
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Ours:
     def _step(self, i: int) -> Callable[[], Any]:
         """The first step of a level, set up."""
         level = self.plan.levels[i]
-        # A step takes the place of its state.
+        # A step donates its state, so it gets a copy.
         state = jax.tree.map(jnp.copy, solvers.start(self.latents[i], level.steps))
         step, row = sampler.step_program.bind(self.pipe.transformer), sampler.split(level)[0]
         # By keyword, as the sampler calls it: jit would compile another program otherwise, for minutes.

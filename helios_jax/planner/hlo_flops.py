@@ -16,7 +16,7 @@ from helios_jax.planner.hlo import FUSIONS, Computation, Instruction, Module, Sh
 # again, and the gradients of scores, queries, keys and values.
 FORWARD, BACKWARD = 2, 5
 FLOATING = ("bf16", "f16", "f32")
-# What the names of attention kernels contain: splash attention on TPUs and cuDNN's on GPUs.
+# Products by patterns of attention kernels' names: splash attention on TPUs and cuDNN's on GPUs.
 ATTENTION = {
     r"splash_mha_d": BACKWARD,
     r"splash_mha": FORWARD,

@@ -47,7 +47,7 @@ def _read(module: Module, inner: Computation, number: int, operand: Instruction)
         if user.opcode in SLICES and user.operands[:1]:
             sliced += user.bytes
         elif user.opcode == "dynamic-update-slice":
-            continue  # what is updated in place is not read
+            continue  # an operand that is updated in place is not read
         elif user.opcode == "fusion" and (nested := module.called(user)) is not None:
             places = [
                 i for i, one in enumerate(inner.operands(user)) if _source(inner, one) == inner.parameters[number]

@@ -28,7 +28,7 @@ BEAT = 1.0  # seconds between two heartbeats
 SILENCE = 30.0  # seconds without a heartbeat after which a host counts as gone
 # The same after a collective has failed, when only the host that caused it is looked for.
 SILENCE_AFTER_FAILURE = 5.0
-WAIT = 3600.0  # seconds that a host waits for another; where that one is gone, the watch ends the wait before
+WAIT = 3600.0  # seconds that a host waits for another; if that one is gone, the watch ends it before
 FAREWELL = 5.0  # seconds that the first host keeps the store open, so that others can read how the run ended
 FOLDER = "helios_jax"  # prefix of the keys
 DONE = "done"
@@ -157,7 +157,7 @@ class _LastWord:
 
     def _give(self, line: str) -> None:
         assert self._shell.stdin is not None
-        with contextlib.suppress(OSError):  # it has had its line
+        with contextlib.suppress(OSError):  # the shell has its line, and has ended
             os.write(self._shell.stdin.fileno(), f"{line}\n".encode())
 
 

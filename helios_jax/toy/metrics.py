@@ -46,7 +46,7 @@ DRIFT_FRACTION = 6
 # Frames, two latent ones, in which a chunk may still correct the position that it began with.
 START_STEPS = 8
 CHUNKS = ChunkFrames(toy.CHUNK_FRAMES, toy.CHUNK_FRAMES)
-# Scores whose course over a long video says how it drifts.
+# Scores whose course over a long video shows its drift.
 SECONDS = ("shape", "colour_error", "contrast", "background_error", "speed_error", "stuck")
 
 

@@ -45,7 +45,7 @@ HUE_TOLERANCE = 20.0
 COVERED = (0.5, 1.6)  # least and greatest area of a shape that is there, relative to the right one
 BRIGHTNESS_TOLERANCE = 0.1  # of full scale: the two brightnesses are 0.27 apart
 FAINT = 0.4  # of the right contrast: a fainter texture counts as plain
-# Scores whose course over a long video says how it drifts.
+# Scores whose course over a long video shows its drift.
 SECONDS = ("present", "shape", "colour_error", "stuck", "background", "texture_contrast", "pan_error")
 
 

@@ -25,7 +25,7 @@ SIZE = 0.72  # of the shapes, relative to those of the smaller world
 # Mean brightness of the background, 0 to 255; a texture takes it up and down by CONTRAST.
 BRIGHTNESS = {"dark": 45.0, "grey": 115.0}
 CONTRAST = 28.0
-PERIOD = 32.0  # pixels of a texture, of a 128 x 128 frame
+PERIOD = 32.0  # length of a texture's wave, in pixels of a 128 x 128 frame
 # Waves (y, x), in periods across a PERIOD, whose product is the texture.
 TEXTURES: dict[str, tuple[tuple[int, int], ...]] = {
     "plain": (),

@@ -60,7 +60,7 @@ class ValidationConfig:
     height: int = 384
     width: int = 640
     num_inference_steps: int | None = None  # of a model without a pyramid; null: 50
-    pyramid_num_inference_steps_list: tuple[int, ...] | None = None  # of one with levels; null: 20, or a student's own
+    pyramid_num_inference_steps_list: tuple[int, ...] | None = None  # with a pyramid; null: 20, or a student's own
     guidance_scale: float | None = None  # null: 5, or none for a student
     seed: int = 0
     fps: int = 24
