@@ -49,7 +49,7 @@ def make_step(stage: Stage[Any, Any], optimizer: optax.GradientTransformation, s
         keys = jax.random.split(jax.random.fold_in(seed_key, state.step), len(jax.tree.leaves(batch)[0]))
         loss, metrics, grads, inputs = jnp.zeros(()), {}, [], (batch, keys)
         for player in stage.players():
-            if host and grads:  # the last player's gradients wait in host memory
+            if host and grads:  # the previous player's gradients wait in host memory
                 grads[-1] = offload.stacked_to_host(grads[-1])
             # A player starts after these gradients are done: two players' activations are never in memory together.
             inputs, grads = jax.lax.optimization_barrier((inputs, grads))
