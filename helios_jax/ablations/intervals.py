@@ -26,7 +26,7 @@ class Mean:
 
 
 def mean(values: Float[np.ndarray, "s v"]) -> Mean:
-    """The mean of all values. With one seed, the interval is that of the videos alone, which is too narrow."""
+    """The mean of all values. With one seed, the interval covers the videos alone, and is too narrow."""
     seeds, videos = values.shape
     rng = np.random.default_rng(0)
     drawn = rng.integers(seeds, size=(DRAWS, seeds))

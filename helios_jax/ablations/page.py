@@ -29,13 +29,13 @@ class Outcome:
 
     @property
     def word(self) -> str:
-        """The outcome; that of one seed is called so, because its intervals know nothing of the luck of a training."""
+        """The outcome; for one seed it says so, as its intervals leave out how results vary between trainings."""
         word = {True: "Holds", False: "Does not hold", None: "Open"}[self.holds]
         return f"{word} for one seed" if self.seeds == 1 and self.holds is not None else word
 
 
 def outcome(claim: Claim, values: Mapping[str, Mapping[str, np.ndarray]]) -> Outcome | None:
-    """How a claim came out; None if a row of it has no result. Raises ScoreError for a metric that was not scored."""
+    """The outcome of a claim; None if a row of it has no result. Raises ScoreError for a metric that was not scored."""
     rows = (claim.row, *claim.against)
     if any(row not in values for row in rows):
         return None
@@ -68,7 +68,7 @@ def _size(by: Mean) -> Mean:
 def write(table: Table, results: Results, path: Path, command: str, missing: Mapping[str, str]) -> list[Outcome]:
     """Writes `path`, a Markdown page, and beside it NAME.csv, NAME.json and pictures; returns the claims' outcomes.
 
-    `missing` says of rows and seeds without a result why they have none.
+    `missing` maps each row and seed without a result to the reason.
     """
     values = {row: together(found, row) for row, found in results.items() if found}
     outcomes = [one for claim in table.options.claims if (one := outcome(claim, values)) is not None]
@@ -157,7 +157,7 @@ def _curves(table: Table, results: Results, path: Path) -> Path | None:
 
 
 def _picture(row: str, found: Mapping[int, Scores], path: Path) -> Path | None:
-    """A copy beside the page of the first seed's picture."""
+    """Copies the picture of the first seed to the page's folder; None if there is no picture."""
     picture = next(iter(found.values())).picture
     if picture is None:
         return None

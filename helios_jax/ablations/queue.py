@@ -28,7 +28,7 @@ from helios_jax.runtime.many import Cluster
 DONE, LOG, LOCK = "done.json", "log.txt", "lock"
 POLL = 0.2  # seconds between two looks at jobs and signals
 PATIENCE = 60.0  # seconds that jobs have to save what they made when the queue is stopped
-LAST = 2000  # characters of a log in which the reason of a failure is looked for
+LAST = 2000  # characters at the end of a log in which the reason of a failure is looked for
 
 
 def done(job: Job) -> bool:
@@ -37,12 +37,12 @@ def done(job: Job) -> bool:
 
 
 def to_do(jobs: Sequence[Job], wanted: Collection[Job]) -> list[Job]:
-    """The `jobs` that must run for the results of those that are `wanted`, in the same order.
+    """The `jobs` that must run to get the results of the `wanted` ones, in the same order.
 
-    A job whose result only done jobs took need not run again, so its folder may be gone.
+    A job that only finished jobs needed does not run again, so its folder may have been deleted.
     """
     found = dict[Job, None]()
-    for job in reversed(jobs):  # each comes after those that it needs
+    for job in reversed(jobs):  # each comes after the jobs that it needs
         if not done(job) and (job in wanted or any(job in other.needs for other in found)):
             found[job] = None
     return list(reversed(found))
@@ -84,7 +84,7 @@ def _gpus() -> list[str]:
 
 
 def run(jobs: Sequence[Job], wanted: Collection[Job], parallel: int = 1) -> dict[Job, str]:
-    """Runs what the `wanted` jobs need, and has not been done, `parallel` jobs at a time on shares of this machine.
+    """Runs the `wanted` jobs and those they need, unless done; `parallel` at a time, each on a share of the machine.
 
     `jobs` are in an order in which each comes after those that it needs. Returns the reasons of those that failed or
     could not begin; the others are done. A signal ends the jobs, which save what they made, and raises `Interrupted`.
@@ -144,7 +144,7 @@ def make(job: Job) -> float:
 
 
 def run_on(cluster: Cluster, jobs: Sequence[Job], wanted: Collection[Job], out: Path) -> dict[Job, str]:
-    """Runs jobs on a cluster: first those that need none, then those that need these, and so on; returns as `run` does.
+    """Runs jobs on a cluster in rounds, each with all jobs whose needs are done by then; returns as `run` does.
 
     All machines must see the folder `out` of the jobs.
     """
@@ -169,7 +169,7 @@ def _begin() -> Callable[[Job], float]:
 
 
 def _start(job: Job, slot: Slot | None, told: set[Path]) -> subprocess.Popen[bytes] | None:
-    """The job's process, which has the lock; None if another process holds it, or if it is done since."""
+    """The job's process, which has the lock; None if another process holds it, or if the job is done by now."""
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / LOCK).open("w") as lock:
         try:

@@ -1,4 +1,4 @@
-"""Scores of a job: what a scorer writes, and the table's values over rows, seeds and videos.
+"""Scores of a job: the file that a scorer writes, and its metrics as arrays over seeds and videos.
 
 A scorer writes `scores.json` into its folder:
 
@@ -29,7 +29,7 @@ class ScoreError(ValueError):
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a job's videos, of which `ids` are the names: [videos] a metric, and [videos, seconds]."""
+    """Scores of the videos named `ids`: `metrics` are [videos] each, `seconds` are [videos, seconds] each."""
 
     ids: tuple[str, ...]
     metrics: dict[str, Float[np.ndarray, " v"]]
@@ -49,7 +49,7 @@ def write(
 
 
 def read(folder: Path) -> Scores:
-    """The scores in a job's folder. Raises ScoreError for a file that is missing, or not as the module says."""
+    """The scores in a job's folder. Raises ScoreError for a file that is missing or malformed."""
     path = folder / FILE
     try:
         told = json.loads(path.read_text())

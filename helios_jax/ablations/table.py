@@ -14,7 +14,7 @@
 
 A step is one command. In it `{out}` is the step's own folder, `{seed}` the seed, the name of another step that step's
 folder, and the name of a variable its text, in which placeholders may stand, too. A row changes variables. A row's
-result is its step `score`; of the others those run that it needs. The same command is one job, whichever rows ask for
+result is its step `score`; other steps run only if it needs them. The same command is one job, whichever rows ask for
 it: rows that differ in sampling alone share a model.
 """
 
@@ -39,7 +39,7 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 class Claim:
     """A comparison of a row with others: the mean of `metric` should be `better` in `row` than in each of `against`.
 
-    `at_most` instead of rows to compare with: the mean should not be above this number.
+    With `at_most` in place of `against`, the mean should not be above this number.
     """
 
     says: str = "???"
@@ -185,7 +185,7 @@ class Jobs:
                 f"{nearest(min(unknown), [*self._table.steps, *variables])}"
             )
         needs = {name: self._step(name, row, seed, (*within, step)) for name in self._table.steps if name in used}
-        # Wherever the table's folder is, the same words are the same job.
+        # Without the table's folder: the same words are the same job, wherever the folder is.
         named = {name: job.folder.name for name, job in needs.items()} | {"seed": str(seed)}
         identity = hashlib.sha256("\0".join(_replaced(word, named) for word in words).encode()).hexdigest()[:10]
         if identity not in self._made:

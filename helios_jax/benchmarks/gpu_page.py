@@ -1,4 +1,4 @@
-"""The GPU report's rows as a page for people, and what they say to change."""
+"""The GPU report's page in Markdown, and the conclusions from its rows: which defaults to change."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 class Conclusions:
     """Conclusions from the rows about a device.
 
-    implementations: the fastest pair of right ones ("attention", "norms"), by the seconds of a block at all levels
+    implementations: the fastest correct pair ("attention", "norms"), by the seconds of a block at all levels
     sizes: for each tuned op the length it was timed with, and its kernel's fastest block sizes
     wrong: cases of kernels that are wrong, move from run to run, or do not run
     """
@@ -23,7 +23,7 @@ class Conclusions:
     wrong: list[str]
 
 
-# The kernels that each choice of the model stands for.
+# Kernels that are used where a choice of the model is "pallas".
 KERNELS = {"attention": ("attention",), "norms": ("norm_rope", "adaln", "gated_residual")}
 
 
@@ -71,7 +71,7 @@ def conclusions(rows: list[Row]) -> Conclusions:
 
 
 def _last_of_blocks(rows: list[Row]) -> list[Row]:
-    """The rows of blocks, one for each pair and length: those timed in turn come later and count."""
+    """The last row of blocks for each pair and length: later rows, timed in turn, replace the first ones."""
     last = {(row["attention"], row["norms"], row["noisy"]): row for row in rows if row["phase"] == "blocks"}
     return list(last.values())
 

@@ -40,7 +40,7 @@ from pallas_kernels.tools.tunable import add_line
 Say = Callable[..., None]
 CHUNKS = 8
 REFERENCE_CHUNKS = 3
-KERNELS = 40  # that a profile names
+KERNELS = 40  # kernels that a profile lists
 CALLS = 20  # blocks that are queued at a time
 ROUNDS = 5  # in which blocks are timed in turn
 TEXT = 512  # tokens
@@ -68,7 +68,7 @@ def _memory_gib() -> float | None:
 def blocks(size: Size, say: Say) -> None:
     """A block of the transformer at each level of the pyramid, by each pair of attention and norms.
 
-    Blocks run one after the other, so that a block's time is that of a pass divided by their number.
+    Blocks are queued one after the other, as in a pass: a block's time is a pass's divided by the number of blocks.
     """
     config, dtype = size.transformer, _dtype()
     block = fill(Transformer.abstract(dataclasses.replace(config, num_layers=1)), dtype, 0).blocks[0]
@@ -91,10 +91,10 @@ def blocks(size: Size, say: Say) -> None:
         time_rows = _normal(1, 2, 6, config.dim, dtype=jnp.float32)
         levels.append((noisy, tokens, packing, (time_rows, (jnp.cos(angles), jnp.sin(angles)), text)))
     expected: dict[int, np.ndarray] = {}  # by noisy tokens: the output of the first pair that ran
-    # Timed one after the other first: a kernel that hangs ends the phase, and what ran before it is known.
+    # First each pair is timed once: a kernel that hangs ends the phase, and the rows before it are written already.
     steps = {}
     for pair, (noisy, tokens, packing, rest) in itertools.product(_pairs(), levels):
-        # A last block returns no history, so the difference of two models is a block that does.
+        # A model's last block returns no history. A block that does is the difference of models of two blocks and one.
         one, two = (
             throughput_flops.transformer_pass(dataclasses.replace(config, num_layers=n), noisy, history, TEXT)
             for n in (1, 2)
@@ -103,7 +103,7 @@ def blocks(size: Size, say: Say) -> None:
         try:
             step = _compiled_block(block, x, rest, packing, Implementations(*pair))
             out = np.asarray(step(block, jnp.copy(x), *rest), np.float32)
-        except Exception as error:  # one that cannot run says so, and the others are run
+        except Exception as error:  # a pair that cannot run gets a row with the reason
             say(**row, why=f"{type(error).__name__}: {error}".splitlines()[0][:200])
             continue
         first = expected.setdefault(noisy, out)
@@ -112,7 +112,7 @@ def blocks(size: Size, say: Say) -> None:
         run = partial(_seconds_of_block, step, block, x, rest)
         steps[pair, noisy] = run, row, (two - one) / 1e12
         _say_block(say, row, run(), (two - one) / 1e12, config.num_layers)
-    # Then in turn, since a GPU that is warm is slower: these rows take the place of the earlier ones.
+    # Then the pairs are timed in turn, since a warm GPU is slower: these rows replace the earlier ones.
     for _, noisy_rows in itertools.groupby(sorted(steps, key=lambda key: -key[1]), key=lambda key: key[1]):
         keys = list(noisy_rows)
         taken = [[steps[key][0]() for key in keys] for _ in range(ROUNDS)]
@@ -144,7 +144,7 @@ def _compiled_block(
 
 
 def _seconds_of_block(step: Any, block: Block, x: jax.Array, rest: tuple[Any, ...]) -> float:
-    """Seconds of a block among others."""
+    """Seconds of a block, averaged over CALLS that are queued one after the other."""
     y = jnp.copy(x).block_until_ready()
     begin = time.perf_counter()
     for _ in range(CALLS):
@@ -226,7 +226,7 @@ def device_events(path: Path) -> Iterator[tuple[str, float]]:
 def _pace(times: list[float], frames: int) -> dict[str, Any]:
     """Speeds from the times at which chunks arrived: `seconds_a_chunk` is the median between two.
 
-    The first is later by the text encoder, the last is earlier: there is no next chunk to work on.
+    The first chunk is later by the text encoder's time. The last one is earlier, as no next chunk is in work beside it.
     """
     a_chunk = float(np.median(np.diff(times)))
     return {
@@ -239,7 +239,7 @@ def _pace(times: list[float], frames: int) -> dict[str, Any]:
 
 
 def reference(size: Size, say: Say, implementations: Implementations, *, compiled: bool = False) -> None:
-    """diffusers' pipeline with the same weights, and how far ours is from it; alone if `compiled` by torch.compile."""
+    """diffusers' pipeline with the same weights, and the error of ours; `compiled`: only times with torch.compile."""
     pipe = make(size, _dtype(), stacked=False, implementations=implementations)
     theirs = Reference(pipe, size)
     say(what="versions", **theirs.versions)
@@ -275,7 +275,7 @@ def _normal(*sizes: int, dtype: Any) -> jax.Array:
 
 
 PHASES = ("machine", "blocks", "end_to_end", "profile", "reference", "vae", "reference_compiled")
-CHOSEN = ("end_to_end", "profile", "reference")  # whose attention and norms are those that were the fastest
+CHOSEN = ("end_to_end", "profile", "reference")  # phases that use the attention and norms that were the fastest
 
 
 def _words(names: tuple[str, ...]) -> str:

@@ -7,7 +7,7 @@
 
 Each phase is a process of its own with a time limit, and its rows are in gpu-report-rows.jsonl of `--out` the moment
 they are known; JSON and a page beside it are made anew after each phase. Phases, in this order: the machine's rates;
-blocks of the model by each pair of attention and norms; whole videos, and their kernels; diffusers as it comes; each
+blocks of the model by each pair of attention and norms; whole videos, and their kernels; diffusers uncompiled; each
 kernel beside its reference; the tuner, for attention and the norms; the VAE; diffusers by torch.compile. Needs no
 weights and no network.
 """
@@ -34,13 +34,13 @@ from pallas_kernels.core import tiles
 from pallas_kernels.tools import check, tune
 from pallas_kernels.tools.tunable import add_line
 
-LEAST = 15.0  # seconds that a phase is begun with
-END_TO_END = 200.0  # seconds that the phases before it leave to it, or their share of `--minutes`
+LEAST = 15.0  # seconds that must be left for a phase to begin
+END_TO_END = 200.0  # seconds that the phases before end_to_end leave to it; in proportion if --minutes is below 9
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A process and its most seconds, where there are nine minutes in all."""
+    """A process of the report, with its time limit in seconds."""
 
     name: str
     module: str
@@ -49,7 +49,7 @@ class Phase:
 
 
 def phases(size: str, rows: Path) -> list[Phase]:
-    """All phases; what those in `CHOSEN` run by is known after the blocks only."""
+    """All phases; for those in `CHOSEN`, `main` adds the fastest implementations, which the blocks tell."""
 
     def measured(name: str, limit: float) -> Phase:
         return Phase(name, "helios_jax.benchmarks.gpu_phases", (name, "--size", size, "--rows", str(rows)), limit)
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _save(folder: Path, rows: list[dict[str, Any]], size: str, only: list[str]) -> None:
-    """Writes the page and its JSON; those of some phases `only` take no whole report's place."""
+    """Writes the page and its JSON; with `only`, under other names, so that no whole report is replaced."""
     device = next((row["device"] for row in rows if row.get("what") == "device"), "unknown device")
     name = "-".join(["gpu-report", size, device.replace(" ", "-").lower(), *only])
     (folder / f"{name}.md").write_text(page(rows, size))

@@ -27,9 +27,9 @@ from helios_jax.pretrained import files, load, read_config, save, write_config
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes and seconds of one pass over a folder; `peak` is what the process had above what it began with.
+    """Bytes and seconds of one pass over a folder; `peak` is the process's peak memory above its baseline.
 
-    `cpu_seconds` are those of all threads: what loading costs where other work shares the cores.
+    `cpu_seconds` are summed over all threads: the cost of loading where other work shares the cores.
     """
 
     peak: int
@@ -43,7 +43,7 @@ class Measured:
 def write_sparse(
     folder: Path, config: TransformerConfig, *, dtype: Any = jnp.bfloat16, max_shard_size: int | str = "5GB"
 ) -> None:
-    """A transformer of zeros as `save_model` would lay it out, its values holes that take no space on the disk."""
+    """Writes a transformer of zeros in `save_model`'s layout, as sparse files that take no space on the disk."""
     write_config(config, folder)
     shards = save.plan_shards(Transformer.abstract(config), config, dtype=dtype, max_shard_size=max_shard_size)
     for name, tensors in shards.items():
@@ -54,7 +54,7 @@ def write_sparse(
 
 
 def measure(folder: Path, model: nnx.Module, dtype: Any = None) -> Measured:
-    """Reads every tensor of `folder` to where `model` would have it, and drops it there."""
+    """Reads every tensor of `folder` to its place in `model`'s sharding, and drops it there."""
     stored = files.read_headers(folder)
     sizes = [tensor.dtype.itemsize * int(np.prod(tensor.shape)) for tensor in stored.values()]
     jax.block_until_ready(jnp.zeros(1))  # the device's own memory belongs to the baseline

@@ -39,7 +39,7 @@ STEPS = ([1, 1, 1], [2, 2, 2])
 
 
 class Ours:
-    """Our side: what is timed, and what it takes."""
+    """Our side of the comparison: the calls that are timed, and their operations."""
 
     def __init__(self, pipe: HeliosPipeline, size: Size, chunks: int):
         self.pipe, self.size, self.chunks = pipe, size, chunks
@@ -76,7 +76,7 @@ class Ours:
         return self.arrivals(steps, self.chunks)[-1]
 
     def parts(self) -> dict[str, Callable[[], Callable[[], Any]]]:
-        """By part: what sets up a call, and returns it."""
+        """By part, a function that sets up a call and returns it."""
 
         passes = {f"pass {h}": (lambda i=i: self._step(i)) for i, (_, h, _, _) in enumerate(self.sizes)}
         return {
@@ -88,10 +88,10 @@ class Ours:
     def _step(self, i: int) -> Callable[[], Any]:
         """The first step of a level, set up."""
         level = self.plan.levels[i]
-        # A step takes the place of its state.
+        # A step donates its state, so it gets a copy.
         state = jax.tree.map(jnp.copy, solvers.start(self.latents[i], level.steps))
         step, row = sampler.step_program.bind(self.pipe.transformer), sampler.split(level)[0]
-        # By the names that the sampler gives: other ones are another program, compiled for minutes.
+        # By keyword, as the sampler calls it: jit would compile another program otherwise, for minutes.
         rest = {"history": self.call.history, "conditioning": self.conditioning, "memory": self.plan.memory}
         return lambda: step(state, row, **rest)
 
@@ -121,7 +121,7 @@ class Ours:
         velocity = (latents - after.predictions[0]) / steps.sigma[0]  # of the prediction, latents - sigma velocity
         if self.pipe.vae.post_quant_conv.weight.dtype == jnp.float32:
             frames = decode(self.pipe.vae, latents, dtype="float32")
-        else:  # whose own error is above that of 8 bits
+        else:  # bfloat16's own error is larger than that of 8 bits
             frames = decode(self.pipe.vae, latents, dtype="uint8") / 255
         text, timestep = np.asarray(self.text, np.float32), float(steps.timestep[0])
         video = reference.decode(np.asarray(denormalize(latents, self.size.vae)))
@@ -181,7 +181,7 @@ def measure(
     peak = _peak()
     calls = ours.parts()
     for call in calls.values():
-        seconds(call())  # what is not compiled yet
+        seconds(call())  # compiles the parts that are not compiled yet
 
     reference = None
     if alone:

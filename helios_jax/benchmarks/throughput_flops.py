@@ -13,7 +13,7 @@ from helios_jax.models.umt5 import UMT5Config
 
 
 def transformer_pass(config: TransformerConfig, noisy: int, history: int, text: int) -> int:
-    """One pass over so many tokens, the text's keys and values being there already."""
+    """One pass over `noisy` and `history` tokens, without computing the text's keys and values."""
     d, tokens = config.dim, noisy + history
 
     def block(kept: int) -> int:
@@ -29,7 +29,7 @@ def transformer_pass(config: TransformerConfig, noisy: int, history: int, text: 
 
 
 def text_encoder(config: UMT5Config, tokens: int) -> int:
-    """One prompt of so many positions."""
+    """One prompt of `tokens` positions."""
     inner = config.num_heads * config.d_kv
     layer = (
         8 * tokens * config.d_model * inner + 4 * tokens * tokens * inner + 6 * tokens * config.d_model * config.d_ff
@@ -43,7 +43,7 @@ def text_kv(config: TransformerConfig, text: int) -> int:
 
 
 def matmul_rate(size: int, dtype: Any, seconds: Callable[[Callable[[], Any]], float]) -> float:
-    """Operations a second of square products of `size`, timed by `seconds`: the floor that parts are held against."""
+    """Operations a second of square products of `size`, timed by `seconds`; it gives the floor of each part's time."""
     a, b = (jnp.asarray(np.random.default_rng(i).standard_normal((size, size), np.float32), dtype) for i in (0, 1))
     multiply = jax.jit(jnp.matmul)
     return 2 * size**3 / seconds(lambda: multiply(a, b))

@@ -69,7 +69,7 @@ class Reference:
         self.pipe.set_progress_bar_config(disable=True)
 
     def _fill(self, theirs: Any, ours: nnx.Module) -> None:
-        """Every parameter of `theirs` becomes that of `ours`."""
+        """Sets every parameter of `theirs` to the values of `ours`."""
         torch, values = self._torch, dict(nnx.to_flat_state(nnx.state(ours, nnx.Param)))
         state = {}
         for key, entry in file_entries(ours).items():
@@ -189,8 +189,11 @@ class Reference:
 
 @contextlib.contextmanager
 def _block_noise(torch: Any) -> Iterator[None]:
-    """The covariance of the pyramid's block noise is singular: where rounding leaves its last pivot below zero, torch
-    refuses and the pipeline stops. The pivot is then what other CPUs make of it."""
+    """Patches torch's Cholesky factorization for the singular covariance of the pyramid's block noise.
+
+    Where rounding leaves its last pivot below zero, torch refuses and the pipeline stops. The pivot is then set to the
+    value that other CPUs compute.
+    """
     original = torch.linalg.cholesky
 
     def cholesky(matrix: Any) -> Any:

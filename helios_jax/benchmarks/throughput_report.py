@@ -18,8 +18,11 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers", "nump
 
 @dataclass
 class Comparison:
-    """Seconds of one thing: ours at the first call (`cold_s`) and warm, the reference's warm ones, each pair of runs
-    beside each other in time; `tflop` of work. What is None was not measured."""
+    """Seconds of one part or call on both sides; None: not measured.
+
+    `cold_s` is our first call. `ours_runs` and `reference_runs` are warm calls, of which each pair was timed close
+    together. `tflop` is the work.
+    """
 
     what: str
     ours_runs: list[float]
@@ -56,7 +59,7 @@ class Comparison:
 
 
 def peak_gib() -> float:
-    """GiB of the device's memory that were in use at most; on a CPU those of this process."""
+    """Peak of the device's memory in GiB; on a CPU, of this process's memory."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**30

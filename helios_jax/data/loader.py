@@ -47,12 +47,14 @@ def loader(
 ) -> Batches:
     """An endless iterator over `rows` of the global batch of each step (None: all), stacked along a first dimension.
 
-    `batch_size` is global, `start` the first step. `get_state()` is {"next_index": step} and `set_state` takes that of
-    any host, any number of hosts and of workers. `threads` read ahead (0: none), in each of `workers` processes if
-    there are any: those are for transforms that keep a core busy, and take some seconds to begin. Batches of a source
-    with `buckets` (`records.Source`) are of one bucket each. Raises ValueError for an empty source, and for a size,
-    rows, start, seed or number of workers out of range. The iteration ends with
-    RecordError at a record that cannot be read, or that `transform` refuses with ValueError or KeyError.
+    `batch_size` is global, `start` the first step. `get_state()` is {"next_index": step}; `set_state` takes the state
+    of any host, whatever the numbers of hosts and workers were. `threads` read ahead (0: none), in each of `workers`
+    processes if there are any. Workers serve transforms that keep a core busy, and take some seconds to start. Each
+    batch of a source with `buckets` (`records.Source`) is of one bucket.
+
+    Raises ValueError for an empty source, and for a size, rows, start, seed or number of workers out of range. The
+    iteration ends with RecordError at a record that cannot be read, or that `transform` refuses with ValueError or
+    KeyError.
     """
     if len(source) == 0:
         raise ValueError("the source has no examples: a loader needs at least one")
@@ -117,7 +119,7 @@ class _Rows(grain.MapDataset):
 
 
 class _Numbered:
-    """A source whose examples come with their numbers."""
+    """A source of pairs (number, example)."""
 
     def __init__(self, source: grain.sources.RandomAccessDataSource):
         self._source = source
@@ -134,7 +136,7 @@ class _Numbered:
 
 
 class _Apply(grain.transforms.RandomMap):
-    """A transform of numbered examples that names the one which cannot be used."""
+    """Applies a transform to numbered examples; raises RecordError with the number of one that it refuses."""
 
     def __init__(self, transform: Transform | None, source: str):
         self._transform, self._source = transform, source
@@ -151,8 +153,8 @@ class _Apply(grain.transforms.RandomMap):
 class Workers:
     """Batches from `workers` processes, in the same order as from one process.
 
-    Grain's own state of workers is valid for one number of workers only. Here the position is a step. The processes
-    start at this step: when the first batch is asked for, and again after `set_state`.
+    Grain's own state depends on the number of workers; here the position is just a step. The processes start at this
+    step when the first batch is asked for, and again after `set_state`.
     """
 
     def __init__(self, data: grain.MapDataset, options: grain.ReadOptions, workers: int, start: int):

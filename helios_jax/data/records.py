@@ -30,7 +30,7 @@ Example = dict[str, Any]
 WRITER_OPTIONS = "group_size:1"
 # Stored beside the records: the buckets of each split, [name, number of records], in the records' order.
 BUCKETS = "buckets.json"
-# What a dataset that is being made consists of (`helios_jax.data.shards`).
+# The plan of a dataset that is being made: its settings, shards and items (`helios_jax.data.shards`).
 PLAN = "plan.json"
 OPENERS = 16  # array_record files whose indices are read at a time
 DAMAGED = "copy the folder again, or delete it and make it again"
@@ -203,7 +203,7 @@ class Source:
                 example[key] = example[key].decode()
         except CacheError as error:
             raise RecordError(f"{self._name}: {error}") from None
-        except Exception as error:  # of array_record, protobuf and TFDS, which know no common one
+        except Exception as error:  # array_record, protobuf and TFDS share no base class
             i = bisect_right(self._ends, number)
             place = number - (self._ends[i - 1] if i else 0)
             raise RecordError(
@@ -230,7 +230,7 @@ def leaving_out(number: int) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of an error's message, at most 200 characters. A file that ends early gives array_record none."""
+    """The first line of an error's message, at most 200 characters. A truncated file's error has no message."""
     first = next(iter(str(error).strip().splitlines()), "") or "it ends early"
     return first if len(first) <= 200 else f"{first[:197]}..."
 
@@ -245,9 +245,9 @@ def open_source(
 ) -> Source:
     """A random-access sequence of a split's examples, in the order they were written.
 
-    `make` is the command that would write the folder, for the error. The index of each file is read, no record is. Of a
-    bucket's files only the names are looked at; they are copied to `cache` when their records are asked for
-    (`helios_jax.data.shard_cache`).
+    `make` is the command that would write the folder, for the error. Opening reads the index of each file, but no
+    record. Of files in a bucket it checks only the names; a file is copied to `cache` when its first record is asked
+    for (`helios_jax.data.shard_cache`).
 
     Raises FileNotFoundError when the folder is missing or incomplete, and ValueError when it has no such split, when
     its metadata or a file is damaged, or for a `leave_out` that does not fit (`Source`).
@@ -269,7 +269,7 @@ def open_source(
         builder: Any = tfds.builder_from_directory(str(folder))
         splits, features = dict(builder.info.splits), dict(builder.info.features)
         stored = json.loads((folder / BUCKETS).read_text()) if (folder / BUCKETS).is_file() else None
-    except Exception as error:  # of json, protobuf and TFDS, which know no common one
+    except Exception as error:  # json, protobuf and TFDS share no base class
         raise ValueError(f"{folder}: its metadata is damaged: {one_line(error)}; {DAMAGED}") from None
     if split not in splits:
         raise ValueError(f"{folder} has no split {split!r}: choose one of {', '.join(sorted(splits))}")

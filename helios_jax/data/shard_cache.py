@@ -32,7 +32,7 @@ def default_folder() -> Path:
 
 
 class CachedRecords:
-    """The records of some array_record files of a bucket, by number, as bytes; `files` has each one's number of them.
+    """Records of array_record files in a bucket, by number, as bytes; `files` are pairs (path, number of records).
 
     It can be pickled for other processes, which open the copies themselves.
     """
@@ -70,7 +70,8 @@ class CachedRecords:
 def fetch(name: str, cache: Path) -> Path:
     """The copy of a bucket's file in the folder `cache`, made if it is not there yet.
 
-    Its name tells the file's version, so that a dataset that was made anew is copied anew. Raises CacheError.
+    The version of the file is part of the copy's name, so a dataset that was made anew is copied anew. Raises
+    CacheError.
     """
     system, path = fsspec.core.url_to_fs(name)
     scheme, _, rest = name.partition("://")
@@ -86,7 +87,7 @@ def fetch(name: str, cache: Path) -> Path:
                 _copy(name, target, size)
     except CacheError:
         raise
-    except Exception as error:  # of the service, which knows no common one; or a full disk
+    except Exception as error:  # storage services share no base class; also a full disk
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
         raise CacheError(f"{name} cannot be copied to {cache}: {reason}") from None
     return target

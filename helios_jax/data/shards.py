@@ -70,7 +70,7 @@ def plan(split: str, buckets: Mapping[str, Sequence[Any]], size: int) -> list[Sh
 
 
 class Build:
-    """A dataset that is being made, by this run or since an earlier one.
+    """A dataset that is being made, begun by this run or by an earlier one.
 
     `settings`, ready for JSON, and the items determine the examples. `rejected` are items that were refused before the
     plan was made. Host `host` of `hosts` makes every `hosts`-th shard. Raises FileExistsError if `out` already exists,
@@ -258,7 +258,7 @@ def run(build: Build, make: Make, unit: str, *, every: float = 10.0) -> None:
 
 
 def begin(build: Build) -> list[Shard]:
-    """This host's pending shards; prints how many are not among them."""
+    """This host's pending shards; prints how many of all shards are done or belong to other hosts."""
     pending = build.pending
     others = len(build.shards) - len(pending)
     if others:

@@ -1,6 +1,6 @@
-"""Motion amplitude: the mean of Farneback's optical flow, over frames, places and both directions, without its sign.
+"""Motion amplitude: the absolute mean of Farneback's optical flow over frames, pixels and both components.
 
-Opposite motions cancel, and the score is in pixels of the scaled video: upstream's choices, which its numbers need.
+Opposite motions cancel, and the score is in pixels of the scaled video. Upstream chose so, and its numbers need it.
 """
 
 import numpy as np

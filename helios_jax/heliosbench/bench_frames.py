@@ -26,7 +26,7 @@ Size = tuple[int, int]
 
 
 def target_size(height: int, width: int, box: Size) -> Size:
-    """Height and width at which the metrics see a video: one side is that of `box`, and both are even.
+    """Height and width at which the metrics see a video: one side equals that of `box`, and both are even.
 
     The proportions stay, so that 480x832 becomes 368x640 in a box of 384x640.
     """
@@ -94,7 +94,7 @@ def read_frames(path: Path, box: Size, limit: int | None = None) -> Iterator[Fra
 
 
 def _scaler(first: av.VideoFrame, size: Size) -> Callable[[av.VideoFrame], av.VideoFrame]:
-    """FFmpeg's filter: `VideoFrame.reformat` asks for accurate rounding, and has other pixels."""
+    """Scaling by FFmpeg's filter: `VideoFrame.reformat` asks for accurate rounding, which gives other pixels."""
     graph = av.filter.Graph()
     source = graph.add_buffer(width=first.width, height=first.height, format=first.format, time_base=first.time_base)
     filters = [("scale", f"{size[1]}:{size[0]}:flags=fast_bilinear"), ("format", "yuv420p"), ("buffersink", None)]
@@ -115,7 +115,7 @@ def count_frames(path: Path) -> int:
 
 
 def planes_to_rgb(frame: av.VideoFrame) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB of a yuv420p frame with video-reader-rs' integers: every term is rounded on its own, from 10 bits.
+    """RGB of a yuv420p frame by video-reader-rs' integer arithmetic: every term is rounded on its own, from 10 bits.
 
     Without tags a frame is BT.601 in limited range.
     """
@@ -137,7 +137,7 @@ def _plane(plane: VideoPlane) -> UInt8[np.ndarray, "h w"]:
 
 @functools.cache
 def _tables(bt709: bool, full_range: bool) -> tuple[Int16[np.ndarray, " 256"], ...]:
-    """Tables from the bytes of a plane to what they add to a pixel: luma, red by V, blue by U, green by U and by V."""
+    """Tables from a plane's bytes to their terms of a pixel: luma, red by V, blue by U, green by U and by V."""
     red, blue = (0.2126, 0.0722) if bt709 else (0.299, 0.114)
     green = 1 - red - blue
     y_scale, scale = (1.0, 1.0) if full_range else (255 / 219, 255 / 224)

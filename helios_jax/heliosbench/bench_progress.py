@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 COLUMNS = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-SPEED_OVER = 3600.0  # seconds: rich's 30 are less than many a video takes
+SPEED_OVER = 3600.0  # seconds that the speed is averaged over: rich's 30 are less than many videos take
 
 
 class BenchProgress:
@@ -23,7 +23,7 @@ class BenchProgress:
         self._task = self._bars.add_task("videos", total=total)
 
     def done(self, name: str) -> None:
-        """A video has been measured, or has failed."""
+        """Counts a video that has been measured or has failed."""
         self._done += 1
         self._bars.update(self._task, advance=1, description=name)
         if not self._live:

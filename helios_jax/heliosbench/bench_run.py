@@ -1,7 +1,7 @@
 """A run of the benchmark: measures what is not measured yet, over processes and threads, and writes all results.
 
 OUT/MODEL has a record per video (`measure`), upstream's result files and their merged summary; OUT has the summary of
-all models and the report. What upstream's scripts wrote to OUT/MODEL before counts as measured.
+all models and the report. Scores that upstream's scripts wrote to OUT/MODEL before count as measured.
 """
 
 import concurrent.futures as futures
@@ -75,7 +75,7 @@ def open_model(name: str, out: Path, videos: list[BenchVideo], view: View) -> Mo
 
 
 def _upstream_scores(folder: Path) -> dict[str, dict[str, tuple[dict[str, Any], dict[str, Any]]]]:
-    """Scores by video name and metric, from result files that are in a new folder: an item's fields, and settings.
+    """Reads upstream's result files in a new folder: by video name and metric, an item's fields and its settings.
 
     The files are copied to `imported`, as ours take their places.
     """
@@ -99,7 +99,7 @@ def _upstream_scores(folder: Path) -> dict[str, dict[str, tuple[dict[str, Any], 
 
 
 def pending(models: Sequence[Model], recipes: Sequence[Recipe]) -> list[Task]:
-    """The videos that lack a metric: a task for the metrics of this machine, and one for those of a service."""
+    """Tasks for the videos that lack metrics: one for metrics of this machine, and one for metrics of a service."""
     tasks = []
     for remote in (False, True):
         for model in models:
@@ -112,7 +112,7 @@ def pending(models: Sequence[Model], recipes: Sequence[Recipe]) -> list[Task]:
 
 
 def run_tasks(tasks: Sequence[Task], view: View, workers: int, threads: int) -> dict[str, str]:
-    """Measures, and keeps each video's scores as they come; returns a line on each video that failed."""
+    """Measures the videos, and writes the scores of each at once; returns a line on each video that failed."""
     failed: dict[str, str] = {}
     local = [task for task in tasks if not task.recipes[0].remote]
     remote = [task for task in tasks if task.recipes[0].remote]
@@ -133,7 +133,7 @@ def run_tasks(tasks: Sequence[Task], view: View, workers: int, threads: int) -> 
 def _outcomes(
     local: Sequence[Task], remote: Sequence[Task], view: View, workers: int, threads: int
 ) -> Iterator[tuple[Task, dict[str, Any] | Exception]]:
-    """Each task with what was measured, or with the error of its video, as they end. Other errors are raised."""
+    """Yields each task when it ends, with its measurements or the error of its video. Other errors are raised."""
     with ExitStack() as stack:
         jobs: dict[futures.Future, Task] = {}
         pools: list[futures.Executor] = []
@@ -180,7 +180,7 @@ class SetupError(RuntimeError):
     """Metrics that a process could not make; the message is one line."""
 
 
-# Of a process that measures: its metrics, whose networks are loaded once, or why it has none.
+# State of a process that measures: its metrics, whose networks are loaded once, or the error of making them.
 _MADE: dict[str, Metric] = {}
 _FAILED: list[str] = []
 
@@ -233,7 +233,7 @@ def write_results(models: Sequence[Model], prompts: Mapping[int, str], view: Vie
 
 
 def _facts(metric: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Further keys of a result file: the judge's."""
+    """Further keys of naturalness' result files: the judge's model, and the number of pictures that it sees."""
     if not metric.endswith("naturalness"):
         return {}
     settings = [record["settings"].get("naturalness", {}) for record in records]

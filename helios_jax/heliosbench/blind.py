@@ -89,7 +89,7 @@ def write_page(path: Path, pairs: Sequence[Pair]) -> None:
     data = {
         "name": f"{rng.getrandbits(32):08x}",
         "z": Z,
-        # Not for reading in passing; the page opens it for the results.
+        # Encoded, so that nobody reads it by accident; the page decodes it for the results.
         "key": base64.b64encode(json.dumps(key).encode()).decode(),
         "pairs": [
             {"id": p.left.id, "prompt": p.left.prompt, "left": names[p.left.path], "right": names[p.right.path]}

@@ -51,7 +51,7 @@ def draw_pairs(models: Mapping[str, Sequence[BenchVideo]], limit: int | None, se
 
 @dataclass(frozen=True)
 class WinRate:
-    """How a model fared: `rate` counts a tie as half a win, `low` and `high` are Wilson's interval of 95 %."""
+    """A model's results: `rate` counts a tie as half a win, `interval` is Wilson's of 95 %."""
 
     model: str
     comparisons: int

@@ -1,7 +1,7 @@
 """Border jumps: the change from a chunk's last frame to the next chunk's first, beside the changes within chunks.
 
-The paper's ablations speak of them, its benchmark does not see them. The score is the mean difference of pixels (0 to
-255) across borders less that within chunks: 0 for a video without seams. It is not part of the total.
+The paper's ablations discuss them, its benchmark does not measure them. The score is the mean difference of pixels (0
+to 255) across borders less that within chunks: 0 for a video without seams. It is not part of the total.
 """
 
 import numpy as np

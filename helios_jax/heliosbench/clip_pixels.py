@@ -11,14 +11,14 @@ from jaxtyping import Float, UInt8
 SIDE = 224
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-SHARPNESS = -0.75  # of torch's cubic
+SHARPNESS = -0.75  # of torch's cubic kernel, where it is called a
 
 
 def clip_pixels(rgb: UInt8[np.ndarray, "h w 3"], rounded: bool, side: int = SIDE) -> Float[np.ndarray, "side side 3"]:
     """The normalized middle of a picture.
 
-    `rounded` gives whole pixels from 0 to 255, as of a uint8 tensor (semantics); a float tensor keeps what the cubic
-    overshoots (aesthetic score).
+    With `rounded`, pixels are rounded and clipped to 0 to 255 after resizing, as in a uint8 tensor (semantics). Else
+    the overshoot of the cubic kernel stays, as in a float tensor (aesthetic score).
     """
     height, width = rgb.shape[:2]
     short = min(height, width)
@@ -33,7 +33,7 @@ def clip_pixels(rgb: UInt8[np.ndarray, "h w 3"], rounded: bool, side: int = SIDE
 
 @functools.lru_cache(maxsize=16)
 def _cubic(size: int, resized: int, cut: int) -> Float[np.ndarray, "cut size"]:
-    """The matrix of a resizing along one side, of whose rows only the middle `cut` are kept."""
+    """The matrix that resizes one side from `size` to `resized` pixels, with only its middle `cut` rows."""
     first = round((resized - cut) / 2)
     places = (np.arange(first, first + cut) + 0.5) * (size / resized) - 0.5
     base = np.floor(places).astype(int)

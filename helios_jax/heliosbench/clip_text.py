@@ -45,7 +45,7 @@ class ClipTokenizer:
         )
 
     def __call__(self, text: str, length: int = CONTEXT) -> np.ndarray:
-        """Tokens int32 [length], padded with 0; a long text loses its last tokens, not its end."""
+        """Tokens int32 [length], padded with 0; a long text loses its last tokens, but keeps the end token."""
         tokens = self._backend.encode(prompt_clean(text).lower()).ids
         tokens = [self._ids[START], *tokens[: length - 2], self._ids[END]]
         return np.array(tokens + [0] * (length - len(tokens)), np.int32)

@@ -11,7 +11,7 @@ SHARE = 0.15
 
 
 def ends(count: int, least: int = 1) -> tuple[range, range]:
-    """The first and the last 15 % of `count` frames, each `least` frames or more where there are as many."""
+    """The first and the last 15 % of `count` frames, each `least` frames or more if the video has as many."""
     number = min(count, max(least, int(count * SHARE)))
     return range(number), range(count - number, count)
 
@@ -39,7 +39,7 @@ def _sampled(first: int, last: int, number: int) -> list[int]:
 
 
 def strided(count: int, number: int) -> list[int]:
-    """`number` frames from the first on, at the distance that fits them into the video."""
+    """Up to `number` frames from the first on, as far apart as the video allows."""
     step = max(count // number, 1)
     return [i * step for i in range(number) if i * step < count]
 

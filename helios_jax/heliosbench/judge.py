@@ -17,9 +17,9 @@ from helios_jax.heliosbench.metric import MetricError, require
 if TYPE_CHECKING:
     from openai import OpenAI
 
-MODEL = "gpt-5.2-2025-12-11"  # that of the published scores
+MODEL = "gpt-5.2-2025-12-11"  # the judge of the published scores
 KEY = "OPENAI_API_KEY"
-NUMBER_OF_FRAMES = "##NUM_FRAMES##"  # an instruction may hold it, as upstream's does
+NUMBER_OF_FRAMES = "##NUM_FRAMES##"  # placeholder that an instruction may contain, as upstream's does
 PICTURE_TOKENS = 255  # of a picture of up to 512x512 pixels, about
 TRIES = 3  # for an answer that is a number
 RETRIES = 8  # of a request, by the client, which waits as long as the server asks it to
@@ -81,7 +81,7 @@ class Judge:
     def _client(self) -> "OpenAI":
         from openai import OpenAI
 
-        # Servers of one's own often want no key, but the client does.
+        # Self-hosted servers often need no key, but the client does.
         return OpenAI(base_url=self.url, api_key=os.environ.get(KEY) or "none", max_retries=RETRIES, timeout=300)
 
     def ask(self, pictures: Sequence[bytes]) -> Answer:

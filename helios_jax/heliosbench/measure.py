@@ -1,7 +1,7 @@
-"""Measures one video with all of its metrics in one pass, and keeps what was measured beside the results.
+"""Measures one video with all of its metrics in one pass, and keeps a record of it beside the results.
 
 The record of a video is OUT/MODEL/videos/NAME.json, with a strip of frames in NAME.jpg. Each metric's scores stand
-there with the settings that made them, so that a later run measures only what is new or was made otherwise.
+there with the settings that made them, so that a later run measures only metrics that are new or have other settings.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ STRIP_HEIGHT = 96  # pixels
 
 @dataclass(frozen=True)
 class Recipe:
-    """A metric that is still to be made, by a process that measures: what makes it, and the settings to record."""
+    """The recipe of a metric, for a process that measures: the function that makes it, and the settings to record."""
 
     name: str
     make: partial
@@ -73,7 +73,7 @@ def is_done(record: Mapping[str, Any], recipe: Recipe) -> bool:
 
 
 def measure(video: BenchVideo, metrics: Mapping[str, Metric], view: View, strip: Path | None) -> dict[str, Any]:
-    """The scores and curves of each metric by its name, and `failed`: what a metric that gave none had to say.
+    """The scores and curves of each metric by its name, and `failed`: the error of each metric that gave none.
 
     Raises ValueError, in one line, for a video that does not decode.
     """
@@ -114,7 +114,7 @@ def measure(video: BenchVideo, metrics: Mapping[str, Metric], view: View, strip:
 
 
 def keep(record: dict[str, Any], measured: Mapping[str, Any], recipes: Sequence[Recipe]) -> dict[str, Any]:
-    """The record with what was measured by `recipes`."""
+    """Puts the measurements of `recipes` into the record, and returns it."""
     record |= {key: measured[key] for key in ("frames", "size")}
     for recipe in recipes:
         for part in ("settings", "scores", "curves", "failed"):

@@ -43,7 +43,7 @@ def is_drift(metric: str) -> bool:
 
 
 def normalized(score: Any) -> float | None:
-    """The score clipped to [0, 1]; None for what is no number."""
+    """The score clipped to [0, 1]; None for a value that is no number."""
     if isinstance(score, bool) or not isinstance(score, int | float) or math.isnan(score):
         return None
     return max(0.0, min(1.0, float(score)))
@@ -63,7 +63,7 @@ def rate(metric: str, score: float | None, length: Length, strict: bool = False)
 
 
 def total(ratings: Mapping[str, int | None], length: Length) -> float:
-    """The weighted total. A metric without a rating adds nothing, so that the total is a part of the whole's."""
+    """The weighted total. A metric without a rating adds nothing, so that the total is partial."""
     present = ((rating, weight) for metric, weight in WEIGHTS[length].items() if (rating := ratings.get(metric)))
     return round(sum(rating * weight for rating, weight in present), 4)
 

@@ -1,4 +1,4 @@
-"""The metrics by name, and what each needs: those that can be computed here, and why the others cannot."""
+"""Recipes of the metrics by name, and the reasons why some metrics cannot be computed here."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from helios_jax.sampling.fingerprint import file_hash
 
 @dataclass(frozen=True)
 class Needs:
-    """Sources that metrics are made from: the folder of weights, the judge, the length of chunks, do they overlap?"""
+    """Inputs of the metrics: the folder of weights, the judge, the frames of a chunk, and True if chunks overlap."""
 
     weights: Path | None = None
     judge: Judge | None = None
@@ -79,7 +79,7 @@ MAKERS: Mapping[str, Callable[[Needs], Recipe]] = {
 
 
 def make_recipes(names: list[str], needs: Needs, view: View) -> tuple[list[Recipe], dict[str, str]]:
-    """The recipes of the metrics that can be computed, and for each other one the line that says what is missing."""
+    """The recipes of the metrics that can be computed, and by name a line on what each other metric lacks."""
     recipes, missing = [], {}
     for name in names:
         try:

@@ -1,4 +1,4 @@
-"""Semantic score: the likeness of a prompt's first 32 tokens and 8 frames to ViCLIP, and its drift."""
+"""Semantic score: ViCLIP's similarity of a prompt's first 32 tokens and 8 frames, and its drift."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Semantic:
         return SemanticMeter(self, clip)
 
     def likeness(self, prompt: str, pictures: list[list[np.ndarray]]) -> list[float]:
-        """The cosine of a prompt and of each list of `frames` normalized pictures."""
+        """The cosine similarity of a prompt and each list of `self.frames` normalized pictures."""
         length = self._texts.tensors["positional_embedding"].shape[0]
         text = normalize(encode_texts(self._texts, jnp.asarray(self._tokenizer(prompt, length))[None]))[0]
         videos = (normalize(encode_video(self._videos, jnp.asarray(np.stack(several)))) for several in pictures)

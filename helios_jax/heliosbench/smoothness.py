@@ -1,4 +1,4 @@
-"""Motion smoothness: how well AMT-S guesses every second frame from its neighbours, and its drift.
+"""Motion smoothness: how well AMT-S interpolates every second frame from its neighbours, and its drift.
 
 AMT's code and weights are for non-commercial use and not part of this project. The network is a file of the user's,
 ONNX or TorchScript, which takes two pictures float32 [1, 3, h, w] from 0 to 1 and gives the one between them.
@@ -18,7 +18,7 @@ from helios_jax.heliosbench.metric import Clip, Measured, MetricError, drifted, 
 from helios_jax.pretrained.errors import CheckpointError
 
 MULTIPLE = 16  # of height and width, which the network needs
-LEAST = 4  # frames of a start or an end; a video of fewer is 0 there
+LEAST = 4  # frames of a start or an end; a shorter video scores 0 there
 Interpolate = Callable[[Float[np.ndarray, "1 3 h w"], Float[np.ndarray, "1 3 h w"]], Float[np.ndarray, "1 3 h w"]]
 
 
@@ -36,7 +36,7 @@ class Smoothness:
 
 
 class SmoothnessMeter:
-    """Guesses a frame from those before and after it, wherever one is asked for."""
+    """Interpolates frames from the frames before and after them, and keeps the errors."""
 
     def __init__(self, interpolate: Interpolate, clip: Clip):
         self._interpolate = interpolate
@@ -69,14 +69,14 @@ class SmoothnessMeter:
 
 
 def _firsts(part: range) -> range:
-    """The first of each three frames of which the middle one is guessed."""
+    """The first of each three frames of which the middle one is interpolated."""
     return part[:-2:2]
 
 
 def between(
     interpolate: Interpolate, before: UInt8[np.ndarray, "h w 3"], after: UInt8[np.ndarray, "h w 3"]
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The guessed frame between two; the network sees them with repeated edges."""
+    """The interpolated frame between two, which are padded for the network by repeating their edges."""
     height, width = before.shape[:2]
     down, right = -height % MULTIPLE, -width % MULTIPLE
     edges = ((down // 2, down - down // 2), (right // 2, right - right // 2), (0, 0))

@@ -1,6 +1,6 @@
 """CLIP's encoders of pictures, short videos (ViCLIP) and texts, as pure functions of their released weights.
 
-Tensors have OpenAI's names. Layers run before their norms and use QuickGELU; heads have 64 channels.
+Tensors have OpenAI's names. Layers are pre-norm and use QuickGELU; heads have 64 channels.
 """
 
 import functools
@@ -16,7 +16,7 @@ from helios_jax.pretrained.errors import CheckpointError
 
 HEAD = 64  # channels of an attention head
 EPSILON = 1e-5  # of layer norms
-LONG = 512  # tokens, above which heads attend one after another: all at once take 0.3 GB several times in ViCLIP
+LONG = 512  # tokens above which heads attend one after another: all at once, ViCLIP's take several times 0.3 GB
 BLOCK = "transformer.resblocks."
 LAYER = (
     *(f"{norm}.{part}" for norm in ("ln_1", "ln_2") for part in ("weight", "bias")),
@@ -31,7 +31,7 @@ VIDEOS = (*PICTURES, "temporal_positional_embedding")
 TEXTS = ("token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias", "text_projection")
 
 
-# Tensors by name, read when they are called: in memory at once, ViCLIP's would take its size twice.
+# Tensors by name, read when they are called: reading all of ViCLIP's at once would take twice its size.
 Tensors = Mapping[str, Callable[[], np.ndarray]]
 Heads = Float[Array, "b n heads 64"]
 
@@ -39,7 +39,7 @@ Heads = Float[Array, "b n heads 64"]
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["tensors", "layers"], meta_fields=[])
 @dataclass(frozen=True)
 class Encoder:
-    """Weights of an encoder: `layers` holds those of all layers, stacked, in float16 where they are such numbers."""
+    """Weights of an encoder: `layers` has each tensor of a layer, stacked over layers, in float16 if that is exact."""
 
     tensors: dict[str, Array]
     layers: dict[str, Array]
@@ -82,7 +82,7 @@ def encode_pictures(encoder: Encoder, pixels: Float[Array, "b h w 3"]) -> Float[
 
 @jax.jit
 def encode_video(encoder: Encoder, pixels: Float[Array, "t h w 3"]) -> Float[Array, " d"]:
-    """Features of one short video, whose patches attend to those of all its frames."""
+    """Features of one short video; each patch attends to the patches of all frames."""
     x = _patches(encoder, pixels) + encoder.tensors["temporal_positional_embedding"][0, :, None]
     x = jnp.concatenate([_class(encoder), x.reshape(-1, x.shape[-1])], 0)
     return _pooled(encoder, x[None])[0]
@@ -90,7 +90,7 @@ def encode_video(encoder: Encoder, pixels: Float[Array, "t h w 3"]) -> Float[Arr
 
 @jax.jit
 def encode_texts(encoder: Encoder, tokens: Int[Array, "b n"]) -> Float[Array, "b d"]:
-    """Features of texts, taken at their end, which is the greatest token."""
+    """Features of texts, taken at the end token, which has the greatest number."""
     w = encoder.tensors
     x = w["token_embedding.weight"][tokens] + w["positional_embedding"]
     x = _norm(_transform(encoder, x, causal=True), w, "ln_final")
@@ -110,7 +110,7 @@ def _class(encoder: Encoder) -> Float[Array, "1 c"]:
 def _patches(encoder: Encoder, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b n c"]:
     """The embedded patches of pictures, with their positions."""
     w = encoder.tensors["conv1.weight"]
-    kernel = w.reshape(w.shape[0], 3, *w.shape[-2:])  # of a video it has a time of 1
+    kernel = w.reshape(w.shape[0], 3, *w.shape[-2:])  # ViCLIP's kernel also has a time axis, of length 1
     x = jax.lax.conv_general_dilated(
         pixels, kernel, kernel.shape[2:], "VALID", dimension_numbers=("NHWC", "OIHW", "NHWC"), precision="highest"
     )

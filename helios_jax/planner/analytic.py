@@ -1,8 +1,8 @@
-"""Memory and time of a training step from its sizes alone, in seconds of work and without any compiler.
+"""Estimates of a training step's memory and time from its sizes alone: they take seconds and need no compiler.
 
 The arguments of a step and the operations of its products are exact. Temporaries, memory traffic and collectives are
-sums of a few terms whose factors were read from compiled programs; tests hold them to a sixth of what is compiled. The
-search ranks meshes by them, and `--quick` prints them.
+sums of a few terms whose factors were read from compiled programs; tests check that they are within a sixth of those.
+The search ranks meshes by the estimates, and `--quick` prints them.
 """
 
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ from helios_jax.training.work import sequences
 
 @dataclass(frozen=True)
 class Factors:
-    """Numbers of arrays [tokens, dim] in bfloat16, and of weights, in the programs of one compiler.
+    """Factors of the programs of one compiler; arrays are [tokens, dim] in bfloat16.
 
-    A block's backward pass holds `working` of them at once, and weights of `layers` blocks. A block's input is kept
-    `inputs` times, because the loops over the blocks copy part of what they keep. Each pass over a block reads and
-    writes `traffic` arrays. `hidden` is the share of collectives that runs beside other work.
+    A block's backward pass holds `working` arrays at once, and the weights of `layers` blocks. A block's input is kept
+    `inputs` times, because the loops over the blocks copy part of it. Each pass over a block reads and writes `traffic`
+    arrays. `hidden` is the share of collectives that overlaps with other work.
     """
 
     working: float
@@ -42,7 +42,7 @@ class Factors:
 
 TPU = Factors(working=46, inputs=1.83, layers=2.5, traffic=75, hidden=0)
 GPU = Factors(working=32, inputs=1, layers=2.5, traffic=109, hidden=0.9)
-# Such arrays that each block keeps beside its input.
+# Arrays [tokens, dim] that each block keeps for the backward pass, besides its input.
 KEPT: dict[Remat | None, float] = {
     "block": 0,
     "offload": 0,
@@ -52,8 +52,8 @@ KEPT: dict[Remat | None, float] = {
     "dots_saveable": 25,
     None: 38,
 }
-# Shares of the forward pass's products, attention and memory traffic that are done again. Attention is a kernel, which
-# the policies that keep results of products do not keep.
+# Shares of the forward pass's products, attention and memory traffic that rematerialization repeats. Attention is a
+# kernel, whose result JAX's policies for dots do not keep.
 AGAIN: dict[Remat | None, tuple[float, float, float]] = {
     "block": (1, 1, 1),
     "offload": (1, 1, 1),
@@ -63,12 +63,13 @@ AGAIN: dict[Remat | None, tuple[float, float, float]] = {
     "dots_saveable": (0, 1, 1),
     None: (0, 0, 0),
 }
-# Traffic where products are split over `tensor`, of which a part stays whole: the norms' kernels do not run there.
+# Factors of the traffic where `tensor` splits the products: of the split part, and of a part that stays whole. There is
+# more traffic because the norms' kernels do not run there.
 SPLIT_TRAFFIC, WHOLE_TRAFFIC = 2.7, 0.15
 TEXT = 16  # bytes for each feature of a text token in each block: keys, values, their norms and gradients
 GATHERED = 2.3  # times that the weights of all blocks are gathered for each part of a batch
-LANES = 128  # narrower parts of weights a TPU does not gather but adds up, which takes twice the bytes
-REDUCED = 3  # arrays [tokens, dim] that a block adds up over `tensor` in each pass
+LANES = 128  # a TPU does not gather narrower shards of weights but sums them, which takes twice the bytes
+REDUCED = 3  # arrays [tokens, dim] that a block all-reduces over `tensor` in each pass
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Memory:
 
 def arguments(work: Work, config: FlowTrainConfig, mesh: Any) -> dict[str, int]:
     """Bytes of the step's arguments on each device by kind, exactly; `mesh` may be abstract."""
-    # Devices to compile for may know no kinds of memory; a mesh without devices takes all.
+    # Devices to compile for may not have all memory kinds; a mesh without devices accepts every kind.
     mesh = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
     state, each = placed(work.state, mesh, config.optim.offload), program.bytes_on_each
     return {
@@ -134,7 +135,7 @@ def arguments(work: Work, config: FlowTrainConfig, mesh: Any) -> dict[str, int]:
 
 
 def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
-    """A mesh of such sizes without devices."""
+    """A mesh of the given sizes without devices."""
     return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -147,11 +148,11 @@ def memory(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str
     """The memory of a step on each device."""
     given = arguments(work, config, abstract_mesh(mesh))
     b, d, layers, split = samples(config, mesh), work.sizes.dim, work.sizes.num_layers, mesh["tensor"]
-    # Passes over separate sequences keep for all of them, and go back through one after the other.
+    # With separate sequences, the activations of all are kept, but the backward passes run one after the other.
     once, array = (2 * b * d * count for count in (max(map(sum, work.sequences)), work.tokens))
     factors = TPU if machine.is_tpu else GPU
     inputs = 0 if config.remat == "offload" else factors.inputs
-    # The residual stream is whole on each device of `tensor`; what is between two products is split.
+    # The residual stream is whole on each device of `tensor`; activations between two products are split.
     kept = min(inputs, 1) + (max(inputs - 1, 0) + KEPT[config.remat]) / split
     activations = array * layers * kept + once * factors.working / split
     text = b * program.TEXT * d * layers * TEXT / split
@@ -161,12 +162,12 @@ def memory(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str
 
 
 def cost(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, int]) -> Cost:
-    """The time of a step. libtpu's programs wait for their collectives, by default; a GPU's do other work."""
+    """The time of a step. By default libtpu's programs wait for collectives; a GPU's do other work meanwhile."""
     b, parts, split = samples(config, mesh), config.optim.accumulate, mesh["tensor"]
     d, layers, chip, total = work.sizes.dim, work.sizes.num_layers, machine.chip, Cost()
     products_again, attention_again, traffic_again = AGAIN[config.remat]
     share = b * parts / split
-    # Going back, attention's kernel computes the scores again: 5 products for its 2.
+    # The backward kernel of attention recomputes the scores: 5 products, where the forward kernel has 2.
     attention = share * work.attention_flops * (1 + attention_again + 2.5)
     products = work.model_flops - 3 * work.attention_flops
     products += products_again * (work.forward_flops - work.attention_flops)

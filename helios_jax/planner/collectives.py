@@ -1,4 +1,4 @@
-"""Collectives of a compiled program: kind, bytes, the devices that take part, and what runs beside them."""
+"""Collectives of a compiled program: kind, bytes, devices that take part, and the instruction that waits for each."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))
 
 @dataclass(frozen=True)
 class Collective:
-    """`received` bytes come to each device over its links in one run; `group` is one of the groups of devices.
+    """A collective, of which each device receives `received` bytes in one run; `group` is one group of its devices.
 
     `start` is the instruction that starts it. `done` is the name of the one that waits for it, None where the device
     waits at once.

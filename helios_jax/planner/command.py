@@ -35,7 +35,7 @@ CODES = "exit codes: 0 it fits, 1 it does not, 2 input that cannot be used"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    logging.getLogger("jax").setLevel(logging.ERROR)  # it would tell of TPUs that are not here
+    logging.getLogger("jax").setLevel(logging.ERROR)  # it would warn of TPUs that are not here
     try:
         args = make_parser().parse_intermixed_args(argv)
         rented = machine(args.topology)
@@ -83,7 +83,7 @@ def plan(args: argparse.Namespace, work: Work, rented: Machine) -> int:
     count = 0 if args.quick else args.compile
     tried = [compiled(work, one, rented, args.all_effort) for one in found[:count]]
     rest = [Answer(one, one.memory, one.cost, False) for one in found[count : max(SHOWN, count + 1)]]
-    # What was compiled and fits comes first, by expected time; what was not compiled is an estimate.
+    # Compiled settings come first: those that fit, by expected time. Estimates follow.
     best, *others = [*sorted(tried, key=lambda one: (not one.fits(rented), one.cost.seconds)), *rest]
     print(page(Path(args.config).stem, work, rented, best, others, len(found)))
     if best.fits(rented):
@@ -97,7 +97,7 @@ def plan(args: argparse.Namespace, work: Work, rented: Machine) -> int:
 
 
 def compiled(work: Work, one: Candidate, rented: Machine, all_effort: bool) -> Answer:
-    """The compiler's answer; where it found no room for the step, its time is the estimate."""
+    """Compiles a candidate's step; where it does not fit in memory, its time stays the estimate."""
     mesh, begin = search.real_mesh(one, rented), time.monotonic()
     kinds: dict[str, Any] = arguments(work, one.config, mesh)
     given = sum(kinds.values())

@@ -1,8 +1,8 @@
 """Time of a compiled program on a machine: the roofline of each instruction, and the collectives that nothing hides.
 
-The bound has every product at the chip's peak and every byte at its full bandwidth. The expected time has the shares of
-them that programs reach (`Chip.efficiency`), or libtpu's own estimates of cycles where the program was compiled with
-all effort; with little effort it does not look for good tiles, and its estimates are of bad ones.
+The bound assumes every product at the chip's peak and every byte at its full bandwidth. The expected time uses the
+shares of both that programs reach (`Chip.efficiency`), or libtpu's own estimates of cycles where the program was
+compiled with all effort. With little effort, libtpu does not look for good tiles and estimates the cycles of bad ones.
 """
 
 import re
@@ -28,11 +28,11 @@ def sums() -> dict[str, float]:
 
 @dataclass
 class Cost:
-    """Sums over a program on one device, all of them with trip counts.
+    """Sums over a program on one device, with the body of a loop counted as often as it runs.
 
-    `bound` and `expected` are seconds by part, of PARTS; `hidden` those of collectives that run beside other work.
+    `bound` and `expected` are seconds by part, of PARTS; `hidden` is the time of collectives that other work hides.
     `flops` are by kind of product or kernel, `unknown` names kernels whose operations are not known. Collectives are by
-    kind: how often, received bytes, and of both what has other work between its start and its end.
+    kind: `runs`, `received` bytes, and the `overlapped` bytes of those that run beside other work.
     """
 
     flops: dict[str, float] = field(default_factory=sums)
@@ -62,7 +62,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class _Model:
-    """Facts, beside an instruction itself, that its cost depends on."""
+    """Inputs of the cost of an instruction that are the same for all instructions."""
 
     module: Module
     machine: Machine
@@ -99,7 +99,10 @@ def _work(total: Cost) -> float:
 
 
 def _finish(total: Cost, found: Collective, before: float | None, model: _Model) -> None:
-    """Adds the part of a collective that the work since its start, with `before` seconds before it, cannot hide."""
+    """Adds the time of a collective that the work since its start does not hide.
+
+    `before` is the seconds of work at its start; None for a collective that the device waits for at once.
+    """
     seconds = found.received / model.machine.link_rate(found.group, model.order)
     hidden = 0.0 if before is None else min(seconds, _work(total) - before)
     if hidden > 0:

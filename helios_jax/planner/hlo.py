@@ -12,7 +12,7 @@ from functools import cached_property
 
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128}
 
-FUSIONS = ("fusion", "fusion-start")  # the second beside other work, as newer programs for GPUs take slices of weights
+FUSIONS = ("fusion", "fusion-start")  # newer GPU programs slice weights with the second, beside other work
 
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^{}]*)\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
@@ -60,7 +60,7 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of its result, in any memory."""
+        """Bytes of its result, in any memory."""
         return sum(shape.bytes for shape in self.shapes)
 
 
@@ -111,7 +111,7 @@ class Module:
         return [self.computations[name] for name in names if name in self.computations]
 
     def trips(self, loop: Instruction) -> int | None:
-        """How often the body of a while loop runs, as far as the text tells: its constant, or that of its condition."""
+        """The trip count of a while loop, as stated or from its condition's constant; None if the text has neither."""
         if known := _TRIPS.search(loop.attributes):
             return int(known[1])
         condition = self.computations.get(loop.attribute("condition") or "")
@@ -138,7 +138,7 @@ def parse(text: str) -> Module:
             if head := _HEAD.match(line):
                 current = computations[head[2]] = Computation(head[2])
                 entry = head[2] if head[1] else entry
-        elif _END.fullmatch(line):  # what a kernel says of itself goes over several lines, which may begin with }
+        elif _END.fullmatch(line):  # a kernel's description has several lines, which may begin with }
             current = None
         elif named := _NAME.match(line):
             one = _instruction(named[2], bool(named[1]), line[named.end() :])

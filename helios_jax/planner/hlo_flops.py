@@ -12,11 +12,11 @@ import numpy as np
 
 from helios_jax.planner.hlo import FUSIONS, Computation, Instruction, Module, Shape
 
-# Products over all pairs of queries and keys in a kernel: scores and values; and going back the scores again, and the
-# gradients of scores, queries, keys and values.
+# Products over all pairs of queries and keys in an attention kernel. Forward: scores and values. Backward: the scores
+# again, and the gradients of scores, queries, keys and values.
 FORWARD, BACKWARD = 2, 5
 FLOATING = ("bf16", "f16", "f32")
-# What the names of attention kernels contain: splash attention on TPUs and cuDNN's on GPUs.
+# Products by patterns of attention kernels' names: splash attention on TPUs and cuDNN's on GPUs.
 ATTENTION = {
     r"splash_mha_d": BACKWARD,
     r"splash_mha": FORWARD,
@@ -74,9 +74,9 @@ def _contracted(shape: Shape, dims: list[int]) -> int:
 
 
 def _convolution(instruction: Instruction, left: Shape, right: Shape) -> int:
-    """Counts the pairs of a window's elements and inputs that are there, not those with padding or holes.
+    """Counts products of weights with real inputs, not with padding or with the holes of a dilation.
 
-    A TPU's program writes a batched product as a convolution, most of whose pairs are such.
+    A TPU's program writes a batched product as a convolution in which most products are with padding or holes.
     """
     found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     if found is None:
@@ -102,7 +102,7 @@ def _window(text: str) -> dict[str, list[tuple[int, ...]]]:
 
 
 def _pairs(inputs: int, weights: int, outputs: int, size: dict[str, tuple[int, ...]]) -> int:
-    """Pairs of an output and a weight along one dimension that meet an input."""
+    """The number of (output, weight) pairs along one dimension that meet a real input."""
     one = (1,)
     low = size.get("pad", (0, 0))[0]
     stride, holes, spread = (size.get(name, one)[0] for name in ("stride", "lhs_dilate", "rhs_dilate"))

@@ -75,7 +75,7 @@ class Machine:
             raise ConfigError(f"{error}; or give --quick, which compiles nothing") from None
 
     def link_rate(self, group: tuple[int, ...], order: Sequence[Any]) -> float:
-        """Bytes a second that each device of `group` receives; its numbers are places in `order`, a mesh's devices."""
+        """Bytes a second that each device of `group` receives; `group` has indices into `order`, a mesh's devices."""
         devices = [order[i] for i in group]
         if self.is_tpu:
             if self.slices > 1 and len({one.slice_index for one in devices}) > 1:
@@ -85,7 +85,7 @@ class Machine:
         return self._switch_rate(hosts, len(devices) // hosts)
 
     def axis_rate(self, mesh: Mapping[str, int], axis: str) -> float:
-        """`link_rate` for one axis of a mesh that was not made; devices of the last axes lie closest."""
+        """`link_rate` for one axis of a mesh that has only sizes; devices of the last axes lie closest."""
         size = mesh[axis]
         if self.slices > 1 and axis == "data":
             return self.chip.network
@@ -97,17 +97,17 @@ class Machine:
         return self._grid_rate(list(next((sides for sides in some if math.prod(sides) == size), (size,))))
 
     def _grid_rate(self, lengths: list[int]) -> float:
-        """Both directions of each side that a group goes along, one direction where the side is open."""
+        """The rate of a group with `lengths` along the grid's sides: two links on a side closed to a ring, else one."""
         links = sum(2 if length >= self.chip.wraps else 1 for length in lengths if length > 1)
         return self.chip.link * max(links, 1)
 
     def _switch_rate(self, hosts: int, each: int) -> float:
-        """The switch of a host, or the network cards of the devices that a group has on each of several hosts."""
+        """The rate of a host's switch or, for a group on several hosts, of the network cards of its devices on each."""
         return self.chip.link if hosts == 1 else min(self.chip.link, self.chip.network * each)
 
 
 def machine(name: str) -> Machine:
-    """The machine that `name` says. Raises ConfigError, in one line, for one that is not known or not rented."""
+    """The machine called `name`. Raises ConfigError, in one line, for one that is not known or not rented."""
     text = name.strip().lower()
     if tpu := _TPU_NAME.fullmatch(text):
         slices, kind, number, grid = tpu.groups()

@@ -1,8 +1,8 @@
-"""The training step of a config, on shapes in place of arrays: compiled for a machine, and what is known without.
+"""The training step of a config, traced on shapes: its batch, state and operations, and the program for a machine.
 
-The step is the one that train.py runs. A program's memory is settled before its instructions are made, which takes most
-of the time. They are made with little effort unless all is asked for: a few times faster, and the peak comes out 1 to
-5% lower than with all effort, which fetches more ahead.
+The step is the one that train.py runs. The compiler settles a program's memory before it generates instructions, which
+takes most of the time. So instructions are generated with little effort unless all effort is asked for. This is a few
+times faster, and the peak of memory comes out 1 to 5% lower, because all effort prefetches more.
 """
 
 import dataclasses
@@ -126,10 +126,10 @@ def compiled(config: FlowTrainConfig, state: TrainState, mesh: Mesh, *, all_effo
 
 
 def model_flops(config: FlowTrainConfig) -> tuple[int, int]:
-    """Operations of the products that one sample needs: (forward and backward, forward alone), nothing twice.
+    """Operations of the products that one sample needs, without rematerialization: (forward and backward, forward).
 
-    The branch with the most operations counts, as where stage 3's generator learns; loops of a length that is drawn,
-    such as that over the chunks of a rollout, count once.
+    Of a conditional the branch with the most operations counts, such as a step in which stage 3's generator learns. A
+    loop of random length, such as the one over the chunks of a rollout, counts once.
     """
     one = with_settings(config, batch_size=1, accumulate=1)
     stage, state = make_stage(one), abstract_state(one)

@@ -26,7 +26,7 @@ POLICIES: tuple[Remat | None, ...] = (*get_args(Remat), None)
 
 @dataclass(frozen=True)
 class Candidate:
-    """A config with its mesh, and what is estimated of it."""
+    """A config with its mesh, and its estimated memory and cost."""
 
     config: FlowTrainConfig
     mesh: dict[str, int]
@@ -70,7 +70,7 @@ def given(work: Work, machine: Machine) -> Candidate:
 
 
 def check_mesh(config: MeshConfig, machine: Machine) -> dict[str, int]:
-    """Sizes of the mesh's axes on the machine. Raises ConfigError, in one line, for one that it has no place for."""
+    """Sizes of the mesh's axes on the machine. Raises ConfigError, in one line, if it cannot be laid out there."""
     asked = {name: getattr(config, name) for name in AXES}
     fixed = math.prod(size for size in asked.values() if size is not None)
     sizes = {name: machine.count // fixed if size is None else size for name, size in asked.items()}
@@ -92,7 +92,7 @@ def _written(mesh: dict[str, int]) -> str:
 
 
 def is_laid(mesh: dict[str, int], machine: Machine) -> bool:
-    """True when each axis is a product of sides of the grid, each side used once, and samples stay with their host."""
+    """True when each axis is a product of sides of the grid, each side used once, and no sample spans two hosts."""
     within = mesh["tensor"] * mesh["context"]
     if machine.chip.host % within or mesh["data"] % machine.slices:
         return False
@@ -107,7 +107,7 @@ def is_laid(mesh: dict[str, int], machine: Machine) -> bool:
 
 
 def _packs(sizes: list[int], sides: list[int]) -> bool:
-    """True when the sides fall into groups whose products are the sizes."""
+    """True when `sides` can be split into groups whose products are `sizes`."""
     if not sizes:
         return not sides
     first, *rest = sizes
@@ -121,7 +121,7 @@ def _packs(sizes: list[int], sides: list[int]) -> bool:
 
 
 def meshes(machine: Machine) -> Iterator[dict[str, int]]:
-    """All meshes that the machine has a place for, without a split of the sequence."""
+    """All meshes that can be laid out on the machine, without context parallelism."""
     for data in divisors(machine.count):
         for fsdp in divisors(machine.count // data):
             mesh = {"data": data, "fsdp": fsdp, "tensor": machine.count // (data * fsdp), "context": 1}

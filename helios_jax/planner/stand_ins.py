@@ -23,7 +23,7 @@ def existing(text: str, sizes: TransformerConfig, adapters: AdapterConfig | None
 
 @cache
 def _stand_in(sizes: TransformerConfig, rank: int, modules: tuple[str, ...]) -> str:
-    """A safetensors file that is a header and a hole, which takes up no disk."""
+    """A safetensors file with a header and a sparse body, which takes up no disk space."""
     header: dict[str, Any] = {}
     end = 0
     for module, target in targets(Transformer.abstract(sizes, stacked=True)).items():

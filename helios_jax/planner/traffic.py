@@ -1,7 +1,7 @@
 """Bytes that a compiled program's instructions read from and write to the device's main memory.
 
-A fusion that takes a slice of an operand reads the slice, and one that updates a slice writes it. What lies in a TPU's
-on-chip memory costs nothing here: the compiler's own copies bring it there.
+A fusion that takes a slice of an operand reads the slice, and one that updates a slice writes it. Arrays in a TPU's
+on-chip memory cost nothing here: the compiler's own copies, which are counted, bring them there.
 """
 
 from helios_jax.planner.hlo import FUSIONS, Computation, Instruction, Module
@@ -47,7 +47,7 @@ def _read(module: Module, inner: Computation, number: int, operand: Instruction)
         if user.opcode in SLICES and user.operands[:1]:
             sliced += user.bytes
         elif user.opcode == "dynamic-update-slice":
-            continue  # what is updated in place is not read
+            continue  # an operand that is updated in place is not read
         elif user.opcode == "fusion" and (nested := module.called(user)) is not None:
             places = [
                 i for i, one in enumerate(inner.operands(user)) if _source(inner, one) == inner.parameters[number]

@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _start(args: argparse.Namespace) -> Callable[[Shard], list[Rejected]]:
-    """The function that makes a shard on a machine of a cluster, which plans all of the work once more."""
+    """Plans the work again on a machine of a cluster, and returns the function that makes a shard there."""
     return args.plan(args, _share(args)).start()
 
 

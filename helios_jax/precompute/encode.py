@@ -69,7 +69,7 @@ class TextEmbedder:
         return self
 
     def __call__(self, captions: Iterable[str]) -> Iterator[Float16[np.ndarray, "m d"]]:
-        """The embedding of each caption, zero past its end."""
+        """Yields the embedding of each caption, float16 [max_length, d_model], zero past the caption's end."""
         size = _multiple(CAPTIONS, self._mesh)
         for group in _groups(captions, size):
             ids, mask = self.tokenizer(group + [""] * (size - len(group)), self.max_length)
@@ -108,7 +108,7 @@ class VideoEncoder:
     def __call__(
         self, videos: Iterable[tuple[str, UInt8[np.ndarray, "k f h w 3"]]]
     ) -> Iterator[Float16[np.ndarray, "k t h w c"]]:
-        """The latents of each (id, video). Every chunk is encoded alone; chunks of several videos share a batch."""
+        """Yields the latents of each (id, video). Each chunk is encoded alone; a batch can hold several videos."""
         size = _multiple(self.batch, self._mesh)
         waiting: deque[int] = deque()  # chunks of videos that are not complete
         done: deque[np.ndarray] = deque()
@@ -150,7 +150,7 @@ def _encode(model: AutoencoderKLWan, pixels: Any, noise: Any) -> Any:
 
 
 def _multiple(size: int, mesh: Mesh) -> int:
-    """`size` rows for each model on the mesh."""
+    """Rows of a batch with `size` rows for each copy of the model on the mesh."""
     return size * mesh.shape["data"]
 
 

@@ -33,8 +33,10 @@ PATCH = 2  # multiple of latents per side that the transformer takes
 
 @dataclass(frozen=True)
 class Work:
-    """A dataset that is planned: its shards, `load`, which reads the weights and writes the embeddings beside the
-    records, as far as either is needed, and `make`, which makes the items of a shard. `unit` names the items.
+    """A planned dataset: its shards and the functions that make them.
+
+    `load` reads the weights and writes the embeddings beside the records, each only if needed. `make` makes the items
+    of a shard. `unit` names the items.
     """
 
     build: Build
@@ -53,7 +55,7 @@ class Work:
         return lambda shard: self.build.write(shard, self.make(shard.items), lambda: None)
 
     def run_on(self, cluster: Cluster, start: Callable[[], Callable[[Shard], list[Rejected]]]) -> int:
-        """Makes the missing shards on a cluster, whose workers call `start`: `Work.start` of the same work there.
+        """Makes the missing shards on a cluster, whose workers call `start`: it plans the same work and starts it.
 
         Returns the number of shards that failed.
         """
@@ -97,7 +99,7 @@ def encode_clips(
     negative_prompt: str = NEGATIVE_PROMPT,
     readers: int = 2,
 ) -> Work:
-    """The clips of upstream's JSON `lists` as latents and text embeddings; `readers` clips are decoded at a time."""
+    """Plans the clips of upstream's JSON `lists` as latents and text embeddings; decodes `readers` clips at a time."""
     frames = video.frames(selection.chunk_frames)
     space = video.config.scale_factor_spatial
     for height, width in selection.sizes:
@@ -137,7 +139,7 @@ def encode_videos(
     share: Share = Share(),
     negative_prompt: str = NEGATIVE_PROMPT,
 ) -> Work:
-    """A dataset of pixels (splits train and test) as latents and text embeddings; 9 latent frames per chunk."""
+    """Plans a dataset of pixels (splits train and test) as latents and text embeddings; 9 latent frames per chunk."""
     sources = {split: records.open_source(videos, split) for split in ("train", "test")}
     chunk = 8 * video.config.scale_factor_temporal + 1
     space = video.config.scale_factor_spatial
@@ -175,7 +177,7 @@ def encode_prompts(
     share: Share = Share(),
     negative_prompt: str = NEGATIVE_PROMPT,
 ) -> Work:
-    """The prompts of `files` as text embeddings."""
+    """Plans the prompts of `files` as text embeddings."""
     build = Build(
         out,
         {"text": records.tensor(text.shape, np.float16), "caption": records.text(), "id": records.text()},
@@ -199,7 +201,7 @@ def sample_ode_pairs(
     *,
     share: Share = Share(size=8),
 ) -> Work:
-    """ODE pairs of the teacher's videos of the prompts in `files`."""
+    """Plans ODE pairs of the videos that the teacher samples from the prompts in `files`."""
     build = Build(
         out,
         teacher.features(),
@@ -226,7 +228,7 @@ def encode(
     named: Sequence[tuple[str, str]],
     pixels: Iterable[np.ndarray | Rejected],
 ) -> Iterator[list[records.Example] | Rejected]:
-    """The example of each (id, caption) and its chunks of pixels, or the reason for having none, in their order."""
+    """Yields, in order, the example of each (id, caption) with its chunks of pixels, or the reason for having none."""
     embeddings = text(caption for _, caption in named)
     waiting: deque[Any] = deque()  # (id, caption) or Rejected
 

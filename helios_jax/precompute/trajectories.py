@@ -1,8 +1,8 @@
-"""ODE pairs: where a teacher's sampling trajectory passes the few steps of the student, and where it ends.
+"""ODE pairs: points of a teacher's sampling trajectory at the student's few times, and the trajectory's end.
 
 The teacher (Mid) samples videos from prompts, chunk by chunk with its own past as history, over a pyramid with many
-steps a level. Its steps include the times at which the student (Distilled) will be asked, at each level; what is stored
-of a chunk are the latents at those times, the level's result, and the history that the chunk was made from.
+steps a level. At each level its steps include the times at which the student (Distilled) will denoise. Stored of each
+chunk are the latents at those times, the result of each level, and the history that the chunk was made from.
 """
 
 import dataclasses
@@ -42,9 +42,9 @@ class Settings:
         student_steps: the student's; twice as many in the first chunk with `amplify_first_chunk`.
         time_shift_type: of the dynamic shift that teacher and student share; None: no shift.
         guidance_scale, negative_prompt: classifier-free guidance.
-        num_latent_frames_per_chunk: None: as the teacher was trained; its memory is always that.
-        cfg_zero_star: guidance as CFG-Zero* has it, with its standing first steps.
-        seed: of the first prompt's noise, the next ones count on (upstream gives every prompt the same noise).
+        num_latent_frames_per_chunk: None: as the teacher was trained. The memory is always as it was trained.
+        cfg_zero_star: CFG-Zero* guidance, whose first steps have zero velocity.
+        seed: of the first prompt's noise; each next prompt adds 1 (upstream gives every prompt the same noise).
     """
 
     height: int = 384
@@ -81,16 +81,18 @@ def denoise_trajectory(
     places: tuple[tuple[int, ...], ...],
     memory: MemoryConfig,
 ) -> tuple[History, list[Float[Array, "steps b t h w c"]]]:
-    """The history after the next chunk, and of each level the samples that its steps at `places` began with, then its
-    result."""
+    """Denoises the next chunk; returns the history after it, and the kept samples of each level.
+
+    Kept are the samples at the start of the steps numbered `places`, then the level's result.
+    """
     latents, kept = record_chunk(model, history, noise, conditioning, levels, memory, places)
     return push(history, latents, memory), kept
 
 
 class Teacher:
-    """A pyramid checkpoint that samples as `Settings` say, `batch` prompts at a time for each model on this host.
+    """A pyramid checkpoint that samples as `settings` say, `batch` prompts at a time for each copy of the model.
 
-    Raises CheckpointError or ValueError, before weights are read, for what cannot be.
+    Raises CheckpointError or ValueError, before weights are read, for a checkpoint or settings that cannot be used.
     """
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, *, batch: int = 1, tensor: int = 1):
@@ -130,7 +132,7 @@ class Teacher:
         return make_trajectory(self._scheduler, self.settings.steps, counts, tokens, zero_init)
 
     def load(self) -> "Teacher":
-        """With its weights: float32 on CPU and bfloat16 elsewhere. Raises ValueError if `tensor` does not fit here."""
+        """Reads the weights, float32 on CPU and bfloat16 elsewhere. Raises ValueError if `tensor` does not fit."""
         self._mesh = local_mesh(self._tensor)
         self.batch = self._batch * self._mesh.shape["data"]
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
@@ -156,7 +158,7 @@ class Teacher:
         return weights_hash([folder / self.checkpoint.subfolder, folder / "text_encoder"])
 
     def text(self, prompts: Sequence[str]) -> np.ndarray:
-        """float16 [b, m, d]."""
+        """Text embeddings of the prompts, float16 [b, m, d]."""
         return np.asarray(self._pipeline.encode_prompt(list(prompts)).astype(jnp.float16))
 
     def features(self) -> dict[str, Any]:
@@ -200,7 +202,7 @@ class Teacher:
         history = self._split(call.history)
         made: list[list[records.Example]] = [[] for _ in group]
         for chunk in range(self.plan.num_chunks or 0):
-            way = self.trajectories[min(chunk, 1)]
+            trajectory = self.trajectories[min(chunk, 1)]
             noise = self._split(call.chunk_noise())
             before = history
             history, kept = denoise_trajectory(
@@ -208,14 +210,14 @@ class Teacher:
                 history,
                 noise,
                 conditioning,
-                way.levels,
-                places=way.places,
+                trajectory.levels,
+                places=trajectory.places,
                 memory=self.plan.memory,
             )
             shared: Mapping[str, Any] = {
                 "chunk": np.int32(chunk),
-                **{f"timesteps_{i}": x for i, x in enumerate(way.timesteps)},
-                **{f"sigmas_{i}": x for i, x in enumerate(way.sigmas)},
+                **{f"timesteps_{i}": x for i, x in enumerate(trajectory.timesteps)},
+                **{f"sigmas_{i}": x for i, x in enumerate(trajectory.sigmas)},
             }
             latents = [np.asarray(level, np.float16) for level in kept]
             past, anchor = np.asarray(before.latents, np.float16), np.asarray(before.anchor, np.float16)
@@ -226,6 +228,6 @@ class Teacher:
         return made
 
     def _split(self, tree: Any) -> Any:
-        """Arrays of a batch over the models on this host."""
+        """Splits arrays of a batch over the copies of the model on this host."""
         place = sharding.batch_sharding(self._mesh)
         return jax.tree.map(lambda x: jax.device_put(x, place) if jnp.ndim(x) else x, tree)

@@ -1,4 +1,4 @@
-"""Programs compiled ahead of time for devices that are not here.
+"""Ahead-of-time compilation for devices that this machine does not have.
 
 `tpu_topology` and `gpu_topology` give devices to compile for: put them into a `Mesh` or a sharding, give the function
 `jax.ShapeDtypeStruct`s with such shardings, and `compiled` does the rest. Nothing can run this way, but
@@ -29,7 +29,7 @@ def tpu_topology(name: str, slices: int = 1, alone: bool = False) -> topologies.
     # libtpu would ask a metadata server what machine this is, and lock itself for one process.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    # Without these it complains on stderr of the machine that it runs on; the slice is the one that is asked for.
+    # Without these libtpu complains about this machine on stderr. The topology does not depend on them.
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_WORKER_ID", "0")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
@@ -39,7 +39,7 @@ def tpu_topology(name: str, slices: int = 1, alone: bool = False) -> topologies.
 
 
 def gpu_topology(target: str, hosts: int = 1, devices: int = 1) -> topologies.TopologyDescription:
-    """Hosts of so many GPUs each (`.devices`) of the kind that `target`, XLA's GpuTargetConfig in text, tells of.
+    """The GPUs (`.devices`) of `hosts` hosts with `devices` each; `target` is XLA's GpuTargetConfig of one, in text.
 
     Needs jax's CUDA plugin, and cuDNN for its attention and convolutions, but no GPU.
     """

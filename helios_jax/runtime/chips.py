@@ -1,4 +1,4 @@
-"""Chips: memory, rates and links with their sources, and the peak of a device that jax shows."""
+"""Chips: memory, rates and links with their sources, and the peak rate of a `jax.Device`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Chip:
-    """One device. Rates are a second's; `link` is what one of its links carries one way, in bytes.
+    """One device. Rates are per second; `link` is the bytes that one of its links carries in one direction.
 
-    `efficiency` is the share of the limit that programs reach in products, attention and memory-bound operations:
-    `planner.cost` makes its expected time of it, and its bound without it.
+    `efficiency` has the shares of these rates that programs reach in products, attention and memory-bound operations.
+    `planner.cost` uses them for its expected time, not for its bound.
     """
 
     name: str
@@ -21,14 +21,14 @@ class Chip:
     host: int  # devices of a host
     efficiency: tuple[float, float, float]
     source: str
-    cores: int = 1  # that the name of a machine counts for each chip
+    cores: int = 1  # cores of a chip, where names of machines count cores
     sides: int = 0  # dimensions of the grid of links; 0: a switch joins all devices of a host
     wraps: int = 0  # length from which a side of the grid is closed to a ring
     clock: float = 0.0  # cycles a second, for the compiler's own estimates
 
 
-# TPU: the shares in products and in memory-bound operations are those of libtpu 0.0.42.1's own estimates for stage 1 on
-# v5p, compiled with all effort, summed over the step; that of splash attention is an assumption. H100 and H200:
+# TPU: the shares in products and in memory-bound operations follow from libtpu 0.0.42.1's own estimates for stage 1 on
+# v5p, compiled with all effort, summed over the step; the share in splash attention is an assumption. H100 and H200:
 # measured (docs/results/gpu.md).
 _TPU, _GPU = (0.82, 0.6, 0.32), (0.71, 0.62, 0.8)
 _CLOUD = "cloud.google.com/tpu/docs"
@@ -63,7 +63,7 @@ CHIPS = {
     ),
 }  # fmt: skip
 
-# Operations a second in products of bfloat16 by `device_kind`, as jax and NVIDIA's driver write it; of TPUs those of
+# Operations a second in products of bfloat16 by `device_kind`, as jax and NVIDIA's driver write it; for TPUs, of
 # one TensorCore. From Google's pages and NVIDIA's data sheets, without sparsity. Parts of a GPU (MIG) have other names.
 _V4, _V5P, _V7 = 275e12 / 2, CHIPS["v5p"].flops / 2, 2307e12 / 2
 _A100, _HOPPER, _NVL = 312e12, CHIPS["H100"].flops, 835.5e12
@@ -92,9 +92,9 @@ PEAKS = {
 
 
 def peak(device: Any) -> float | None:
-    """Operations a second of a `jax.Device` in products of bfloat16; None for a kind that is not known, as a CPU.
+    """Operations a second of a `jax.Device` in products of bfloat16; None for an unknown kind, such as a CPU.
 
-    A device of TPUs is one TensorCore or, of v4 and v5p, usually both of a chip.
+    A TPU device is one TensorCore or, on v4 and v5p, usually both cores of a chip.
     """
     one = PEAKS.get(device.device_kind)
     return None if one is None else one * (device.num_cores if device.platform == "tpu" else 1)

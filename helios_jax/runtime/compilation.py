@@ -18,7 +18,7 @@ GPU_OPTIONS = {"xla_gpu_force_conv_nhwc": True, "xla_gpu_enable_triton_gemm": Fa
 def enable_cache() -> None:
     """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, or in helios_jax/ of the user's cache folder.
 
-    Raises LocationError for a folder that is no place.
+    Raises LocationError for a folder name that cannot be used.
     """
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if named:
@@ -36,6 +36,6 @@ def compiler_options(platform: str | None = None) -> dict[str, Any]:
 
 
 def precise(dtype: Any) -> AbstractContextManager[Any]:
-    """Programs traced under it multiply in `dtype`: left alone, GPUs and TPUs round float32 to 10 or 8 bits first."""
+    """Makes programs traced under it multiply in `dtype`: by default GPUs and TPUs round float32 to 10 or 8 bits."""
     exact = jnp.dtype(dtype) == jnp.float32
     return jax.default_matmul_precision("highest") if exact else nullcontext()

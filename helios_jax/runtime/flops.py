@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-# Of the numbers that decide which branch is taken.
+# Primitives that compute the index of a branch from known numbers.
 SCALARS: dict[str, Callable[..., Any]] = {
     "convert_element_type": lambda x, new_dtype, **_: np.asarray(x).astype(new_dtype),
     "select_n": lambda which, *cases: cases[int(which)],
@@ -56,12 +56,12 @@ def _count(jaxpr: Jaxpr, known: Sequence[Any]) -> tuple[int, list[Any]]:
             channels = weight[params["dimension_numbers"].rhs_spec[0]]
             total += 2 * math.prod(_shape(equation.outvars[0])) * math.prod(weight) // channels
         elif name == "cond":
-            which, *operands = inputs
+            index, *operands = inputs
             branches = params["branches"]
-            ways = branches if which is None else [branches[int(which)]]
-            most, found = max((_count(way.jaxpr, operands) for way in ways), key=lambda way: way[0])
+            possible = branches if index is None else [branches[int(index)]]
+            most, found = max((_count(branch.jaxpr, operands) for branch in possible), key=lambda counted: counted[0])
             total += most
-            outputs = found if which is not None else []
+            outputs = found if index is not None else []
         elif name in SCALARS and _shape(equation.outvars[0]) == () and not any(x is None for x in inputs):
             outputs = [SCALARS[name](*inputs, **params)]
         else:

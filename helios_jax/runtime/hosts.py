@@ -1,8 +1,8 @@
-"""The hosts of one run: they join, compare what they were given, watch each other, and end together by one line.
+"""Coordination of the hosts of one run: they join, compare their inputs, send heartbeats, and end together.
 
-A host that cannot go on says so (`Watch.end`), and the others end with its line and exit code, whatever they wait for:
-left alone, they would wait for it in the next collective. A host that was killed says nothing. The first host counts
-signs of life and tells the others that it is gone.
+A host that cannot go on reports it (`Watch.end`), and the others end with its line and exit code, whatever they are
+waiting for. Otherwise they would hang in the next collective. A host that was killed reports nothing: the first host
+notices the missing heartbeats and tells the others that it is gone.
 
 All of this goes through the key-value store of jax's coordination service, which the first host keeps.
 """
@@ -24,13 +24,13 @@ from jax.experimental import multihost_utils
 from helios_jax.locations import appears, location
 from helios_jax.runtime import interrupts
 
-BEAT = 1.0  # seconds between two signs of life
-SILENCE = 30.0  # seconds without one after which a host counts as gone
-# The same once a collective has failed, when it is only asked who is to blame.
+BEAT = 1.0  # seconds between two heartbeats
+SILENCE = 30.0  # seconds without a heartbeat after which a host counts as gone
+# The same after a collective has failed, when only the host that caused it is looked for.
 SILENCE_AFTER_FAILURE = 5.0
-WAIT = 3600.0  # seconds: whoever waits for a host that is gone is ended before
-FAREWELL = 5.0  # seconds that the first host keeps the store for others that have not read how the run ended
-FOLDER = "helios_jax"  # of the keys
+WAIT = 3600.0  # seconds that a host waits for another; if that one is gone, the watch ends it before
+FAREWELL = 5.0  # seconds that the first host keeps the store open, so that others can read how the run ended
+FOLDER = "helios_jax"  # prefix of the keys
 DONE = "done"
 FOR_EVER = 2**31  # milliseconds: 24 days
 AGAIN = "the same command on all hosts goes on from the newest checkpoint"
@@ -124,7 +124,7 @@ def check_shared(folder: str, key: str) -> None:
 
 
 def agreed_signal(step: int, seen: signal.Signals | None) -> signal.Signals | None:
-    """The signal that ends the run after `step` on all hosts, if any of them got one; `seen` is what this one got.
+    """The signal that ends the run after `step` on all hosts, if any of them got one; `seen` is this host's signal.
 
     All hosts must call it after every step. A host that got SIGTERM tells the others through jax's preemption service,
     which catches it; they agree on a step that none of them has passed.
@@ -136,9 +136,9 @@ def agreed_signal(step: int, seen: signal.Signals | None) -> signal.Signals | No
 
 
 class _LastWord:
-    """A shell that prints one line: the first that it is given, or its own when this process is gone without one.
+    """A shell that prints the last line of this process, or a line of its own if this process dies without giving one.
 
-    That is so where something kills this process, or jax ends it because host 0 is gone.
+    The process dies so when it is killed, or when jax ends it because host 0 is gone.
     """
 
     def __init__(self, program: str):
@@ -157,7 +157,7 @@ class _LastWord:
 
     def _give(self, line: str) -> None:
         assert self._shell.stdin is not None
-        with contextlib.suppress(OSError):  # it has had its line
+        with contextlib.suppress(OSError):  # the shell has its line, and has ended
             os.write(self._shell.stdin.fileno(), f"{line}\n".encode())
 
 
@@ -169,19 +169,19 @@ class Watch:
         self._host, self._hosts = jax.process_index(), jax.process_count()
         self._over = threading.Event()
         self._ending = threading.Lock()  # held by the thread that ends this process, or its watch
-        self._signs: dict[str, tuple[str, float]] = {}  # of each host: the last sign, and when it came
+        self._signs: dict[str, tuple[str, float]] = {}  # of each host: its last heartbeat, and when it came
         self._last_word = _LastWord(program)
-        for work in (self._listen, self._show_life):
+        for work in (self._listen, self._send_heartbeats):
             threading.Thread(target=work, name="hosts", daemon=True).start()
 
     def end(self, line: str, code: int) -> NoReturn:
-        """Ends all hosts by `line` and exit code `code`, but for those that another host was first to end."""
-        self._ending.acquire()  # not given back: where another host was first, this process ends meanwhile
+        """Ends all hosts with `line` and exit code `code`, but for those that another host has ended first."""
+        self._ending.acquire()  # never released: where another host was first, this process is being ended
         self._end_all(f"host {self._host}: {line}", code)
         self._leave(line, code)
 
     def find_cause(self) -> None:
-        """Waits some seconds for the end of another host, of which an error here may be a consequence."""
+        """Waits some seconds, so that this process ends with another host's line if that host caused the error here."""
         with contextlib.suppress(Exception):
             self._set(f"broken/{self._host}", "", allow_overwrite=True)
         time.sleep(SILENCE_AFTER_FAILURE + 5 * BEAT)
@@ -190,7 +190,7 @@ class Watch:
         """Ends the watch of a run that is done."""
         self._ending.acquire()
         self._over.set()
-        with contextlib.suppress(Exception):  # told of a failure in the same moment
+        with contextlib.suppress(Exception):  # a failure is reported at the same moment
             self._set(f"alive/{self._host}", DONE, allow_overwrite=True)
             self._set(f"end/{self._host}", DONE)
 
@@ -224,17 +224,17 @@ class Watch:
             end = json.loads(told)
             self._leave(end["line"], end["code"])
 
-    def _show_life(self) -> None:
+    def _send_heartbeats(self) -> None:
         beats = 0
         while not self._over.wait(BEAT):
             beats += 1
             with contextlib.suppress(Exception):  # `_listen` has the same error
                 self._set(f"alive/{self._host}", str(beats), allow_overwrite=True)
                 if self._host == 0:
-                    self._count()
+                    self._check_heartbeats()
 
-    def _count(self) -> None:
-        """Ends the run if there are hosts without signs of life."""
+    def _check_heartbeats(self) -> None:
+        """Ends the run if the heartbeats of a host have stopped."""
         now = time.monotonic()
         limit = SILENCE_AFTER_FAILURE if self._all("broken") else SILENCE
         for key, sign in self._all("alive"):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a process ends at once, or with what it made, by one line and exit code 130.
+"""Ctrl-C and SIGTERM: a process ends with one line and exit code 130, at once or at its next `check`.
 
 No handler raises an exception: Python runs handlers between any two instructions, and an exception out of a
 `__del__` or a callback of the garbage collector is printed and lost. Handlers here do nothing. The signal's number
@@ -26,7 +26,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PATIENCE = 1.0
 # Seconds in which one signal may arrive twice: `timeout` sends it to a process and to its group.
 TWICE = 0.3
-POLL = 0.005  # seconds between two looks at what is waited for
+POLL = 0.005  # seconds between two tests of a condition that is waited for
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,7 +34,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class _State:
-    """Signals of this process, of which there is one."""
+    """State of the signal handling, of which a process has one."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -51,7 +51,7 @@ _state = _State()
 
 
 def install(program: str) -> None:
-    """Handles SIGINT and SIGTERM from now on, in the name of `program`. A signal that the parent ignores stays so."""
+    """Handles SIGINT and SIGTERM from now on, in the name of `program`. A signal that was ignored stays ignored."""
     _state.program = program
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
@@ -90,12 +90,12 @@ def temporary(path: str | os.PathLike) -> Iterator[None]:
 
 
 def pause() -> int:
-    """Leaves signals to the handlers that are set next; `resume` takes what this returns."""
+    """Leaves signals to the handlers that are set next; `resume` takes the result and undoes it."""
     return signal.set_wakeup_fd(-1)
 
 
 def resume(paused: int) -> None:
-    """Handles signals again, where `pause` found them handled."""
+    """Handles signals again if they were handled before `pause`."""
     signal.set_wakeup_fd(paused, warn_on_full_buffer=False)
 
 
@@ -145,7 +145,7 @@ def _flush() -> None:
 
 
 def _watch(ours: socket.socket, theirs: socket.socket) -> None:
-    """The thread's life: `theirs` is only held open."""
+    """Runs the thread, which reads signals from `ours`; `theirs` is a parameter so that it stays open."""
     first = 0.0  # when the first signal came
     patient = False
     while True:

@@ -8,8 +8,8 @@ process the tasks are made one after another. On a cluster each worker is a proc
 `start` once and makes one task after another, until none is left. There are as many workers as the cluster has room
 for, also when machines join or leave it.
 
-The error of a task is its result, and the others go on. A task whose worker dies is given to another. Tasks keep what
-they make on a file system that all machines share, or in a bucket, and say by it whether they are done.
+The error of a task is its result, and the others go on. A task whose worker dies is given to another. Tasks write their
+outputs to a file system that all machines share, or to a bucket; from these `done` tells whether a task is done.
 """
 
 import importlib.util
@@ -79,9 +79,9 @@ class Cluster:
 
 
 def cluster(address: str | None, worker: str | None) -> Cluster | None:
-    """The cluster of the options --ray and --ray-worker; None without them. Raises ClusterError for what cannot be.
+    """The cluster of the options --ray and --ray-worker; None without them. Raises ClusterError for unusable ones.
 
-    From then on jax leaves this process's accelerators to workers.
+    With a cluster, jax uses only the CPU in this process and leaves its accelerators to workers.
     """
     if address is None:
         if worker is not None:
@@ -111,8 +111,8 @@ def run(
     """The results of all tasks that are not `done`, as they come; each error is printed.
 
     Args:
-        start: prepares a process; its error ends the run. For a cluster it is pickled, as the tasks are, and the
-            modules that they are of must be importable there.
+        start: prepares a process; its error ends the run. For a cluster, it and the tasks are pickled, and their
+            modules must be importable there.
         done: tells by a task's outputs that nothing is left to do.
         shared: folders that tasks write to; all machines must see the same.
         retries: how often a task is made again because its worker died.
@@ -156,7 +156,7 @@ class _Worker:
     def begin(self, start: Start[Any, Any], folder: str, probes: Mapping[str, str]) -> tuple[str, str | None]:
         """Prepares the process; returns the machine's name, and in one line why it cannot do the work, if so."""
         node = os.uname().nodename
-        with suppress(OSError):  # relative paths are the driver's; where its folder is absent, those of a working_dir
+        with suppress(OSError):  # relative paths are the driver's or, without its folder, a working_dir's
             os.chdir(folder)
         for name, text in probes.items():
             if not appears(path := location(name), text):
@@ -189,7 +189,7 @@ class _Pool:
     def __init__(self, ray: Any, need: Mapping[str, int] | None, tasks: Sequence[Any], done: Any, retries: int):
         self._ray, self._tasks, self._done, self._retries = ray, tasks, done, retries
         self._waiting, self._calls = deque(range(len(tasks))), dict[Any, _Call]()
-        self._deaths, self._unready = Counter[int](), 0  # of workers: with each task, and in a row before any
+        self._deaths, self._unready = Counter[int](), 0  # of workers: by task, and in a row before they were ready
         self._finished, self._began = 0, time.monotonic()
         kind = next((kind for kind in ACCELERATORS if any(kind in machine for machine in self._machines())), "CPU")
         self._need = need or {kind: 1}
@@ -222,7 +222,7 @@ class _Pool:
                 call = self._calls.pop(reference)
                 try:
                     answer = self._ray.get(reference)
-                except errors.RayTaskError as error:  # of `start`: those of tasks are results
+                except errors.RayTaskError as error:  # raised by `start`: the error of a task is a result
                     raise (error.cause or error) from error
                 except errors.RayError as error:
                     answer = self._lost(call, _reason(error))
@@ -285,22 +285,22 @@ class _Pool:
 
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
-    """Ray, connected to a cluster. Whatever workers do then, they end with the connection."""
+    """Connects Ray to a cluster, and disconnects it at the end, which also ends the workers, whatever they do."""
     ray: Any = importlib.import_module("ray")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that begins here
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # for a cluster that starts here
     ours = signal.getsignal(signal.SIGTERM)
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if port.isdecimal():  # Ray itself tries for minutes
             socket.create_connection((host, int(port)), CONNECT).close()
-        with warnings.catch_warnings(action="ignore"):  # jax's of a fork, after which a process of Ray begins
+        with warnings.catch_warnings(action="ignore"):  # jax warns of the fork that starts a process of Ray
             # The workers' lines are in Ray's logs.
             ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # of many kinds
         raise ClusterError(f"--ray {address}: there is no cluster that can be used: {_one_line(error)}") from None
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, ours)  # Ray's raises SystemExit
+            signal.signal(signal.SIGTERM, ours)  # Ray sets a handler that raises SystemExit
     try:
         yield ray
     finally:
@@ -323,7 +323,7 @@ def _probes(folders: Sequence[Path]) -> Iterator[dict[str, str]]:
 
 
 def _reason(error: Exception) -> str:
-    """The cause of a worker's death, of Ray's many lines about it."""
+    """Picks the cause of a worker's death from the many lines of Ray's error."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     line = next((line for line in lines if "Worker exit detail: " in line), lines[-1])
     return _one_line(line.rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0])

@@ -4,14 +4,14 @@ ON_CHIP = ("memory space vmem", "memory space smem")
 
 
 def is_kernel_too_large(error: BaseException) -> bool:
-    """Tells the compiler's error of a kernel whose blocks need more on-chip memory than a TPU has."""
+    """True for the compiler's error about a kernel whose blocks need more on-chip memory than a TPU has."""
     return any(name in str(error) for name in ON_CHIP)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells the errors of XLA's allocators and compiler, and Python's and numpy's own. Needs no jax.
+    """True for out-of-memory errors of XLA's allocators and compiler, of Python and of numpy. Needs no jax.
 
-    Kernels that need more of a TPU's on-chip memory than it has are no such error: a smaller step would not help.
+    A kernel that needs more on-chip memory than a TPU has does not count: a smaller step would not help.
     """
     if isinstance(error, MemoryError):
         return True

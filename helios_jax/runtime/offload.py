@@ -1,4 +1,4 @@
-"""Arrays that wait in the host's memory while nothing needs them, beside the device that they are for."""
+"""Offload: arrays that no program needs now are kept in the memory of their device's host."""
 
 from typing import Any, TypeVar
 
@@ -41,14 +41,14 @@ def on_device(model: Tree) -> Tree:
 
 
 def to_host(tree: Tree) -> Tree:
-    """In a program: `tree` moved to the host's memory, but for its single numbers."""
+    """Inside a program: moves `tree` to the host's memory, except scalars."""
     return _moved(tree, jax.memory.Space.Host)
 
 
 def stacked_to_host(tree: Tree) -> Tree:
-    """In a program: `tree` with its arrays that are stacked over layers moved to the host's memory, layer by layer.
+    """Inside a program: moves the arrays of `tree` that are stacked over layers to the host's memory, layer by layer.
 
-    Their device memory is free afterwards. XLA may end the copy of a whole array much later than it could.
+    Their device memory is free afterwards. XLA could end a copy of the whole array, and free it, much later.
     """
     leaves, structure = jax.tree.flatten(tree)
     stacks: dict[int, list[int]] = {}
@@ -63,7 +63,7 @@ def stacked_to_host(tree: Tree) -> Tree:
 
 
 def to_device(tree: Tree) -> Tree:
-    """In a program: `tree` moved to the device's memory."""
+    """Inside a program: moves `tree` to the device's memory, except scalars."""
     return _moved(tree, jax.memory.Space.Device)
 
 
@@ -72,7 +72,7 @@ def _moved(tree: Tree, space: Any) -> Tree:
 
 
 def waiting(tree: Tree, shardings: Tree) -> Tree:
-    """`shardings` of a tree that a program takes or returns in the host's memory, but for its single numbers."""
+    """`shardings` of a tree that a program takes or returns in the host's memory; scalars stay on the device."""
     return jax.tree.map(lambda x, placed: in_host_memory(placed) if x.ndim else placed, tree, shardings)
 
 

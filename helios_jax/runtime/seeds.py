@@ -23,7 +23,7 @@ def checked(seed: Any, name: str = "seed") -> int:
 
 
 def key(seed: Any) -> "jax.Array":
-    """The random key of a seed. All 64 bits count, of which `jax.random.key` takes 32; below 2^32 the keys are its."""
+    """The random key of a 64-bit seed; below 2^32 it equals `jax.random.key`, which takes only 32 bits."""
     import jax  # takes seconds, and most callers only check
 
     seed = checked(seed)

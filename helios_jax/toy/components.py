@@ -27,7 +27,7 @@ def build(out: Path, seed: int = 0, size: int = 64, places: float = 1.0) -> None
     """Writes text_encoder/ and scheduler/ beside the tokenizer in `out`; its videos are `size` pixels high and wide.
 
     `places` is a factor of the encoder's biases of relative position. At 30 the features of a word tell its neighbours
-    about as clearly as itself, which captions of two shapes need: whose colour is it?
+    about as clearly as the word itself. Captions of two shapes need this, to tell which colour belongs to which shape.
     """
     vocab = Tokenizer.from_pretrained(out / "tokenizer").vocab_size
     config = UMT5Config(vocab_size=vocab, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)

@@ -1,4 +1,4 @@
-"""Every task of the sampler with the toy model, as pictures, and the memory of a long stream.
+"""Pictures of every task of the sampler with the toy model, and the memory of a long stream.
 
 python -m helios_jax.toy.gallery --out docs/results/tasks.md
 python -m helios_jax.toy.gallery --out tasks.md --config toy/sample_base

@@ -1,11 +1,11 @@
 """The toy worlds' tokenizers: `python -m helios_jax.toy.make_tokenizer` writes helios_jax/assets/toy/tokenizer.
 
-With `--world scenes` it writes that of the larger world, into assets/scenes.
+With `--world scenes` it writes the tokenizer of the larger world, into assets/scenes.
 
-It has the structure of UMT5's (Unigram over Metaspace words, <pad> 0, </s> 1, <unk> 2, an end token), so the same code
-reads both. The vocabulary is stated instead of trained: each word of the captions is one token with its log frequency,
-letters and a little punctuation spell any other word. A trainer keeps only what several words share, which splits most
-of these, and its result differs from run to run.
+It has the structure of UMT5's tokenizer (Unigram over Metaspace words, <pad> 0, </s> 1, <unk> 2, an end token), so the
+same code reads both. The vocabulary is stated instead of trained: each word of the captions is one token with its log
+frequency; letters and a little punctuation spell any other word. A trained vocabulary would keep only pieces that
+several words share, which splits most of these words, and would differ from run to run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LETTER_SCORE = -20.0
 
 
 def words_of(world: str) -> Counter[str]:
-    """How often each word is in the captions of a world."""
+    """Counts of the words in the captions of a world."""
     if world == "shapes":
         return Counter(
             word for split in ("train", "test") for a in toy.combinations(split) for word in toy.caption(a).split()

@@ -9,13 +9,13 @@ frame.
 | --- | --- | --- |
 | shape, colour, background | 1 | share of frames in which it is recognised |
 | shape_correlation | > .9 | best match with the right shape's template |
-| colour_error, background_error | 0 | root mean square; of the nearest hue that has the right name |
+| colour_error, background_error | 0 | root mean square; the colour's from the nearest hue that has the right name |
 | contrast | 1 | distance of shape and background colour, relative to the right one |
 | direction | 1 | first movement as said (1 or 0) |
 | speed | 1 | within a factor of 1.6 of the said speed (1 or 0) |
 | speed_error | 0 | pixels a frame |
 | jump | 0 | movement beyond the said speed, pixels a frame |
-| chunk_jump, start_jump | 0 | that between chunks only, and that in the first eight steps of chunks |
+| chunk_jump, start_jump | 0 | the jump between chunks only, and in the first eight steps of chunks |
 | colour_shift | 0 | distance between the shape's mean colours of the first and the last sixth |
 | position_error | 0 | pixels; only against a `Scene` |
 """
@@ -43,10 +43,10 @@ SPAN = 4
 # The geometric mean of the world's two speeds, as a ratio.
 SPEED_TOLERANCE = math.log(max(toy.SPEEDS.values()) / min(toy.SPEEDS.values())) / 2
 DRIFT_FRACTION = 6
-# Steps in which a chunk may still correct where it began, two latent frames.
+# Frames, two latent ones, in which a chunk may still correct the position that it began with.
 START_STEPS = 8
 CHUNKS = ChunkFrames(toy.CHUNK_FRAMES, toy.CHUNK_FRAMES)
-# Scores whose course over a long video says how it drifts.
+# Scores whose course over a long video shows its drift.
 SECONDS = ("shape", "colour_error", "contrast", "background_error", "speed_error", "stuck")
 
 
@@ -247,7 +247,7 @@ def _match(distance: Float[np.ndarray, "t h w"]) -> tuple[Float[np.ndarray, "t s
 
 
 def _around(centre: np.ndarray, half: np.ndarray, height: int, width: int) -> np.ndarray:
-    """[t, h, w]: whether a pixel's centre is within `half` (y, x) of `centre` (y, x)."""
+    """Mask [t, h, w] of the pixels whose centres are within `half` (y, x) of `centre` (y, x)."""
     rows = np.abs(np.arange(height) + 0.5 - centre[:, :1]) <= half[:, :1]
     columns = np.abs(np.arange(width) + 0.5 - centre[:, 1:]) <= half[:, 1:]
     return rows[:, :, None] & columns[:, None, :]

@@ -73,8 +73,10 @@ def generate(pipe: HeliosPipeline, captions: list[str], batch: int, options: Sam
 
 
 def cost(plan: Plan, config: TransformerConfig) -> dict[str, float]:
-    """Costs of a chunk after the first: calls of the transformer, noisy tokens in thousands over all calls, and the
-    history's tokens in each."""
+    """Costs of a chunk after the first.
+
+    `calls` of the transformer, `kilotokens` of noise over all calls (in thousands), and `history_tokens` in each call.
+    """
     calls, tokens = 0, 0
     for i, level in enumerate(reversed(plan.levels)):
         steps = len(level.steps.sigma) * (1 if plan.guidance_scale is None else 2)
@@ -86,7 +88,7 @@ def cost(plan: Plan, config: TransformerConfig) -> dict[str, float]:
 
 
 def reconstruct(pipe: HeliosPipeline, video: np.ndarray) -> np.ndarray:
-    """A video after the VAE, chunk by chunk."""
+    """The VAE's reconstruction of a video, made chunk by chunk."""
     chunks = video.reshape(-1, toy.CHUNK_FRAMES, *video.shape[1:]).astype(np.float32) / 127.5 - 1
     latents = jax.jit(lambda vae, x: normalize(vae.encode(x)[0], vae.config))(pipe.vae, chunks)
     return np.asarray(decode(pipe.vae, latents, dtype="uint8")).reshape(video.shape)
@@ -117,7 +119,7 @@ def table(columns: dict[str, dict[str, float]]) -> list[str]:
 
 
 def machine() -> str:
-    """Describes the machine."""
+    """The kind of the accelerator, or the number of CPU cores."""
     device = jax.devices()[0]
     return f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
 

@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if getattr(args, name) < least:
                 raise ConfigError(f"--{name} must be at least {least}, got {getattr(args, name)}")
         world = WORLDS[args.world]
-        # Guidance would be away from the empty prompt, which is the prompt.
+        # Guidance would lead away from the empty prompt, which is the prompt here.
         plain = ["guidance_scale=1"] if args.wordless else []
         begun = args.wordless * toy.CHUNK_FRAMES
         frames = args.chunks * toy.CHUNK_FRAMES - begun

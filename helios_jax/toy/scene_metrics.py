@@ -45,13 +45,13 @@ HUE_TOLERANCE = 20.0
 COVERED = (0.5, 1.6)  # least and greatest area of a shape that is there, relative to the right one
 BRIGHTNESS_TOLERANCE = 0.1  # of full scale: the two brightnesses are 0.27 apart
 FAINT = 0.4  # of the right contrast: a fainter texture counts as plain
-# Scores whose course over a long video says how it drifts.
+# Scores whose course over a long video shows its drift.
 SECONDS = ("present", "shape", "colour_error", "stuck", "background", "texture_contrast", "pan_error")
 
 
 @dataclass(frozen=True)
 class Track:
-    """Measurements of a shape in each frame: where it is, how much of it, what it looks like.
+    """Measurements of a shape in each frame: its area, position, form and colour.
 
     `area` is relative to the right shape's, `position` (y, x) in pixels of a 64x64 frame, `judged` False where another
     shape may cover it.
@@ -81,7 +81,7 @@ def rollout(
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     """The metrics of a video against its caption, and some of them for each of its seconds of `fps` frames.
 
-    Beside those of the table there are `NAME_end` of the last sixth, and `NAME_drift`, the change since the first.
+    Besides the table's metrics there are `NAME_end`, of the last sixth, and `NAME_drift`, the change since the first.
     """
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or len(video) < 2:
         raise ValueError(f"a video is uint8 [t >= 2, h, w, 3], got {video.dtype} {list(video.shape)}")
@@ -103,7 +103,7 @@ def rollout(
 
 
 def measure(video: UInt8[np.ndarray, "t h w 3"], shapes: Sequence[Attributes]) -> tuple[list[Track], Ground]:
-    """Finds each of `shapes` by its colour in each frame, and what the background behind them is like."""
+    """Finds each of `shapes` by its colour in each frame, and measures the background behind them."""
     height, width = video.shape[1:3]
     pixels = video.astype(np.float32) / 255
     masks = _masks(pixels, shapes)
@@ -131,7 +131,7 @@ def measure(video: UInt8[np.ndarray, "t h w 3"], shapes: Sequence[Attributes]) -
 
 
 def _masks(pixels: Float[np.ndarray, "t h w 3"], shapes: Sequence[Attributes]) -> list[Float[np.ndarray, "t h w"]]:
-    """How much of each pixel is of each shape, 0 to 1, by its chroma: the colour without its brightness."""
+    """The share of each pixel, 0 to 1, that each shape covers, by its chroma: the colour without its brightness."""
     plane = np.array([[1.0, -0.5, -0.5], [0.0, math.sqrt(0.75), -math.sqrt(0.75)]], np.float32)
     chroma = pixels @ plane.T
     strength = np.linalg.norm(chroma, axis=-1)
@@ -165,7 +165,7 @@ def _correlation(mask: Float[np.ndarray, "t h w"], template: Float[np.ndarray, "
 
 
 def _ground(pixels: Float[np.ndarray, "t h w 3"], covered: Float[np.ndarray, "t h w"]) -> Ground:
-    """The background where no shape is; the waves are fitted to what is seen of them."""
+    """Measures the background on pixels that no shape covers; the waves are fitted to these pixels alone."""
     seen = (covered < 0.02).astype(np.float32)
     grey = pixels.mean(-1)
     count = np.maximum(seen.sum((1, 2)), 1)
@@ -235,7 +235,7 @@ def _of_ground(ground: Ground, words: scenes.Background) -> dict[str, float]:
 
 
 def _pan_error(ground: Ground, words: scenes.Background) -> float:
-    """Difference of the texture's movement from the said one; of a texture that is not there, all of a pan."""
+    """Difference of the texture's movement from the said pan; all of the pan if the video shows no texture."""
     if words.texture == "plain" or len(ground.brightness) < 2:
         return 0.0
     columns = {"striped": [(0, (0, 1))], "barred": [(1, (1, 0))], "checkered": [(2, (1, 1)), (3, (1, -1))]}
@@ -249,7 +249,7 @@ def _pan_error(ground: Ground, words: scenes.Background) -> float:
 
 
 def _wanted(colour: Float[np.ndarray, "3"], name: str) -> Float[np.ndarray, "3"]:
-    """The colour, 0 to 1, of the hue nearest to that of `colour` in the band of its name."""
+    """The colour, 0 to 1, in the band of `name` whose hue is nearest to the hue of `colour`."""
     plane = np.array([[1.0, -0.5, -0.5], [0.0, math.sqrt(0.75), -math.sqrt(0.75)]])
     x, y = plane @ colour
     low, high = world.COLOURS[name]

@@ -21,11 +21,11 @@ from helios_jax.toy.world import Attributes, Split
 
 CHUNK_FRAMES = world.CHUNK_FRAMES
 NOMINAL_SIZE = 128
-SIZE = 0.72  # of the shapes, beside those of the smaller world
+SIZE = 0.72  # of the shapes, relative to those of the smaller world
 # Mean brightness of the background, 0 to 255; a texture takes it up and down by CONTRAST.
 BRIGHTNESS = {"dark": 45.0, "grey": 115.0}
 CONTRAST = 28.0
-PERIOD = 32.0  # pixels of a texture, of a 128 x 128 frame
+PERIOD = 32.0  # length of a texture's wave, in pixels of a 128 x 128 frame
 # Waves (y, x), in periods across a PERIOD, whose product is the texture.
 TEXTURES: dict[str, tuple[tuple[int, int], ...]] = {
     "plain": (),
@@ -33,7 +33,7 @@ TEXTURES: dict[str, tuple[tuple[int, int], ...]] = {
     "barred": ((1, 0),),
     "checkered": ((1, 0), (0, 1)),
 }
-# Movement of the background (y, x) in pixels per frame of a 128 x 128 frame, by the way that it goes.
+# Movement of the background (y, x) in pixels per frame of a 128 x 128 frame, by its direction.
 PANS: dict[str, tuple[float, float]] = {"left": (0, -1.0), "right": (0, 1.0), "up": (-1.0, 0), "down": (1.0, 0)}
 TWO = 0.5  # share of scenes with two shapes
 
@@ -64,7 +64,7 @@ class Scene:
 
 @cache
 def backgrounds() -> tuple[Background, ...]:
-    """All backgrounds: striped ones pan sideways and barred ones up or down, where that can be seen."""
+    """All backgrounds: striped ones pan only sideways and barred ones up or down, as other pans cannot be seen."""
     seen = {"plain": (None,), "striped": (None, "left", "right"), "barred": (None, "up", "down")}
     return tuple(
         Background(brightness, texture, pan)
@@ -75,7 +75,7 @@ def backgrounds() -> tuple[Background, ...]:
 
 @cache
 def movers(split: Split) -> tuple[Attributes, ...]:
-    """The words of a shape in a split."""
+    """All combinations of the words of a shape in a split."""
     names = itertools.product(world.COLOURS, world.SHAPES, world.DIRECTIONS, world.SPEEDS)
     every = (Attributes(*words, background="grey") for words in names)
     return tuple(one for one in every if (zlib.crc32(_mover(one).encode()) % 10 == 0) == (split == "test"))

@@ -1,4 +1,4 @@
-"""The embedded model as what training begins with: a text-to-video transformer in Wan 2.1's layout, without memory.
+"""The embedded model as the start of training: a text-to-video transformer in Wan 2.1's layout, without memory.
 
     python -m helios_jax.toy.wan --model helios_jax/assets/toy --out runs/toy-chain/wan
 

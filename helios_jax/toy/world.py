@@ -143,7 +143,7 @@ def sample_scene(seed: int, split: Split, height: int = NOMINAL_SIZE, width: int
 
 
 def place(a: Attributes, rng: np.random.Generator, height: int, width: int, size: float = 1.0) -> Scene:
-    """A scene of the words `a`, its place and hue drawn."""
+    """Draws the position and the hue of a scene with the words `a`."""
     unit = np.array(DIRECTIONS[a.direction][rng.integers(len(DIRECTIONS[a.direction]))])
     fraction = rng.uniform(size=2)
     fraction = np.where(unit > 0, fraction * START_FRACTION, fraction)

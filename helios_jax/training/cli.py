@@ -1,7 +1,7 @@
-"""The command that trains: train.py, and helios-train where the package is installed.
+"""The training command: train.py, or helios-train where the package is installed.
 
-The config says what to run; `key=value` arguments override it. Input that cannot be used gives one line and exit code
-2, before the model is built.
+The config says what to run; `key=value` arguments override it. Input that cannot be used ends the command with a
+one-line message and exit code 2, before the model is built.
 """
 
 import argparse
@@ -62,7 +62,7 @@ EXAMPLES = (
 
 
 class CurrentStderr(logging.StreamHandler):
-    """Lines of loggers on what `sys.stderr` is when they come: a progress bar stands in for it while it is shown."""
+    """A log handler that looks up `sys.stderr` for each line: a progress bar replaces it while it is shown."""
 
     def __init__(self):
         logging.Handler.__init__(self)
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from helios_jax.training.stage_table import load_config, make_stage
     from helios_jax.training.trainer import train
 
-    # The only one: Orbax has put one there as it was imported, which would print each line once more.
+    # Replaces the handlers: Orbax adds one when it is imported, which would print each line a second time.
     root, handlers = logging.getLogger(), logging.getLogger().handlers
     root.handlers = [CurrentStderr()]
     logging.getLogger("helios_jax").setLevel(logging.INFO)
@@ -170,10 +170,11 @@ def fail(error: Exception, code: int) -> int:
 
 
 def entry_point() -> int:
-    """`main` as a process of its own.
+    """Runs `main` as the whole process; returns the exit code.
 
-    After a save that failed, threads of Orbax and TensorStore are still at work: they tell a closed event loop of files
-    that cannot be written either, and print tracebacks while the interpreter ends. The error was told before.
+    After a failed save, threads of Orbax and TensorStore still run. They report further failed writes to an event loop
+    that is closed by then, and would print tracebacks while the interpreter exits. These are dropped here: the error
+    has been reported already.
     """
     interrupts.install(program_name("train.py"))
     usual = sys.unraisablehook

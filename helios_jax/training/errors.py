@@ -1,4 +1,4 @@
-"""Errors that end a run after it has begun, and the files that it writes."""
+"""Errors that end a run after it has begun, and the check that its folders can be written."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ class NotFiniteError(RunError, ArithmeticError):
 def cannot_write(path: str | Path, error: Exception) -> RunError:
     """The error of a file that cannot be written, as on a full disk.
 
-    TensorStore's long messages end with the number of the system's error.
+    TensorStore's messages are long; the system's error number in them gives a short reason.
     """
     number = re.search(r"os_error_code='(\d+)'", str(error))
     named = getattr(error, "filename", None) or path
@@ -34,7 +34,7 @@ def cannot_write(path: str | Path, error: Exception) -> RunError:
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turns the OSError of what is written to `path` into RunError."""
+    """Turns an OSError inside the block, which writes to `path`, into a RunError."""
     try:
         yield
     except OSError as error:
@@ -42,8 +42,8 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def check_folder(folder: Path, key: str) -> None:
-    """Raises ConfigError unless files can be made in `folder`; leaves nothing there, also no new folder."""
-    # The folders of a bucket are names alone: there is none to make.
+    """Raises ConfigError unless files can be made in `folder`; leaves no file and no new folder behind."""
+    # Folders of a bucket are only prefixes of names: there is nothing to make.
     absent = [] if is_remote(folder) else [path for path in (folder, *folder.parents) if not path.exists()]
     made: list[Path] = []
     try:

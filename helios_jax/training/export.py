@@ -1,4 +1,4 @@
-"""The end of a run that trains the transformer: a diffusers folder of it, and of the parts around it."""
+"""Export of a trained transformer as a diffusers folder, with the other parts of its pipeline."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ COPIED = ("vae", "text_encoder", "tokenizer")
 def export_pipeline(model: Transformer, config: FlowTrainConfig, folder: Path) -> None:
     """Writes `folder`/pipeline: the transformer in bfloat16, and with `flow.components` a whole pipeline around it.
 
-    Adapters are merged into it; those that were trained are also written alone into `folder`/lora. Both files say what
-    sampling must repeat (`sampling.trained`). All hosts must call; the first writes.
+    Adapters are merged into it; those that were trained are also written alone into `folder`/lora. Both record the
+    settings of training that sampling must repeat (`sampling.trained`). All hosts must call; the first writes.
     """
     out = folder / "pipeline"
     if config.lora is not None:

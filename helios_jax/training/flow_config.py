@@ -1,7 +1,7 @@
 """Configuration of the runs that train the transformer: memory, history, times, pyramid, adapters, the student's steps.
 
-It is apart from the stages because the parts around a transformer in training (`start`, `validation`, `export`) read it
-too, and the stages import those.
+A module of its own avoids an import cycle: the stages import `start`, `validation` and `export`, which read this
+configuration too.
 """
 
 from dataclasses import dataclass, field
@@ -22,8 +22,9 @@ from helios_jax.training.trainable import AdapterConfig
 class PyramidConfig:
     """Stage 2: levels of growing size, from coarse to fine, each with its part of the path from noise to latents.
 
-    `sample_ratios` is how many times of each level a step draws for every clip. "packed" runs all of them as one
-    sequence (NaViT), "separate" one after the other, which needs less memory; the loss is the same.
+    `sample_ratios` is the number of noise times that a step draws at each level for every clip. With `levels`
+    "packed", they all run as one sequence (NaViT); with "separate", one after the other, which needs less memory. The
+    loss is the same.
     """
 
     sample_ratios: tuple[int, ...] = (1, 2, 1)
@@ -63,11 +64,11 @@ class PyramidConfig:
 class FlowConfig:
     """Flow matching: memory, damage to the history, the distribution of times, and for stage 2 the pyramid.
 
-    `text_drop` is how often the caption is replaced by the empty one, which classifier-free guidance needs; released
-    models start from one that knows it. `first_chunk` is the share of samples that are a video's first chunk, which
-    alone learns from the text how to begin; null: every chunk is as likely. `components` is a diffusers folder or hub
-    name whose other parts (VAE, text encoder, tokenizer, scheduler) make the exported transformer a whole pipeline, and
-    validation videos possible; null exports the transformer alone.
+    `text_drop` is how often the caption is replaced by the empty one, which classifier-free guidance needs (0: the
+    released models start from weights that know the empty caption). `first_chunk` is the share of samples that are a
+    video's first chunk, the only one that learns to begin from text alone; null: all chunks are equally likely.
+    `components` is a diffusers folder or hub name whose other parts (VAE, text encoder, tokenizer, scheduler) make the
+    exported transformer a whole pipeline, and validation videos possible; null exports the transformer alone.
     """
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -91,7 +92,7 @@ class FlowConfig:
 
 @dataclass
 class FlowTrainConfig(TrainConfig):
-    """A run that trains the transformer: stages 1 and 2 as it is, stage 3 with more settings."""
+    """Settings of a run that trains the transformer: all of stages 1 and 2; stage 3 adds more."""
 
     init_subfolder: str = "transformer"  # of init, where it has subfolders; released: also transformer_init
     remat: Remat | None = None  # activations of each block that are kept for the backward pass; null: all of them
@@ -111,9 +112,9 @@ class FlowTrainConfig(TrainConfig):
 class StudentConfig:
     """Stage 3: the student of few steps.
 
-    `steps` are those of each level, twice as many in a video's first chunk with `amplify_first_chunk`; `shift` is the
-    dynamic shift of all times. `ode_weight` is the factor of the ODE stage's loss. Memory, history, pyramid and
-    components are those of `flow`.
+    `steps` are the denoising steps of each level; `amplify_first_chunk` doubles them in a video's first chunk. `shift`
+    is the dynamic shift of all times. `ode_weight` is the factor of the ODE stage's loss. Memory, history, pyramid and
+    components are set in `flow`.
     """
 
     steps: tuple[int, ...] = (2, 2, 2)

@@ -1,7 +1,7 @@
-"""Goodput of a run: the share of its time in which steps were computed that count.
+"""Goodput of a run: the share of its time spent on steps that count.
 
-Lost is the time before the first step (starting, loading, compiling), in saving and validation, in waiting for data
-while the devices wait too, between a stop and the next start, and in steps that are repeated after a kill.
+The rest is lost: the time before the first step (starting, loading, compiling), for saving and validation, for waiting
+on data while the devices are idle, between a stop and the next start, and for steps that are repeated after a kill.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ LOST: tuple[str, ...] = ("input", "saving", "validation")
 class Goodput:
     """Times of a run since it first began, in seconds.
 
-    `before` is the last line of metrics that an earlier process wrote, of a step that is not repeated; `began` is when
-    this process began, in seconds since 1970.
+    `before` is the last line of metrics of the processes before this one, without steps that are repeated; empty for a
+    new run. `began` is when this process began, in seconds since 1970.
     """
 
     def __init__(self, before: Mapping[str, Any], began: float):
@@ -40,10 +40,10 @@ class Goodput:
         self._lost[kind] += seconds
 
     def report(self) -> dict[str, float]:
-        """The figures for a line of metrics; those of LOST are since the report before."""
+        """The figures for a line of metrics; the seconds lost to each of LOST are counted since the last report."""
         now = time.monotonic()
         lost, self._lost = self._lost, dict.fromkeys(LOST, 0.0)
-        if not self._first:  # the first step's time is that of compiling
+        if not self._first:  # the first step's time is mostly compilation
             self._computing += max(now - self._last - sum(lost.values()), 0.0)
         self._first, self._last = False, now
         share = self._computing / max(time.time() - self.began, 1e-9)

@@ -1,4 +1,4 @@
-"""Gradients that are known before the backward pass reaches them."""
+"""Addition of precomputed gradients to the gradients of the backward pass."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ import jax
 
 @jax.custom_vjp
 def with_gradient(value: jax.Array, x: Any, gradient: Any) -> jax.Array:
-    """`value`, with `gradient` as its gradient at `x`.
+    """Returns `value`; its gradient with respect to the tree `x` has `gradient` added to it.
 
-    The backward pass of a sum begins with its last term. A `gradient` there is what all others are added to, so that no
-    second copy of them is ever whole.
+    The backward pass begins with the last operation. Where that is this one, it adds all other gradients to `gradient`
+    as they are computed, so that a complete second set of gradients is never in memory.
     """
     return value
 

@@ -1,4 +1,4 @@
-"""The loop that every stage shares: one jitted step, batches, progress, metrics, checkpoints, and clean ends."""
+"""Training loop of all stages: the jitted step, batches, progress, metrics, checkpoints and clean ends."""
 
 import contextlib
 import json
@@ -37,10 +37,10 @@ Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
 
 
 def make_step(stage: Stage[Any, Any], optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh) -> Step:
-    """The jitted `(state, batch, seed key) -> (state, metrics)`; the new state takes the memory of the old one.
+    """Makes the jitted `(state, batch, seed key) -> (state, metrics)`, which donates the old state's memory to the new.
 
-    Each sample of a step has its own key, from `fold_in(seed key, step)`: a resumed run has the draws of an
-    uninterrupted one, and one that accumulates gradients those of a whole batch.
+    Each sample of a step has its own key, from `fold_in(seed key, step)`. So a resumed run draws the same as an
+    uninterrupted one, and gradient accumulation draws the same as a whole batch.
     """
     config: TrainConfig = stage.config
     placed, host = placements(state, mesh, config.optim.offload), config.optim.offload is not None
@@ -49,14 +49,14 @@ def make_step(stage: Stage[Any, Any], optimizer: optax.GradientTransformation, s
         keys = jax.random.split(jax.random.fold_in(seed_key, state.step), len(jax.tree.leaves(batch)[0]))
         loss, metrics, grads, inputs = jnp.zeros(()), {}, [], (batch, keys)
         for player in stage.players():
-            if host and grads:  # those of the player before wait
+            if host and grads:  # the previous player's gradients wait in host memory
                 grads[-1] = offload.stacked_to_host(grads[-1])
-            # The inputs wait for those gradients, so that two players' activations never meet.
+            # A player starts after these gradients are done: two players' activations are never in memory together.
             inputs, grads = jax.lax.optimization_barrier((inputs, grads))
             gradient = partial(_gradient, player, config.optim.accumulate, state, placed.params, mesh)
             (value, more), own = player.take(state.step, gradient, inputs)
             loss, metrics, grads = loss + value, {**metrics, **more}, [*grads, own]
-        if host:  # none comes back before the last is made
+        if host:  # no gradients come back before the last player's are computed
             grads = offload.to_device(jax.lax.optimization_barrier(grads))
         merged = nnx.merge_state(*grads)
         metrics = {"loss": loss, "grad_norm": optax.global_norm(merged), **metrics}
@@ -66,7 +66,7 @@ def make_step(stage: Stage[Any, Any], optimizer: optax.GradientTransformation, s
 
 
 def _gradient(player: Player, parts: int, state: TrainState, placed: Any, mesh: Mesh, inputs: Any) -> Any:
-    """((loss, sums and divisors of the metrics), gradients) of a player: means over the `parts` of a batch."""
+    """((loss, metrics as (sum, divisor)), gradients) of a player; loss and gradients are means over the `parts`."""
     own, others = nnx.split_state(state.params, player.trains, ...)
 
     def gradient(batch: Any, keys: jax.Array, total: Any = None) -> Any:
@@ -88,11 +88,11 @@ def _gradient(player: Player, parts: int, state: TrainState, placed: Any, mesh: 
 
 
 def _accumulate(gradient: Callable[..., Any], inputs: Any, parts: int, placed: Any, mesh: Mesh) -> Any:
-    """The sums of `gradient` over `parts` parts of a batch, one part after the other."""
+    """Gradient accumulation: the sums of `gradient` over `parts` parts of a batch, one part after the other."""
     sharding = NamedSharding(mesh, PartitionSpec(None, BATCH))
 
     def divide(x: jax.Array) -> jax.Array:
-        # Part i is every parts-th sample: no sample leaves its device.
+        # Part i takes every parts-th sample, from i on: no sample leaves its device.
         x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
         return jax.lax.with_sharding_constraint(x, sharding)
 
@@ -120,9 +120,10 @@ def run(
 
     SIGTERM and SIGINT finish the step, save and return; a second one ends the process at once. Raises RunError for a
     NaN or infinite loss or gradient, for a record that cannot be used, and for files that cannot be written. Metrics
-    are checked before every save, so the checkpoints stay good. The `id` of a batch, names of its samples, stays on the
-    host, for the error of a loss. With `config.validation`, the stage's `validate` runs at its interval. `began` is
-    when the process began, in seconds since 1970; `profiled` steps are recorded in `<run>/profile`.
+    are checked before every save, so the checkpoints stay good. The `id` of a batch, the names of its samples, stays
+    on the host, for the message about a loss that is not finite. With `config.validation`, the stage's `validate` runs
+    at its interval. `began` is when the process began, in seconds since 1970; `profiled` steps are recorded in
+    `<run>/profile`.
     """
     config: TrainConfig = stage.config
     seed_key = seeds.key(config.seed)
@@ -141,10 +142,10 @@ def run(
                 batch, ids = split_ids(next(batches))
             except RecordError as error:
                 raise RunError(f"step {done + 1}: {error}") from None
-            if metrics is not None and metrics["loss"].is_ready():  # the devices have waited, too
+            if metrics is not None and metrics["loss"].is_ready():  # the devices wait for data, too
                 goodput.lose("input", time.monotonic() - begin)
             placed = put_batch(batch, config.data.batch_size, mesh)
-            # One step at most waits behind the one that runs, so that a signal is answered within two.
+            # At most one step is queued behind the one that runs, so that a signal is obeyed within two steps.
             jax.block_until_ready(before)
             before = metrics
             state, metrics = step(state, placed, seed_key)
@@ -157,8 +158,8 @@ def run(
             if done < config.steps:
                 stop = signals.received(done)
             save = done % config.checkpoint.every == 0 or done == config.steps or stop is not None
-            look = config.validation is not None and done % config.validation.every == 0 and stop is None
-            if log or save or look:
+            validate = config.validation is not None and done % config.validation.every == 0 and stop is None
+            if log or save or validate:
                 means = _mean(window, done, folder)
                 since_save.append((len(window), _metric(means, config)))
                 reporter.report(done, means)
@@ -167,7 +168,7 @@ def run(
                 with goodput.losing("saving"):
                     checkpoints.save(state, batches.get_state(), config, _average(since_save))
                 since_save = []
-            if look:
+            if validate:
                 videos = folder / "validation" / f"step_{done:06d}"
                 with goodput.losing("validation"):
                     with writing(videos):
@@ -178,7 +179,7 @@ def run(
 
 
 def split_ids(batch: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """(batch without the names of its samples, those names)."""
+    """Splits a batch into (its arrays, the names of its samples)."""
     return {name: x for name, x in batch.items() if name != "id"}, [str(name) for name in batch.get("id", ())]
 
 
@@ -209,7 +210,7 @@ def _metric(means: dict[str, float], config: TrainConfig) -> float:
 
 
 def _average(parts: list[tuple[int, float]]) -> float | None:
-    """The mean over steps of means over some of them; None where nothing is known."""
+    """The mean over all steps, from pairs (number of steps, mean over them); None where no mean is finite."""
     known = [(steps, mean) for steps, mean in parts if steps and math.isfinite(mean)]
     return sum(steps * mean for steps, mean in known) / sum(steps for steps, _ in known) if known else None
 
@@ -229,12 +230,12 @@ def _not_finite(step: int, name: str, value: float, ids: list[str], run: Path) -
 
 
 class _Signals:
-    """Remembers SIGTERM and SIGINT; a second one acts as it does without this class."""
+    """Remembers SIGTERM and SIGINT; a second one has the effect that it has outside this context."""
 
     def __enter__(self) -> "_Signals":
         self._seen: signal.Signals | None = None
         self._paused, self._several = interrupts.pause(), hosts.several()
-        # Of several hosts, jax's preemption service catches SIGTERM: `hosts.agreed_signal`.
+        # With several hosts, jax's preemption service catches SIGTERM: `hosts.agreed_signal`.
         mine = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
         self._before = {s: signal.signal(s, self._note) for s in mine}
         return self
@@ -251,5 +252,5 @@ class _Signals:
         interrupts.resume(self._paused)
 
     def received(self, step: int) -> signal.Signals | None:
-        """The signal to act on after `step`; of several hosts, one that any of them got, at the same step."""
+        """The signal to obey after `step`; one that any host got is returned to all hosts at the same step."""
         return hosts.agreed_signal(step, self._seen) if self._several else self._seen

@@ -19,11 +19,11 @@ Offload = Literal["host"]
 
 @dataclass
 class EMAConfig:
-    """A running average of the parameters, kept in float32; until step `start` it equals them.
+    """Exponential moving average of the parameters, kept in float32; until step `start` it equals them.
 
-    It moves every `every` steps: in stage 3 as often as the generator, which is every `critic.steps_per_generator`.
-    With `ramp`, move s after `start` keeps at most (1 + s) / (10 + s) of the average, and the first one nothing: a
-    young average forgets faster (as in upstream's code). Without, every move keeps `decay`.
+    It is updated every `every` steps; the distill stage needs `critic.steps_per_generator`, the generator's interval.
+    With `ramp`, update s after `start` keeps at most (1 + s) / (10 + s) of the average, and update 0 keeps none of it:
+    a young average forgets faster (as in upstream's code). Without, every update keeps `decay`.
     """
 
     decay: float = 0.999
@@ -38,7 +38,7 @@ class EMAConfig:
 
 
 def kept(ema: EMAConfig, step: jax.Array) -> jax.Array:
-    """Share of the average that stays in the move after step `step`: 0 before `start`, 1 where it does not move."""
+    """Share of the average that its update after step `step` keeps: 0 before `start`, 1 where there is no update."""
     share = jnp.float32(ema.decay)
     if ema.ramp:
         move = jnp.maximum(step // ema.every - -(-ema.start // ema.every), 0)
@@ -52,13 +52,13 @@ class OptimConfig:
 
     `betas`, `eps` and `weight_decay` are null for optax's defaults, and must be null where the optimizer takes none.
     `decayed` names the parameters that weight decay shrinks: all, as upstream, or matrices and kernels only, without
-    biases and scales of norms. Muon orthogonalizes the steps of matrices and kernels and leaves the other parameters
-    to AdamW, whose `betas` they are; a step is as large as AdamW's. Prodigy estimates the learning rate; `lr` is a
-    factor of the estimate.
+    biases and scales of norms. Muon orthogonalizes the updates of matrices and kernels and scales them to the size
+    of AdamW's; AdamW, with `betas`, updates the other parameters. Prodigy estimates the learning rate; `lr` is a factor
+    of the estimate.
 
-    `accumulate` cuts a batch into that many parts, whose gradients are added up one after the other: less memory, the
-    same step. With `offload` "host", the optimizer's state and the average wait in the host's memory, and so do the
-    gradients of one player while the next one's are made: the devices hold them while they are updated.
+    `accumulate` is the number of parts of a batch for gradient accumulation: less memory, the same step. With `offload`
+    "host", the optimizer's state and the average stay in host memory and are on the devices only while they are
+    updated. The gradients of a player wait in host memory, too, while the next player's are computed.
     """
 
     name: Name = "adamw"
@@ -114,7 +114,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
         after = optax.cosine_decay_schedule(config.lr, length, alpha=config.final_lr / config.lr)
     if not config.warmup_steps:
         return after
-    # The first step already moves: the ramp starts one step in.
+    # The ramp starts one step in, so that the first step has a rate above 0.
     ramp = optax.linear_schedule(config.lr / config.warmup_steps, config.lr, config.warmup_steps - 1 or 1)
     return optax.join_schedules([ramp, after], [config.warmup_steps])
 
@@ -137,7 +137,7 @@ def matrices(params: Any) -> Any:
 
 
 def _muon_dimensions(params: Any) -> Any:
-    """The last dimension of matrices and kernels against the other named ones; None where Muon leaves AdamW its way."""
+    """Muon's dimensions of matrices and kernels, where the last named one is the output; None leaves it to AdamW."""
 
     def numbers(p: Any) -> contrib.MuonDimensionNumbers | None:
         return contrib.MuonDimensionNumbers(tuple(range(-len(p.axes), -1)), -1) if len(p.axes) > 1 else None
@@ -190,10 +190,10 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
 
 
 def on_turns(optimizer: optax.GradientTransformation, every: int) -> optax.GradientTransformation:
-    """`optimizer` on every `every`-th step, the first included; on the others its state stays and nothing moves.
+    """`optimizer` on every `every`-th step, the first included; on the others its state stays and updates are zero.
 
-    The same as `optax.conditionally_mask`, by a choice between arrays where that has a branch: a branch would hold all
-    of the state at once, and state that waits in the host's memory is to come and go one array at a time.
+    Does the same as `optax.conditionally_mask`, with a `jnp.where` for each array instead of one `lax.cond`: a branch
+    would need the whole state on the devices at once, while offloaded state is to come and go one array at a time.
     """
 
     def init(params: Any) -> optax.ConditionallyMaskState:

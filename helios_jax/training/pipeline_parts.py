@@ -1,4 +1,4 @@
-"""The parts beside a transformer in training: VAE, text encoder, tokenizer, and the scheduler that it needs."""
+"""Parts of a pipeline around a transformer in training: VAE, text encoder, tokenizer, and its scheduler."""
 
 import dataclasses
 
@@ -30,7 +30,7 @@ def open_components(config: FlowTrainConfig) -> Checkpoint | None:
             raise CheckpointError(f"{components} has no {', '.join(missing)}")
         index = pretrained.read_json(folder / "model_index.json")
         height, width = index.get(TRAINED_SIZE, Variant.trained_size)
-        # The scheduler of a folder whose model takes few steps serves no other model.
+        # A distilled model's scheduler fits no other model.
         theirs = None
         if not isinstance(config, StudentTrainConfig) and not index.get("is_distilled", False):
             theirs = pretrained.read_config(folder / "scheduler", SchedulerConfig, "scheduler_config.json")
@@ -78,7 +78,7 @@ def trained(config: FlowTrainConfig) -> Trained:
 
 
 def scheduler(config: FlowTrainConfig, theirs: SchedulerConfig | None = None) -> SchedulerConfig | DMDSchedulerConfig:
-    """The scheduler of the trained model's pipeline; `theirs`, that of its components, where it has as many levels."""
+    """The scheduler of the trained model's pipeline: `theirs`, from its components, if it has as many levels."""
     if isinstance(config, StudentTrainConfig):
         return student_scheduler(config)
     if config.flow.pyramid is None:
@@ -89,7 +89,7 @@ def scheduler(config: FlowTrainConfig, theirs: SchedulerConfig | None = None) ->
 
 
 def student_scheduler(config: StudentTrainConfig) -> DMDSchedulerConfig:
-    """The scheduler of a student, which knows the times that it was trained at and no others."""
+    """The scheduler of a student, which can denoise only at the times that it was trained at."""
     distill, pyramid = config.distill, config.pyramid
     return DMDSchedulerConfig(
         stages=len(distill.steps),

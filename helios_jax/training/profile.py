@@ -20,7 +20,7 @@ class Profile:
         self._local = folder
 
     def after_step(self, results: Any) -> None:
-        """To be called after each step, with some of its results."""
+        """Counts a step, and starts or ends the recording; `results` are arrays of the step, which it waits for."""
         self._seen += 1
         if self._recording:
             self._left -= 1
@@ -35,7 +35,7 @@ class Profile:
             self._recording = True
 
     def close(self) -> None:
-        """Writes what was recorded, also where the run ends before all steps are, and says if that is nothing."""
+        """Writes the recorded steps, also where the run ends before all are; prints a line if no step was recorded."""
         if self._recording:
             jax.profiler.stop_trace()
             if self._local is not self._folder:

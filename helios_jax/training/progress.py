@@ -33,11 +33,11 @@ EVENTS: Any = event_pb2  # its classes are made when it is imported
 SUMMARIES: Any = summary_pb2
 COMPILING = "compiling the first step"
 NOT_DRAWN = ("began", "computing_seconds")  # kept for the next process
-SHOWN, WIDE = 33, 320  # of a validation video: frames, and pixels from left to right
+SHOWN, WIDE = 33, 320  # limits of a validation video in TensorBoard: frames, and pixels of width
 
 
 class Board:
-    """TensorBoard's file, written at once: the thread of tensorboardX's own writer would die of a full disk unheard."""
+    """TensorBoard's file, flushed after each event: on a full disk, tensorboardX's own writer thread dies silently."""
 
     def __init__(self, folder: Path, step: int):
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class Board:
 
 
 def make_bar(console: Console | None = None) -> Progress:
-    """A bar with the steps and the time left at any width; what else does not fit is cut.
+    """Makes a bar that shows the steps and the time left at any width; the rest is cut to fit.
 
     Lines that are printed while it is shown, also to stderr, appear above it.
     """
@@ -73,10 +73,11 @@ def make_bar(console: Console | None = None) -> Progress:
 
 
 class Reporter:
-    """Means of the steps, shown in a bar (in plain lines where there is no terminal) and written, on the first host.
+    """Shows mean metrics of the steps in a bar (in plain lines without a terminal) and writes them, on the first host.
 
-    `learning_rates` are those of the step of a number, from 0, by name. `began` is when the process began, in seconds
-    since 1970. `meter` has counted the steps of each report. Raises RunError for files that cannot be written.
+    `learning_rates` maps the number of a step, from 0, to its rates by name. `began` is when the process began, in
+    seconds since 1970. `meter` must have counted the steps of a report. Raises RunError for files that cannot be
+    written.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Reporter:
         if config.wandb is not None:
             import wandb  # pyright: ignore[reportMissingImports]
 
-            # The same name after a restart: the run goes on there, too.
+            # The id is the same after a restart, so that the run goes on there, too.
             name = hashlib.sha256(f"{folder.absolute()} {self.goodput.began}".encode()).hexdigest()[:16]
             to = {"project": config.wandb, "id": name, "resume": "allow", "dir": self._mirror.folder}
             self._wandb = wandb.init(**to, config=configs.to_dict(config))
@@ -136,7 +137,7 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.finish()
         if self._writes:
-            # A file whose disk is full fails again: the first error is the one to tell.
+            # On a full disk, closing fails again; the first error is the one to report.
             with contextlib.suppress(OSError) if error[0] else writing(self._config.run):
                 self._board.close()
                 self._mirror.close()
@@ -146,7 +147,7 @@ class Reporter:
         now = time.monotonic()
         steps, seconds = step - self._last[0], max(now - self._last[1], 1e-9)
         counted = self._meter.take(seconds)
-        if step > self._first + 1:  # the first step's time is that of compiling
+        if step > self._first + 1:  # the first step's time is mostly compilation
             self._rates = {"steps_per_second": steps / seconds, **counted}
         self._last = (step, now)
         if not self._writes or not metrics:
@@ -176,7 +177,7 @@ class Reporter:
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Puts pictures, uint8 [h, w, 3], and videos [t, h, w, 3] of a validation into TensorBoard.
 
-        Its time does not count as the steps'.
+        The time that validation took is not counted as time of the steps.
         """
         self._last = (step, time.monotonic())
         if not self._writes:
@@ -216,7 +217,7 @@ def _step_of(line: str) -> float:
 
 
 def _moving(name: str, gif: bytes) -> Any:
-    """A summary of an animation: TensorBoard shows the bytes of an image as a browser does."""
+    """A summary of an animation: TensorBoard passes the bytes of an image to the browser, which plays a GIF."""
     height, width = Image.open(io.BytesIO(gif)).size[::-1]
     image = SUMMARIES.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
     return SUMMARIES.Summary(value=[SUMMARIES.Summary.Value(tag=name, image=image)])

@@ -35,8 +35,8 @@ DAMAGED = "damaged"  # the end of the name of a checkpoint that was set aside
 
 Restored = tuple[TrainState, dict[str, Any], dict[str, Any]]  # (state, data state, config as saved)
 
-# Lines that Orbax logs beside the errors that it raises: of a save in the background, with tracebacks, and of files
-# that are missing from a checkpoint. `Checkpoints` tells both in one line.
+# Parts of log lines that are dropped. Orbax logs errors that it also raises: of a save in the background, with
+# tracebacks, and of files that are missing from a checkpoint. `Checkpoints` reports both in one line.
 TOLD_HERE = (
     "_SignalingThread.run() raised",
     "in background save thread",
@@ -54,9 +54,9 @@ class RestoreError(ValueError):
 
 
 class Manager(ocp.CheckpointManager):
-    """Orbax's manager, which tells a host's fault at once.
+    """Orbax's manager, changed to raise the error of this host at once.
 
-    Orbax itself first waits for the other hosts, and they for the part that this one cannot write.
+    Orbax itself would wait for the other hosts first, and they wait for the part that this host cannot write.
     """
 
     fault: Exception | None = None
@@ -78,7 +78,7 @@ class Manager(ocp.CheckpointManager):
 
 
 class Checkpoints:
-    """The checkpoints in one folder: the newest `keep`, the `best` of the smallest metric, and each `every`-th step."""
+    """Checkpoints in one folder: the newest `keep`, the `best` of smallest metric, and steps that `every` divides."""
 
     def __init__(self, folder: str | Path, keep: int, best: int = 0, every: int | None = None):
         policies: list[Any] = [managers.LatestN(keep)]
@@ -107,9 +107,8 @@ class Checkpoints:
     def save(self, state: TrainState, data: dict[str, Any], config: TrainConfig, metric: float | None = None) -> None:
         """Writes in the background; `data` is the batch iterator's state, a plain JSON mapping.
 
-        `metric` tells which checkpoints are the best.
-
-        Raises RunError for what cannot be written, of this checkpoint or of the one before it.
+        The best checkpoints are those of the smallest `metric`. Raises RunError when this checkpoint, or the one before
+        it, cannot be written.
         """
         step = int(state.step)
         if step == self.latest:
@@ -139,9 +138,9 @@ class Checkpoints:
                 found = self.restore(state, step)
             except (RestoreError, MemoryError, jax.errors.JaxRuntimeError):
                 raise
-            except Exception as error:  # of Orbax, TensorStore and JSON, which know no common one
+            except Exception as error:  # Orbax, TensorStore and JSON share no base class
                 fault = one_line(error).partition(". See full TensorStore details")[0]
-            # A host reads its own part of the arrays: the others' may be whole.
+            # Each host reads its own part of the arrays, so the parts of other hosts may be damaged.
             if faults := [text for text in hosts.gather(f"restored/{step}", fault) if text]:
                 damaged.append((step, faults[0]))
                 continue
@@ -182,7 +181,7 @@ class Checkpoints:
         step = self.latest if step is None else step
         target = _flat(_parts(state))
         self._check(target, step)
-        # Not by the manager, where all hosts would wait for one that cannot read its part.
+        # Not through the manager: it would make all hosts wait for one that cannot read its part.
         folder = standard(self.folder / str(step))
         arrays: Any = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(target))
         data, config = (ocp.JsonCheckpointHandler().restore(folder / name) for name in ("data", "config"))
@@ -227,7 +226,7 @@ class Checkpoints:
             self._manager.close()
 
     def kept(self) -> str:
-        """Tells from which checkpoint a run that has failed can go on, when saves in the background are over."""
+        """Waits for saves in the background; returns a phrase on the checkpoint that a failed run can continue from."""
         with contextlib.suppress(RunError):  # the run has failed already
             self.wait()
         steps = [int(path.name) for path in self.folder.iterdir() if path.name.isdecimal()]
@@ -241,7 +240,7 @@ class Checkpoints:
             yield
         except jax.errors.JaxRuntimeError:
             raise
-        except Exception as error:  # of Orbax and TensorStore, which know no common one
+        except Exception as error:  # Orbax and TensorStore share no base class
             raise cannot_write(self.folder, error) from None
 
 

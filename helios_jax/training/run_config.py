@@ -60,7 +60,7 @@ class ValidationConfig:
     height: int = 384
     width: int = 640
     num_inference_steps: int | None = None  # of a model without a pyramid; null: 50
-    pyramid_num_inference_steps_list: tuple[int, ...] | None = None  # of one with levels; null: 20, or a student's own
+    pyramid_num_inference_steps_list: tuple[int, ...] | None = None  # with a pyramid; null: 20, or a student's own
     guidance_scale: float | None = None  # null: 5, or none for a student
     seed: int = 0
     fps: int = 24
@@ -74,8 +74,8 @@ class ValidationConfig:
 class CheckpointConfig:
     """A checkpoint every `every` steps and at the end.
 
-    Those stay on disk that are one of the newest `keep`, of the `keep_best` with the smallest `metric`, or of a step
-    that `keep_every` divides. The metric is the mean of the steps since the checkpoint before.
+    Three groups stay on disk: the newest `keep`, the `keep_best` with the smallest `metric`, and those of a step that
+    `keep_every` divides. The metric is the mean over the steps since the checkpoint before.
     """
 
     folder: str | None = None  # null: `<run>/checkpoints`
@@ -115,8 +115,8 @@ class TrainConfig:
     log_every: int = 20
     stopped_code: int = 0  # exit code of a run that SIGTERM ended after saving; schedulers restart on one that is not 0
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products; parameters stay float32
-    # Names of what is trained: "all", "adapters", and regular expressions of parameters and modules. The rest stays as
-    # it is, in `precision`.
+    # Trained parameters: "all", "adapters", or regular expressions of parameters and modules. The rest is frozen, in
+    # `precision`.
     trainable: tuple[str, ...] = ("all",)
     validation: ValidationConfig | None = None
     wandb: str | None = None  # project of Weights & Biases that gets the metrics, too; needs `pip install wandb`
@@ -133,7 +133,7 @@ class TrainConfig:
         require(bool(self.run), "run must name a folder")
         check_locations(run=self.run, init=self.init)
         checkpoints = self.checkpoint.folder or self.run
-        # Orbax takes others for local folders.
+        # Orbax takes paths of other buckets for local folders.
         require(
             not is_remote(checkpoints) or checkpoints.startswith("gs://"),
             f"checkpoint.folder: {checkpoints} cannot hold checkpoints; name a folder of gs://, or a local one",

@@ -27,7 +27,7 @@ from helios_jax.sharding import batch_rows
 from helios_jax.training import optim
 from helios_jax.training.run_config import DataConfig, TrainConfig
 
-# A number of a step, or a sum and its divisor: those are added up over the steps of a report before the division.
+# Each value is a number, or (sum, divisor): both are added up over the steps of a report before the division.
 Metrics = Mapping[str, Any]
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
@@ -92,7 +92,7 @@ class Stage(ABC, Generic[ConfigT, ModelT]):
     """One stage of training, made from its config.
 
     A subclass names its schema in `Config` and gives `init`, `batches` and `loss`; the other methods have defaults.
-    Each raises ConfigError, in one line, for settings that cannot be.
+    Each raises ConfigError, in one line, for settings that cannot work.
     """
 
     Config: ClassVar[type[TrainConfig]] = TrainConfig
@@ -124,9 +124,10 @@ class Stage(ABC, Generic[ConfigT, ModelT]):
         return None
 
     def players(self) -> Sequence[Player]:
-        """The losses of a step, one after the other: a player's activations are gone when the next one's begin.
+        """The losses of a step, computed one after the other: a player's activations are freed before the next begins.
 
-        They share no parameter, and all see the parameters as the step found them. By default one trains all by `loss`.
+        No two players train the same parameter, and all see the parameters from before the step. By default, one
+        player trains all parameters by `loss`.
         """
         return (Player(self.loss),)
 

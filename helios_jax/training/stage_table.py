@@ -1,4 +1,4 @@
-"""The table of stages, and the configs that their names choose."""
+"""Table of the stages by name, and loading of a config in the schema of its stage."""
 
 import inspect
 import pkgutil

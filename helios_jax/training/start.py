@@ -1,4 +1,4 @@
-"""The transformer that a run begins with: random, or a Helios checkpoint's, or Wan 2.1's; and its new adapters."""
+"""The initial transformer of a run: random, or from a checkpoint of Helios or Wan 2.1; and its new adapters."""
 
 import warnings
 from pathlib import Path
@@ -24,7 +24,7 @@ WAN = "WanTransformer3DModel"
 
 
 def transformer_config(config: FlowTrainConfig) -> TransformerConfig:
-    """The sizes that the config gives, or those of the weights that it names.
+    """The transformer's sizes: `model.transformer`, or those of the weights that `init` names.
 
     Raises ConfigError when there are none, or when the weights that `init` names cannot be trained.
     """
@@ -42,7 +42,7 @@ def transformer_config(config: FlowTrainConfig) -> TransformerConfig:
 def init_transformer(config: FlowTrainConfig, key: jax.Array) -> Transformer:
     """Random parameters, the memory patches made from the patch embedding, with adapters where `config.lora` asks.
 
-    Raises ConfigError when the mesh that is set splits what its attention needs whole.
+    Raises ConfigError when the current mesh does not fit its attention.
     """
     sizes, context = transformer_config(config), config.mesh.context_attention
     check_attention(config, jax.sharding.get_abstract_mesh())
@@ -54,7 +54,7 @@ def init_transformer(config: FlowTrainConfig, key: jax.Array) -> Transformer:
 
 
 def check_attention(config: FlowTrainConfig, mesh: Any) -> None:
-    """Raises ConfigError when `mesh`, which may be abstract, splits what the transformer's attention needs whole."""
+    """Raises ConfigError when `mesh`, which may be abstract, cannot divide the transformer's attention heads."""
     try:
         context_attention.check(config.mesh.context_attention, transformer_config(config).num_attention_heads, mesh)
     except ValueError as error:
@@ -81,10 +81,10 @@ def load_transformer(config: FlowTrainConfig, model: Transformer, shardings: Any
 
 
 def check_init(config: FlowTrainConfig, name: str = "init") -> None:
-    """Compares the memory of the run with that of the weights in `config.init`, which the run's config calls `name`.
+    """Compares the run's memory settings with the settings that the weights in `config.init` were trained with.
 
-    Warns of another one, to which stages 1 and 2 can adapt the weights. Raises ConfigError for a student, which cannot
-    learn another memory from its teacher.
+    Warns when they differ: stages 1 and 2 can adapt the weights. For a student it raises ConfigError instead, as no
+    other memory can be learnt from the teacher. Messages call `config.init` by `name`.
     """
     if config.init is None:
         return
@@ -116,7 +116,7 @@ def _is_wan(folder: Path) -> bool:
 
 
 def _wan_config(folder: Path) -> TransformerConfig:
-    """Helios' config for the transformer of Wan 2.1: the same sizes, and the positions that Wan splits alike."""
+    """Helios' config for the transformer of Wan 2.1: the same sizes, and rotary dimensions split as Wan splits them."""
     values = pretrained.read_json(folder / "config.json")
     if values.get("image_dim") is not None or values.get("added_kv_proj_dim") is not None:
         raise CheckpointError(f"{folder} is Wan's image-to-video model; Helios starts from the text-to-video one")
@@ -128,7 +128,7 @@ def _wan_config(folder: Path) -> TransformerConfig:
 
 
 def _load_wan(model: Transformer, folder: Path, shardings: Any, sizes: str) -> Transformer:
-    """All but the memory patches from the files; the patches are computed in their shards."""
+    """Loads all weights but the memory patches, which are computed in their shards from the patch embedding."""
     new = {name: getattr(model, name) for name in MEMORY_PATCHES if hasattr(model, name)}
     bare = lora.adapters.copy(model)
     for name in new:

@@ -1,4 +1,4 @@
-"""State of a training run: one pytree, made straight into its shardings."""
+"""State of a training run: one pytree, whose arrays are created in their shardings."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -16,17 +16,17 @@ from helios_jax.sharding import AnyMesh, shardings
 from helios_jax.training.optim import EMAConfig, Offload, kept
 from helios_jax.training.trainable import ALL, check, settle_dtypes, trainable
 
-GROUP = 2**30  # bytes of the parameters whose state comes from the host's memory at a time
+GROUP = 2**30  # bytes of parameters whose offloaded state is on the device at a time
 
 
 @struct.dataclass
 class TrainState:
-    """`step` steps have been taken.
+    """The state of a run after `step` steps.
 
-    `params` are the parameters that are trained, in float32; `ema` is their average over the steps, or None: of all, or
-    of those that the model's class names with a filter, `AVERAGED`. `frozen` is the rest of the model, which no step
-    changes and no checkpoint holds; `frozen_digest` [2] tells one from another, None when nothing is frozen. `graph`
-    puts the two together.
+    `params` are the trained parameters, in float32. `ema` is their moving average, or None; a model's class can limit
+    it to some of them with an nnx filter, `AVERAGED`. `frozen` is the rest of the model, which no step changes and no
+    checkpoint holds; `frozen_digest` [2] is its checksum, None when nothing is frozen. `graph` is the nnx graph that
+    puts `params` and `frozen` together.
     """
 
     step: jax.Array
@@ -44,7 +44,7 @@ class TrainState:
 
     @property
     def best(self) -> Any:
-        """The model to evaluate and to export: the average when there is one, where there is one."""
+        """The model to evaluate and to export: each parameter's average if it has one, else the parameter."""
         if self.ema is None:
             return self.model
         average = memories.on_device(self.ema)
@@ -81,7 +81,7 @@ def init_sharded(
 ) -> TrainState:
     """`create(init(key))` where no device ever holds more than its shard.
 
-    What is frozen is kept in `frozen_dtype`. With `load`, the parameters are `load(abstract model, its shardings)`
+    Frozen parameters are kept in `frozen_dtype`. With `load`, the parameters are `load(abstract model, its shardings)`
     instead, in the dtypes of the abstract model, and nothing random is computed.
     Raises ConfigError when one of `names` names no parameter.
     """
@@ -138,7 +138,7 @@ def placed(state: TrainState, mesh: AnyMesh, offload: Offload | None) -> TrainSt
 
 
 def abstract_like(state: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of a state, for restoring another one in its place; what is frozen stays."""
+    """Shapes, dtypes and shardings of a state, to restore another one in its place; frozen parameters stay arrays."""
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     return dataclasses.replace(abstract, frozen=state.frozen, frozen_digest=state.frozen_digest)
 
@@ -151,7 +151,7 @@ def update(
     *,
     host: bool = False,
 ) -> TrainState:
-    """The state after one optimiser step with `grads`; with `host`, optimiser state and average wait in its memory."""
+    """The state after one optimiser step with `grads`; with `host`, optimiser state and average are in host memory."""
 
     def step(opt_state: Any, average: Any) -> tuple[Any, Any, Any]:
         changes, opt_state = optimizer.update(grads, opt_state, state.params)
@@ -169,10 +169,10 @@ def update(
 
 
 def _by_groups(step: Callable[[Any, Any], Any], params: Any, opt_state: Any, average: Any) -> tuple[Any, Any, Any]:
-    """`step` where its arguments wait in the host's memory: they come to the device and go back a few at a time.
+    """Calls `step` with arguments in host memory, of which one group at a time is moved to the device and back.
 
-    The step of an array must not depend on the state of another. Each group takes the step with zeros in place of all
-    other state, and only its own arrays of the result count: the compiler leaves out the rest.
+    The step of an array must not depend on the state of another. For each group, `step` is called with zeros in place
+    of all other state, and only the group's own results are used: the compiler removes the rest.
     """
     sizes = {jax.tree_util.keystr(path): x.nbytes for path, x in jax.tree.leaves_with_path(params)}
     groups, full = {}, 0
@@ -187,25 +187,27 @@ def _by_groups(step: Callable[[Any, Any], Any], params: Any, opt_state: Any, ave
 
     waiting = opt_state, average
     leaves, structure = jax.tree.flatten(waiting)
-    places = [group(path) for path, _ in jax.tree.leaves_with_path(waiting)]
-    found, gone = list(jax.tree.leaves((params, *waiting))), []
-    shares = [*groups.values(), *places]
+    leaf_groups = [group(path) for path, _ in jax.tree.leaves_with_path(waiting)]
+    results, moved_back = list(jax.tree.leaves((params, *waiting))), []
+    result_groups = [*groups.values(), *leaf_groups]
     for number in sorted(set(groups.values())):
-        mine, gone = jax.lax.optimization_barrier(([x for x, n in zip(leaves, places) if n == number], gone))
-        come = iter(memories.to_device(mine))
+        mine = [x for x, n in zip(leaves, leaf_groups) if n == number]
+        # A group is moved to the device only after the group before it is back on the host.
+        mine, moved_back = jax.lax.optimization_barrier((mine, moved_back))
+        on_device = iter(memories.to_device(mine))
         filled = [
-            next(come) if n == number else x if n is None else jnp.zeros(x.shape, x.dtype)
-            for x, n in zip(leaves, places)
+            next(on_device) if n == number else x if n is None else jnp.zeros(x.shape, x.dtype)
+            for x, n in zip(leaves, leaf_groups)
         ]
         after = jax.tree.leaves(step(*jax.tree.unflatten(structure, filled)))
         stored = [*after[: len(groups)], *memories.to_host(after[len(groups) :])]
-        found = [new if n in (number, None) else old for new, old, n in zip(stored, found, shares)]
-        gone = [x for x, n in zip(stored[len(groups) :], places) if n == number]
-    return jax.tree.unflatten(jax.tree.structure((params, *waiting)), found)
+        results = [new if n in (number, None) else old for new, old, n in zip(stored, results, result_groups)]
+        moved_back = [x for x, n in zip(stored[len(groups) :], leaf_groups) if n == number]
+    return jax.tree.unflatten(jax.tree.structure((params, *waiting)), results)
 
 
 def digest(frozen: Any) -> jax.Array | None:
-    """Two sums over the bits of all values, the same on every mesh; None for nothing."""
+    """A checksum of all values, uint32 [2], the same on every mesh; None for an empty tree."""
     leaves = jax.tree.leaves(frozen)
     if not leaves:
         return None

@@ -50,7 +50,7 @@ class AdapterConfig:
 def trainable(names: Sequence[str]) -> Filter:
     """The filter for `names`: "all", "adapters" (`helios_jax.lora`), or regular expressions of parameters and modules.
 
-    A name is the path of a parameter or of a module that holds it, with dots, layers not counted: `patch_short`,
+    A name is the dotted path, without numbers of layers, of a parameter or of a module that holds it: `patch_short`,
     `blocks\\.attn1`, `patch_(short|mid|long)\\.weight`.
     """
     patterns = [re.compile(rf"(?:{name})(\..*)?") for name in names if name not in (ALL, ADAPTERS)]
@@ -85,7 +85,7 @@ def check(model: nnx.Module, names: Sequence[str]) -> None:
 
 
 def settle_dtypes(model: nnx.Module, names: Sequence[str], frozen_dtype: Any) -> nnx.Module:
-    """`model` with what is trained in float32 and its other parameters in `frozen_dtype`, but for float32 islands."""
+    """Casts trained parameters to float32 and frozen ones to `frozen_dtype`, but for those always kept in float32."""
     graph, trained, frozen, rest = nnx.split(model, trainable(names), nnx.Param, ...)
     trained = jax.tree.map(lambda x: x.astype(jnp.float32), trained)
     flat = [

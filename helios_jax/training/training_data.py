@@ -13,7 +13,7 @@ from helios_jax.training.run_config import DataConfig
 
 
 class Axis(NamedTuple):
-    """A dimension of a field: its name, and the size that the run asks for (None: any), said by `asked_by`."""
+    """A dimension of a field: its name, and the size that the run asks for (None: any) by the setting `asked_by`."""
 
     name: str
     size: int | None = None
@@ -32,7 +32,7 @@ TEXT = Field(kind=None)
 
 
 def open_records(data: DataConfig, make: str, split: str = "train") -> Source:
-    """The records of a run, without the damaged ones that `data.leave_out` names; `make` would write the folder.
+    """The records of a run, without the damaged ones in `data.leave_out`; `make` is the command that writes the folder.
 
     Raises ConfigError, in one line, for a folder that is missing or damaged, or that holds no records.
     """
@@ -56,7 +56,7 @@ def one_of_each(source: Source) -> list[Example]:
 
 
 def check_record(example: Example, fields: Mapping[str, Field], data: DataConfig, make: str) -> None:
-    """Raises ConfigError, in one line, for a record without some of `fields`, or with others than the run asks for."""
+    """Raises ConfigError, in one line, for a record that lacks one of `fields`, or has it in other sizes or types."""
     folder = f"data.folder: {data.folder}"
     if missing := [name for name in fields if name not in example]:
         raise ConfigError(
@@ -89,7 +89,7 @@ def check_record(example: Example, fields: Mapping[str, Field], data: DataConfig
 
 
 def made_with(data: DataConfig) -> dict[str, Any]:
-    """The settings that `helios_jax.precompute` made the records with; none for records that it has not made.
+    """The settings that `helios_jax.precompute` made the records with; empty for records made otherwise.
 
     Raises ConfigError, in one line, for a file of settings that is damaged.
     """

@@ -1,4 +1,4 @@
-"""Validation: videos of a transformer in training, in a pipeline of the parts beside it."""
+"""Validation: videos of a transformer in training, made by a pipeline with the other parts around it."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def check_validation(config: FlowTrainConfig) -> None:
 
 
 def sampling_options(validation: ValidationConfig) -> SamplingOptions:
-    """The sampling options of validation videos; what they leave out is as the model is trained."""
+    """The sampling options of validation videos; options that are None follow the model's training."""
     levels = validation.pyramid_num_inference_steps_list
     return SamplingOptions(
         height=validation.height,

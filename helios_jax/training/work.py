@@ -1,6 +1,6 @@
-"""The work of training steps, from shapes: tokens of the transformer's sequences and operations of the model.
+"""Work of a training step, counted from shapes: tokens of the transformer's sequences, and operations of the model.
 
-The planner predicts tokens a second and MFU of them, and the loop reports both by the same definitions.
+The planner predicts tokens per second and MFU from these counts, and the loop reports both by the same definitions.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ from helios_jax.training.start import transformer_config
 from helios_jax.training.state import TrainState
 from pallas_kernels.core import device
 
-_CPU = SimpleNamespace(platform="cpu", device_kind="cpu")  # has attention written as products, which can be counted
+_CPU = SimpleNamespace(platform="cpu", device_kind="cpu")  # its attention is matrix products, which can be counted
 
 
 def sequences(config: FlowTrainConfig, height: int, width: int) -> list[list[int]]:
     """Noisy and history tokens of the transformer's sequences for one sample of latents of this size.
 
-    A list for each pass, of its packed levels. Stage 3 has a sequence for each of the student's levels; those of the
-    student's earlier steps and of the scores do not count.
+    Each forward pass has a list, with the length of each packed level. Stage 3 has one sequence for each of the
+    student's levels; the sequences of the student's earlier steps and of the scores are not counted.
     """
     sizes = transformer_config(config)
     frames, (pt, ph, pw) = config.flow.memory.frames_per_chunk, sizes.patch_size
@@ -55,7 +55,7 @@ def tokens(config: FlowTrainConfig, batch: dict[str, Any]) -> int:
 def program(stage: Stage[Any, Any], state: TrainState, batch: Any, *, backward: bool = True) -> Jaxpr:
     """The loss of one sample of `batch`, and with `backward` its gradient, traced; the step is its first input.
 
-    Nothing is computed twice for the gradient, and what is frozen has none. `state` and `batch` may be shapes.
+    The trace is without rematerialization, and frozen parameters have no gradient. `state` and `batch` may be shapes.
     """
     config = stage.config
     if isinstance(config, FlowTrainConfig):
@@ -73,7 +73,7 @@ def program(stage: Stage[Any, Any], state: TrainState, batch: Any, *, backward: 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back what the models' log says of the implementations: they are not those of the step."""
+    """Hides the log lines on the implementations that the models choose: the real step chooses others."""
     log = logging.getLogger("helios_jax.models")
     level = log.level
     log.setLevel(logging.WARNING)
@@ -91,7 +91,7 @@ class Meter:
         self._state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         peaks = [chips.peak(one) for one in mesh.devices.flat]
         self._peak = None if None in peaks else sum(filter(None, peaks))
-        # Of one sample, by the shapes of its batch: tokens, and the program. They read the sizes of the weights' files.
+        # (tokens, program) of one sample, by the shapes of its batch: cached, as both read files of the weights' sizes.
         self._known: dict[Any, tuple[int, Jaxpr | None]] = {}
         self._tokens = self._flops = 0
 
@@ -106,7 +106,7 @@ class Meter:
         self._flops += 0 if traced is None else samples * flops.count(traced, [np.int32(step)])
 
     def take(self, seconds: float) -> dict[str, float]:
-        """The figures of the steps since the last call, which took so long."""
+        """The figures of the steps since the last call, which took `seconds`."""
         tokens, operations = self._tokens, self._flops
         self._tokens = self._flops = 0
         figures = {"tokens_per_second": tokens / seconds} if tokens else {}

@@ -85,7 +85,7 @@ class FlowStage(TransformerStage[FlowTrainConfig]):
 
 
 def open_latents(config: FlowTrainConfig, num_chunks: int = 1) -> Source:
-    """The records of clips, of which a sample has `num_chunks` chunks.
+    """Opens the records of clips; each must have the `num_chunks` chunks of a sample.
 
     Raises ConfigError for components or records that are not there or do not fit.
     """
@@ -107,7 +107,7 @@ def open_latents(config: FlowTrainConfig, num_chunks: int = 1) -> Source:
 
 
 def text_field(model: TransformerConfig) -> Field:
-    """An embedding of the width that the transformer takes."""
+    """The field of a text embedding, of the width that the transformer takes."""
     return Field((Axis("tokens"), Axis("features", model.text_dim, "text_dim of the transformer")))
 
 
@@ -116,7 +116,7 @@ def chunks(
 ) -> Batches:
     """Batches of `num_chunks` chunks in a row of `source`, their latents one after the other in `target`.
 
-    `constant` is the name of an embedding beside the records that every sample gets, as `negative`.
+    `constant` names a file beside the records with an embedding that every sample gets as `negative`.
     Raises ConfigError for an embedding that is not there or does not fit.
     """
     memory = config.flow.memory
@@ -161,7 +161,7 @@ def make_samples(
     keys: Key[Array, " b"],
     flow: FlowConfig,
 ) -> list[FlowSample]:
-    """Training samples of each clip: one, or those of all levels of the pyramid."""
+    """Training samples of each clip: one or, with a pyramid, `sample_ratios[i]` of each level i."""
     if flow.pyramid is None:
         return [straight_sample(target, noise, draw_quantile(keys, flow.times), flow.times)]
     quantiles, used = [], 0

@@ -1,4 +1,4 @@
-"""Stage 3, first part: the student learns where the teacher's paths end (paper section 3.5).
+"""Stage 3, first part: the student learns the ends of the teacher's ODE trajectories (paper section 3.5).
 
 A batch holds lists over the levels, coarsest first: `noisy` [b, t, h_i, w_i, c], where one of the student's steps
 begins, `target` of the same shape, the teacher's result from there, `timestep` and `sigma` [b]; and `history`,
@@ -39,12 +39,12 @@ class ODETrainConfig(StudentTrainConfig):
 
 
 class ODEStage(TransformerStage[ODETrainConfig]):
-    """Regression of the student on the ends of the teacher's paths."""
+    """Regression of the student on the ends of the teacher's trajectories."""
 
     Config = ODETrainConfig
 
     def batches(self, mesh: Mesh) -> Batches:
-        """A step of each level of random chunks of the teacher's videos, this host's rows of each batch.
+        """Random chunks of the teacher's videos, with one step of each level; this host's rows of each batch.
 
         Raises ConfigError for data or components that are not there or do not fit.
         """
@@ -67,7 +67,7 @@ class ODEStage(TransformerStage[ODETrainConfig]):
     def loss(
         self, model: Transformer, batch: dict[str, Any], keys: Key[Array, " b"]
     ) -> tuple[Float[Array, ""], Metrics]:
-        """`ode_weight` times the mean over levels of half the squared error of the path's end; nothing is drawn."""
+        """`ode_weight` times the mean over levels of half the squared error of the trajectory's end."""
         config, distill = self.config, self.config.distill
         dtype = jnp.dtype(config.precision)
         history = History(batch["history"], batch["anchor"], jnp.asarray(True), batch["chunk"])

@@ -39,10 +39,10 @@ from helios_jax.training.run_config import DataConfig, TrainConfig
 from helios_jax.training.stage import Batches, Metrics, Stage, host_batches
 from helios_jax.training.training_data import Axis, Field, check_record, one_of_each, open_records
 
-CHUNK = 33  # frames that are encoded together when videos are made; latents are measured on as many
+CHUNK = 33  # frames that are encoded together when videos are made; latents are measured on chunks of this length
 STATISTICS_CLIPS = 256
 TEST_CLIPS = 32
-STEP = 8  # pixels that become one latent
+STEP = 8  # pixels per latent, in height and in width
 MAKE = "python -m helios_jax.toy.build --out data/toy"
 
 
@@ -72,7 +72,7 @@ class ReconstructionConfig:
     l1: float = 0.1  # mean absolute error
     edge: float = 0.5  # both errors of the differences between neighbouring pixels: sharp outlines
     kl: float = 1e-6
-    first_frame: float = 1.0  # weight of a clip's first frame beside 1 for the others
+    first_frame: float = 1.0  # weight of a clip's first frame; the other frames have 1
 
     def __post_init__(self):
         for name, weight in dataclasses.asdict(self).items():
@@ -107,8 +107,7 @@ class VAEStage(Stage[VAETrainConfig, AutoencoderKLWan]):
         sizes = self._sizes()
         model = AutoencoderKLWan(sizes, rngs=nnx.Rngs(key))
         _start_plain(model)
-        # Sampling noise as large as the latents would drown everything the encoder has yet to learn: it starts at a
-        # seventh.
+        # Sampling noise as large as the latents would drown a new encoder's signal: its deviation starts at a seventh.
         bias = model.quant_conv.bias
         bias[...] = bias[...].at[sizes.z_dim :].set(-4.0)
         return model
@@ -147,7 +146,7 @@ class VAEStage(Stage[VAETrainConfig, AutoencoderKLWan]):
         frame = (frame / frame.mean())[None, :, None, None, None]
 
         def penalty(x: jax.Array) -> jax.Array:
-            # The absolute error alone is least when a small shape is left out; the squared one blurs fine detail.
+            # The absolute error alone is least where a small shape is left out; the squared one alone blurs detail.
             return jnp.mean(frame * (jnp.square(x) + weights.l1 * jnp.abs(x)))
 
         pixels = penalty(error)

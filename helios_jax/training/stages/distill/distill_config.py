@@ -30,7 +30,7 @@ class ScoreConfig:
     init: str | None = None
     init_subfolder: str = "transformer"
     adapters: tuple[str, ...] = ()
-    # Factor of the teacher's step from the negative prompt to the caption, beyond the caption; 0: no negative pass.
+    # Scale s of the teacher's guidance, caption + s * (caption - negative); 0: no pass with the negative prompt.
     guidance_scale: float = 3.0
     renoise: RenoiseConfig = field(default_factory=lambda: RenoiseConfig(distribution="beta"))
 
@@ -96,9 +96,9 @@ class GANConfig:
 class RolloutConfig:
     """Numbers of chunks that the student makes in a row, the scored one included (self-forcing).
 
-    From `smallest` to `largest`, all as likely. With a cold start, the first `cold_start` steps take the smallest and,
-    from step `warm_start` of them on, one more (upstream's dmd_num_latent_sections_*, cold_start_step,
-    stage_cold_start_step). The data's history comes before the first.
+    A number is drawn uniformly from `smallest` to `largest`. With a cold start, the first `cold_start` steps take
+    `smallest` instead, or one more from step `warm_start` on (upstream's dmd_num_latent_sections_*, cold_start_step,
+    stage_cold_start_step). The first chunk follows the data's history.
     """
 
     smallest: int = 1

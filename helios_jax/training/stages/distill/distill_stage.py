@@ -47,7 +47,7 @@ from helios_jax.training.training_data import one_of_each
 from helios_jax.training.validation import make_videos
 from helios_jax.training.work import tokens
 
-COMMON = 2**31 - 1  # apart from every step: the loop folds those into the same seed
+COMMON = 2**31 - 1  # not the number of any step: the loop folds step numbers into the same seed
 
 
 class DistillStage(Stage[DistillTrainConfig, Players]):
@@ -81,7 +81,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         return tokens(self.config, batch)
 
     def make_optimizer(self) -> optax.GradientTransformation:
-        """An optimizer for the generator, on every `critic.steps_per_generator`-th step, and one for all others."""
+        """One optimizer for the generator, on every `critic.steps_per_generator`-th step, and one for the rest."""
         config, critic = self.config, self.config.distill.critic
         every = critic.steps_per_generator
         generator = optim.make_optimizer(config.optim, self._turns)
@@ -103,7 +103,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         return math.ceil(self.config.steps / self.config.distill.critic.steps_per_generator)
 
     def learning_rates(self, step: int) -> Mapping[str, float]:
-        """The generator's, of its last turn up to `step`, and that of the critic, which the discriminator shares."""
+        """The rate of the generator at its last turn up to `step`, and that of the critic and the discriminator."""
         critic = self.config.distill.critic
         turn = step // critic.steps_per_generator
         return {
@@ -131,10 +131,10 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
     def _play(
         self, loss: Any, number: int, model: Players, batch: dict[str, Any], keys: Key[Array, " b"]
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The loss of a player, whose `number` its draws depend on."""
+        """The loss of a player; its `number` makes its draws differ from those of the other player."""
         config, step = self.config, batch["step"]
         scene = make_scene(batch, fold(keys, 0), config)
-        # One draw for all samples, of all parts of a batch: it takes as many passes as its longest rollout.
+        # All samples share one rollout length: with several, a batch would take as long as the longest.
         common = jax.random.fold_in(jax.random.fold_in(seeds.key(config.seed), COMMON), step)
         chunks = config.distill.rollout.draw(jax.random.fold_in(common, 0), step)
         own = fold(keys, 1 + number), jax.random.fold_in(common, number)

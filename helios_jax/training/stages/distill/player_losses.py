@@ -1,4 +1,4 @@
-"""The losses of stage 3's players: the generator's, and that of the critic and the discriminator."""
+"""Losses of stage 3's players: of the generator, and of the critic together with the discriminator."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from helios_jax.training.trainable import trainable
 
 @struct.dataclass
 class Seen:
-    """Inputs of the scores beside noisy latents."""
+    """Inputs of a score besides the noisy latents: parts of the history, frame indices, and text keys and values."""
 
     parts: Any
     indices: Any
@@ -165,7 +165,7 @@ def critic_loss(
 
     on = step >= gan.start
     (loss, (against, penalties)), slope = _apart(on, adversarial, learning)
-    # One after the other: the memory of both would be more than that of either.
+    # The barrier makes the two losses run one after the other, so that only one needs memory at a time.
     noisy, slope = jax.lax.optimization_barrier((noisy, slope))
     error, weight = denoising(noisy), on.astype(jnp.float32)
     metrics: Metrics = {
@@ -183,9 +183,9 @@ def _judges(config: DistillTrainConfig) -> Any:
 
 
 def _apart(on: Array, loss: Callable[[Any], tuple[Array, Any]], x: Any) -> tuple[tuple[Array, Any], Any]:
-    """(`loss(x)`, which is a number and what belongs to it, its gradient) where `on`; zeros elsewhere.
+    """Returns `loss(x)`, a pair (number, aux), and its gradient at `x`; all are zeros unless `on`.
 
-    They are made at once and are constants for the backward pass around: it finds none of the loss's activations.
+    They are computed here and are constants to the outer backward pass, which keeps no activations of `loss`.
     """
     gradient, x = jax.value_and_grad(loss, has_aux=True), jax.lax.stop_gradient(x)
     nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(gradient, x))

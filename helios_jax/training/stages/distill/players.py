@@ -33,9 +33,9 @@ def of_student(path: tuple[Any, ...], variable: Any) -> bool:
 class Players(nnx.Module):
     """The generator, the scores' transformer and the discriminator; the last two may be None.
 
-    Real and fake score are one set of weights: the fake has the adapters `critic` beside them. Without `score` both
-    stand on the generator's weights, and the generator has adapters of its own: those that are trained, and those that
-    made the student out of the teacher before.
+    Real and fake score share one set of weights, to which the fake score adds the adapters `critic`. Without `score`
+    both use the generator's base weights. The generator then has adapters of its own: the trained ones, and the frozen
+    ones that turned the teacher into the student before.
     """
 
     FLOAT32 = Transformer.FLOAT32
@@ -46,12 +46,12 @@ class Players(nnx.Module):
 
     @property
     def student(self) -> Transformer:
-        """The model of few steps."""
+        """The generator: the model of few steps."""
         return self.generator if self.score is not None else lora.remove(self.generator, CRITIC)
 
     @property
     def fake(self) -> Transformer:
-        """The critic: its distribution is that of the student's chunks."""
+        """The critic: the fake score, which models the distribution of the student's chunks."""
         if self.score is not None:
             return self.score
         model = self.generator
@@ -61,7 +61,7 @@ class Players(nnx.Module):
 
     @property
     def real(self) -> Transformer:
-        """The teacher."""
+        """The teacher: the real score."""
         return lora.remove(self.fake)
 
 
@@ -74,7 +74,7 @@ def score_config(config: DistillTrainConfig) -> FlowTrainConfig:
 
 
 def _attach(model: Transformer, config: DistillTrainConfig, *, empty: bool = False) -> Transformer:
-    """`model` with the adapters, frozen, that make the student out of the teacher; named by their number."""
+    """`model` with the frozen adapters that turn the teacher into the student, named before_0, before_1 and so on."""
     for name, file in _adapters(config).items():
         model = lora.freeze(lora.attach(model, {name: file}, dtype=config.precision, empty=empty), name)
     return model
@@ -104,7 +104,7 @@ def _discriminator(config: DistillTrainConfig, model: Transformer) -> Discrimina
 
 
 def init(config: DistillTrainConfig, key: jax.Array) -> Players:
-    """All players with random weights; new adapters begin as in `load`, those of files are empty."""
+    """All players with random weights; new adapters begin as in `load`, adapters from files are zeros."""
     generator = start.init_transformer(config, key)
     if config.distill.score.init is None:
         student = _attach(generator, config, empty=True)

@@ -1,4 +1,4 @@
-"""The student's chunks: the history that they are made after, a rollout of them, and the data's own in their place."""
+"""Chunks that stage 3 scores: the history before them, the student's rollout, and real chunks in their place."""
 
 import dataclasses
 import math
@@ -22,10 +22,10 @@ from helios_jax.training.stages.flow import fold
 
 @struct.dataclass
 class Scene:
-    """History and text that a chunk is made and scored with.
+    """Inputs of the student that makes a chunk, and of the scores that judge it.
 
-    The scores see `history`, the student `student`, whose saturation is corrupted, too. Text and negative text are
-    embeddings [b, m, d]; `real` [b, t, h, w, c] are the data's own chunks.
+    The scores see the past in `history`. The student sees it in `student`, where the saturation is corrupted, too. Text
+    and negative text are embeddings [b, m, d]; `real` [b, t, h, w, c] are the data's own chunks.
     """
 
     history: History
@@ -38,12 +38,12 @@ class Scene:
 def make_scene(batch: dict[str, Any], keys: Key[Array, " b"], config: DistillTrainConfig) -> Scene:
     """The scene of a batch, its history dropped and corrupted."""
     settings = config.flow
-    left = batch["history"], batch["anchor"]
+    uncorrupted = batch["history"], batch["anchor"]
     if settings.drop is not None:
-        left = drop_history(fold(keys, 0), *left, settings.drop, settings.memory)
+        uncorrupted = drop_history(fold(keys, 0), *uncorrupted, settings.drop, settings.memory)
 
     def past(corruption: Any) -> History:
-        seen = left
+        seen = uncorrupted
         if corruption is not None:
             seen = corrupt_history(fold(keys, 1), *seen, corruption, settings.memory)
         history, anchor = seen
@@ -67,7 +67,11 @@ def make_chunk(
     *,
     with_gradient: bool,
 ) -> tuple[Float[Array, "b t h w c"], History]:
-    """The last of `chunks` in a row that the student makes, and the history that its scores see."""
+    """Rolls out `chunks` chunks of the student; returns the last one, and the history that its scores see.
+
+    Draws come from `keys`, one for each sample, and from `common`, which all samples share. Only the last chunk has a
+    gradient, if `with_gradient`.
+    """
     distill, memory, dtype = config.distill, config.flow.memory, jnp.dtype(config.precision)
     shape = (memory.frames_per_chunk, *scene.real.shape[2:])
     tokens = math.prod(n // p for n, p in zip(shape, generator.config.patch_size))
@@ -120,13 +124,13 @@ def make_chunk(
 
 
 def _pushed(history: History, latents: Array, config: DistillTrainConfig) -> History:
-    """The history after a chunk; from then on there is an anchor."""
+    """The history after a chunk, which has an anchor even if it had none before."""
     after = push(history, latents, config.flow.memory)
     return History(after.latents, after.anchor, jnp.ones_like(history.anchored), after.chunk)
 
 
 def real_chunk(scene: Scene, chunks: Array, config: DistillTrainConfig) -> tuple[Array, History]:
-    """The data's own chunk in the place of the scored one, and its history."""
+    """The data's own chunk at the place of the student's last one, and its history."""
     t = config.flow.memory.frames_per_chunk
 
     def at(number: Any) -> Array:
