@@ -11,7 +11,6 @@ from tests import fake_hub
 from tests.processes import ROOT, environment
 from tests.tiny_lora import ARRAYS
 
-
 LOAD = """
 from helios_jax import HeliosPipeline, lora
 lora.attach(HeliosPipeline.from_pretrained("owner/tiny").transformer, {"style": "owner/style"})
