@@ -16,6 +16,7 @@ from helios_jax import sharding
 from helios_jax.sharding import MeshConfig, check_batch, make_mesh, shardings, spec
 from helios_jax.training import loop, optim, run_checkpoints, state
 from helios_jax.training.run_config import TrainConfig
+from helios_jax.training.train_step import make_step
 from tests.closeness import assert_close
 from tests.processes import environment
 from tests.training import dummy
@@ -111,7 +112,7 @@ def train_steps(mesh_config, folder=None, restore_from=None, steps=3, **settings
             batches.set_state(position)
         split = list(made.model.up.weight[...].sharding.spec)
         moments = [list(x.sharding.spec) for x in jax.tree.leaves(made.opt_state) if x.shape == (16, 64)]
-        step = loop.make_step(stage, optimizer, made, mesh)
+        step = make_step(stage, optimizer, made, mesh)
         for _ in range(int(made.step), steps):
             made, m = step(made, loop.put_batch(loop.split_ids(next(batches))[0], 16, mesh), seed_key)
             metrics.append([float(m["loss"]), float(m["grad_norm"])])

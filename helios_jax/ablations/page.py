@@ -173,7 +173,7 @@ def _write_csv(results: Results, path: Path) -> None:
         for row, found in results.items():
             for seed, scores in found.items():
                 for name, each in scores.metrics.items():
-                    writer.writerows([row, seed, video, name, value] for video, value in zip(scores.ids, each))
+                    writer.writerows([row, seed, video, name, f"{value:.6g}"] for video, value in zip(scores.ids, each))
 
 
 def _write_json(table: Table, values: Any, outcomes: list[Outcome], path: Path) -> None:

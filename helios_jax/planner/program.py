@@ -24,7 +24,7 @@ from helios_jax.planner.stand_ins import existing
 from helios_jax.runtime import flops
 from helios_jax.runtime.offload import HOST
 from helios_jax.sharding import batch_sharding
-from helios_jax.training import loop, work
+from helios_jax.training import work
 from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.stage_table import load_config, make_stage
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
@@ -32,6 +32,7 @@ from helios_jax.training.stages.distill.players import score_config
 from helios_jax.training.stages.ode import ODETrainConfig
 from helios_jax.training.start import transformer_config
 from helios_jax.training.state import TrainState, create, placed
+from helios_jax.training.train_step import make_step
 from helios_jax.training.trainable import check, settle_dtypes
 from pallas_kernels.core import device
 
@@ -120,7 +121,7 @@ def compiled(config: FlowTrainConfig, state: TrainState, mesh: Mesh, *, all_effo
     options: dict[str, Any] = {} if all_effort or first.platform != "tpu" else dict(LITTLE)
     with jax.set_mesh(mesh), device.compiling_for(first):
         given = placed(state, mesh, config.optim.offload)
-        step: Any = loop.make_step(stage, stage.make_optimizer(), given, mesh)
+        step: Any = make_step(stage, stage.make_optimizer(), given, mesh)
         key = jax.eval_shape(jax.random.key, config.seed)
         return step.lower(given, batch(config, mesh), key).compile(options)
 

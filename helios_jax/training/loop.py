@@ -1,4 +1,4 @@
-"""Training loop of all stages: the jitted step, batches, progress, metrics, checkpoints and clean ends."""
+"""Training loop of all stages: batches, progress, metrics, checkpoints and clean ends."""
 
 import contextlib
 import json
@@ -6,104 +6,28 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from helios_jax.config import ConfigError
 from helios_jax.data.records import RecordError
 from helios_jax.locations import location
-from helios_jax.runtime import hosts, interrupts, offload, seeds
-from helios_jax.sharding import BATCH, put_batch
+from helios_jax.runtime import hosts, interrupts, seeds
+from helios_jax.sharding import put_batch
 from helios_jax.training.errors import NotFiniteError, RunError, writing
-from helios_jax.training.gradients import with_gradient
 from helios_jax.training.profile import Profile
 from helios_jax.training.progress import Reporter
 from helios_jax.training.run_checkpoints import Checkpoints
 from helios_jax.training.run_config import TrainConfig
-from helios_jax.training.stage import Batches, Metrics, Player, Stage
-from helios_jax.training.state import TrainState, placements, update
+from helios_jax.training.stage import Batches, Metrics, Stage
+from helios_jax.training.state import TrainState
+from helios_jax.training.train_step import Step
 from helios_jax.training.work import Meter
-
-Step = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Metrics]]
-
-
-def make_step(stage: Stage[Any, Any], optimizer: optax.GradientTransformation, state: TrainState, mesh: Mesh) -> Step:
-    """Makes the jitted `(state, batch, seed key) -> (state, metrics)`, which donates the old state's memory to the new.
-
-    Each sample of a step has its own key, from `fold_in(seed key, step)`. So a resumed run draws the same as an
-    uninterrupted one, and gradient accumulation draws the same as a whole batch.
-    """
-    config: TrainConfig = stage.config
-    placed, host = placements(state, mesh, config.optim.offload), config.optim.offload is not None
-
-    def step(state: TrainState, batch: Any, seed_key: jax.Array) -> tuple[TrainState, Metrics]:
-        keys = jax.random.split(jax.random.fold_in(seed_key, state.step), len(jax.tree.leaves(batch)[0]))
-        loss, metrics, grads, inputs = jnp.zeros(()), {}, [], (batch, keys)
-        for player in stage.players():
-            if host and grads:  # the previous player's gradients wait in host memory
-                grads[-1] = offload.stacked_to_host(grads[-1])
-            # A player starts after these gradients are done: two players' activations are never in memory together.
-            inputs, grads = jax.lax.optimization_barrier((inputs, grads))
-            gradient = partial(_gradient, player, config.optim.accumulate, state, placed.params, mesh)
-            (value, more), own = player.take(state.step, gradient, inputs)
-            loss, metrics, grads = loss + value, {**metrics, **more}, [*grads, own]
-        if host:  # no gradients come back before the last player's are computed
-            grads = offload.to_device(jax.lax.optimization_barrier(grads))
-        merged = nnx.merge_state(*grads)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(merged), **metrics}
-        return update(state, merged, optimizer, config.optim.ema, host=host), metrics
-
-    return jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
-
-
-def _gradient(player: Player, parts: int, state: TrainState, placed: Any, mesh: Mesh, inputs: Any) -> Any:
-    """((loss, metrics as (sum, divisor)), gradients) of a player; loss and gradients are means over the `parts`."""
-    own, others = nnx.split_state(state.params, player.trains, ...)
-
-    def gradient(batch: Any, keys: jax.Array, total: Any = None) -> Any:
-        """Computes loss, metrics and gradients of a part of the batch; the gradients are added to `total`."""
-
-        def loss(own: Any) -> tuple[jax.Array, Metrics]:
-            model = nnx.merge(state.graph, own, others, state.frozen)
-            value, metrics = player.loss(model, {**batch, "step": state.step}, keys)
-            value = value if total is None else with_gradient(value, own, total)
-            return value, {name: x if isinstance(x, tuple) else (x, 1) for name, x in metrics.items()}
-
-        return jax.value_and_grad(loss, has_aux=True)(own)
-
-    if parts == 1:
-        return gradient(*inputs)
-    (loss, metrics), grads = _accumulate(gradient, inputs, parts, nnx.filter_state(placed, player.trains), mesh)
-    loss, grads = jax.tree.map(lambda x: x / parts, (loss, grads))
-    return (loss, metrics), grads
-
-
-def _accumulate(gradient: Callable[..., Any], inputs: Any, parts: int, placed: Any, mesh: Mesh) -> Any:
-    """Gradient accumulation: the sums of `gradient` over `parts` parts of a batch, one part after the other."""
-    sharding = NamedSharding(mesh, PartitionSpec(None, BATCH))
-
-    def divide(x: jax.Array) -> jax.Array:
-        # Part i takes every parts-th sample, from i on: no sample leaves its device.
-        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(x, sharding)
-
-    def add(total: Any, part: Any) -> tuple[Any, None]:
-        values, grads = gradient(*part, total[1])
-        return (jax.tree.map(jnp.add, total[0], values), jax.lax.with_sharding_constraint(grads, placed)), None
-
-    divided = jax.tree.map(divide, inputs)
-    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda x: x[0], divided))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    return jax.lax.scan(add, zeros, divided)[0]
 
 
 def run(

@@ -91,7 +91,8 @@ class Player:
 class Stage(ABC, Generic[ConfigT, ModelT]):
     """One stage of training, made from its config.
 
-    A subclass names its schema in `Config` and gives `init`, `batches` and `loss`; the other methods have defaults.
+    A subclass names its schema in `Config` and gives `init`, `batches`, and `loss` or `players`; the other methods have
+    defaults.
     Each raises ConfigError, in one line, for settings that cannot work.
     """
 
@@ -115,9 +116,9 @@ class Stage(ABC, Generic[ConfigT, ModelT]):
         Its `id`, if there is one, names the samples.
         """
 
-    @abstractmethod
     def loss(self, model: ModelT, batch: dict[str, Any], keys: Key[Array, " b"]) -> tuple[Float[Array, ""], Metrics]:
         """(mean over samples, metrics); each sample draws from its own key, `batch["step"]` is the step's number."""
+        raise NotImplementedError(f"{type(self).__name__} has neither a loss nor players")
 
     def tokens(self, batch: dict[str, Any]) -> int | None:
         """Tokens of one sample of `batch` that the model is trained on; None for a model that has none."""

@@ -22,6 +22,7 @@ from helios_jax.training.run_checkpoints import Checkpoints
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.stage import Stage
 from helios_jax.training.state import abstract_like, init_sharded
+from helios_jax.training.train_step import make_step
 
 
 def train(stage: Stage[Any, Any], profiled: int = 0) -> int:
@@ -63,7 +64,7 @@ def train(stage: Stage[Any, Any], profiled: int = 0) -> int:
             if jax.process_index() == 0:
                 with writing(run / "config.yaml"):
                     configs.save(config, run / "config.yaml")
-            step = loop.make_step(stage, optimizer, state, mesh)
+            step = make_step(stage, optimizer, state, mesh)
             state, stopped = loop.run(step, state, batches, checkpoints, stage, mesh, began, profiled)
             checkpoints.close()
             if stopped is None:

@@ -21,6 +21,7 @@ from helios_jax.training.flow_config import FlowTrainConfig, StudentTrainConfig
 from helios_jax.training.stage import Stage
 from helios_jax.training.start import transformer_config
 from helios_jax.training.state import TrainState
+from helios_jax.training.train_step import gradients, losses
 from pallas_kernels.core import device
 
 _CPU = SimpleNamespace(platform="cpu", device_kind="cpu")  # its attention is matrix products, which can be counted
@@ -53,7 +54,7 @@ def tokens(config: FlowTrainConfig, batch: dict[str, Any]) -> int:
 
 
 def program(stage: Stage[Any, Any], state: TrainState, batch: Any, *, backward: bool = True) -> Jaxpr:
-    """The loss of one sample of `batch`, and with `backward` its gradient, traced; the step is its first input.
+    """The loss of one sample of `batch` or, with `backward`, its gradient, traced; the step is its first input.
 
     The trace is without rematerialization, and frozen parameters have no gradient. `state` and `batch` may be shapes.
     """
@@ -61,14 +62,17 @@ def program(stage: Stage[Any, Any], state: TrainState, batch: Any, *, backward: 
     if isinstance(config, FlowTrainConfig):
         stage = type(stage)(dataclasses.replace(config, remat=None))
 
-    def loss(step: Any, params: Any, frozen: Any, batch: Any, keys: Any) -> Any:
-        return stage.loss(nnx.merge(state.graph, params, frozen), {**batch, "step": step}, keys)[0]
+    def forward(step: Any, params: Any, frozen: Any, batch: Any, keys: Any) -> Any:
+        return losses(stage, nnx.merge(state.graph, params, frozen), {**batch, "step": step}, keys)[0]
+
+    def both(step: Any, params: Any, frozen: Any, batch: Any, keys: Any) -> Any:
+        return gradients(stage, dataclasses.replace(state, step=step, params=params, frozen=frozen), batch, keys)[1]
 
     inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (state.step, state.params, state.frozen))
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), batch)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
     with device.compiling_for(_CPU), _quiet(), jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-        return jax.make_jaxpr(jax.grad(loss, 1) if backward else loss)(*inputs, one, keys).jaxpr
+        return jax.make_jaxpr(both if backward else forward)(*inputs, one, keys).jaxpr
 
 
 @contextlib.contextmanager

@@ -23,13 +23,14 @@ from helios_jax.sharding import MeshConfig, make_mesh
 from helios_jax.toy import build as toy_build
 from helios_jax.training import start
 from helios_jax.training.flow_config import PyramidConfig
-from helios_jax.training.loop import make_step, split_ids
+from helios_jax.training.loop import split_ids
 from helios_jax.training.optim import OptimConfig, make_optimizer
 from helios_jax.training.run_config import ValidationConfig
 from helios_jax.training.stage_table import load_config
 from helios_jax.training.stages import flow
 from helios_jax.training.stages.flow import FlowStage
 from helios_jax.training.state import create
+from helios_jax.training.train_step import make_step
 from helios_jax.training.trainable import AdapterConfig, dotted
 from tests import tiny
 from tests.closeness import assert_close

@@ -14,12 +14,13 @@ from tensorboardX.proto.event_pb2 import Event
 import train
 from helios_jax.models.transformer import Transformer
 from helios_jax.sharding import make_mesh
-from helios_jax.training import loop, optim
+from helios_jax.training import optim
 from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.optim import EMAConfig, OptimConfig
 from helios_jax.training.stage_table import load_config
 from helios_jax.training.stages.flow import FlowStage
 from helios_jax.training.state import create, update
+from helios_jax.training.train_step import make_step
 from tests import tiny
 from tests.closeness import assert_close
 from tests.training import dummy, recipe
@@ -65,7 +66,7 @@ def test_remat_changes_no_gradient(config, plain):
 def steps(config: FlowTrainConfig, count: int, optimizer: optax.GradientTransformation):
     """The state after `count` steps on one batch, and the metrics of each."""
     mesh, state = make_mesh(config.mesh), create(draw(config), optimizer, config.optim.ema)
-    step, seen = loop.make_step(FlowStage(config), optimizer, state, mesh), []
+    step, seen = make_step(FlowStage(config), optimizer, state, mesh), []
     for _ in range(count):
         state, metrics = step(state, batch_of(), jax.random.key(2))
         seen.append(jax.device_get(metrics))

@@ -9,10 +9,10 @@ import pytest
 
 from helios_jax.sharding import make_mesh
 from helios_jax.training.flow_config import FlowConfig, StudentConfig
-from helios_jax.training.loop import make_step
 from helios_jax.training.optim import make_optimizer
 from helios_jax.training.stages.ode import ODEStage, ODETrainConfig
 from helios_jax.training.state import create
+from helios_jax.training.train_step import make_step
 from tests.training.test_stage3 import BATCH, FAST, PYRAMID, SMALL, batch_of, keys, transformer
 
 

@@ -18,6 +18,7 @@ from helios_jax.training.run_checkpoints import Checkpoints
 from helios_jax.training.stage import Stage
 from helios_jax.training.stage_table import load_config, make_stage
 from helios_jax.training.state import abstract_like, init_sharded
+from helios_jax.training.train_step import make_step
 from tests.closeness import assert_close
 from tests.processes import environment
 from tests.training import recipe
@@ -60,7 +61,7 @@ def step(name: str, root: Path, mesh: tuple[str, ...], folder: Path | None = Non
         before = recipe.host(state.params)
         batches = stage.batches(laid)
         batch, _ = loop.split_ids(next(batches))
-        run = loop.make_step(stage, optimizer, state, laid)
+        run = make_step(stage, optimizer, state, laid)
         fast = jax.config.read(FAST)
         if name == "stage3_gan":  # slow convolutions would take longer than their compilation
             jax.config.update(FAST, False)

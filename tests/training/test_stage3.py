@@ -32,6 +32,7 @@ from helios_jax.training.stages.distill.distill_config import (
 from helios_jax.training.stages.distill.distill_stage import DistillStage
 from helios_jax.training.stages.distill.players import Players
 from helios_jax.training.state import TrainState, create, update
+from helios_jax.training.train_step import gradients, losses
 from helios_jax.training.trainable import AdapterConfig, trainable
 from tests import tiny
 from tests.closeness import assert_close
@@ -170,11 +171,9 @@ def game():
         begin = begin.replace(params=jax.tree.map(lambda x: x if x.any() else x + 0.01, begin.params))
 
         def gradient(params, step, keys):
-            def loss(params):
-                model = nnx.merge(begin.graph, params, begin.frozen)
-                return DistillStage(config).loss(model, {**batch_of(), "step": step}, keys)
-
-            return jax.grad(loss, has_aux=True)(params)
+            state = begin.replace(params=params, step=step)
+            (_, metrics), grads = gradients(DistillStage(config), state, batch_of(), keys)
+            return grads, metrics
 
         compiled = jax.jit(gradient).lower(begin.params, begin.step, keys()).compile()
     return Game(begin, compiled, jax.jit(lambda state, grads: update(state, grads, optimizer, ema)))
@@ -306,14 +305,11 @@ def test_one_set_of_weights_serves_generator_and_both_scores(tmp_path):
     assert len(jax.tree.leaves(trained_of_one)) == len(jax.tree.leaves(trained_of_two))
     assert not [v for _, v in nnx.to_flat_state(trained_of_one) if isinstance(v, lora.FrozenLoRAWeight)]
 
-    def loss(model):
-        return DistillStage(config).loss(model, {**batch_of(), "step": jnp.asarray(0)}, keys())
-
-    graph, params, rest = nnx.split(one, trainable(("adapters",)), ...)
-    learn = jax.jit(jax.value_and_grad(lambda params, rest: loss(nnx.merge(graph, params, rest)), has_aux=True))
-    ((value, parts), grads), (expected, same) = learn(params, rest), jax.jit(loss)(two)
+    stage, state = DistillStage(config), create(one, optax.sgd(1.0), None, ("adapters",))
+    (value, parts), grads = jax.jit(lambda state: gradients(stage, state, batch_of(), keys()))(state)
+    expected, same = jax.jit(lambda model: losses(stage, model, {**batch_of(), "step": state.step}, keys()))(two)
     learning = {name for name, x in values(grads).items() if name.endswith(".b") and x.any()}
-    assert learning == {name for name in values(params) if name.endswith(".b")}  # those of both players
+    assert learning == {name for name in values(state.params) if name.endswith(".b")}  # those of both players
     assert float(value) == pytest.approx(float(expected), rel=1e-5)
     for name, (total, _) in parts.items():
         assert float(total) == pytest.approx(float(same[name][0]), rel=1e-4), name

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -42,7 +41,7 @@ from helios_jax.training.stages.distill.players import Players, of_student
 from helios_jax.training.stages.distill.rollout import make_scene
 from helios_jax.training.stages.flow import fold
 from helios_jax.training.start import check_init, transformer_config
-from helios_jax.training.trainable import ALL, Filter
+from helios_jax.training.trainable import ALL
 from helios_jax.training.training_data import one_of_each
 from helios_jax.training.validation import make_videos
 from helios_jax.training.work import tokens
@@ -110,15 +109,6 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
             "lr": optim.rate_at(self.config.optim, self._turns, turn),
             "lr_critic": optim.rate_at(critic.optim, self.config.steps, step),
         }
-
-    def loss(self, model: Players, batch: dict[str, Any], keys: Key[Array, " b"]) -> tuple[Float[Array, ""], Metrics]:
-        """The generator's loss, on its turns, plus the critic's; neither has a gradient for the other's parameters."""
-        total, metrics = jnp.zeros(()), {}
-        for player in self.players():
-            learning = _learning(model, player.trains)
-            value, more = player.take(batch["step"], player.loss, learning, batch, keys)
-            total, metrics = total + value, {**metrics, **more}
-        return total, metrics
 
     def players(self) -> Sequence[Player]:
         """The generator, then the critic with the discriminator."""
@@ -202,9 +192,3 @@ def check_discriminator(config: DistillTrainConfig, gan: GANConfig, source: Sour
                     f"distill.gan: the discriminator would see latents {size} {name}, it needs {least} or more in "
                     f"patches of {patch}; set distill.gan.crop to null, or use larger videos"
                 )
-
-
-def _learning(model: Players, which: Filter) -> Players:
-    """`model` with gradients for the parameters `which` alone."""
-    graph, own, others = nnx.split(model, which, ...)
-    return nnx.merge(graph, own, jax.lax.stop_gradient(others))
