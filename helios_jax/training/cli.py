@@ -61,6 +61,11 @@ EXAMPLES = (
 )
 
 
+def _is_no_leftover(record: logging.LogRecord) -> bool:
+    """False for further errors of a failed save: its first one is raised, and asyncio logs the others at some time."""
+    return "exception was never retrieved" not in record.getMessage()
+
+
 class CurrentStderr(logging.StreamHandler):
     """A log handler that looks up `sys.stderr` for each line: a progress bar replaces it while it is shown."""
 
@@ -98,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     root, handlers = logging.getLogger(), logging.getLogger().handlers
     root.handlers = [CurrentStderr()]
     logging.getLogger("helios_jax").setLevel(logging.INFO)
+    logging.getLogger("asyncio").addFilter(_is_no_leftover)
     watch = None
 
     def end(error: Exception, code: int) -> int:

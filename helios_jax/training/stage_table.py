@@ -43,9 +43,11 @@ def find_stage(name: str) -> type[Stage[Any, Any]]:
         raise ConfigError(f"stage: {name} cannot be imported, give the dotted path of a class; {error}") from None
     if not (inspect.isclass(found) and issubclass(found, Stage)):
         raise ConfigError(f"stage: {name} must be a subclass of helios_jax.training.stage.Stage; derive it from that")
-    if inspect.isabstract(found):
-        missing = ", ".join(sorted(found.__abstractmethods__))
-        raise ConfigError(f"stage: {name} must have all methods of a stage; add {missing}")
+    missing = sorted(found.__abstractmethods__)
+    if found.loss is Stage.loss and found.players is Stage.players:
+        missing.append("loss (or players)")
+    if missing:
+        raise ConfigError(f"stage: {name} must have all methods of a stage; add {', '.join(missing)}")
     return found
 
 

@@ -87,7 +87,7 @@ def test_a_user_s_stage_is_named_by_its_path(path):
         ("nowhere.Dummy", r"nowhere\.Dummy cannot be imported, .* No module named 'nowhere'"),
         ("tests.training.dummy", r"tests\.training\.dummy must be a subclass of helios_jax\.training\.stage\.Stage"),
         ("tests.training.dummy.Net", r"Net must be a subclass of"),
-        (f"{__name__}.Half", r"Half must have all methods of a stage; add init, loss"),
+        (f"{__name__}.Half", r"Half must have all methods of a stage; add init, loss \(or players\)"),
     ],
 )
 def test_what_is_no_stage_is_one_line(path, name, rule):
