@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from helios_jax.models.layers import Layout, Product
+from helios_jax.models.layers import LINEAR, Layout, Product
 from helios_jax.pretrained import file_entries
 from helios_jax.pretrained.load import place
 
@@ -53,7 +54,7 @@ class LoRA(nnx.Module):
         """Computes what is added to the layer's output for `x`; `first` is the product with `a`, `second` with `b`."""
         a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
         scale = self.scaling[...] * self.weight[...]
-        low = first(x, a.reshape(-1, a.shape[-1])).astype(jnp.float32) * scale
+        low = checkpoint_name(first(x, a.reshape(-1, a.shape[-1])), LINEAR).astype(jnp.float32) * scale
         y = second(low.astype(x.dtype), b)
         if self.bias is not None:
             bias = (self.weight[...] * self.bias[...].astype(jnp.float32)).astype(x.dtype)

@@ -24,7 +24,9 @@ Initializer = Callable[..., jax.Array]
 # a tuple: reshaped to it in the file.
 Layout = Literal["same", "linear", "conv"] | tuple[int, ...]
 
-LINEAR = "linear"  # checkpoint name of the outputs of linear layers, for rematerialization policies
+# Checkpoint names of the outputs of linear layers, for rematerialization policies.
+LINEAR = "linear"
+INNER = "linear_inner"  # queries, keys and features within a feed-forward
 
 zeros = jax.nn.initializers.zeros
 ones = jax.nn.initializers.ones
@@ -80,7 +82,10 @@ def joined_product(x: Float[Array, "b n heads head_dim"], weight: Float[Array, "
 
 
 class Linear(nnx.Module):
-    """`x @ weight + bias`, weight [in, out], plus the `adapters` that `helios_jax.lora` put there."""
+    """`x @ weight + bias`, weight [in, out], plus the `adapters` that `helios_jax.lora` put there.
+
+    `output` is the checkpoint name of its output.
+    """
 
     def __init__(
         self,
@@ -89,9 +94,11 @@ class Linear(nnx.Module):
         *,
         axes: tuple[str | None, str | None] = ("embed", "embed_out"),
         bias: bool = True,
+        output: str = LINEAR,
         init: Initializer = lecun_normal(),  # noqa: B008
         rngs: nnx.Rngs,
     ):
+        self.output = output
         self.weight = param(rngs, init, (in_features, out_features), axes, "linear")
         self.bias = param(rngs, zeros, (out_features,), axes[1:]) if bias else None
         self.adapters: nnx.List | None = None
@@ -99,20 +106,20 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         y = x @ self.weight[...].astype(x.dtype)
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
-        return checkpoint_name(with_adapters(y, x, self.adapters), LINEAR)
+        return checkpoint_name(with_adapters(y, x, self.adapters), self.output)
 
     def to_heads(self, x: Float[Array, "b n in"], heads: int) -> Float[Array, "b n heads head_dim"]:
         """The layer's output by `split_product`."""
         product = partial(split_product, heads=heads)
         y = product(x, self.weight[...].astype(x.dtype))
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype).reshape(heads, -1)
-        return checkpoint_name(with_adapters(y, x, self.adapters, second=product), LINEAR)
+        return checkpoint_name(with_adapters(y, x, self.adapters, second=product), self.output)
 
     def from_heads(self, x: Float[Array, "b n heads head_dim"]) -> Float[Array, "b n out"]:
         """The layer's output by `joined_product`."""
         y = joined_product(x, self.weight[...].astype(x.dtype))
         y = y if self.bias is None else y + self.bias[...].astype(x.dtype)
-        return checkpoint_name(with_adapters(y, x, self.adapters, first=joined_product), LINEAR)
+        return checkpoint_name(with_adapters(y, x, self.adapters, first=joined_product), self.output)
 
 
 class Conv(nnx.Module):

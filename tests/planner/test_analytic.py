@@ -35,7 +35,8 @@ def test_going_back_needs_inputs_gradients_and_those_of_what_is_trained(stage1):
     # As compiled by jax 0.10.2 and libtpu 0.0.42.1 for v5p-128: python -m helios_jax.plan CONFIG --topology v5p-128 ...
     [
         ("stage1_init", ("mesh.fsdp=16", "optim.accumulate=2", "remat=block"), 31.4, 19.9),
-        ("stage1_init", ("mesh.fsdp=16",), 66.1, 16.0),
+        ("stage1_init", ("mesh.fsdp=16",), 66.2, 15.8),
+        ("stage2_init", ("mesh.fsdp=16",), 81.5, 16.2),
     ],
 )
 def test_estimates_are_close_to_what_was_compiled(work, stage1, name, overrides, peak, seconds):
@@ -66,6 +67,8 @@ def test_policies_trade_memory_for_operations(stage1):
     flops = {remat: sum(one.cost.flops.values()) for remat, one in by.items()}
     assert by["offload"].memory.peak < by["block"].memory.peak < by[None].memory.peak
     assert flops["block"] == flops["offload"] > flops["dots_with_no_batch_dims_saveable"] > flops[None]
+    kept = ("block", "attention", "some_products", "products")
+    assert sorted(kept, key=lambda one: by[one].memory.peak) == sorted(kept, key=lambda one: -flops[one]) == list(kept)
     assert flops[None] == pytest.approx(4 * (stage1.model_flops + stage1.attention_flops / 2), rel=1e-6)
 
 

@@ -9,7 +9,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
-from helios_jax.models.layers import LayerNorm, Linear, RMSNorm, normal, ones, param
+from helios_jax.models.layers import INNER, LayerNorm, Linear, RMSNorm, normal, ones, param
 from helios_jax.models.ops import attention as attentions
 from helios_jax.models.ops import context_attention, norms
 from helios_jax.models.ops.attention import attention
@@ -79,8 +79,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: TransformerConfig, *, history_scale: bool, rngs: nnx.Rngs):
         dim, self.heads = config.dim, config.num_attention_heads
-        self.to_q = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
-        self.to_k = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
+        self.to_q = Linear(dim, dim, axes=("embed", "heads"), output=INNER, rngs=rngs)
+        self.to_k = Linear(dim, dim, axes=("embed", "heads"), output=INNER, rngs=rngs)
         self.to_v = Linear(dim, dim, axes=("embed", "heads"), rngs=rngs)
         self.to_out = Linear(dim, dim, axes=("heads", "embed"), rngs=rngs)
         self.norm_q = RMSNorm(dim, config.eps, axes=("heads",), rngs=rngs)
@@ -119,7 +119,7 @@ class Attention(nnx.Module):
 
 class FeedForward(nnx.Module):
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
-        self.up = Linear(config.dim, config.ffn_dim, axes=("embed", "mlp"), rngs=rngs)
+        self.up = Linear(config.dim, config.ffn_dim, axes=("embed", "mlp"), output=INNER, rngs=rngs)
         self.down = Linear(config.ffn_dim, config.dim, axes=("mlp", "embed"), rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
