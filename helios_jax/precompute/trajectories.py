@@ -124,12 +124,9 @@ class Teacher:
         self.trajectories = [self._trajectory(1 + settings.amplify_first_chunk), self._trajectory(1)]
 
     def _trajectory(self, factor: int) -> Trajectory:
-        config, options = self.checkpoint.transformer, self.plan.options
-        tokens = math.prod(self.plan.latent_shape[:3]) // math.prod(config.patch_size)
-        zero = self.settings.cfg_zero_star and self.plan.guidance_scale is not None
+        tokens = math.prod(self.plan.latent_shape[:3]) // math.prod(self.checkpoint.transformer.patch_size)
         counts = [factor * count for count in self.settings.student_steps]
-        zero_init = options.zero_steps + 1 if zero else 0
-        return make_trajectory(self._scheduler, self.settings.steps, counts, tokens, zero_init)
+        return make_trajectory(self._scheduler, self.settings.steps, counts, tokens, self.plan.zero_init)
 
     def load(self) -> "Teacher":
         """Reads the weights, float32 on CPU and bfloat16 elsewhere. Raises ValueError if `tensor` does not fit."""

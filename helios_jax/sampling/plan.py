@@ -39,7 +39,9 @@ class Variant:
 @dataclass(frozen=True)
 class Plan:
     """Sizes and steps of a video: the `latent_shape` [t, h, w, c] of a chunk, the pixel `frames` of chunks, and the
-    `levels` of a chunk, `first_levels` for the first one. `num_chunks` is None for a video without end."""
+    `levels` of a chunk, `first_levels` for the first one. `num_chunks` is None for a video without end.
+
+    `zero_init` is the number of a chunk's first steps that leave the sample as it is."""
 
     options: SamplingOptions
     num_chunks: int | None
@@ -50,6 +52,7 @@ class Plan:
     first_levels: tuple[Level, ...]
     guidance_scale: float | None
     zero_star: bool
+    zero_init: int
 
     def block_shapes(self) -> list[tuple[int, int, int, int]]:
         """[t, h, w, c] of every level but the first, coarsest first."""
@@ -86,6 +89,14 @@ def make_plan(
     if options.use_cfg_zero_star and not guided:
         raise ValueError(f"use_cfg_zero_star changes guidance, which is off at guidance_scale {guidance_scale:g}")
     zero_star = variant.is_cfg_zero_star if options.use_cfg_zero_star is None else options.use_cfg_zero_star
+    zero_init = 0
+    if zero_star and guided and options.use_zero_init:
+        zero_init = options.zero_steps + 1
+    elif options.zero_steps != SamplingOptions.zero_steps:
+        raise ValueError(
+            f"zero_steps is {options.zero_steps}, and this video has no such steps: leave it out, or set"
+            " use_cfg_zero_star, use_zero_init and a guidance_scale above 1"
+        )
     amplified = variant.trained.amplify_first_chunk and variant.is_distilled
     if options.is_amplify_first_chunk is not None:
         amplified = options.is_amplify_first_chunk
@@ -102,7 +113,6 @@ def make_plan(
     frames = frames_of_chunks(options, vae, variant)
 
     def levels(counts: Sequence[int]) -> tuple[Level, ...]:
-        zero_init = options.zero_steps + 1 if zero_star and guided and options.use_zero_init else 0
         tokens = math.prod(shape[:3]) // math.prod(transformer.patch_size)
         return make_levels(scheduler, counts, tokens, pyramid=variant.pyramid, zero_init=zero_init)
 
@@ -117,6 +127,7 @@ def make_plan(
         first_levels=levels([2 * n for n in counts]) if amplified else every,
         guidance_scale=guidance_scale if guided else None,
         zero_star=zero_star,
+        zero_init=zero_init,
     )
 
 

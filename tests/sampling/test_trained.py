@@ -111,6 +111,8 @@ def test_cfg_zero_star_is_the_checkpoint_s_unless_an_option_says_otherwise(of_ch
         (Trained(ONE_SCALE), None, {"is_skip_first_chunk": True}, "is_skip_first_chunk is about the anchor"),
         (Trained(), STUDENT, {"use_cfg_zero_star": True}, "use_cfg_zero_star changes guidance, which is off"),
         (Trained(), None, {"history_sizes": (1, 2, 0)}, "recent"),
+        (Trained(), None, {"zero_steps": 2}, "zero_steps is 2, and this video has no such steps"),
+        (Trained(), None, {"zero_steps": 2, "use_cfg_zero_star": True, "use_zero_init": False}, "zero_steps is 2"),
     ],
 )
 def test_options_that_contradict_are_refused(trained, variant, options, message):
