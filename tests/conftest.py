@@ -47,7 +47,7 @@ OPTIMIZED = {"aot", "fuzz", "parity"}  # folders; of parity not
 PIPELINES = {"parity/test_context.py", "parity/test_lora.py", "parity/test_pipeline.py"}
 # Of files, datasets, options and numpy, and others whose programs other tests run, too (`make aot` plans on both).
 PLAIN = {"data", "media", "toy", "test_config.py", "test_docs.py", "test_package.py", "benchmarks/test_gpu_report.py"}
-PLAIN |= {"models/test_tokenizer.py", "planner", "precompute", "test_deploy.py", "test_locations.py", "test_sample.py"}
+PLAIN |= {"models/test_tokenizer.py", "planner", "precompute", "test_deploy.py", "buckets", "test_sample.py"}
 PLAIN |= {"test_lora_files.py", "test_pretrained_faults.py", "test_hub.py", "test_configs.py", "ablations"}
 PLAIN |= {
     f"training/test_{name}.py"

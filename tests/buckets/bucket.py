@@ -19,6 +19,11 @@ OBJECTS: dict[str, tuple[int, bytes]] = {}  # (generation, content) by bucket/na
 LOCK = threading.Lock()
 
 
+def names(begin: str) -> list[str]:
+    """Names of the objects below the folder `begin`, relative to it."""
+    return sorted(name.removeprefix(f"{begin}/") for name in OBJECTS if name.startswith(begin))
+
+
 def put(name: str, content: bytes) -> int:
     with LOCK:
         generation = OBJECTS.get(name, (0, b""))[0] + 1
