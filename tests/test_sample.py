@@ -22,7 +22,8 @@ from helios_jax.media.video import read_video
 from helios_jax.media.writers import LatentWriter
 from helios_jax.sampling import pipeline
 from helios_jax.sampling import run as runs
-from helios_jax.sampling.stream import Stream, read_state
+from helios_jax.sampling.stream import Stream
+from helios_jax.sampling.stream_state import read_state
 from tests.closeness import assert_close
 from tests.tiny_run import run
 

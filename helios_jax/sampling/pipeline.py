@@ -31,7 +31,8 @@ from helios_jax.sampling.noise import Noise, SeededNoise
 from helios_jax.sampling.options import PromptSwitch, SamplingOptions, takes_options
 from helios_jax.sampling.plan import Plan, Variant, make_plan
 from helios_jax.sampling.prompts import Schedule, make_schedule
-from helios_jax.sampling.stream import Call, State, Stream, check_latents, read_state
+from helios_jax.sampling.stream import Call, Stream, check_latents
+from helios_jax.sampling.stream_state import State, read_state
 from helios_jax.sampling.text import Texts, encode_prompts
 from helios_jax.sharding import ContextAttention
 

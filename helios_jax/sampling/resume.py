@@ -13,7 +13,8 @@ from helios_jax.sampling.jobs import ELSEWHERE, NOT_COMPARED, Job
 from helios_jax.sampling.options import PromptSwitch, SampleConfig
 from helios_jax.sampling.plan import Plan
 from helios_jax.sampling.prompts import chunk_of
-from helios_jax.sampling.stream import State, Stream, read_state
+from helios_jax.sampling.stream import Stream
+from helios_jax.sampling.stream_state import State, read_state
 
 # Settings that may differ from a state's: the length, the file's rate, later prompts, and how the video is computed.
 FREE = (*ELSEWHERE, *NOT_COMPARED, "num_frames", "fps", "video_fps", "switches", "attention", "norms")

@@ -32,7 +32,8 @@ from helios_jax.sampling.plan import Plan, frames_of_chunks, make_plan
 from helios_jax.sampling.progress import RunProgress
 from helios_jax.sampling.prompts import make_schedule
 from helios_jax.sampling.resume import Rest, check_gap, later_switches, missing, rest_of
-from helios_jax.sampling.stream import Snapshot, Stream, read_state
+from helios_jax.sampling.stream import Stream
+from helios_jax.sampling.stream_state import Snapshot, read_state
 
 PACKAGES = ("helios_jax", "jax", "flax", "numpy")
 

@@ -12,7 +12,7 @@ from helios_jax.sampling import run as runs
 from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.jobs import make_jobs
 from helios_jax.sampling.options import SampleConfig
-from helios_jax.sampling.stream import read_state
+from helios_jax.sampling.stream_state import read_state
 from tests.tiny_run import run
 
 

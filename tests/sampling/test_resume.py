@@ -16,7 +16,7 @@ from helios_jax.media.video import read_video
 from helios_jax.sampling import outputs
 from helios_jax.sampling import run as runs
 from helios_jax.sampling.fingerprint import content_hash
-from helios_jax.sampling.stream import read_state
+from helios_jax.sampling.stream_state import read_state
 from tests.tiny_run import CONFIG
 
 
