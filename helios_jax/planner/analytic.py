@@ -42,28 +42,29 @@ class Factors:
 
 TPU = Factors(working=46, inputs=1.83, layers=2.5, traffic=75, hidden=0)
 GPU = Factors(working=32, inputs=1, layers=2.5, traffic=109, hidden=0.9)
-# Arrays [tokens, dim] that each block keeps for the backward pass, besides its input.
-KEPT: dict[Remat | None, float] = {
-    "block": 0,
-    "offload": 0,
-    "attention": 1.9,
-    "some_products": 6.0,
-    "products": 10.7,
-    "dots_with_no_batch_dims_saveable": 17.2,
-    "dots_saveable": 25,
-    None: 38,
-}
-# Shares of the forward pass's products, attention and memory traffic that rematerialization repeats. Attention is a
-# kernel, whose result JAX's policies for dots do not keep.
-AGAIN: dict[Remat | None, tuple[float, float, float]] = {
-    "block": (1, 1, 1),
-    "offload": (1, 1, 1),
-    "attention": (1, 0, 1),
-    "some_products": (0.4, 0, 1),
-    "products": (0, 0, 1),
-    "dots_with_no_batch_dims_saveable": (0, 1, 1),
-    "dots_saveable": (0, 1, 1),
-    None: (0, 0, 0),
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A rematerialization policy: `arrays` [tokens, dim] that each block keeps besides its input, and the shares of the
+    forward pass's `products`, `attention` and memory `traffic` that the backward pass repeats."""
+
+    arrays: float
+    products: float
+    attention: float
+    traffic: float = 1
+
+
+# Attention is a kernel, whose result JAX's policies for dots do not keep.
+POLICIES: dict[Remat | None, Policy] = {
+    "block": Policy(0, products=1, attention=1),
+    "offload": Policy(0, products=1, attention=1),
+    "attention": Policy(1.9, products=1, attention=0),
+    "some_products": Policy(6.0, products=0.4, attention=0),
+    "products": Policy(10.7, products=0, attention=0),
+    "dots_with_no_batch_dims_saveable": Policy(17.2, products=0, attention=1),
+    "dots_saveable": Policy(25, products=0, attention=1),
+    None: Policy(38, products=0, attention=0, traffic=0),
 }
 # Factors of the traffic where `tensor` splits the products: of the split part, and of a part that stays whole. There is
 # more traffic because the norms' kernels do not run there.
@@ -155,7 +156,7 @@ def memory(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str
     factors = TPU if machine.is_tpu else GPU
     inputs = 0 if config.remat == "offload" else factors.inputs
     # The residual stream is whole on each device of `tensor`; activations between two products are split.
-    kept = min(inputs, 1) + (max(inputs - 1, 0) + KEPT[config.remat]) / split
+    kept = min(inputs, 1) + (max(inputs - 1, 0) + POLICIES[config.remat].arrays) / split
     activations = array * layers * kept + once * factors.working / split
     text = b * program.TEXT * d * layers * TEXT / split
     weights = factors.layers * 2 * sum(x.size for x in jax.tree.leaves(work.state.frozen)) / layers / split
@@ -167,16 +168,16 @@ def cost(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, 
     """The time of a step. By default libtpu's programs wait for collectives; a GPU's do other work meanwhile."""
     b, parts, split = samples(config, mesh), config.optim.accumulate, mesh["tensor"]
     d, layers, chip, total = work.sizes.dim, work.sizes.num_layers, machine.chip, Cost()
-    products_again, attention_again, traffic_again = AGAIN[config.remat]
+    again = POLICIES[config.remat]
     share = b * parts / split
     # The backward kernel of attention recomputes the scores: 5 products, where the forward kernel has 2.
-    attention = share * work.attention_flops * (1 + attention_again + 2.5)
+    attention = share * work.attention_flops * (1 + again.attention + 2.5)
     products = work.model_flops - 3 * work.attention_flops
-    products += products_again * (work.forward_flops - work.attention_flops)
+    products += again.products * (work.forward_flops - work.attention_flops)
     products *= share
     total.flops.update(products=int(products), attention=int(attention))
     factors = TPU if machine.is_tpu else GPU
-    moved = 2 * b * parts * work.tokens * d * layers * factors.traffic * (2 + traffic_again)
+    moved = 2 * b * parts * work.tokens * d * layers * factors.traffic * (2 + again.traffic)
     moved *= 1 if split == 1 else WHOLE_TRAFFIC + SPLIT_TRAFFIC / split
     state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((work.state.params, work.state.opt_state)))
     moved += 3 * state / (mesh["fsdp"] * split)
@@ -211,7 +212,7 @@ def _received(
     def others(axis: str) -> float:
         return (mesh[axis] - 1) / mesh[axis]
 
-    passes = 3 + AGAIN[config.remat][0]
+    passes = 3 + POLICIES[config.remat].products
     return [
         ("all-gather", "fsdp", parts * GATHERED * weights * others("fsdp") * (1 + narrow)),
         ("all-reduce", "fsdp", parts * gradients * others("fsdp")),

@@ -4,12 +4,10 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
 
 from jax.sharding import Mesh
 
 from helios_jax.config import ConfigError
-from helios_jax.models.transformer.remat import Remat
 from helios_jax.planner import analytic, program
 from helios_jax.planner.analytic import Work
 from helios_jax.planner.cost import Cost
@@ -21,7 +19,6 @@ from helios_jax.training.start import check_attention
 
 # Share of a chip's memory up to which an estimate counts as fitting: estimates are that far off.
 ROOM = 0.9
-POLICIES: tuple[Remat | None, ...] = (*get_args(Remat), None)
 
 
 @dataclass(frozen=True)
@@ -145,7 +142,7 @@ def search(work: Work, machine: Machine) -> list[Candidate]:
             continue
         ways = mesh["data"] * mesh["fsdp"]
         for parts in divisors(batch // ways) if batch % ways == 0 else []:
-            for remat in POLICIES:
+            for remat in analytic.POLICIES:
                 config = with_settings(work.config, accumulate=parts, remat=remat, mesh=_config(work.config, mesh))
                 found.append(candidate(work, config, machine, mesh))
     if not found:

@@ -61,7 +61,7 @@ def test_more_parts_need_less_memory_and_more_collectives(stage1):
 def test_policies_trade_memory_for_operations(stage1):
     pod = machine("v5p-128")
     by = {}
-    for remat in search.POLICIES:
+    for remat in analytic.POLICIES:
         config = with_settings(stage1.config, accumulate=4, remat=remat)
         by[remat] = search.given(dataclasses.replace(stage1, config=config), pod)
     flops = {remat: sum(one.cost.flops.values()) for remat, one in by.items()}
