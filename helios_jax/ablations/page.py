@@ -20,45 +20,57 @@ Results = Mapping[str, Mapping[int, Scores]]  # by row and seed
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a claim, `holds` None for one that the intervals leave open; `told` has the numbers."""
+    """The result of a claim, `holds` None for one that the intervals leave open; `told` has the numbers.
+
+    `seeds` is the number of seeds that all rows of the claim have results for, out of `planned`."""
 
     claim: Claim
     holds: bool | None
     told: str
     seeds: int
+    planned: int
 
     @property
     def word(self) -> str:
         """The outcome; for one seed it says so, as its intervals leave out how results vary between trainings."""
         word = {True: "Holds", False: "Does not hold", None: "Open"}[self.holds]
-        return f"{word} for one seed" if self.seeds == 1 and self.holds is not None else word
+        if self.seeds == 1 and self.holds is not None:
+            return f"{word} for one seed"
+        return word if self.seeds == self.planned else f"{word} for {self.seeds} of {self.planned} seeds"
 
 
-def outcome(claim: Claim, values: Mapping[str, Mapping[str, np.ndarray]]) -> Outcome | None:
-    """The outcome of a claim; None if a row of it has no result. Raises ScoreError for a metric that was not scored."""
+def outcome(claim: Claim, results: Results, planned: int) -> Outcome | None:
+    """The outcome of a claim, by the seeds that all its rows have results for, of `planned`; None if there is no such.
+
+    Raises ScoreError for a metric that was not scored, and for rows of different videos.
+    """
     rows = (claim.row, *claim.against)
-    if any(row not in values for row in rows):
+    found = [results.get(row, {}) for row in rows]  # rows that were not asked for have none
+    seeds = [seed for seed in found[0] if all(seed in one for one in found)]
+    if not seeds:
         return None
+    values = {row: together({seed: results[row][seed] for seed in seeds}, row) for row in rows}
     if missing := [row for row in rows if claim.metric not in values[row]]:
         raise ScoreError(f"claims: {claim.metric} is no metric of {missing[0]}; it has {', '.join(values[missing[0]])}")
     ours = values[claim.row][claim.metric]
     sign = 1 if claim.better == "lower" else -1
     if claim.at_most is not None:
-        found = mean(ours)
-        holds = True if found.high <= claim.at_most else False if found.low > claim.at_most else None
-        told = f"{claim.metric} of {claim.row}: {found}, at most {claim.at_most:g} was claimed"
-        return Outcome(claim, holds, told, len(ours))
+        value = mean(ours)
+        holds = True if value.high <= claim.at_most else False if value.low > claim.at_most else None
+        told = f"{claim.metric} of {claim.row}: {value}, at most {claim.at_most:g} was claimed"
+        return Outcome(claim, holds, told, len(seeds), planned)
     told, each = [f"{claim.row} {mean(ours)}"], []
     for row in claim.against:
         theirs = values[row][claim.metric]
-        if theirs.shape != ours.shape:
-            raise ScoreError(f"claims: {claim.row} and {row} have different videos or seeds: score both alike")
+        if results[row][seeds[0]].ids != results[claim.row][seeds[0]].ids:
+            raise ScoreError(f"claims: {claim.row} and {row} have different videos: score both alike")
         by = mean(sign * (theirs - ours))
         each.append(True if by.low > 0 else False if by.high < 0 else None)
         word = "the same" if not by.value else f"{'worse' if by.value > 0 else 'better'} by {_size(by)}"
         told.append(f"{row} {mean(theirs)}, {word}")
     holds = True if all(each) else False if any(one is False for one in each) else None
-    return Outcome(claim, holds, f"{claim.metric} ({claim.better} is better): {'; '.join(told)}", len(ours))
+    numbers = f"{claim.metric} ({claim.better} is better): {'; '.join(told)}"
+    return Outcome(claim, holds, numbers, len(seeds), planned)
 
 
 def _size(by: Mean) -> Mean:
@@ -71,7 +83,8 @@ def write(table: Table, results: Results, path: Path, command: str, missing: Map
     `missing` maps each row and seed without a result to the reason.
     """
     values = {row: together(found, row) for row, found in results.items() if found}
-    outcomes = [one for claim in table.options.claims if (one := outcome(claim, values)) is not None]
+    planned = len(table.options.seeds)
+    outcomes = [one for claim in table.options.claims if (one := outcome(claim, results, planned)) is not None]
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         f"# {table.options.title}",
@@ -118,7 +131,9 @@ def _means(table: Table, values: Mapping[str, Mapping[str, np.ndarray]]) -> list
     ]
     for row, metrics in values.items():
         cells = [str(mean(metrics[name])) if name in metrics else "" for name in names]
-        lines.append(f"| {row} | {' | '.join(cells)} |")
+        count, planned = len(next(iter(metrics.values()))), len(table.options.seeds)
+        fewer = "" if count == planned else f" ({count} of {planned} seeds)"
+        lines.append(f"| {row}{fewer} | {' | '.join(cells)} |")
     return lines
 
 

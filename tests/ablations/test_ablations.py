@@ -140,6 +140,20 @@ def test_a_job_that_fails_is_told_and_the_others_go_on(table, monkeypatch, capsy
     assert run(table, "--seeds", "0") == 0
 
 
+def test_a_seed_that_fails_leaves_the_claims_the_others(table, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    fails = 'if (level, seed) == (3, "2"):\n    sys.exit("no room")\nrng ='
+    (table.parent / "score.py").write_text(SCORER.replace("rng =", fails, 1))
+    assert run(table) == 1
+    assert "no result: no anchor, seed 2: exit code 1: no room" in capsys.readouterr().err
+    page = (table.parent / "out" / "page.md").read_text()
+    assert "- **Holds for 2 of 3 seeds**: The anchor keeps colours." in page
+    assert "worse by 3 [3, 3]" in page
+    assert "- **Open**: A copy is better." in page
+    assert "| no anchor (2 of 3 seeds) |" in page
+    assert "| full |" in page
+
+
 def test_a_queue_that_is_stopped_or_killed_goes_on(table, monkeypatch):
     (table.parent / "train.py").write_text(
         TRAINER.replace(
