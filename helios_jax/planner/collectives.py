@@ -6,6 +6,7 @@ from math import prod
 
 import numpy as np
 
+from helios_jax.planner import async_fusions
 from helios_jax.planner.hlo import Computation, Instruction, Module
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -31,7 +32,9 @@ class Collective:
 def collective(module: Module, computation: Computation, instruction: Instruction) -> Collective | None:
     """The collective that `instruction` starts, or None: other instructions, and groups of one device."""
     source, opcode = instruction, instruction.opcode
-    started = opcode.endswith("-start")
+    started, part = opcode.endswith("-start"), async_fusions.part(module, instruction)
+    if part in ("step", "done"):
+        return None
     if opcode == "async-start" or opcode == "fusion":
         inner = module.called(instruction)
         found = [one for one in inner.instructions.values() if one.opcode in KINDS] if inner else []
@@ -44,9 +47,10 @@ def collective(module: Module, computation: Computation, instruction: Instructio
     group = _group(source.attributes)
     if len(group) < 2:
         return None
-    return Collective(
-        kind, _received(kind, source, len(group)), group, instruction, _done(computation, instruction, started)
-    )
+    done = _done(computation, instruction, started) if part is None else None
+    if part == "start":
+        done = async_fusions.done(module, computation, instruction)
+    return Collective(kind, _received(kind, source, len(group)), group, instruction, done)
 
 
 def _received(kind: str, instruction: Instruction, count: int) -> float:

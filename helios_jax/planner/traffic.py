@@ -4,6 +4,7 @@ A fusion that takes a slice of an operand reads the slice, and one that updates 
 on-chip memory cost nothing here: the compiler's own copies, which are counted, bring them there.
 """
 
+from helios_jax.planner import async_fusions
 from helios_jax.planner.hlo import FUSIONS, Computation, Instruction, Module
 
 # Instructions that move nothing: views, bookkeeping, and those whose computations are counted on their own.
@@ -29,8 +30,12 @@ def traffic(module: Module, computation: Computation, instruction: Instruction) 
     inner = module.called(instruction) if opcode in FUSIONS else None
     if inner is None:
         return _outside(instruction) + sum(map(_outside, operands))
-    read = sum(_read(module, inner, number, one) for number, one in enumerate(operands))
-    return read + _written(inner, inner.root if opcode == "fusion-start" else instruction)
+    part = async_fusions.part(module, instruction)
+    if part == "done":
+        return 0
+    results, buffers = async_fusions.carried(instruction) if part == "step" else (set(), set())
+    read = sum(_read(module, inner, number, one) for number, one in enumerate(operands) if number not in buffers)
+    return read + _written(inner, inner.root if opcode == "fusion-start" else instruction, results)
 
 
 def _outside(instruction: Instruction) -> int:
@@ -73,15 +78,15 @@ def _source(inner: Computation, one: Instruction) -> Instruction:
     return one
 
 
-def _written(inner: Computation, fusion: Instruction) -> int:
-    """Bytes that a fusion writes: its result, or the slices that it updates."""
+def _written(inner: Computation, fusion: Instruction, left_out: set[int]) -> int:
+    """Bytes that a fusion writes: its results except those `left_out`, or the slices that it updates."""
     root = inner.root
     parts = inner.operands(root) if root.opcode == "tuple" else [root]
     if len(parts) != len(fusion.shapes):
         return _outside(fusion)
     total = 0
-    for part, shape in zip((_source(inner, one) for one in parts), fusion.shapes):
-        if shape.space:
+    for number, (part, shape) in enumerate(zip((_source(inner, one) for one in parts), fusion.shapes)):
+        if shape.space or number in left_out:
             continue
         update = inner.operands(part)[1:2] if part.opcode == "dynamic-update-slice" else []
         total += update[0].bytes if update else shape.bytes

@@ -161,6 +161,60 @@ def test_work_between_start_and_done_hides_a_collective():
     assert beside.expected["collectives"] == pytest.approx(behind.expected["collectives"] - hidden)
 
 
+ASYNC = """HloModule m
+
+%begin (a: f32[64,1024]) -> (f32[64,1024], f32[1024,1024], u32[]) {
+  %a = f32[64,1024]{1,0} parameter(0)
+  %g = f32[1024,1024]{1,0} all-gather(%a), channel_id=7, replica_groups=[4,16]<=[64], dimensions={0}
+  ROOT %s = (f32[64,1024]{1,0}, f32[1024,1024]{1,0}, u32[]{:S(2)}) custom-call(%g), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.1 (b: f32[64,1024], c: f32[1024,1024], d: u32[], e: f32[512,512]) -> \
+(f32[512,512], f32[64,1024], f32[1024,1024], f32[1024,1024], u32[]) {
+  %b = f32[64,1024]{1,0} parameter(0)
+  %c = f32[1024,1024]{1,0} parameter(1)
+  %d = u32[]{:S(2)} parameter(2)
+  %e = f32[512,512]{1,0} parameter(3)
+  %p = f32[512,512]{1,0} dot(%e, %e), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %h = f32[1024,1024]{1,0} all-gather(%b), channel_id=7, replica_groups=[4,16]<=[64], dimensions={0}
+  ROOT %t = (f32[512,512]{1,0}, f32[64,1024]{1,0}, f32[1024,1024]{1,0}, f32[1024,1024]{1,0}, u32[]{:S(2)}) \
+tuple(%p, %b, %c, %h, %d)
+}
+
+%end (i: f32[1024,1024], j: u32[]) -> f32[1024,1024] {
+  %i = f32[1024,1024]{1,0} parameter(0)
+  %j = u32[]{:S(2)} parameter(1)
+  %k = f32[1024,1024]{1,0} all-gather(%i), channel_id=7, replica_groups=[4,16]<=[64], dimensions={0}
+  ROOT %l = f32[1024,1024]{1,0} custom-call(%i, %k, %j), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (x: f32[64,1024], y: f32[512,512]) -> f32[1024,1024] {
+  %x = f32[64,1024]{1,0} parameter(0)
+  %y = f32[512,512]{1,0} parameter(1)
+  %start = (f32[64,1024]{1,0}, f32[1024,1024]{1,0}, u32[]{:S(2)}) fusion(%x), kind=kCustom, calls=%begin
+  %x1 = f32[64,1024]{1,0} get-tuple-element(%start), index=0
+  %y1 = f32[1024,1024]{1,0} get-tuple-element(%start), index=1
+  %z1 = u32[]{:S(2)} get-tuple-element(%start), index=2
+  %step = (f32[512,512]{1,0}, f32[64,1024]{1,0}, f32[1024,1024]{1,0}, f32[1024,1024]{1,0}, u32[]{:S(2)}) \
+fusion(%x1, %y1, %z1, %y), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {}), {3}: (1, {}), \
+{4}: (2, {})}, calls=%async_collective_fusion.1
+  %y2 = f32[1024,1024]{1,0} get-tuple-element(%step), index=3
+  %z2 = u32[]{:S(2)} get-tuple-element(%step), index=4
+  ROOT %done = f32[1024,1024]{1,0} fusion(%y2, %z2), kind=kCustom, calls=%end
+}
+"""
+
+
+def test_a_collective_in_fusions_with_other_work_counts_once_and_beside_it():
+    found = spent(ASYNC)
+    assert found.runs == {"all-gather": 1}
+    assert found.received == found.overlapped == {"all-gather": 15 / 16 * 4 * 2**20}
+    assert found.flops == {"products": 2 * 512**3}
+    assert found.bytes == {"main memory": 2 * 4 * 512**2}  # of the product alone
+    assert found.hidden["collectives"] > 0
+
+
 def test_of_branches_the_most_expensive_counts():
     text = """HloModule m
 
