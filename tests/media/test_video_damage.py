@@ -75,7 +75,7 @@ def test_full_disk_keeps_whole_frames(tmp_path, monkeypatch):
 
 
 def fragments(data):
-    """Where each frame's part of the file begins."""
+    """Positions in the file at which the frames' parts begin."""
     return [i - 4 for i in range(len(data)) if data[i : i + 4] == b"moof"]
 
 
