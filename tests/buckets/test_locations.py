@@ -81,7 +81,8 @@ def test_replacing_uploads_at_the_end_only(here):
     with pytest.raises(OSError, match="stop"), locations.replacing(path) as part:  # noqa: PT012
         part.write_text("half")
         raise OSError(5, "stop")
-    assert not bucket.OBJECTS
+    # Only this name counts: a file of another test, whose upload failed, may be closed again when it is collected.
+    assert "bucket/a.txt" not in bucket.OBJECTS
     with locations.replacing(path) as part:
         part.write_text("whole")
     assert path.read_text() == "whole"
