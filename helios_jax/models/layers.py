@@ -144,15 +144,18 @@ class Conv(nnx.Module):
         self.bias = param(rngs, zeros, (out_features,), axes[1:])
 
     def __call__(self, x: Float[Array, "batch *space in"]) -> Float[Array, "batch *out_space out"]:
+        return self.convolve(x, self.weight[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
+
+    def convolve(self, x: Float[Array, "batch *space in"], kernel: Array) -> Float[Array, "batch *out_space out"]:
+        """The convolution without its bias."""
         letters = "DHW"[-len(self.stride) :]
-        y = jax.lax.conv_general_dilated(
+        return jax.lax.conv_general_dilated(
             x,
-            self.weight[...].astype(x.dtype),
+            kernel,
             self.stride,
             self.padding,
             dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
         )
-        return y + self.bias[...].astype(x.dtype)
 
 
 class Embedding(nnx.Module):

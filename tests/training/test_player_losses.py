@@ -8,9 +8,9 @@ import pytest
 from helios_jax.diffusion import distillation as losses
 from helios_jax.models.discriminator import DiscriminatorConfig
 from helios_jax.training.stages.distill import player_losses, rollout
-from helios_jax.training.stages.distill.distill_config import DistillConfig, GANConfig
+from helios_jax.training.stages.distill.distill_config import CriticConfig, DistillConfig, GANConfig, ScoreConfig
 from tests.closeness import assert_close
-from tests.training.test_stage3 import CHUNK, batch_of, config_of, keys, make_players
+from tests.training.test_stage3 import CHUNK, LORA, batch_of, config_of, keys, make_players
 
 
 def test_dmd_pulls_the_chunk_to_where_the_teacher_sees_it():
@@ -58,3 +58,30 @@ def test_without_matching_the_discriminator_alone_teaches_the_student():
     assert float(of(model, jnp.asarray(0))[0]) == 0
     with pytest.raises(ValueError, match="matching_weight is 0 and gan null"):
         DistillConfig(matching_weight=0.0)
+
+
+@pytest.mark.parametrize("player", ["critic", "generator"])
+def test_discriminator_s_own_noise(player, monkeypatch):
+    """`gan.renoise` is the noise on what the discriminator sees, and on nothing else."""
+
+    def level(sigma):
+        return losses.RenoiseConfig(smallest=sigma, largest=sigma + 1e-6)
+
+    def logits(model, noisy, sigma, *_):
+        return (jnp.square(noisy).mean((1, 2, 3, 4)) + sigma)[:, None]
+
+    monkeypatch.setattr(player_losses, "_logits", logits)
+    loss = {"critic": player_losses.critic_loss, "generator": player_losses.generator_loss}[player]
+
+    def metrics(shared, own):
+        gan = GANConfig(start=0, discriminator=DiscriminatorConfig((0,), dim=64), r1=None, crop=None, renoise=own)
+        scores = {"score": ScoreConfig(init="teacher", renoise=shared), "critic": CriticConfig(LORA, renoise=shared)}
+        config = config_of(distill={"gan": gan, **scores})
+        scene = rollout.make_scene(batch_of(), keys(), config)
+        one, common = jnp.asarray(1), jax.random.key(5)
+        _, found = jax.jit(lambda model: loss(model, scene, one, keys(), common, one, config))(make_players(config))
+        return {name: float(value) for name, (value, _) in found.items()}
+
+    own, shared = metrics(level(0.8), level(0.2)), metrics(level(0.2), None)
+    for name, value in own.items():
+        assert (value == pytest.approx(shared[name], rel=1e-4)) == name.startswith("gan"), name

@@ -72,7 +72,8 @@ class GANConfig:
     """A discriminator on the fake score's features, from step `start`.
 
     `generator_weight` and `critic_weight` are the factors of the two losses, `r1` and `r2` the penalties at real and at
-    generated latents, `crop` the share of height and width that it sees (null: all).
+    generated latents, `crop` the share of height and width that it sees (null: all). `renoise` is the noise on what it
+    sees; null: that of the critic, and of the teacher for the generator, as upstream.
     """
 
     start: int = 1000
@@ -82,6 +83,7 @@ class GANConfig:
     r1: PenaltyConfig | None = field(default_factory=PenaltyConfig)
     r2: PenaltyConfig | None = None
     crop: float | None = 0.5
+    renoise: RenoiseConfig | None = None
 
     def __post_init__(self):
         require(self.start >= 0, f"start must not be negative, got {self.start}")

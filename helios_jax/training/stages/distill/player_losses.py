@@ -85,9 +85,11 @@ def generator_loss(
     if gan is None or model.discriminator is None:
         return dmd, metrics
 
+    judged_at = _judged_sigma(sigma, fold(keys, 5), step, made, config)
+
     def adversarial(made: Array) -> tuple[Array, Array]:
-        noisy = add_noise(made, _normal(k_gan, made), sigma)
-        logits = _logits(model, _window(noisy, k_crop, config), sigma, history, scene.text, config)
+        noisy = add_noise(made, _normal(k_gan, made), judged_at)
+        logits = _logits(model, _window(noisy, k_crop, config), judged_at, history, scene.text, config)
         against = losses.gan_loss(logits, real=True).mean()
         return gan.generator_weight * against, against
 
@@ -141,19 +143,20 @@ def critic_loss(
         loss = denoising(noisy)
         return loss, {"critic_loss": (loss, jnp.ones(()))}
     graph, learning, rest = nnx.split(model, _judges(config), ...)
+    judged_at = _judged_sigma(sigma, fold(keys, 7), step, made, config)
 
     def adversarial(learning: Any) -> tuple[Array, tuple[Array, Array]]:
         model = nnx.merge(graph, learning, rest)
         own, past = real_chunk(scene, chunks, config)
-        real = add_noise(own, noise, sigma)
-        judged = [(_window(noisy, k_crop, config), history), (_window(real, k_crop_real, config), past)]
+        fake, real = (add_noise(x, noise, judged_at) for x in (made, own))
+        judged = [(_window(fake, k_crop, config), history), (_window(real, k_crop_real, config), past)]
         # A penalty compares one window with and without the noise. (Upstream draws another window for each.)
         for term, key, (latents, after) in ((gan.r1, k_r1, judged[1]), (gan.r2, k_r2, judged[0])):
             if term is not None:
                 judged.append((latents + term.sigma * _normal(key, latents), after))
         count = len(judged)
         latents, after = jax.tree.map(_together, *judged)
-        logits = _logits(model, latents, _repeated(sigma, count), after, _repeated(scene.text, count), config)
+        logits = _logits(model, latents, _repeated(judged_at, count), after, _repeated(scene.text, count), config)
         logits = logits.reshape(-1, count, logits.shape[-1])
         fake_logits, real_logits, *moved = (logits[:, i] for i in range(count))
         against = (losses.gan_loss(fake_logits, real=False) + losses.gan_loss(real_logits, real=True)).mean()
@@ -174,6 +177,15 @@ def critic_loss(
         "gan_penalty": (penalties, weight),
     }
     return error + with_gradient(loss, learning, slope), metrics
+
+
+def _judged_sigma(sigma: Array, keys: Array, step: Array, made: Array, config: DistillTrainConfig) -> Array:
+    """The noise levels at which the discriminator sees chunks: its own, or `sigma`, those of the score."""
+    gan = config.distill.gan
+    assert gan is not None
+    if gan.renoise is None:
+        return sigma
+    return losses.draw_sigma(keys, gan.renoise, step, _shift(made, config))
 
 
 def _judges(config: DistillTrainConfig) -> Any:

@@ -1,0 +1,32 @@
+"""The discriminator's convolutions: products on CPUs, convolutions elsewhere. Its values: tests/parity."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from helios_jax.models.discriminator import Head, HeadConv
+from tests.closeness import assert_close
+
+
+@pytest.mark.parametrize("layer", range(len(Head.SHAPES)))
+def test_product_is_the_convolution(layer):
+    """Forward and backward, also where a stride leaves a rest."""
+    kernel, stride, padding = Head.SHAPES[layer]
+    conv = HeadConv(5, 6, kernel, stride=stride, padding=[(p, p) for p in padding], rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((2, 9, 8, 7, 5), np.float32))
+
+    def gradients(convolve):
+        return jax.jit(jax.value_and_grad(lambda x, w: jnp.square(convolve(x, w)).sum(), (0, 1)))(x, conv.weight[...])
+
+    ours, expected = map(jax.tree.leaves, (gradients(conv._multiply), gradients(super(HeadConv, conv).convolve)))
+    for one, other in zip(ours, expected, strict=True):
+        assert_close(one, other, ulps=60)
+
+
+@pytest.mark.parametrize(("platform", "convolutions"), [("cpu", 0), ("cuda", 6), ("tpu", 6)])
+def test_platforms(platform, convolutions):
+    head = Head(5, 32, rngs=nnx.Rngs(0))
+    program = jax.jit(head).trace(jnp.zeros((1, 9, 8, 8, 5))).lower(lowering_platforms=(platform,)).as_text()
+    assert program.count("stablehlo.convolution(") == convolutions
