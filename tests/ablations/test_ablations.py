@@ -1,5 +1,6 @@
 """Tables, their queue and their page, with commands that take a moment."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -252,15 +253,19 @@ def test_intervals_hold_the_mean_as_often_as_they_say():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablations").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_tables_are_ones_that_can_be(path, monkeypatch):
-    """Also the settings of each run of train.py."""
+    """Also the settings of each run of train.py, and no two runs are the same under different words."""
     monkeypatch.chdir(ROOT)
     table = read(f"ablations/{path.stem}")
     jobs = Jobs(table, Path("out"))
     for row in table.rows:
         jobs(row, 0)
+    runs: dict[str, str] = {}
     for job in jobs.in_order:
         if job.command[1] == "train.py":
-            load_config(job.command[2], job.command[3:])
+            config = load_config(job.command[2], job.command[3:])
+            settings = str(dataclasses.replace(config, run="any"))
+            assert settings not in runs, f"{job.name} is {runs[settings]}"
+            runs[settings] = job.name
 
 
 def test_a_table_that_is_not_there_is_refused():

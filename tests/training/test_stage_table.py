@@ -73,6 +73,14 @@ def test_a_key_of_another_stage_is_refused(path, name, override, parts):
         assert part in str(error.value)
 
 
+def test_corruption_that_changes_nothing_is_refused(path):
+    """An ablation of it would silently be the row without."""
+    change = "flow.corruption={noise: 0, blur: null, saturation: null}"
+    with pytest.raises(ConfigError, match="corruption: noise 0 without blur and saturation changes nothing"):
+        load_config(path, ["stage=flow", change])
+    load_config(path, ["stage=flow", change.replace("saturation: null", "saturation: {}")])
+
+
 def test_a_user_s_stage_is_named_by_its_path(path):
     config = load_config(path, ["stage=tests.training.dummy.Dummy"])
     assert type(config) is TrainConfig
