@@ -97,6 +97,13 @@ class CorruptionConfig:
         if not 0 <= self.noise <= 1:
             raise ValueError(f"noise must lie between 0 and 1, got {self.noise}")
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether no history would change."""
+        blurs = self.blur is not None and self.blur.probability > 0
+        saturates = self.saturation is not None and self.saturation.clean < 1
+        return not saturates and (self.clean == 1 or not (blurs or self.noise > 0))
+
 
 def sections(memory: MemoryConfig) -> tuple[int, ...]:
     """The section of each history frame, oldest first: frames that are blurred or saturated alike.

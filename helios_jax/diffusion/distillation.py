@@ -20,8 +20,8 @@ class RenoiseConfig:
     """Distribution of the noise added to a generated chunk before it is scored (upstream's sample_dynamic_timestep).
 
     "uniform", or "beta" with the parameters `alpha` and `beta`, which reach 1 along a cosine at training step `until`:
-    more noise at first, uniform then. The times are shifted by the number of tokens and kept within [`smallest`,
-    `largest`].
+    more noise at first, uniform then; with `until` 0 they stay as they are. The times are shifted by the number of
+    tokens and kept within [`smallest`, `largest`].
     """
 
     distribution: Literal["uniform", "beta"] = "uniform"

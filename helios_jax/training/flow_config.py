@@ -88,10 +88,9 @@ class FlowConfig:
             self.first_chunk is None or 0 < self.first_chunk <= 1,
             f"first_chunk must be above 0 and at most 1, got {self.first_chunk}",
         )
-        corruption = self.corruption
         require(
-            corruption is None or corruption.noise > 0 or bool(corruption.blur or corruption.saturation),
-            "corruption: noise 0 without blur and saturation changes nothing; give one of them, or set it to null",
+            self.corruption is None or not self.corruption.is_nothing,
+            "corruption: without noise, blur and saturation it changes nothing; give one of them, or set it to null",
         )
 
 

@@ -73,12 +73,23 @@ def test_a_key_of_another_stage_is_refused(path, name, override, parts):
         assert part in str(error.value)
 
 
-def test_corruption_that_changes_nothing_is_refused(path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        "{noise: 0, blur: null, saturation: null}",
+        "{noise: 0, blur: {probability: 0}, saturation: {clean: 1}}",
+        "{clean: 1, saturation: null}",
+    ],
+)
+def test_corruption_that_changes_nothing_is_refused(path, change):
     """An ablation of it would silently be the row without."""
-    change = "flow.corruption={noise: 0, blur: null, saturation: null}"
-    with pytest.raises(ConfigError, match="corruption: noise 0 without blur and saturation changes nothing"):
-        load_config(path, ["stage=flow", change])
-    load_config(path, ["stage=flow", change.replace("saturation: null", "saturation: {}")])
+    with pytest.raises(ConfigError, match="corruption: without noise, blur and saturation it changes nothing"):
+        load_config(path, ["stage=flow", f"flow.corruption={change}"])
+
+
+@pytest.mark.parametrize("change", ["{noise: 0, saturation: null}", "{noise: 0, blur: null}", "{blur: null}"])
+def test_each_part_of_the_corruption_alone(path, change):
+    load_config(path, ["stage=flow", f"flow.corruption={change}"])
 
 
 def test_a_user_s_stage_is_named_by_its_path(path):
