@@ -113,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
+        # Writes that a failed save never began: Python warns of each whenever it is collected.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         warnings.showwarning = show
         try:
             enable_cache()

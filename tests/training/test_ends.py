@@ -191,6 +191,19 @@ def test_folders_that_cannot_be_written_are_refused_before_anything(config, tmp_
     assert not (tmp_path / "r").exists()
 
 
+def test_leftovers_of_a_failed_save_are_not_told(config, tmp_path, capsys, monkeypatch):
+    async def write():
+        raise AssertionError
+
+    def leave(self):
+        write()  # never awaited, and collected here
+        raise RecordError("data/x[train]: record 17 is damaged")
+
+    monkeypatch.setattr(dummy.Batches, "__next__", leave)
+    assert run(config, f"run={tmp_path / 'r'}") == 1
+    assert "record 17" in one_line(capsys)
+
+
 def test_a_damaged_record_stops_the_run_after_its_checkpoint(config, tmp_path, capsys, monkeypatch):
     following = dummy.Batches.__next__
 
