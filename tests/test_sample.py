@@ -20,7 +20,7 @@ from helios_jax import HeliosPipeline
 from helios_jax.media.mp4 import VideoWriter
 from helios_jax.media.video import read_video
 from helios_jax.media.writers import LatentWriter
-from helios_jax.sampling import pipeline
+from helios_jax.sampling import one_video, pipeline
 from helios_jax.sampling import run as runs
 from helios_jax.sampling.stream import Stream
 from helios_jax.sampling.stream_state import read_state
@@ -114,7 +114,7 @@ def test_a_profile_is_of_the_second_chunk(config, tmp_path, capsys):
     assert run(config, "--num-frames", "18", "--profile", str(tmp_path / "trace")) == 0
     (trace,) = (tmp_path / "trace").rglob("*.xplane.pb")
     assert b"PjitFunction(denoise_step)" in trace.read_bytes()
-    assert f"profile: {tmp_path}/trace" in capsys.readouterr().out
+    assert f"profile of chunks in {tmp_path}/trace" in capsys.readouterr().out
 
 
 def test_frames_and_latents(config, tmp_path, folder):
@@ -173,7 +173,7 @@ def test_the_state_is_never_ahead_of_the_file(config, tmp_path, monkeypatch):
     writers = []
     monkeypatch.setattr(runs, "_check", lambda *args, **kwargs: None)
     monkeypatch.setattr(
-        runs, "open_writer", lambda path, *_: writers.append(Watched(path, tmp_path / "state")) or writers[-1]
+        one_video, "open_writer", lambda path, *_: writers.append(Watched(path, tmp_path / "state")) or writers[-1]
     )
     out = tmp_path / "x.npz"
     assert run(config, "--num-frames", 36, "--state", tmp_path / "state", "--out", out) == 0
@@ -197,7 +197,7 @@ def test_a_slow_writer_does_not_delay_the_stream(config, tmp_path, monkeypatch):
                 made.set()
             return out
 
-    monkeypatch.setattr(runs, "open_writer", lambda path, *_: Slow(path))
+    monkeypatch.setattr(one_video, "open_writer", lambda path, *_: Slow(path))
     monkeypatch.setattr(pipeline, "Stream", Seen)
     assert run(config, "--num-frames", 27, "--out", tmp_path / "x.npz") == 0
     assert np.load(tmp_path / "x.npz")["latents"].shape[0] == 9
@@ -210,7 +210,7 @@ def test_a_full_disk_ends_the_run_and_what_was_written_stays(config, tmp_path, m
                 raise OSError(errno.ENOSPC, "No space left on device")
             super().write(chunk)
 
-    monkeypatch.setattr(runs, "open_writer", lambda path, *_: Full(path))
+    monkeypatch.setattr(one_video, "open_writer", lambda path, *_: Full(path))
     arguments = ["--num-frames", 90, "--state", tmp_path / "state"]
     assert run(config, *arguments, "--out", tmp_path / "x.npz") == 1
     assert np.load(tmp_path / "x.npz")["latents"].shape[0] == 3

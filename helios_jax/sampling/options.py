@@ -274,7 +274,7 @@ class SampleConfig(SamplingOptions):
     overwrite: bool = option(False, "replace files that are there already", FILES)
     state: str | None = option(None, "a file to keep up to date while the video grows, to go on from", FILES)
     resume: str | None = option(None, "such a file: make the rest of that video", FILES)
-    profile: str | None = option(None, "a folder for a trace of the second chunk, for Perfetto or XProf", FILES)
+    profile: str | None = option(None, "a folder for a profile of the second chunk, for Perfetto or XProf", FILES)
     ray: str | None = option(
         None, "with csv, a Ray cluster that makes the videos: auto, HOST:PORT, ray://HOST:PORT or local", FILES
     )
@@ -288,7 +288,7 @@ class SampleConfig(SamplingOptions):
             if (path := getattr(self, name)) is not None:
                 _is_text(**{name: path})
                 if name not in ("image", "video"):  # which can be addresses, too (`sampling.download`)
-                    check_locations(**{name: path}, local=name == "profile")  # jax writes a profile locally
+                    check_locations(**{name: path})
                 if not path.strip() or (name in ("out", "state") and not location(path).name):  # "/" and "."
                     raise ValueError(f"{name} must name a file or a folder, got {path!r}")
                 setattr(self, name, os.path.expanduser(path))

@@ -56,30 +56,35 @@ def check_typed(config: SampleConfig, settings: Mapping[str, Any], path: str) ->
 
 @dataclass(frozen=True)
 class Rest:
-    """The part of a video that is still to be made after a saved state.
+    """The part of a video that is still to be made: what a saved state leaves, or all of a new video.
 
     Args:
         chunk: the first chunk to make, counted over the whole video.
-        begins: the first chunk in the file that is continued; None if the rest gets a file of its own.
+        begins: the first chunk in the file.
+        in_its_file: True if it is added to the video's file, False if it gets a file of its own.
         keep: the frames (latent ones for an .npz) that the file must have before `chunk`; those of the last chunk can
             be made again if they are missing.
         finished: True if there is nothing left to make.
     """
 
-    chunk: int
-    begins: int | None
-    keep: int
-    finished: bool
+    chunk: int = 0
+    begins: int = 0
+    in_its_file: bool = False
+    keep: int = 0
+    finished: bool = False
 
 
-def rest_of(job: Job, plan: Plan) -> Rest | None:
-    """The part of the job's video that its saved state leaves to be made, or None if the job does not resume.
+NEW = Rest()
+
+
+def rest_of(job: Job, plan: Plan) -> Rest:
+    """The part of the job's video that its saved state leaves to be made; `NEW` if the job does not resume.
 
     Raises ConfigError if the state is of another video, or if the file holds other chunks than those before the state.
     """
     path, options = job.config.resume, plan.options
     if path is None:
-        return None
+        return NEW
     state = read_state(path)
     _check_inputs(job, state, path)
     _check_switches(job, state, plan, path)
@@ -93,20 +98,19 @@ def rest_of(job: Job, plan: Plan) -> Rest | None:
                 f"out: {job.out} has chunks {begins} to {ends - 1}, and {path} is before chunk {state.chunk}:"
                 " name another out for the rest"
             )
-    made = state.chunk - (begins or 0)
     ended = plan.num_chunks is not None and state.chunk >= plan.num_chunks
     if begins is None:
-        return Rest(state.chunk, None, 0, ended)
+        return Rest(state.chunk, begins=state.chunk, finished=ended)
     # After a kill the file may lack its last frames: such a video is not finished, unless a shorter one is asked for.
     before = state.options.num_frames
     shorter = options.num_frames is not None and (before is None or options.num_frames < before)
     finished = ended and (shorter or (facts is not None and facts.get("complete") is True))
     if job.out.suffix == ".npz":
-        return Rest(state.chunk, begins, made * plan.memory.frames_per_chunk, finished)
+        return Rest(state.chunk, begins, True, (state.chunk - begins) * plan.memory.frames_per_chunk, finished)
     ends = plan.frames.before(state.chunk)
     if options.num_frames is not None:
         ends = min(ends, options.num_frames)
-    return Rest(state.chunk, begins, ends - plan.frames.before(begins), finished)
+    return Rest(state.chunk, begins, True, ends - plan.frames.before(begins), finished)
 
 
 def check_gap(path: Path, rest: Rest, frames: int, plan: Plan) -> None:
@@ -122,10 +126,10 @@ def check_gap(path: Path, rest: Rest, frames: int, plan: Plan) -> None:
 def missing(stream: Stream, rest: Rest, frames: int, plan: Plan) -> np.ndarray:
     """The frames from `frames` to `rest.keep`, which the file lacks, made again from the state's last chunk."""
     chunk = stream.last_chunk()[0]
-    begins, last = rest.begins or 0, rest.chunk - 1
-    before = (last - begins) * len(chunk)
+    last = rest.chunk - 1
+    before = (last - rest.begins) * len(chunk)
     if stream.pixels:
-        before = plan.frames.before(last) - plan.frames.before(begins)
+        before = plan.frames.before(last) - plan.frames.before(rest.begins)
     return chunk[frames - before : rest.keep - before]
 
 

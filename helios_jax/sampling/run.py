@@ -1,23 +1,17 @@
-"""A run of sample.py: check everything, load once, make each video chunk by chunk, write and report."""
+"""A run of sample.py: check everything, load once, make each video."""
 
-import importlib.metadata
 import itertools
-import platform
-import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
-
 from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.locations import location
-from helios_jax.media.writers import ThreadedWriter, Writer, open_writer, remove_frames, sidecar, write_sidecar
 from helios_jax.models.transformer import Transformer
 from helios_jax.runtime import interrupts, many
 from helios_jax.runtime.compilation import enable_cache
@@ -26,16 +20,14 @@ from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.context import Context, read_context
 from helios_jax.sampling.fingerprint import file_hash
 from helios_jax.sampling.jobs import Job, make_jobs
+from helios_jax.sampling.one_video import make, open_file
 from helios_jax.sampling.options import SampleConfig
 from helios_jax.sampling.pipeline import HeliosPipeline, check_identity, compute_dtype, identity_of
 from helios_jax.sampling.plan import Plan, frames_of_chunks, make_plan
 from helios_jax.sampling.progress import RunProgress
 from helios_jax.sampling.prompts import make_schedule
-from helios_jax.sampling.resume import Rest, check_gap, later_switches, missing, rest_of
-from helios_jax.sampling.stream import Stream
-from helios_jax.sampling.stream_state import Snapshot, read_state
-
-PACKAGES = ("helios_jax", "jax", "flax", "numpy")
+from helios_jax.sampling.resume import NEW, Rest, check_gap, rest_of
+from helios_jax.sampling.stream_state import read_state
 
 
 @dataclass(frozen=True)
@@ -104,7 +96,7 @@ def run(config: SampleConfig) -> int:
             return 0
     plans = [weights.plan(job) for job in todo]
     rests = [rest_of(job, plan) for job, plan in zip(todo, plans)]
-    if all(rest is not None and rest.finished for rest in rests):
+    if all(rest.finished for rest in rests):
         print(f"nothing left to make: {config.resume} is after the last chunk, ask for more num_frames", flush=True)
         return 0
     for job, plan, rest in zip(todo, plans, rests):
@@ -176,14 +168,13 @@ class _RowMaker:
             context = _read_context(job, plan, self._weights.checkpoint)
             with interrupts.deferred():
                 begin = self._begin if number == 0 else time.monotonic()
-                make(self._pipe, job, plan, None, context, shown, begin)
+                make(self._pipe, job, plan, NEW, context, shown, begin)
         return True
 
 
-def _check(job: Job, plan: Plan, rest: Rest | None, checkpoint: Checkpoint, *, alone: bool) -> None:
+def _check(job: Job, plan: Plan, rest: Rest, checkpoint: Checkpoint, *, alone: bool) -> None:
     """Raises ValueError for a video that cannot be made or, if it is `alone` (no row of a CSV), cannot be written."""
-    goes_on = rest is not None and rest.begins is not None
-    outputs.check(job, goes_on=goes_on)
+    outputs.check(job, goes_on=rest.in_its_file)
     config = job.config
     if config.profile is not None and plan.num_chunks is not None and plan.num_chunks < 2:
         least = plan.frames.first + 1
@@ -195,147 +186,13 @@ def _check(job: Job, plan: Plan, rest: Rest | None, checkpoint: Checkpoint, *, a
         check_identity(config.resume, read_state(config.resume), identity)
     else:
         make_schedule([config.prompt], config.switches, config, plan.frames)
-    if goes_on or (alone and not job.out.is_dir()):
-        writer = _open(job, rest)
+    if rest.in_its_file or (alone and not job.out.is_dir()):
+        writer = open_file(job, rest)
         writer.close()
-        if rest is not None:
+        if rest.in_its_file:
             check_gap(job.out, rest, writer.frames, plan)
-
-
-def _open(job: Job, rest: Rest | None) -> Writer:
-    """Opens the writer of a job's file, which keeps the frames of a video that is continued."""
-    config = job.config
-    return open_writer(job.out, config.fps, config.height, config.width, 0 if rest is None else rest.keep)
 
 
 def _read_context(job: Job, plan: Plan, checkpoint: Checkpoint) -> Context:
     config = job.config
     return None if config.resume else read_context(config.image, config.video, 1, plan, checkpoint.vae)
-
-
-def make(
-    pipe: HeliosPipeline,
-    job: Job,
-    plan: Plan,
-    rest: Rest | None,
-    context: Context,
-    shown: RunProgress,
-    begin: float,
-) -> None:
-    """Makes one video, prints its figures and writes its sidecar.
-
-    A video that is interrupted gets these, too, before the KeyboardInterrupt is raised again.
-    """
-    config = job.config
-    times: list[float] = []
-    interrupted = None
-    begins = 0 if rest is None else rest.chunk if rest.begins is None else rest.begins
-    about = {"settings": job.settings(), "inputs": job.inputs}
-    if rest is None or rest.begins is None:
-        remove_frames(job.out)
-    with (
-        shown,
-        ExitStack() as trace,
-        closing(ThreadedWriter(_open(job, rest))) as writer,
-    ):
-        # Written first: if this run is killed, the next one can tell from it which video the file holds.
-        write_sidecar(job.out, {**about, "first_chunk": begins, "complete": False})
-        kept, first = writer.frames, begins if rest is None else rest.chunk
-        shown.start(plan)
-
-        def progress(chunk: int, step: int) -> None:
-            shown.step(step, plan.num_steps(chunk))
-
-        def written(chunk: int, state: Snapshot | None) -> None:
-            """Runs once a chunk is in the file, so that the state on disk is never ahead of the frames."""
-            times.append(time.monotonic())
-            if config.state is not None and state is not None:
-                state.save(config.state)
-            shown.chunk(chunk, plan.num_chunks, writer.frames)
-
-        try:
-            # Waiting for every step costs a little, so it is done for a bar or a trace only. A trace needs it, because
-            # it would not show the part of a chunk that was queued before the trace began.
-            wait = config.profile is not None or shown.live
-            stream = _start(pipe, config, plan, context, writer.takes, progress if wait else None)
-            stream.about, first = about, stream.chunk
-            if rest is not None and kept < rest.keep:
-                interrupts.keep()
-                writer.write(missing(stream, rest, kept, plan))
-            for made, out in enumerate(stream, 1):
-                state = None if config.state is None else stream.snapshot()
-                interrupts.keep()
-                writer.write(out[0], partial(written, stream.chunk, state))
-                if config.profile is not None and made == 1:
-                    trace.enter_context(jax.profiler.trace(config.profile))
-                elif made == 2:
-                    trace.close()
-            writer.close()
-        except KeyboardInterrupt as error:
-            interrupted = error
-    figures = _figures(begin, times, writer.frames - kept)
-    for name, value in figures.items():
-        print(f"{name}: {value}")
-    seconds = f", {writer.frames / config.fps:.1f} s" if writer.takes == "np" else ""
-    kind = "frames" if writer.takes == "np" else "latent frames"
-    print(f"video: {writer.path} ({writer.frames} {kind}{seconds})")
-    if config.profile is not None and times:
-        print(f"profile: {config.profile}" if len(times) > 1 else "profile: none, no second chunk was made")
-    held = first + len(times) - begins
-    if interrupted is not None:
-        print(f"interrupted: {writer.path} holds the {held} of {plan.num_chunks} chunks that were done")
-    if not writer.frames:
-        sidecar(job.out).unlink()
-    else:
-        counts = {"frames": writer.frames, "first_chunk": begins, "chunks": held}
-        facts = {"resumed_from": config.resume, "complete": interrupted is None, **counts, "figures": figures}
-        write_sidecar(job.out, {**about, **facts, **_machine()})
-    if interrupted is not None:
-        raise interrupted
-
-
-def _start(
-    pipe: HeliosPipeline, config: SampleConfig, plan: Plan, context: Context, output_type: str, progress: Any
-) -> Stream:
-    """Starts the stream of a video, or resumes it from the state that the config names."""
-    if config.resume is not None:
-        switches = later_switches(config, plan, read_state(config.resume).chunk)
-        return pipe.resume(config.resume, plan=plan, switches=switches, output_type=output_type, progress=progress)
-    call = pipe.prepare(
-        config.prompt, config.negative_prompt, plan, context=context, switches=config.switches, seed=config.seed
-    )
-    return pipe.start(call, output_type, progress)
-
-
-def _figures(begin: float, times: Sequence[float], frames: int) -> dict[str, str]:
-    """Figures of a run, by name. The seconds a chunk leave the first chunk out, which includes compilation."""
-    figures = {}
-    if times:
-        figures["time to first chunk"] = f"{times[0] - begin:.2f} s"
-    if len(times) > 1:
-        seconds = (times[-1] - times[0]) / (len(times) - 1)
-        figures["seconds a chunk"] = f"{seconds:.2f} s"
-        warm, overall = frames / len(times) / seconds, frames / (times[-1] - begin)
-        figures["frames/s"] = f"{warm:.1f} warm, {overall:.1f} in all"
-    figures["peak host memory"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
-    device = jax.local_devices()[0]
-    if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats:
-        figures["peak device memory"] = f"{stats['peak_bytes_in_use'] / 2**30:.2f} GiB"
-    return figures
-
-
-def _machine() -> dict[str, Any]:
-    """The device and the versions of a run, for the sidecar."""
-    return {
-        "device": jax.local_devices()[0].device_kind,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
-    }
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

@@ -18,9 +18,9 @@ from helios_jax.config import ConfigError
 from helios_jax.data.records import RecordError
 from helios_jax.locations import location
 from helios_jax.runtime import hosts, interrupts, seeds
+from helios_jax.runtime.profile import Profile
 from helios_jax.sharding import put_batch
 from helios_jax.training.errors import NotFiniteError, RunError, writing
-from helios_jax.training.profile import Profile
 from helios_jax.training.progress import Reporter
 from helios_jax.training.run_checkpoints import Checkpoints
 from helios_jax.training.run_config import TrainConfig
@@ -58,7 +58,7 @@ def run(
     folder = location(config.run)
     meter = Meter(stage, state, mesh)
     reporter = Reporter(folder, first, config, stage.learning_rates, began, meter)
-    goodput, profile = reporter.goodput, Profile(folder / "profile", profiled)
+    goodput, profile = reporter.goodput, Profile(folder / "profile", profiled, skipped=2)
     with _Signals() as signals, reporter, contextlib.closing(profile):
         while done < config.steps and stop is None:
             begin = time.monotonic()

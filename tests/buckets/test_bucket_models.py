@@ -50,6 +50,13 @@ def test_video_of_a_model_in_a_bucket_into_a_bucket(sample_config, objects, tmp_
     assert tiny_run.run(sample_config, "--resume", "gs://bucket/out/state", *remote[2:4], "--num-frames", "18") == 0
 
 
+def test_profile_of_a_chunk_into_a_bucket(sample_config, tmp_path):
+    remote = ["--profile", "gs://bucket/profile", "--num-frames", "18"]
+    assert tiny_run.run(sample_config, "--out", tmp_path / "x.mp4", *remote) == 0
+    (name,) = (name for name in bucket.names("bucket/profile") if name.endswith(".xplane.pb"))
+    assert b"PjitFunction(denoise_step)" in bucket.OBJECTS[f"bucket/profile/{name}"][1]
+
+
 def test_input_image_in_a_bucket(sample_config, tmp_path):
     Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(tmp_path / "i.png")
     locations.upload(tmp_path / "i.png", location("gs://bucket/i.png"))
@@ -64,7 +71,7 @@ def test_input_image_in_a_bucket(sample_config, tmp_path):
         ("--image", "gs://bucket/absent.png", "gs://bucket/absent.png: no such file"),
         ("--image", "gs:/x.png", "gs:/x.png"),
         ("--lora", "gs://bucket/absent", "no file gs://bucket/absent"),
-        ("--profile", "gs://bucket/profile", "must be local"),
+        ("--profile", "htp://b/x", "names no place"),
     ],
 )
 def test_bad_location_of_a_video_is_one_line(sample_config, tmp_path, capsys, flag, text, told):

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from helios_jax.media.video import read_video
-from helios_jax.sampling import outputs
-from helios_jax.sampling import run as runs
+from helios_jax.sampling import one_video, outputs
 from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.jobs import make_jobs
 from helios_jax.sampling.options import SampleConfig
@@ -81,7 +80,7 @@ def test_a_video_that_was_begun_is_made_again(config, tmp_path, capsys, monkeypa
     """A killed run leaves half a video and its facts: the same command makes it whole, another does not touch it."""
     arguments = ["--out", tmp_path / out, "--num-frames", 27]
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "_figures", lambda *_: (_ for _ in ()).throw(SystemExit(137)))
+        patch.setattr(one_video, "_figures", lambda *_: (_ for _ in ()).throw(SystemExit(137)))
         with pytest.raises(SystemExit):
             run(config, *arguments)
     assert json.loads((tmp_path / "x.json").read_text())["complete"] is False

@@ -13,8 +13,7 @@ from safetensors.numpy import load_file, save_file
 import sample
 from helios_jax import HeliosPipeline
 from helios_jax.media.video import read_video
-from helios_jax.sampling import outputs
-from helios_jax.sampling import run as runs
+from helios_jax.sampling import one_video, outputs
 from helios_jax.sampling.fingerprint import content_hash
 from helios_jax.sampling.stream_state import read_state
 from tests.tiny_run import CONFIG
@@ -130,7 +129,7 @@ def test_an_interrupt_before_the_next_chunk_counts_those_that_are_there(run, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "_start", interrupted)
+        patch.setattr(one_video, "_start", interrupted)
         assert run("--num-frames", 36, "--resume", "s", "--out", "x.mp4") == 130
     facts = json.loads(Path("x.json").read_text())
     assert (facts["complete"], facts["chunks"], facts["frames"]) == (False, 2, 18)
@@ -189,7 +188,7 @@ CONTRADICTIONS = [
 def test_contradictions_are_refused_before_weights_are_read(run, begun, folder, capsys, monkeypatch):
     Image.new("RGB", (48, 32), "blue").save("other.png")
     with_other_weights(folder, Path("other"))
-    monkeypatch.setattr(runs.HeliosPipeline, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(one_video.HeliosPipeline, "from_pretrained", lambda *_, **__: pytest.fail("weights were read"))
     capsys.readouterr()
     for arguments, words in CONTRADICTIONS:
         refusal(capsys, run("--num-frames", 27, "--resume", "s", "--out", "x.npz", *arguments), *words)
