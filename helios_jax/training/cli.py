@@ -94,6 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from helios_jax.pretrained import CheckpointError
     from helios_jax.runtime import hosts
     from helios_jax.runtime.compilation import enable_cache
+    from helios_jax.runtime.host_watch import Watch
     from helios_jax.training.errors import RunError
     from helios_jax.training.run_checkpoints import RestoreError
     from helios_jax.training.stage_table import load_config, make_stage
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             enable_cache()
             stage = make_stage(load_config(args.config, args.overrides))
             hosts.join(stage.config.mesh.processes)
-            watch = hosts.Watch(program_name("train.py")) if hosts.several() else None
+            watch = Watch(program_name("train.py")) if hosts.several() else None
             code = train(stage, args.profile)
             if watch is not None:
                 watch.close()
