@@ -14,6 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from helios_jax import lora
+from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.lora import LoRAConfig, LoRAWeight
 from helios_jax.lora.__main__ import main
 from helios_jax.models.layers import Linear
@@ -27,6 +28,7 @@ from helios_jax.pretrained import (
     to_arrays,
 )
 from helios_jax.sharding import MeshConfig, make_mesh, shardings
+from helios_jax.trained import Trained, read_trained
 from tests import tiny
 from tests.closeness import assert_close, error
 from tests.processes import environment
@@ -248,13 +250,35 @@ def test_the_command_merges_files_into_a_transformer(tmp_path, capsys):
     expected = to_arrays(lora.merge(lora.attach(model(), files, {"b": 0.5})))
     written = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
     assert_close({key: written[key] for key in expected}, expected)
-    capsys.readouterr()
-    assert main([*command, "--lora", f"{tmp_path}/b.safetensors=much"]) == 2
-    assert main([*command, "--lora", f"{tmp_path}/c.safetensors"]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 2
-    assert "much" in error
-    assert "no file" in error
+
+
+@pytest.mark.parametrize(
+    ("out", "name", "told"),
+    [
+        ("new", "a.safetensors=much", "much"),
+        ("new", "c.safetensors", "no file"),
+        ("transformer", "a.safetensors", "is there already"),  # the model's own folder
+        ("a.safetensors", "a.safetensors", "is there already"),
+        ("a.safetensors/new", "a.safetensors", "cannot be made"),
+    ],
+)
+def test_the_command_refuses_in_one_line(tmp_path, capsys, out, name, told):
+    save_model(model(), tiny.TRANSFORMER, tmp_path / "transformer")
+    save_file(ARRAYS, tmp_path / "a.safetensors")
+    before = (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert main([str(tmp_path), str(tmp_path / out), "--lora", f"{tmp_path}/{name}"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert told in line
+    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_the_command_keeps_what_the_model_was_trained_with(tmp_path):
+    student = Trained(MemoryConfig(positions="absolute"), (1, 1, 1), True)
+    save_model(model(), tiny.TRANSFORMER, tmp_path / "model", more=student.entries())
+    save_file(ARRAYS, tmp_path / "a.safetensors")
+    assert main([str(tmp_path / "model"), str(tmp_path / "out"), "--lora", f"{tmp_path}/a.safetensors"]) == 0
+    assert read_trained(tmp_path / "out") == student
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
 from helios_jax.pretrained import file_entries, from_arrays
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.sampling.plan import Variant
-from helios_jax.sampling.trained import Trained
+from helios_jax.trained import Trained
 
 TOKENIZER = Path(helios_jax.__file__).parent / "assets" / "toy" / "tokenizer"
 TRANSFORMER = TransformerConfig(

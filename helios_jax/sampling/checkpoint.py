@@ -22,7 +22,7 @@ from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import offload
 from helios_jax.sampling.fingerprint import file_hash, weights_hash
 from helios_jax.sampling.plan import Variant
-from helios_jax.sampling.trained import read_trained, with_loras
+from helios_jax.trained import read_trained, with_loras
 
 PIPELINES = ("HeliosPipeline", "HeliosPyramidPipeline")
 # Our own entry of model_index.json, written unless the size is 384 x 640; diffusers ignores names with an underscore.

@@ -14,7 +14,7 @@ from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
 from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.options import SamplingOptions
-from helios_jax.sampling.trained import Trained
+from helios_jax.trained import Trained
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def export_pipeline(model: Transformer, config: FlowTrainConfig, folder: Path) -
     """Writes `folder`/pipeline: the transformer in bfloat16, and with `flow.components` a whole pipeline around it.
 
     Adapters are merged into it; those that were trained are also written alone into `folder`/lora. Both record the
-    settings of training that sampling must repeat (`sampling.trained`). All hosts must call; the first writes.
+    settings of training that sampling must repeat (`helios_jax.trained`). All hosts must call; the first writes.
     """
     out = folder / "pipeline"
     if config.lora is not None:

@@ -11,7 +11,7 @@ from helios_jax.models.vae import VAEConfig
 from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.checkpoint import PARTS, TRAINED_SIZE, Checkpoint
 from helios_jax.sampling.plan import Variant
-from helios_jax.sampling.trained import Trained
+from helios_jax.trained import Trained
 from helios_jax.training.flow_config import FlowTrainConfig, StudentTrainConfig
 from helios_jax.training.start import transformer_config
 

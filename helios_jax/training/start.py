@@ -16,7 +16,7 @@ from helios_jax.models.transformer import MEMORY_PATCHES, Transformer, Transform
 from helios_jax.models.transformer.embeddings import Patches, coarser
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import seeds
-from helios_jax.sampling.trained import read_trained
+from helios_jax.trained import read_trained
 from helios_jax.training.flow_config import FlowTrainConfig, StudentTrainConfig
 from helios_jax.training.trainable import AdapterConfig
 

@@ -18,7 +18,7 @@ from helios_jax.precompute.prompt_files import Prompt
 from helios_jax.precompute.trajectories import Settings, Teacher
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.plan import Variant
-from helios_jax.sampling.trained import Trained
+from helios_jax.trained import Trained
 from tests import tiny
 
 # get_ode-pairs.py: the first chunk's, and those of all others.

@@ -14,7 +14,7 @@ from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.options import SamplingOptions
 from helios_jax.sampling.plan import Variant, make_plan
-from helios_jax.sampling.trained import METADATA, Trained
+from helios_jax.trained import METADATA, Trained, with_loras
 from tests import tiny
 
 ABSOLUTE = MemoryConfig(positions="absolute", frames_per_chunk=3)
@@ -152,6 +152,15 @@ def test_a_lora_brings_the_settings_of_its_training(folder):
         CheckpointError, match=r"s was trained for a student of \[1, 1, 1\] steps: give it to a Distilled"
     ):
         checkpoint.with_loras({"s": student})
+
+
+def test_a_lora_of_an_earlier_stage_leaves_a_student_s_steps():
+    student, earlier = Trained(ABSOLUTE, (1, 1, 1), True), Trained(ABSOLUTE).metadata()
+    assert with_loras(student, {"a": earlier}, distilled=True) == student
+    assert with_loras(Trained(), {"a": earlier, "b": student.metadata()}, distilled=True) == student
+    other = {"a": earlier, "b": student.metadata(), "c": Trained(ABSOLUTE, (2, 2, 2)).metadata()}
+    with pytest.raises(CheckpointError, match=r"b and c were trained with different settings \(steps \(1, 1, 1\)"):
+        with_loras(student, other, distilled=True)
 
 
 @pytest.mark.reference

@@ -18,9 +18,9 @@ from helios_jax.precompute import cli as precompute
 from helios_jax.precompute.encode import EMPTY_TEXT, VideoEncoder
 from helios_jax.pretrained import file_entries
 from helios_jax.sampling.checkpoint import Checkpoint
-from helios_jax.sampling.trained import Trained
 from helios_jax.sharding import MeshConfig, make_mesh
 from helios_jax.toy import build as toy_build
+from helios_jax.trained import Trained
 from helios_jax.training import start
 from helios_jax.training.flow_config import PyramidConfig
 from helios_jax.training.loop import split_ids

@@ -10,8 +10,8 @@ import pytest
 from helios_jax.config import ConfigError
 from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.models.transformer import TransformerConfig
-from helios_jax.sampling.trained import Trained
 from helios_jax.sharding import AXES
+from helios_jax.trained import Trained
 from helios_jax.training import cli, start
 from helios_jax.training.stage_table import load_config
 from tests.training import recipe

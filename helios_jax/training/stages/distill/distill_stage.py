@@ -29,7 +29,7 @@ from helios_jax.models.transformer import Transformer
 from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_TEXT
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import seeds
-from helios_jax.sampling.trained import Trained, differences, with_loras
+from helios_jax.trained import Trained, differences, with_loras
 from helios_jax.training import optim
 from helios_jax.training.export import export_pipeline
 from helios_jax.training.stage import Batches, Metrics, Player, Stage

@@ -49,8 +49,8 @@ def read_trained(folder: Path) -> Trained:
 def with_loras(trained: Trained, metadata: Mapping[str, Mapping[str, str]], *, distilled: bool) -> Trained:
     """The settings of a transformer with LoRAs: those that the `metadata` of the LoRA files record, else `trained`.
 
-    Raises CheckpointError, in one line, for LoRAs that disagree, and for a student's LoRA unless the checkpoint is
-    `distilled`.
+    A LoRA of stage 1 or 2 says nothing of a student's steps. Raises CheckpointError, in one line, for LoRAs that
+    disagree, and for a student's LoRA unless the checkpoint is `distilled`.
     """
     records = {
         name: _parse(json.loads(one[METADATA]), f"{name}: {METADATA}")
@@ -62,11 +62,18 @@ def with_loras(trained: Trained, metadata: Mapping[str, Mapping[str, str]], *, d
             raise CheckpointError(
                 f"{name} was trained for a student of {list(record.steps)} steps: give it to a Distilled checkpoint"
             )
+    student = _agreed({name: record for name, record in records.items() if record.steps is not None}, trained)
+    memory = _agreed({name: Trained(record.memory) for name, record in records.items()}, trained).memory
+    return dataclasses.replace(student, memory=memory)
+
+
+def _agreed(records: Mapping[str, Trained], default: Trained) -> Trained:
+    """The record that all LoRAs have, by their names; `default` without LoRAs."""
     if len({*records.values()}) > 1:
         raise CheckpointError(
             f"{' and '.join(records)} were trained with different settings ({differences(*records.values())}): use one"
         )
-    return next(iter(records.values()), trained)
+    return next(iter(records.values()), default)
 
 
 def differences(*records: Any) -> str:
