@@ -85,7 +85,7 @@ def run(
             validate = config.validation is not None and done % config.validation.every == 0 and stop is None
             if log or save or validate:
                 means = _mean(window, done, folder)
-                since_save.append((len(window), _metric(means, config)))
+                since_save.append((len(window), _metric(means, window, config)))
                 reporter.report(done, means)
                 window = []
             if save:
@@ -115,9 +115,8 @@ def _mean(window: list[tuple[Metrics, list[str]]], done: int, run: Path) -> dict
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
                 raise _not_finite(first + i, name, float(metrics[name]), ids, run)
-    names = sorted(values[0], key=lambda name: (name != "loss", name)) if values else []
     means = {}
-    for name in names:
+    for name in _names(window):
         pairs = [x if isinstance(x := metrics[name], tuple) else (x, 1) for metrics in values]
         total, weight = np.sum(np.asarray(pairs, np.float64), 0)
         if weight > 0:
@@ -125,12 +124,20 @@ def _mean(window: list[tuple[Metrics, list[str]]], done: int, run: Path) -> dict
     return means
 
 
-def _metric(means: dict[str, float], config: TrainConfig) -> float:
-    """The metric by which checkpoints are kept. Raises ConfigError for one that the stage does not have."""
+def _metric(means: dict[str, float], window: list[tuple[Metrics, list[str]]], config: TrainConfig) -> float:
+    """The metric by which checkpoints are kept; NaN where no step of the window had a part in its mean.
+
+    Raises ConfigError for one that the stage does not have.
+    """
     name = config.checkpoint.metric
-    if config.checkpoint.keep_best and means and name not in means:
-        raise ConfigError(f"checkpoint.metric: there is no {name!r}; name one of {', '.join(means)}")
+    if config.checkpoint.keep_best and window and name not in _names(window):
+        raise ConfigError(f"checkpoint.metric: there is no {name!r}; name one of {', '.join(_names(window))}")
     return means.get(name, math.nan)
+
+
+def _names(window: list[tuple[Metrics, list[str]]]) -> list[str]:
+    """The names of all metrics, the loss first."""
+    return sorted(window[0][0], key=lambda name: (name != "loss", name)) if window else []
 
 
 def _average(parts: list[tuple[int, float]]) -> float | None:

@@ -78,14 +78,26 @@ def trained(config: FlowTrainConfig) -> Trained:
 
 
 def scheduler(config: FlowTrainConfig, theirs: SchedulerConfig | None = None) -> SchedulerConfig | DMDSchedulerConfig:
-    """The scheduler of the trained model's pipeline: `theirs`, from its components, if it has as many levels."""
+    """The scheduler of the trained model's pipeline.
+
+    Levels and times are the run's. The rest, such as the solver, is `theirs`, of its components, if it has as many
+    levels.
+    """
     if isinstance(config, StudentTrainConfig):
         return student_scheduler(config)
-    if config.flow.pyramid is None:
+    pyramid = config.flow.pyramid
+    if pyramid is None:
         ours = SchedulerConfig(stages=1, stage_range=(0.0, 1.0), use_dynamic_shifting=True)
     else:
-        ours = config.flow.pyramid.scheduler()
-    return theirs if theirs is not None and theirs.stages == ours.stages else ours
+        ours = pyramid.scheduler()
+    if theirs is None or theirs.stages != ours.stages:
+        return ours
+    if pyramid is None:
+        return theirs
+    trained = {"stage_range": ours.stage_range, "gamma": ours.gamma}
+    if pyramid.timestep_shift != 1:
+        trained |= {"shift": ours.shift, "use_dynamic_shifting": False}
+    return dataclasses.replace(theirs, **trained)
 
 
 def student_scheduler(config: StudentTrainConfig) -> DMDSchedulerConfig:

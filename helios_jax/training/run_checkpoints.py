@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -91,6 +92,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=True, preservation_policy=managers.AnyPreservationPolicy(policies), **tracked
         )
+        self._ranked = best > 0
         self.folder = location(folder).absolute()
         handlers = {
             "state": ocp.StandardCheckpointHandler(),
@@ -107,12 +109,14 @@ class Checkpoints:
     def save(self, state: TrainState, data: dict[str, Any], config: TrainConfig, metric: float | None = None) -> None:
         """Writes in the background; `data` is the batch iterator's state, a plain JSON mapping.
 
-        The best checkpoints are those of the smallest `metric`. Raises RunError when this checkpoint, or the one before
-        it, cannot be written.
+        The best checkpoints are those of the smallest `metric`; one without is the worst. Raises RunError when this
+        checkpoint, or the one before it, cannot be written.
         """
         step = int(state.step)
         if step == self.latest:
             return
+        if metric is None and self._ranked:  # Orbax would keep all that have none
+            metric = math.inf
         with self._writing():
             self._manager.settle()
             self._manager.save(

@@ -1,5 +1,6 @@
 """Configuration that every training run has, of any stage; a stage adds its own settings in a subclass."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -68,6 +69,7 @@ class ValidationConfig:
     def __post_init__(self):
         require(self.every > 0, f"every must be at least 1, got {self.every}")
         require(bool(self.prompts), "prompts must hold at least one; or leave validation out (null)")
+        checked(self.seed)
 
 
 @dataclass
@@ -140,6 +142,11 @@ class TrainConfig:
         )
         checked(self.seed)
         require(bool(self.trainable), "trainable must name something: all, adapters or parameters")
+        for name in self.trainable:
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(f"trainable: {name!r} is no regular expression ({error})") from None
         parts = self.optim.accumulate
         require(
             self.data.batch_size % parts == 0,

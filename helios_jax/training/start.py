@@ -23,10 +23,11 @@ from helios_jax.training.trainable import AdapterConfig
 WAN = "WanTransformer3DModel"
 
 
-def transformer_config(config: FlowTrainConfig) -> TransformerConfig:
+def transformer_config(config: FlowTrainConfig, name: str = "init") -> TransformerConfig:
     """The transformer's sizes: `model.transformer`, or those of the weights that `init` names.
 
-    Raises ConfigError when there are none, or when the weights that `init` names cannot be trained.
+    Raises ConfigError when there are none, or when the weights that `init` names cannot be trained. Messages call
+    `config.init` by `name`.
     """
     if config.model.transformer is not None:
         return config.model.transformer
@@ -36,7 +37,7 @@ def transformer_config(config: FlowTrainConfig) -> TransformerConfig:
         folder = _folder(config)
         return _wan_config(folder) if _is_wan(folder) else pretrained.read_config(folder, TransformerConfig)
     except CheckpointError as error:
-        raise ConfigError(f"init: {error}") from None
+        raise ConfigError(f"{name}: {error}") from None
 
 
 def init_transformer(config: FlowTrainConfig, key: jax.Array) -> Transformer:

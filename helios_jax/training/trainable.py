@@ -1,5 +1,6 @@
 """The filter of trained parameters, from the names in a run's config."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,11 @@ class AdapterConfig:
     def __post_init__(self):
         require(self.rank > 0, f"rank must be at least 1, got {self.rank}")
         require(bool(self.target_modules), "target_modules must name a layer, as in [to_q, to_v]")
+        alpha = self.alpha
+        require(
+            alpha is None or (math.isfinite(alpha) and alpha > 0),
+            f"alpha must be a positive number, or null for the rank, got {alpha}",
+        )
 
 
 def trainable(names: Sequence[str]) -> Filter:

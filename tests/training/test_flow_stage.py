@@ -13,6 +13,7 @@ from helios_jax.config import ConfigError
 from helios_jax.data import shards
 from helios_jax.data.records import open_source, tensor, text
 from helios_jax.diffusion.memory import MemoryConfig
+from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.transformer import Transformer
 from helios_jax.precompute import cli as precompute
 from helios_jax.precompute.encode import EMPTY_TEXT, VideoEncoder
@@ -21,7 +22,7 @@ from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sharding import MeshConfig, make_mesh
 from helios_jax.toy import build as toy_build
 from helios_jax.trained import Trained
-from helios_jax.training import start
+from helios_jax.training import pipeline_parts, start
 from helios_jax.training.flow_config import PyramidConfig
 from helios_jax.training.loop import split_ids
 from helios_jax.training.optim import OptimConfig, make_optimizer
@@ -256,6 +257,16 @@ def test_export_is_a_whole_pipeline_with_adapters_merged_and_alone(config, tmp_p
     expected = lora.merge(attached).blocks.ffn.down.weight[...]
     assert np.abs(np.asarray(expected) - np.asarray(draw().blocks.ffn.down.weight[...])).max() > 0.1
     np.testing.assert_allclose(merged.blocks.ffn.down.weight[...], expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_an_exported_pyramid_is_the_run_s_and_its_solver_the_components(config, shift):
+    levels = {"stage_range": (0, 0.2, 0.5, 1), "gamma": 0.2}
+    config.flow.pyramid = PyramidConfig(**levels, timestep_shift=shift)
+    theirs = SchedulerConfig(scheduler_type="euler", use_dynamic_shifting=True)
+    made = pipeline_parts.scheduler(config, theirs)
+    assert (made.stage_range, made.gamma, made.scheduler_type) == (*levels.values(), "euler")
+    assert (made.shift, made.use_dynamic_shifting) == (shift, shift == 1)
 
 
 def spied(function, seen: list):

@@ -51,6 +51,16 @@ def test_a_metric_that_is_not_there_is_one_line(config, tmp_path, capsys):
     assert "checkpoint.metric is fid, but no checkpoint is kept for it; set keep_best" in capsys.readouterr().err
 
 
+def test_a_metric_without_a_share_in_some_steps_keeps_the_best_of_the_others(config, tmp_path, capsys):
+    """With one sample a step, about half of the steps have none for `loss_positive`."""
+    flags = ["data.batch_size=1", "log_every=1", "checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=1"]
+    assert run(config, f"run={tmp_path / 'r'}", "steps=8", "checkpoint.metric=loss_positive", *flags) == 0
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["loss_positive"] for line in lines if "loss_positive" in line}
+    assert 0 < len(found) < 8
+    assert kept(tmp_path / "r") == sorted({min(found, key=found.__getitem__), 8})
+
+
 def test_goodput_counts_what_was_computed_once(config, tmp_path, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

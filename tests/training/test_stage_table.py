@@ -92,6 +92,24 @@ def test_each_part_of_the_corruption_alone(path, change):
     load_config(path, ["stage=flow", f"flow.corruption={change}"])
 
 
+@pytest.mark.parametrize(
+    ("override", "rule"),
+    [
+        ("trainable=['(']", r"trainable: '\(' is no regular expression \(missing"),
+        ("lora.alpha=0", "alpha must be a positive number, or null for the rank, got 0"),
+        ("distill.critic.lora.alpha=-1", "alpha must be a positive number"),
+        ("validation={prompts: [a], seed: -1}", "seed must be from 0 to"),
+        ("model.transformer.num_attention_heads=0", "num_attention_heads is 0: it must be at least 1"),
+        ("model.transformer.patch_size=[0,2,2]", r"patch_size \(0, 2, 2\) must be three numbers"),
+        ("model.transformer.ffn_dim=-1", "ffn_dim is -1: it must be at least 1"),
+    ],
+)
+def test_values_that_cannot_be_are_refused_with_the_config(path, override, rule):
+    with pytest.raises(ConfigError, match=rule) as error:
+        load_config(path, ["stage=distill", *LEAST["distill"], override])
+    assert "\n" not in str(error.value)
+
+
 def test_a_user_s_stage_is_named_by_its_path(path):
     config = load_config(path, ["stage=tests.training.dummy.Dummy"])
     assert type(config) is TrainConfig

@@ -52,6 +52,12 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         self.patch_size, self.rope_dim = tuple(self.patch_size), tuple(self.rope_dim)
         self.out_channels = self.out_channels or self.in_channels
+        sizes = ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "text_dim", "freq_dim")
+        for name in (*sizes, "ffn_dim", "num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1:
+            raise ValueError(f"patch_size {self.patch_size} must be three numbers, each at least 1")
         if sum(self.rope_dim) != self.attention_head_dim or any(d % 2 for d in self.rope_dim):
             raise ValueError(
                 f"rope_dim {self.rope_dim} must be three even numbers whose sum is attention_head_dim"

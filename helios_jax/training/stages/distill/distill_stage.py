@@ -159,7 +159,7 @@ def check_players(config: DistillTrainConfig) -> None:
         except CheckpointError as error:
             raise ConfigError(f"distill.score.adapters: {error}") from None
     else:
-        scores = transformer_config(players.score_config(config))
+        scores = players.score_sizes(config)
         for name in ("patch_size", "in_channels", "out_channels", "text_dim"):
             if getattr(own, name) != (theirs := getattr(scores, name)):
                 raise ConfigError(f"distill.score.init: its {name} is {theirs}, the generator's {getattr(own, name)}")
@@ -173,7 +173,7 @@ def check_players(config: DistillTrainConfig) -> None:
 
 def check_discriminator(config: DistillTrainConfig, gan: GANConfig, source: Source) -> None:
     """Raises ConfigError for a discriminator that is not trained, or that fits neither the scores nor the latents."""
-    scores = transformer_config(config if config.distill.score.init is None else players.score_config(config))
+    scores = transformer_config(config) if config.distill.score.init is None else players.score_sizes(config)
     if not {ALL, "discriminator"} & set(config.trainable):
         raise ConfigError(
             f"trainable: {list(config.trainable)} leaves the discriminator as it began; name it too, or set "

@@ -10,7 +10,7 @@ from flax import nnx
 from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.models.discriminator import Discriminator
-from helios_jax.models.transformer import Transformer
+from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.runtime import seeds
 from helios_jax.sharding import shardings as placements
 from helios_jax.training import start
@@ -71,6 +71,11 @@ def score_config(config: DistillTrainConfig) -> FlowTrainConfig:
     return dataclasses.replace(
         config, init=score.init, init_subfolder=score.init_subfolder, lora=None, trainable=("all",), model=ModelConfig()
     )
+
+
+def score_sizes(config: DistillTrainConfig) -> TransformerConfig:
+    """The sizes of the scores that `distill.score.init` names. Raises what `start.transformer_config` does."""
+    return start.transformer_config(score_config(config), "distill.score.init")
 
 
 def _attach(model: Transformer, config: DistillTrainConfig, *, empty: bool = False) -> Transformer:
