@@ -1,9 +1,9 @@
 """The queue of a table's jobs: several at a time, each once, through kills and restarts.
 
 A job that ends with exit code 0 leaves `done.json` in its folder; one without runs again with the same command, and
-`train.py` goes on from its checkpoint. What it prints is in its `log.txt`. A job holds a lock as long as it lives, so
-that a queue that was killed and started again waits for the jobs that go on by themselves. It then runs these again,
-because nobody saw how they ended.
+`train.py` goes on from its checkpoint. What it prints is in its `log.txt`. A job holds a lock as long as it lives, and
+its queue until `done.json` is written, so that two queues with the same folder run it once. A queue that was killed and
+started again waits for the jobs that go on by themselves. It then runs these again, because nobody saw how they ended.
 """
 
 import contextlib
@@ -11,16 +11,18 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from helios_jax.ablations.table import Job
+from helios_jax.config import ConfigError
 from helios_jax.locations import replacing
 from helios_jax.runtime import interrupts, many
 from helios_jax.runtime.many import Cluster
@@ -83,45 +85,94 @@ def _gpus() -> list[str]:
     return [str(i) for i in range(len(listed.splitlines()))]
 
 
+@dataclass(frozen=True, eq=False)
+class Running:
+    """A job that runs, in a process that leads a group of its own; `lock` is the open file of the job's lock."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    lock: IO[str]
+    since: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it began."""
+        return time.monotonic() - self.since
+
+    def end(self) -> str | None:
+        """Marks the job, whose process has ended, as done, or says in one line why it is not; lets go of the lock."""
+        with self.lock:
+            if self.process.returncode:
+                return _failure(self.job, self.process.returncode)
+            facts = {"name": self.job.name, "command": list(self.job.command), "seconds": round(self.seconds, 1)}
+            try:
+                with replacing(self.job.folder / DONE) as part:
+                    part.write_text(json.dumps(facts, indent=2) + "\n")
+            except OSError as error:
+                return str(error)
+            return None
+
+
+def program(job: Job) -> str:
+    """The program of a job's command; `python` is the one that runs this."""
+    return sys.executable if job.command[0] == "python" else job.command[0]
+
+
+def check_programs(jobs: Sequence[Job]) -> None:
+    """Raises ConfigError for a job whose program this machine cannot find or may not run."""
+    for job in jobs:
+        if shutil.which(program(job)) is None:
+            raise ConfigError(
+                f"{job.name}: {job.command[0]} is no program that can be run here: install it, or correct its name"
+            )
+
+
 def run(jobs: Sequence[Job], wanted: Collection[Job], parallel: int = 1) -> dict[Job, str]:
     """Runs the `wanted` jobs and those they need, unless done; `parallel` at a time, each on a share of the machine.
 
     `jobs` are in an order in which each comes after those that it needs. Returns the reasons of those that failed or
     could not begin; the others are done. A signal ends the jobs, which save what they made, and raises `Interrupted`.
+    Raises ConfigError for a program that this machine has not, before any job runs.
     """
     waiting, failed = to_do(jobs, wanted), dict[Job, str]()
-    free, running = slots(parallel), dict[subprocess.Popen[bytes], tuple[Job, Slot, float]]()
+    check_programs(waiting)
+    free, running = slots(parallel), dict[Running, Slot]()
     total, told, begin = len(waiting), set[Path](), time.monotonic()
     print(f"{len(jobs)} jobs, {total} of them to do", flush=True)
+
+    def tell(job: Job, seconds: float) -> None:
+        left = len(waiting) + len(running)
+        ahead = (time.monotonic() - begin) / max(total - left, 1) * left
+        state = f"failed: {failed[job]}" if job in failed else f"{seconds:.0f} s"
+        line = f"{total - left}/{total} {job.name}: {state}; about {timedelta(seconds=round(ahead))} left"
+        print(line, file=sys.stderr if job in failed else sys.stdout, flush=True)
+
     with interrupts.deferred():
         try:
             while waiting or running:
                 for job in list(waiting):
                     if broken := [need for need in job.needs if need in failed]:
                         failed[job] = f"it needs {broken[0].name}, which failed"
-                    elif not free or not all(map(done, job.needs)):
-                        continue
-                    elif (process := _start(job, free[-1], told)) is not None:
-                        running[process] = (job, free.pop(), time.monotonic())
-                    elif not done(job):
-                        continue  # another process makes it
-                    waiting.remove(job)
+                        waiting.remove(job)
+                    elif free and all(map(done, job.needs)):
+                        try:
+                            started = _start(job, free[-1], told)
+                        except OSError as error:
+                            failed[job] = str(error)
+                            waiting.remove(job)
+                            tell(job, 0)
+                            continue
+                        if started is not None:
+                            running[started] = free.pop()
+                        if started is not None or done(job):  # else another process makes it
+                            waiting.remove(job)
                 interrupts.check()
                 time.sleep(POLL)
-                for process in [process for process in running if process.poll() is not None]:
-                    job, slot, since = running.pop(process)
-                    free.append(slot)
-                    seconds = time.monotonic() - since
-                    if reason := _end(job, process.returncode, seconds):
-                        failed[job] = reason
-                    left = len(waiting) + len(running)
-                    ahead = (time.monotonic() - begin) / max(total - left, 1) * left
-                    state = f"failed: {reason}" if reason else f"{seconds:.0f} s"
-                    print(
-                        f"{total - left}/{total} {job.name}: {state}; about {timedelta(seconds=round(ahead))} left",
-                        file=sys.stderr if reason else sys.stdout,
-                        flush=True,
-                    )
+                for one in [one for one in running if one.process.poll() is not None]:
+                    free.append(running.pop(one))
+                    if reason := one.end():
+                        failed[one.job] = reason
+                    tell(one.job, one.seconds)
         finally:
             _stop(running)
     return failed
@@ -129,18 +180,18 @@ def run(jobs: Sequence[Job], wanted: Collection[Job], parallel: int = 1) -> dict
 
 def make(job: Job) -> float:
     """Runs one job to its end, on a worker of a cluster; returns the seconds. Raises OSError if it fails."""
-    begin = time.monotonic()
-    while (process := _start(job, None, set())) is None:
+    while (one := _start(job, None, set())) is None:
         if done(job):
             return 0.0
         time.sleep(POLL)
     try:
-        code = process.wait()
-    finally:
-        _stop({process: None})
-    if reason := _end(job, code, time.monotonic() - begin):
+        one.process.wait()
+    except BaseException:
+        _stop([one])
+        raise
+    if reason := one.end():
         raise OSError(reason)
-    return time.monotonic() - begin
+    return one.seconds
 
 
 def run_on(cluster: Cluster, jobs: Sequence[Job], wanted: Collection[Job], out: Path) -> dict[Job, str]:
@@ -168,10 +219,11 @@ def _begin() -> Callable[[Job], float]:
     return make
 
 
-def _start(job: Job, slot: Slot | None, told: set[Path]) -> subprocess.Popen[bytes] | None:
-    """The job's process, which has the lock; None if another process holds it, or if the job is done by now."""
+def _start(job: Job, slot: Slot | None, told: set[Path]) -> Running | None:
+    """Starts a job, which has its lock then; None if another process holds it, or if the job is done by now."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    with (job.folder / LOCK).open("w") as lock:
+    with contextlib.ExitStack() as stack:
+        lock = stack.enter_context((job.folder / LOCK).open("w"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -186,28 +238,25 @@ def _start(job: Job, slot: Slot | None, told: set[Path]) -> subprocess.Popen[byt
             log.write(f"$ {' '.join(job.command)}\n".encode())
             log.flush()
             try:
-                return subprocess.Popen(
-                    [sys.executable if job.command[0] == "python" else job.command[0], *job.command[1:]],
+                process = subprocess.Popen(
+                    [program(job), *job.command[1:]],
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=environment,
-                    pass_fds=(lock.fileno(),),  # the lock lasts as long as the process
+                    pass_fds=(lock.fileno(),),  # if the queue is killed, the lock lasts as long as the process
                     start_new_session=True,  # a Ctrl-C is for the queue, which then ends its jobs
                     preexec_fn=None if slot is None else (lambda: os.sched_setaffinity(0, slot.processors)),
                 )
             except OSError as error:
                 log.write(f"{error}\n".encode())
                 raise OSError(f"{job.name}: {job.command[0]} cannot be started: {error.strerror}") from None
+        stack.pop_all()  # the lock stays with the job until its end
+        return Running(job, process, lock)
 
 
-def _end(job: Job, code: int, seconds: float) -> str | None:
-    """Marks a job as done, or says in one line why it is not."""
-    if code == 0:
-        facts = {"name": job.name, "command": list(job.command), "seconds": round(seconds, 1)}
-        with replacing(job.folder / DONE) as part:
-            part.write_text(json.dumps(facts, indent=2) + "\n")
-        return None
+def _failure(job: Job, code: int) -> str:
+    """The line that says how a job failed: the last one of its log."""
     log = job.folder / LOG
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - LAST))
@@ -215,14 +264,33 @@ def _end(job: Job, code: int, seconds: float) -> str | None:
     return f"exit code {code}: {lines[-1] if lines else ''} ({log})"
 
 
-def _stop(processes: Mapping[subprocess.Popen[bytes], Any]) -> None:
-    """Ends processes: they save what they made, or are killed after a while."""
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
+def _stop(running: Collection[Running]) -> None:
+    """Ends jobs with all processes of their groups: they save what they made, or are killed after a while."""
+    groups = [one.process.pid for one in running]
+    _signal(groups, signal.SIGTERM)
     deadline = time.monotonic() + PATIENCE
-    for process in processes:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
-        if process.poll() is None:
-            process.kill()
+    while any(map(_lives, groups)) and time.monotonic() < deadline:
+        time.sleep(POLL)
+    _signal(groups, signal.SIGKILL)
+    for one in running:
+        one.process.poll()
+        one.lock.close()
+
+
+def _signal(groups: Sequence[int], number: signal.Signals) -> None:
+    for group in filter(_lives, groups):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, number)
+
+
+def _lives(group: int) -> bool:
+    """True if a process of the group lives: it may outlive the one that began the group, a shell, say.
+
+    One that has ended does not count, though the system still lists it where nobody has waited for it.
+    """
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended by now
+            state, _, its = file.read_text(errors="replace").rpartition(")")[2].split()[:3]
+            if int(its) == group and state not in "ZX":
+                return True
+    return False
