@@ -3,7 +3,7 @@
 import csv
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ import numpy as np
 from helios_jax.ablations.intervals import LEVEL, Mean, mean
 from helios_jax.ablations.scores import ScoreError, Scores, together
 from helios_jax.ablations.table import Claim, Table
+from helios_jax.config import ConfigError
+from helios_jax.config_types import nearest
 from helios_jax.locations import replacing
+from helios_jax.media.files import check_folder, kind_of
 
 Results = Mapping[str, Mapping[int, Scores]]  # by row and seed
 
@@ -42,7 +45,7 @@ class Outcome:
 def outcome(claim: Claim, results: Results, planned: int) -> Outcome | None:
     """The outcome of a claim, by the seeds that all its rows have results for, of `planned`; None if there is no such.
 
-    Raises ScoreError for a metric that was not scored, and for rows of different videos.
+    Raises ScoreError for a metric that was not scored, and for rows or seeds of different videos.
     """
     rows = (claim.row, *claim.against)
     found = [results.get(row, {}) for row in rows]  # rows that were not asked for have none
@@ -77,15 +80,63 @@ def _size(by: Mean) -> Mean:
     return by if by.value > 0 else Mean(-by.value, -by.high, -by.low)
 
 
-def write(table: Table, results: Results, path: Path, command: str, missing: Mapping[str, str]) -> list[Outcome]:
-    """Writes `path`, a Markdown page, and beside it NAME.csv, NAME.json and pictures; returns the claims' outcomes.
+def check(table: Table, path: Path) -> None:
+    """Raises ConfigError if no page can be written at `path`, or if it would replace files that are not a page's.
+
+    The JSON beside a page tells that they are: it is written first.
+    """
+    if path.suffix != ".md":
+        raise ConfigError(f"--page: {path} does not end in .md; name a Markdown file, such as {path.name or 'page'}.md")
+    files = [path, path.with_suffix(".csv"), path.with_suffix(".json")]
+    there = [file for file in files if kind_of(file) != "missing"]
+    if odd := [file for file in there if kind_of(file) != "file"]:
+        raise ConfigError(f"--page: {odd[0]} is no regular file; name another page")
+    check_folder(path.parent, path)
+    pictures = {_beside(path, name) for name in ("curves", *table.rows)}
+    there += [file for file in path.parent.iterdir() if file.stem in pictures]
+    if there and not _is_page(path.with_suffix(".json")):
+        raise ConfigError(
+            f"--page: {there[0]} is there already, and was not written with a page: move it, or name another page"
+        )
+
+
+def _beside(path: Path, name: str) -> str:
+    """The name, without its ending, of a page's picture."""
+    return f"{path.stem}-{''.join(c if c.isalnum() else '-' for c in name.lower())}"
+
+
+def _is_page(path: Path) -> bool:
+    """True for the JSON that is written with a page."""
+    try:
+        return {"title", "seeds", "rows", "claims"} <= json.loads(path.read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page that was written: the outcomes of claims, and in one line each what it lacks beside missing results."""
+
+    outcomes: list[Outcome]
+    lacks: list[str]
+
+
+def write(table: Table, results: Results, path: Path, command: str, missing: Mapping[str, str]) -> Page:
+    """Writes `path`, a Markdown page, and beside it NAME.csv, NAME.json and pictures.
 
     `missing` maps each row and seed without a result to the reason.
     """
-    values = {row: together(found, row) for row, found in results.items() if found}
-    planned = len(table.options.seeds)
-    outcomes = [one for claim in table.options.claims if (one := outcome(claim, results, planned)) is not None]
+    values, lacks = gathered(results)
+    planned, outcomes = len(table.options.seeds), list[Outcome]()
+    for claim in table.options.claims:
+        try:
+            if (one := outcome(claim, results, planned)) is not None:
+                outcomes.append(one)
+        except ScoreError as error:
+            lacks.append(str(error))
     path.parent.mkdir(parents=True, exist_ok=True)
+    _write_json(table, values, outcomes, path.with_suffix(".json"))  # first: it tells whose the others are (`check`)
+    _write_csv(results, path.with_suffix(".csv"))
     lines = [
         f"# {table.options.title}",
         "",
@@ -94,35 +145,61 @@ def write(table: Table, results: Results, path: Path, command: str, missing: Map
         "",
     ]
     lines += [f"- **{one.word}**: {one.claim.says}. {one.told}." for one in outcomes]
-    lines += ["", *_means(table, values), ""]
+    means, curves = _means(table, values, lacks), _curves(table, results, path, lacks)
+    pictures = {row: _picture(row, found, path, lacks) for row, found in results.items() if found}
+    lacks = list(dict.fromkeys(lacks))
+    lines += ["", *means, ""]
     lines += [f"- no result: {name}: {reason}" for name, reason in missing.items()]
-    if curves := _curves(table, results, path):
+    lines += [f"- missing: {reason}" for reason in lacks]
+    if curves is not None:
         lines += ["", f"![metrics over the seconds of the videos]({curves.name})", ""]
-    for row, found in results.items():
-        if found and (picture := _picture(row, found, path)) is not None:
+    for row, picture in pictures.items():
+        if picture is not None:
             lines += [f"## {row}", "", f"`{_changes(table, row)}`", "", f"![videos of {row}]({picture.name})", ""]
     with replacing(path) as part:
         part.write_text("\n".join(lines) + "\n")
-    _write_csv(results, path.with_suffix(".csv"))
-    _write_json(table, values, outcomes, path.with_suffix(".json"))
-    return outcomes
+    return Page(outcomes, lacks)
+
+
+def gathered(results: Results) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:
+    """The values of each row's metrics, [seeds, videos], and in one line each the rows whose seeds do not agree."""
+    values, wrong = {}, []
+    for row, found in results.items():
+        try:
+            if found:
+                values[row] = together(found, row)
+        except ScoreError as error:
+            wrong.append(str(error))
+    return values, wrong
 
 
 def send(table: Table, results: Results, project: str) -> None:
     """Sends the means of each row to Weights & Biases, as a run of the row's name in `project`."""
     import wandb  # pyright: ignore[reportMissingImports]
 
-    for row, found in results.items():
-        if found:
-            run = wandb.init(
-                project=project, name=row, group=table.options.title, config=dict(table.rows[row]), reinit=True
-            )
-            run.summary.update({name: mean(each).value for name, each in together(found, row).items()})
-            run.finish()
+    for row, metrics in gathered(results)[0].items():
+        run = wandb.init(
+            project=project, name=row, group=table.options.title, config=dict(table.rows[row]), reinit=True
+        )
+        run.summary.update({name: mean(each).value for name, each in metrics.items()})
+        run.finish()
 
 
-def _means(table: Table, values: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
-    names = list(table.options.shown) or list(dict.fromkeys(name for one in values.values() for name in one))
+def _known(key: str, asked: Sequence[str], scored: Collection[str], lacks: list[str]) -> list[str]:
+    """Those of the metrics `asked` for that some row has; `lacks` gets a line for each other one."""
+    if scored:  # else there is no result, which is told
+        there = f"; there are {', '.join(scored)}"
+        lacks += [
+            f"{key}: {name} was not scored in any row{nearest(name, list(scored)) or there}"
+            for name in asked
+            if name not in scored
+        ]
+    return [name for name in asked if name in scored]
+
+
+def _means(table: Table, values: Mapping[str, Mapping[str, np.ndarray]], lacks: list[str]) -> list[str]:
+    scored = list(dict.fromkeys(name for one in values.values() for name in one))
+    names = _known("shown", table.options.shown, scored, lacks) if table.options.shown else scored
     lines = [
         f"Means with {LEVEL:.0%} intervals over the videos of {_seeds(table)}:",
         "",
@@ -146,11 +223,13 @@ def _changes(table: Table, row: str) -> str:
     return ", ".join(f"{name}: {value}" for name, value in table.rows[row].items()) or "nothing changed"
 
 
-def _curves(table: Table, results: Results, path: Path) -> Path | None:
+def _curves(table: Table, results: Results, path: Path, lacks: list[str]) -> Path | None:
     """A panel for each metric: the mean of each row over the seconds, and the range of its seeds."""
-    drawn = [
-        name for name in table.options.curves if any(name in s.seconds for f in results.values() for s in f.values())
-    ]
+    found = [scores for each in results.values() for scores in each.values()]
+    scored = list(dict.fromkeys(name for scores in found for name in scores.seconds))
+    if found and not scored and table.options.curves:
+        lacks.append("curves: no row has scores over the seconds of its videos (`seconds` in scores.json)")
+    drawn = _known("curves", table.options.curves, scored, lacks)
     if not drawn:
         return None
     import matplotlib.pyplot as plt
@@ -159,25 +238,30 @@ def _curves(table: Table, results: Results, path: Path) -> Path | None:
     for axis, name in zip(axes[0], drawn):
         for row, found in results.items():
             each = [scores.seconds[name].mean(0) for scores in found.values() if name in scores.seconds]
-            if each:
+            if len({len(one) for one in each}) > 1:
+                lacks.append(f"curves: {name} of {row} has another number of seconds in each seed: score all alike")
+            elif each:
                 seconds = np.arange(len(each[0])) + 0.5
                 (line,) = axis.plot(seconds, np.mean(each, 0), label=row)
                 axis.fill_between(seconds, np.min(each, 0), np.max(each, 0), color=line.get_color(), alpha=0.15)
         axis.set(title=name, xlabel="second of the video")
     axes[0, 0].legend(fontsize=8)
-    file = path.with_name(f"{path.stem}-curves.png")
+    file = path.with_name(f"{_beside(path, 'curves')}.png")
     figure.savefig(file, dpi=80)
     plt.close(figure)
     return file
 
 
-def _picture(row: str, found: Mapping[int, Scores], path: Path) -> Path | None:
+def _picture(row: str, found: Mapping[int, Scores], path: Path, lacks: list[str]) -> Path | None:
     """Copies the picture of the first seed to the page's folder; None if there is no picture."""
     picture = next(iter(found.values())).picture
     if picture is None:
         return None
-    name = "".join(c if c.isalnum() else "-" for c in row.lower())
-    return Path(shutil.copyfile(picture, path.with_name(f"{path.stem}-{name}{picture.suffix}")))
+    try:
+        return Path(shutil.copyfile(picture, path.with_name(f"{_beside(path, row)}{picture.suffix}")))
+    except (OSError, ValueError) as error:
+        lacks.append(f"picture of {row}: {picture}: {getattr(error, 'strerror', None) or error}")
+        return None
 
 
 def _write_csv(results: Results, path: Path) -> None:

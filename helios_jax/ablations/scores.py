@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from helios_jax.config_types import got
+
 FILE = "scores.json"
 
 
@@ -56,12 +58,18 @@ def read(folder: Path) -> Scores:
         videos = [dict(one) for one in told["videos"]]
         ids = tuple(str(one.pop("id")) for one in videos)
         metrics = {name: np.array([float(one[name]) for one in videos]) for name in videos[0]}
-        seconds = {name: np.array(values, float) for name, values in (told.get("seconds") or {}).items()}
-        picture = told.get("picture")
+        given, picture = told.get("seconds") or {}, told.get("picture")
+        seconds = {name: np.array(each, float) for name, each in given.items()} if isinstance(given, dict) else None
     except FileNotFoundError:
         raise ScoreError(f"{path} is missing: the step score must write it (helios_jax/ablations/scores.py)") from None
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise ScoreError(f"{path}: {type(error).__name__}: {error}; see helios_jax/ablations/scores.py") from None
+    if not metrics:
+        raise ScoreError(f"{path}: videos have no metric; see helios_jax/ablations/scores.py")
+    if seconds is None:
+        raise ScoreError(f"{path}: seconds must have a list for each video under each metric, got {got(given)}")
+    if not isinstance(picture, str | None):
+        raise ScoreError(f"{path}: picture must be the name of a file beside it, got {got(picture)}")
     if odd := [name for name, values in metrics.items() if not all(map(math.isfinite, values))]:
         raise ScoreError(f"{path}: {odd[0]} is not a number for every video")
     if wrong := [name for name, values in seconds.items() if values.ndim != 2 or len(values) != len(ids)]:

@@ -73,8 +73,8 @@ class Options:
 
     def __post_init__(self):
         require(
-            bool(self.seeds) and len({*self.seeds}) == len(self.seeds),
-            f"seeds must be different numbers, one at least, got {list(self.seeds)}",
+            bool(self.seeds) and len({*self.seeds}) == len(self.seeds) and min(self.seeds) >= 0,
+            f"seeds must be different numbers from 0 up, one at least, got {list(self.seeds)}",
         )
 
 
@@ -129,6 +129,7 @@ def read(path: Path | str) -> Table:
                 require(row in table.rows, f"claims[{i}] names the row {row!r}, which is not in rows")
         for row in table.rows:
             Jobs(table, Path("out"))(row, 0)
+        _check_used(table)
     except (ConfigError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {str(error).removeprefix('options: ')}") from None
     return table
@@ -142,6 +143,35 @@ def _texts(values: Any, name: str) -> dict[str, str]:
         if not isinstance(value, str | int | float):
             raise ValueError(f"{name}: {key} must be a text, got {got(value)}")
     return {str(key): str(value) for key, value in values.items()}
+
+
+def _check_used(table: Table) -> None:
+    """Raises ConfigError for a variable that would change nothing where it is given."""
+    reached = {row: _reached(table, row) for row in table.rows}
+    for row, changes in table.rows.items():
+        if unused := [name for name in changes if name not in reached[row]]:
+            raise ConfigError(
+                f"rows: {row!r} sets {unused[0]}, which no step of this row uses: write {{{unused[0]}}} into one, or"
+                f" leave it out{nearest(unused[0], sorted(reached[row] & {*table.variables}))}"
+            )
+    used = {name for names in reached.values() for name in names}
+    if unused := [name for name in table.variables if name not in used]:
+        raise ConfigError(
+            f"variables: {unused[0]} is used by no step that a row needs: write {{{unused[0]}}} into one, or leave it"
+            f" out{nearest(unused[0], sorted(used & {*table.variables}))}"
+        )
+
+
+def _reached(table: Table, row: str) -> set[str]:
+    """The steps and variables that the result of a row depends on."""
+    texts = {**table.steps, **table.variables, **table.rows[row]}
+    found, left = set[str](), [SCORE]
+    while left:
+        name = left.pop()
+        if name in texts and name not in found:
+            found.add(name)
+            left += PLACEHOLDER.findall(texts[name])
+    return found
 
 
 @dataclass(frozen=True)
@@ -177,7 +207,7 @@ class Jobs:
         if step in within:
             raise ConfigError(f"steps: {step} needs itself, by way of {' and '.join(within[within.index(step) :])}")
         variables = {**self._table.variables, **self._table.rows[row]}
-        words = shlex.split(_filled(self._table.steps[step], variables, step))
+        words = _words(_filled(self._table.steps[step], variables, step), step)
         used = {name for word in words for name in PLACEHOLDER.findall(word)}
         if unknown := used - {*self._table.steps, *OWN}:
             raise ConfigError(
@@ -204,6 +234,17 @@ def _filled(text: str, variables: Mapping[str, str], step: str) -> str:
             return text
         text = _replaced(text, found)
     raise ConfigError(f"steps: {step}: its variables stand for one another without end")
+
+
+def _words(command: str, step: str) -> list[str]:
+    """The words of a command as a shell takes them apart; there is at least one that is not empty, the program."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ConfigError(f"steps: {step}: {str(error).lower()}: correct the quotes in {got(command)}") from None
+    if not words or not words[0]:
+        raise ConfigError(f"steps: {step} is {got(command)}: it must begin with a program, such as python")
+    return words
 
 
 def _replaced(text: str, values: Mapping[str, str]) -> str:

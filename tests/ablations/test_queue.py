@@ -96,10 +96,9 @@ def test_a_program_that_is_not_there_is_refused_before_any_job_runs(tmp_path, ca
 def test_a_job_that_cannot_be_started_leaves_the_others(tmp_path, capsys):
     (tmp_path / "other").write_text("no program")
     os.chmod(tmp_path / "other", 0o755)
-    rows = (
-        f"variables: {{program: bash {tmp_path}/score.sh}}\nrows: {{full: {{}}, wrong: {{program: {tmp_path}/other}}}}"
-    )
-    table = write_table(tmp_path, "  score: '{program} {out}'\n", rows)
+    rows = "rows: {full: {}, wrong: {program: FOLDER/other}}"
+    rest = f"variables: {{program: bash FOLDER/score.sh}}\n{rows}\n".replace("FOLDER", str(tmp_path))
+    table = write_table(tmp_path, "  score: '{program} {out}'\n", rest)
     (tmp_path / "score.sh").write_text(f"{shlex.quote(sys.executable)} -c '{SCORES}' > $1/scores.json\n")
     assert command.main([str(table), "--out", str(tmp_path / "out")]) == 1
     printed = capsys.readouterr()
