@@ -13,6 +13,8 @@ sheet.png.
 """
 
 import argparse
+import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,9 +25,14 @@ import numpy as np
 
 from helios_jax.ablations import scores
 from helios_jax.config import ConfigError, load
+from helios_jax.config_types import nearest
+from helios_jax.locations import check_locations
+from helios_jax.media.files import check_folder
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime.command import Parser
 from helios_jax.runtime.compilation import enable_cache
+from helios_jax.runtime.seeds import checked
+from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.options import SampleConfig, SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
@@ -53,6 +60,7 @@ WORLDS = {
     ),
 }
 SHOWN, COLUMNS = 6, 14  # videos of the picture, and frames of each
+FLAGS = {"model": "--model", "out": "--out", "seed": "--seed", "num_frames": "--chunks"}  # in place of overrides
 
 
 def sample(
@@ -72,12 +80,24 @@ def sample(
             yield from np.concatenate(list(stream), 1)
 
 
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for an override that would change nothing: of the model, the prompts or the files."""
+    options = [field.name for field in dataclasses.fields(SamplingOptions) if field.name not in FLAGS]
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        if equals and key in FLAGS:
+            raise ConfigError(f"override {text!r}: {key} is set by a flag: give {FLAGS[key]}")
+        if equals and key not in options:  # without =, it is `load` that says what an override looks like
+            remedy = nearest(key, options) or f"; leave it out, or give one of {', '.join(options)}"
+            raise ConfigError(f"override {text!r}: {key} is no option that is taken here{remedy}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = Parser(prog=PROG, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of sampling")
     parser.add_argument("--model", required=True, help="a diffusers folder of the toy")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the scores")
+    parser.add_argument("--out", required=True, help="local folder for the scores")
     parser.add_argument(
         "--world", choices=sorted(WORLDS), default="shapes", help="one shape, or scenes of two [shapes]"
     )
@@ -94,14 +114,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, least in {"videos": 1, "batch": 1, "chunks": 1 + args.wordless}.items():
             if getattr(args, name) < least:
                 raise ConfigError(f"--{name} must be at least {least}, got {getattr(args, name)}")
-        world = WORLDS[args.world]
+        checked(checked(args.seed, "--seed") * 1000 + args.videos - 1, "the last video's seed, 1000 times --seed,")
+        check_locations(local=True, **{"--out": args.out})
+        check_overrides(args.overrides)
+        world, out = WORLDS[args.world], Path(os.path.expanduser(args.out))
         # Guidance would lead away from the empty prompt, which is the prompt here.
         plain = ["guidance_scale=1"] if args.wordless else []
         begun = args.wordless * toy.CHUNK_FRAMES
         frames = args.chunks * toy.CHUNK_FRAMES - begun
         config = load(world.config, [*plain, *args.overrides, f"num_frames={frames}"], SampleConfig)
         enable_cache()
-        pipe = HeliosPipeline.from_pretrained(args.model)
+        checkpoint = Checkpoint.open(args.model)
+        check_folder(out)
+        pipe = HeliosPipeline.from_pretrained(checkpoint)
         plan = pipe.plan(config.options())
     except (ConfigError, CheckpointError, ValueError) as error:
         print(f"{PROG}: {error}", file=sys.stderr)
@@ -123,9 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             border = chunks.before(1)
             shown.append(video[border - COLUMNS // 2 : border + COLUMNS // 2] if args.borders else video)
         print(f"{number + 1}/{len(captions)} {captions[number]}", flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    picture(shown, captions[:SHOWN], args.out / "sheet.png", columns=COLUMNS, scale=1)
-    scores.write(args.out, rows, seconds, "sheet.png")
+    picture(shown, captions[:SHOWN], out / "sheet.png", columns=COLUMNS, scale=1)
+    scores.write(out, rows, seconds, "sheet.png")
     return 0
 
 

@@ -1,11 +1,15 @@
 """The scorer of the toy's ablations: a file of scores as the tables read it, from videos of one or the other kind."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from helios_jax.ablations import scores
+from helios_jax.ablations.table import Jobs, read
 from helios_jax.toy import rollouts
+from tests.processes import ROOT
 
 MODEL = "helios_jax/assets/toy"
 
@@ -37,6 +41,16 @@ def test_the_embedded_student_shows_in_three_steps_what_is_asked_for(tmp_path):
     assert found["colour_error"] < 0.06
 
 
+def test_the_tables_give_only_options_that_are_taken(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for path in ROOT.glob("configs/ablations/*.yaml"):
+        table = read(path)
+        commands = [Jobs(table, Path("out"))(row, 0).command for row in table.rows]
+        assert all("helios_jax.toy.rollouts" in words for words in commands)
+        for words in commands:
+            rollouts.check_overrides([word for word in words if "=" in word])
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -44,6 +58,20 @@ def test_the_embedded_student_shows_in_three_steps_what_is_asked_for(tmp_path):
         (["--wordless", "--chunks", "1"], "--chunks must be at least 2, got 1"),
         (["guidance=2"], "guidance"),
         (["--model", "nowhere"], "nowhere"),
+        (["--seed", "-1"], "--seed must be from 0 to 2^64 - 1, got -1"),
+        (["--seed", str(2**62)], "the last video's seed, 1000 times --seed, must be from 0 to 2^64 - 1"),
+        (["loras=[/x]"], "override 'loras=[/x]': loras is no option that is taken here; leave it out, or give one of"),
+        (["transformer=nope"], "transformer is no option that is taken here"),
+        (["precision=bfloat16"], "precision is no option that is taken here"),
+        (["image=/none.png"], "image is no option that is taken here"),
+        (["negative_prompt=zzz"], "negative_prompt is no option that is taken here"),
+        (["guidance_scal=2"], "guidance_scal is no option that is taken here; did you mean guidance_scale?"),
+        (["seed=7"], "override 'seed=7': seed is set by a flag: give --seed"),
+        (["num_frames=99"], "num_frames is set by a flag: give --chunks"),
+        (["model=x"], "model is set by a flag: give --model"),
+        (["--out", "gs://bucket/x"], "--out: gs://bucket/x is remote, and this must be local"),
+        (["--out", "pyproject.toml"], "pyproject.toml: cannot be made (File exists); name another folder"),
+        (["--out", "/proc/x"], "/proc/x: cannot be made"),
     ],
 )
 def test_input_that_cannot_be_used_is_one_line(arguments, reason, tmp_path, capsys):
