@@ -8,6 +8,7 @@ default encoding widens float16 and is six times slower; array_record compresses
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from bisect import bisect_right
@@ -32,6 +33,7 @@ WRITER_OPTIONS = "group_size:1"
 BUCKETS = "buckets.json"
 # The plan of a dataset that is being made: its settings, shards and items (`helios_jax.data.shards`).
 PLAN = "plan.json"
+LONGEST_NAME = 100  # characters of a dataset's name in those of its files, which have 255
 OPENERS = 16  # array_record files whose indices are read at a time
 DAMAGED = "copy the folder again, or delete it and make it again"
 
@@ -65,8 +67,7 @@ def write(
     ValueError for a split without examples or an example that does not fit `features`.
     """
     folder = location(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} already exists: a dataset is never overwritten; delete it or name another")
+    check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     remote = is_remote(folder)
     parent = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=None if remote else folder.parent))
@@ -88,6 +89,14 @@ def write(
     return folder
 
 
+def check_free(folder: Path) -> None:
+    """Raises FileExistsError unless a dataset can take the place of `folder`: it is absent, or an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} already exists: a dataset is never overwritten; delete it or name another")
+    if not is_remote(folder) and (folder.is_symlink() or folder.is_mount()):
+        raise FileExistsError(f"{folder} is a link or a disk, whose place no dataset can take; name a folder in it")
+
+
 def serialize(features: Any, example: Example) -> bytes:
     """An example as bytes that are the same in every process: protobuf would order the features arbitrarily.
 
@@ -99,7 +108,9 @@ def serialize(features: Any, example: Example) -> bytes:
 
 def shard_template(folder: Path, name: str, split: str | None = None) -> tfds.core.ShardedFileTemplate:
     """The pattern of the names of a dataset's array_record files in `folder`."""
-    name = "".join(c if c.isalnum() else "_" for c in name.lower()).strip("_") or "dataset"
+    # TFDS finds no file of a dataset whose name does not begin with a letter from a to z, and tells it at the very end.
+    name = re.sub("[^a-z0-9_]", "_", name.lower())[:LONGEST_NAME].strip("_")
+    name = name if name[:1].isalpha() else f"dataset_{name}".strip("_")
     return tfds.core.ShardedFileTemplate(
         epath.Path(str(folder)), dataset_name=name, split=split, filetype_suffix="array_record"
     )

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,8 @@ class Build:
     ):
         self.folder = records.partial_folder(out)
         begun = self.folder == out and (out / records.PLAN).is_file() and not (out / "dataset_info.json").is_file()
-        if not begun and out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise FileExistsError(f"{out} already exists: a dataset is never overwritten; delete it or name another")
+        if not begun:
+            records.check_free(out)
         if not 0 <= host < hosts:
             raise ValueError(f"shard {host} is not one of {hosts}: the first is 0, the last {hosts - 1}")
         if not shards:
@@ -122,6 +122,17 @@ class Build:
                 f"{self.folder} was begun with other arguments or inputs ({', '.join(differ)} differ): repeat the "
                 "command that it was begun with, or delete it"
             )
+        if not is_remote(self.folder):
+            self._rename()
+
+    def _rename(self) -> None:
+        """Names shards as `shard_template` does now: older versions gave some datasets a name that TFDS refuses."""
+        ours = {name.partition("-")[2]: name for name in (self._path(shard).name for shard in self.shards)}
+        for file in self.folder.glob("*.array_record-*"):
+            name = ours.get(file.name.partition("-")[2], file.name)
+            if name != file.name:
+                with suppress(FileNotFoundError):  # another host was faster
+                    file.rename(file.with_name(name))
 
     def has(self, name: str) -> bool:
         """True if `save` was called for the file `name`."""
@@ -307,4 +318,5 @@ def _made(path: Path) -> Iterator[Path]:
 
 def _write(path: Path, text: str) -> None:
     with _made(path) as part:
-        part.write_text(text)
+        # Half a character, which JSON and file names can hold, is written as an escape.
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -38,6 +38,24 @@ def test_examples_keep_their_order_over_any_number_of_files(tmp_path_factory, nu
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
 
 
+@pytest.mark.parametrize(
+    "name", ["384x640", "64", "_64", "été", "e\u0301te\u0301", "日本", "a²", "数据_64", "-", "x y{z}", "Ünï" * 30]
+)
+def test_a_folder_may_have_any_name(tmp_path, name):
+    """TFDS takes few names for a dataset, and finds no file of one with another."""
+    records.write(tmp_path / name, FEATURES, {"train": [example(0), example(1)]})
+    assert len(records.open_source(tmp_path / name, "train")) == 2
+    assert all(path.name.isascii() for path in (tmp_path / name).iterdir())
+
+
+def test_a_link_is_refused_before_any_work(tmp_path):
+    """A finished dataset takes its folder's place, but cannot take a link's."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    with pytest.raises(FileExistsError, match="link is a link or a disk"):
+        records.write(tmp_path / "link", FEATURES, {"train": (1 / 0 for _ in range(1))})
+
+
 def test_tensors_of_every_dtype_and_rank_survive(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {
@@ -132,7 +150,9 @@ def test_command_refuses_invalid_arguments(tmp_path, capsys, arguments, message)
     with pytest.raises(SystemExit) as error:
         toy_build.main(["--out", str(tmp_path / "toy"), *arguments])
     assert error.value.code == 2
-    assert message in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "mine").touch()
     with pytest.raises(SystemExit):

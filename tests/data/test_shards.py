@@ -207,6 +207,26 @@ def test_existing_and_empty_datasets_are_refused(tmp_path, whole):
         run(build)
 
 
+def test_shards_under_a_name_that_tfds_refuses_are_not_made_again(tmp_path):
+    """Older versions named them so, and failed when all were done."""
+    build = begin(tmp_path / "384x640")
+    for shard in build.shards:
+        build.write(shard, make(shard.items), lambda: None)
+        path = build._path(shard)
+        path.rename(path.with_name(path.name.replace("dataset_384x640-", "384x640-")))
+    again = begin(tmp_path / "384x640")
+    assert not again.pending
+    run(again)
+    assert [example["id"] for example in records.open_source(tmp_path / "384x640", "test")] == expected(range(100, 105))
+
+
+def test_a_refused_item_may_have_any_name(tmp_path):
+    plan = shards.plan("train", {"": range(3)}, 3)
+    run(Build(tmp_path / "data", FEATURES, plan, {}, rejected=[Rejected("é\ud83d", "no file")]))
+    assert "é\\ud83d" in (tmp_path / "data" / shards.REJECTED).read_text("utf-8")
+    assert json.loads((tmp_path / "data" / shards.REJECTED).read_text("utf-8"))["id"] == "é\ud83d"
+
+
 def test_progress_and_final_figures_are_printed(tmp_path, capsys, monkeypatch):
     shards.run(begin(tmp_path / "data"), make, "clips", every=0.0)
     out, err = capsys.readouterr()
