@@ -128,6 +128,14 @@ def _rows(config: SampleConfig, frames: ChunkFrames) -> Iterator[tuple[str, Samp
             raise rows[0].error(f"id {name}: {error}") from None
 
 
+def _length(row: table.Row) -> int | None:
+    """The number of frames that a row asks for: its num_frames, also under the name duration."""
+    frames, duration = row.number("num_frames"), row.number("duration")
+    if None not in (frames, duration) and frames != duration:
+        raise ValueError(f"num_frames {frames} and duration {duration} both mean frames and differ; leave either empty")
+    return duration if frames is None else frames
+
+
 def _video_config(config: SampleConfig, rows: list[table.Row], frames: ChunkFrames) -> SampleConfig:
     """The config of one video of the CSV; with several `rows`, its prompt switches from row to row."""
     first = rows[0]
@@ -141,11 +149,17 @@ def _video_config(config: SampleConfig, rows: list[table.Row], frames: ChunkFram
         given["negative_prompt"] = first.get("negative_prompt")
     if (seed := first.number("seed")) is not None:
         given["seed"] = seed
-    length = config.num_frames
-    for column in ("num_frames", "duration"):
-        if (number := first.number(column)) is not None:
-            length = number
+    length = _length(first)
+    length = config.num_frames if length is None else length
     if len(rows) > 1:
+        if config.switches:
+            raise ValueError(
+                "switches (--then) are of videos with one prompt, this one has several rows; give rows or switches"
+            )
+        for row in rows[1:]:
+            for column, value in row.fields.items():
+                if column not in table.OF_PROMPTS and value not in ("", first.get(column)):
+                    raise row.error(f"{column} of a video is that of its first prompt; leave it empty here")
         each = config.interpolate_time
         given["switches"] = [PromptSwitch(prompt, chunk=(i + 1) * each) for i, prompt in enumerate(prompts[1:])]
         length = max(length or 0, frames.before(len(prompts) * each))

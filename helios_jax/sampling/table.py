@@ -10,6 +10,7 @@ from typing import Any
 from helios_jax.config import ConfigError, nearest
 
 COLUMNS = ("id", "prompt_index", "prompt", "refined_prompt", "negative_prompt", "seed", "num_frames", "duration")
+OF_PROMPTS = COLUMNS[:4]  # which differ from row to row of one video
 INPUTS = {"image": "image", "image_name": "image", "video": "video", "video_name": "video"}
 LONGEST_ID = 200  # bytes: a file's name has 255, of which suffixes and seeds take some
 

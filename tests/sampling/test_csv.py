@@ -68,6 +68,9 @@ def test_interactive_csv_and_benchmark_names(config, tmp_path):
         ("id,prompt\n1,\n", [], ["id 1", "prompt"]),
         ("id,prompt\n1,a\n", ["ids=[2]"], ["no id 2"]),
         ("id,prompt\n", [], ["no row"]),
+        ("prompt,num_frames,duration\na,9,18\n", [], ["line 2", "num_frames 9", "duration 18", "differ"]),
+        ("id,prompt_index,prompt,seed\n6,0,a,1\n6,1,b,2\n", [], ["line 3", "seed", "first prompt"]),
+        ("id,prompt_index,prompt\n6,0,a\n6,1,b\n", ["--then", "1", "c"], ["id 6", "--then", "several rows"]),
         (None, [], ["is no file"]),
     ],
 )
