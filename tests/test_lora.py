@@ -283,3 +283,11 @@ def test_the_command_keeps_what_the_model_was_trained_with(tmp_path):
 
 if __name__ == "__main__":
     Path(sys.argv[1]).write_text(json.dumps(on_eight()))
+
+
+@pytest.mark.parametrize("arguments", [[], ["model"], ["model", "out"], ["model", "out", "--lora", "a", "--dtyp", "x"]])
+def test_an_unusable_command_is_one_line(arguments, capsys):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("helios_jax.lora: ")

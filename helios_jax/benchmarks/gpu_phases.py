@@ -5,7 +5,6 @@
 Weights are random, of the sizes of `throughput_model`. `gpu_report` runs them one after the other.
 """
 
-import argparse
 import dataclasses
 import itertools
 import re
@@ -33,6 +32,7 @@ from helios_jax.models.transformer.block import Block
 from helios_jax.models.transformer.packing import Packing
 from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.runtime.aot import memory
+from helios_jax.runtime.command import Tool
 from helios_jax.runtime.compilation import compiler_options, enable_cache
 from helios_jax.sampling.frames import decode
 from pallas_kernels.tools.tunable import add_line
@@ -284,9 +284,7 @@ def _words(names: tuple[str, ...]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m helios_jax.benchmarks.gpu_phases", description="Measure one phase."
-    )
+    parser = Tool(prog="python -m helios_jax.benchmarks.gpu_phases", description="Measure one phase.")
     parser.add_argument("phase", choices=PHASES)
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--rows", type=Path, required=True, help="rows are added to this file, as JSON lines")

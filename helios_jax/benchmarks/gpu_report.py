@@ -12,7 +12,6 @@ kernel beside its reference; the tuner, for attention and the norms; the VAE; di
 weights and no network.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -30,6 +29,7 @@ from helios_jax.benchmarks.gpu_page import conclusions, page
 from helios_jax.benchmarks.gpu_phases import CHOSEN
 from helios_jax.benchmarks.throughput_model import SIZES
 from helios_jax.models.ops import choices
+from helios_jax.runtime.command import Tool
 from pallas_kernels.core import tiles
 from pallas_kernels.tools import check, tune
 from pallas_kernels.tools.tunable import add_line
@@ -131,9 +131,7 @@ def _copy(source: Any, log: Any, last: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code, 1 if the model itself could not be measured."""
-    parser = argparse.ArgumentParser(
-        prog="python -m helios_jax.benchmarks.gpu_report", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = Tool(prog="python -m helios_jax.benchmarks.gpu_report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--minutes", type=float, default=9, help="after which all has ended (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("docs/results/benchmarks"), help="folder of the files")
     parser.add_argument("--size", choices=SIZES, default="14b", help="of the model (default: %(default)s)")

@@ -7,7 +7,6 @@ Each tensor is dropped when it has reached its device, so that a machine smaller
 the device's memory is the host's, and its share is in the peak.
 """
 
-import argparse
 import resource
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from flax import nnx
 
 from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.pretrained import files, load, read_config, save, write_config
+from helios_jax.runtime.command import Tool
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def memory(what: str) -> int:
 
 def main(argv: list[str]) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description="Measure the loading of a transformer.")
+    parser = Tool(description="Measure the loading of a transformer.")
     parser.add_argument("--folder", type=Path, help="a transformer's folder; by default the 14B's, made of zeros")
     parser.add_argument("--layers", type=int, default=40, help="blocks of the model that is made")
     parser.add_argument("--stacked", action="store_true", help="load into stacked blocks")

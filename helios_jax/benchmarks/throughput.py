@@ -8,7 +8,6 @@ downloads nothing. Both sides run in one process, in turn; without torch and dif
 report says so. Rounds end when `--budget` seconds are spent. The compilation cache is off: first calls compile.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -30,6 +29,7 @@ from helios_jax.diffusion.memory import window
 from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.transformer.block import check_implementations
 from helios_jax.models.vae import denormalize
+from helios_jax.runtime.command import Tool
 from helios_jax.runtime.flops import traced
 from helios_jax.sampling import sampler
 from helios_jax.sampling.options import SamplingOptions
@@ -280,7 +280,7 @@ def _peak() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m helios_jax.benchmarks.throughput", description="Time the sampler.")
+    parser = Tool(prog="python -m helios_jax.benchmarks.throughput", description="Time the sampler.")
     parser.add_argument("--size", choices=SIZES, help="by default 14b on an accelerator and small on a CPU")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), help="by default float32 on CPU, else bfloat16")
     parser.add_argument("--attention", choices=("xla", "cudnn", "pallas"), help="by default the device's best")

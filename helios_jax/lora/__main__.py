@@ -7,7 +7,6 @@ transformer's config.json, with the settings that model and LoRAs were trained w
 one line that says why: 2 for input that cannot be used, 1 if the files cannot be written.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,12 +17,13 @@ from helios_jax.config import ConfigError
 from helios_jax.locations import argument
 from helios_jax.media.files import check_folder
 from helios_jax.models.transformer import Transformer, TransformerConfig
+from helios_jax.runtime.command import Parser
 from helios_jax.trained import read_trained, with_loras
 
 
 def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m helios_jax.lora", description="Merge LoRA files into a model.")
+    parser = Parser(prog="python -m helios_jax.lora", description="Merge LoRA files into a model.")
     parser.add_argument("model", help="a diffusers folder or a hub name")
     parser.add_argument("out", type=argument, help="the folder to write the transformer to")
     parser.add_argument(
@@ -33,8 +33,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="dtype of the written weights"
     )
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         _check_new(args.out)
         files, scales, metadata = {}, {}, {}
         for i, text in enumerate(args.lora):

@@ -5,7 +5,6 @@
 For each number of chips it takes the fastest settings that fit. Needs matplotlib (the `test` extra) and no compiler.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from helios_jax.config import ConfigError
 from helios_jax.planner import analytic, program, search
 from helios_jax.planner.analytic import Work
 from helios_jax.planner.machines import Machine, machine
+from helios_jax.runtime.command import Parser
 
 CHIPS = (8, 16, 32, 64, 128, 256, 512)
 NAMES = {
@@ -89,12 +89,12 @@ def draw(title: str, curves: dict[str, list[Point]], batch: int, out: Path) -> N
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m helios_jax.planner.scaling", description="Plot predicted scaling.")
+    parser = Parser(prog="python -m helios_jax.planner.scaling", description="Plot predicted scaling.")
     parser.add_argument("config", help="a YAML file of configs/, or its name there")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config")
     parser.add_argument("--out", type=Path, required=True, help="the PNG to write")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_intermixed_args(argv)
         work = Work.of(program.open_config(args.config, args.overrides))
         curves = {name: [point(work, named(chips)) for chips in CHIPS] for name, named in NAMES.items()}
     except ConfigError as error:

@@ -29,7 +29,11 @@ from helios_jax.precompute.tasks import Share, Work
 from helios_jax.precompute.trajectories import Settings, Teacher
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import hosts, interrupts, many
+from helios_jax.runtime.command import Parser
+from helios_jax.runtime.memory import is_out_of_memory
 from helios_jax.sampling.checkpoint import Checkpoint
+
+LESS_MEMORY = "out of memory: use a smaller --batch, --size or --max-length; the same command goes on"
 
 
 def build(videos: Path, vae: Path, text: Path, out: Path, max_length: int | None = None) -> None:
@@ -42,19 +46,29 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["videos", *argv]
-    args = _parser().parse_args(argv)
     try:
-        cluster = many.cluster(args.ray, args.ray_worker)
-        work = args.plan(args, _share(args))
-        if cluster is not None:
-            return 1 if work.run_on(cluster, partial(_start, args)) else 0
-        work.run()
+        return _run(_parser().parse_args(argv))
     except (CheckpointError, FileNotFoundError, FileExistsError, ValueError) as error:
         print(f"precompute: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, or a bucket that does not answer
         print(f"precompute: {error}; the same command goes on", file=sys.stderr)
         return 1
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"precompute: {' '.join(str(error).split())[:200]}; {LESS_MEMORY}", file=sys.stderr)
+        return 1
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Does the work of a command line; returns the exit code."""
+    try:
+        cluster = many.cluster(args.ray, args.ray_worker)
+        work = args.plan(args, _share(args))
+        if cluster is not None:
+            return 1 if work.run_on(cluster, partial(_start, args)) else 0
+        work.run()
     except KeyboardInterrupt:
         print(f"precompute: interrupted; the same command goes on with {args.out}", file=sys.stderr)
         return interrupts.EXIT_CODE
@@ -135,6 +149,8 @@ def _folders(args: argparse.Namespace, *parts: str) -> list[Path]:
 
 
 def _share(args: argparse.Namespace) -> Share:
+    if args.processes < 1:
+        raise ValueError(f"--processes is {args.processes}: it must be at least 1, the number of hosts")
     if args.processes > 1:
         hosts.join(args.processes)
         return Share(args.shard_size, jax.process_index(), jax.process_count())
@@ -159,15 +175,15 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if short else action.help
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m helios_jax.precompute",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     found = parser.add_subparsers(dest="task", required=True)
 
-    def task(name: str, plan, text: str, *, shard_size: int = 64, batch: str | None = None) -> argparse.ArgumentParser:
+    def task(name: str, plan, text: str, *, shard_size: int = 64, batch: str | None = None) -> Parser:
         sub = found.add_parser(name, help=text, description=text, formatter_class=_Help)
         sub.set_defaults(plan=plan)
         sub.add_argument("--out", type=argument, required=True, help="folder to make; it must be empty or absent")
@@ -192,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         return sub
 
-    def networks(sub: argparse.ArgumentParser, vae: bool = True) -> None:
+    def networks(sub: Parser, vae: bool = True) -> None:
         sub.add_argument("--model", help="diffusers folder or hub name with all networks")
         if vae:
             sub.add_argument("--vae", type=argument, help="folder with the VAE's config.json and weights")

@@ -15,10 +15,12 @@ from jaxtyping import Float16, UInt8
 from helios_jax import pretrained, sharding
 from helios_jax.models import umt5
 from helios_jax.models.layers import Shapes
-from helios_jax.models.tokenizer import Tokenizer
+from helios_jax.models.tokenizer import LIMIT, Tokenizer
 from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
 from helios_jax.runtime.compilation import precise
+from helios_jax.runtime.seeds import checked
+from helios_jax.sampling.options import MOST_TOKENS
 
 # Embeddings of the empty text and of the negative prompt, beside the records, for guidance.
 EMPTY_TEXT, NEGATIVE_TEXT = "empty_text.npy", "negative_text.npy"
@@ -54,10 +56,10 @@ class TextEmbedder:
         self.folder = text
         self.config = pretrained.read_config(text / "text_encoder", UMT5Config)
         self.tokenizer = Tokenizer.from_pretrained(text / "tokenizer")
-        self.max_length = max_length or min(512, self.tokenizer.max_length)
+        self.max_length = min(LIMIT, self.tokenizer.max_length) if max_length is None else max_length
         self.shape = (self.max_length, self.config.d_model)
-        if self.max_length < 1:
-            raise ValueError(f"--max-length is {max_length}: it must be at least 1")
+        if not 1 <= self.max_length <= MOST_TOKENS:
+            raise ValueError(f"--max-length is {max_length}: it must be from 1 to {MOST_TOKENS}")
 
     def load(self) -> "TextEmbedder":
         """Reads the weights: float32 on CPU and bfloat16 elsewhere, as in the pipeline."""
@@ -87,7 +89,7 @@ class VideoEncoder:
     def __init__(self, vae: Path, *, batch: int = 1, sample: bool = False, seed: int = 0):
         if batch < 1:
             raise ValueError(f"--batch is {batch}: it must be at least 1")
-        self.folder, self.batch, self.sample, self.seed = vae, batch, sample, seed
+        self.folder, self.batch, self.sample, self.seed = vae, batch, sample, checked(seed, "--seed")
         self.config = pretrained.read_config(vae, VAEConfig)
 
     def load(self) -> "VideoEncoder":

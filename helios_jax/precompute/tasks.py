@@ -141,9 +141,15 @@ def encode_videos(
 ) -> Work:
     """Plans a dataset of pixels (splits train and test) as latents and text embeddings; 9 latent frames per chunk."""
     sources = {split: records.open_source(videos, split) for split in ("train", "test")}
+    first = sources["train"][0]
+    if missing := {"video", "caption", "id"} - set(first):
+        raise ValueError(
+            f"{videos}: its records have no {' and no '.join(sorted(missing))} but {', '.join(sorted(first))}; name a "
+            "dataset of pixels, as helios_jax.toy.build writes it"
+        )
     chunk = 8 * video.config.scale_factor_temporal + 1
     space = video.config.scale_factor_spatial
-    t, h, w, _ = sources["train"][0]["video"].shape
+    t, h, w, _ = first["video"].shape
     if t % chunk:
         raise ValueError(f"{videos}: videos have {t} frames, which is no multiple of a chunk's {chunk}")
     plan = [

@@ -1,4 +1,4 @@
-"""Parts that the commands share: the name under which one was started, and a parser that refuses in one line."""
+"""Parts that the commands share: the name under which one was started, and parsers that refuse in one line."""
 
 import argparse
 import sys
@@ -18,4 +18,15 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ConfigErrors, in one line: the usage of many flags would hide them."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{' '.join(message.split())}; --help lists all flags")
+        raise ConfigError(_refusal(message))
+
+
+class Tool(argparse.ArgumentParser):
+    """An argument parser whose errors are printed in one line and end the process, for a command that catches none."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {_refusal(message)}\n")
+
+
+def _refusal(message: str) -> str:
+    return f"{' '.join(message.split())}; --help lists all flags"

@@ -13,6 +13,7 @@ import numpy as np
 
 from helios_jax.data import records
 from helios_jax.locations import argument
+from helios_jax.runtime.command import Tool
 from helios_jax.toy import scenes
 from helios_jax.toy import world as toy
 
@@ -67,7 +68,11 @@ def write_captions(out: Path, *, videos: int, seed: int, world: Any = toy) -> No
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and builds. Prints one line with what was written."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Tool(
+        prog="python -m helios_jax.toy.build",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--out", type=argument, required=True, help="folder to make; it must not hold anything")
     parser.add_argument(
         "--captions", action="store_true", help="write the captions of the training videos alone: --out is a text file"

@@ -6,7 +6,6 @@ It writes two pictures beside the Markdown file: the curves of the runs' metrics
 captions after every stage.
 """
 
-import argparse
 import json
 import platform
 import time
@@ -18,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from helios_jax.config import load
+from helios_jax.runtime.command import Tool
 from helios_jax.runtime.compilation import enable_cache
 from helios_jax.sampling.options import SampleConfig
 from helios_jax.sampling.pipeline import HeliosPipeline
@@ -75,7 +75,7 @@ def _label(text: str, width: int, height: int = 18) -> np.ndarray:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line, samples the model of every stage, scores the videos and writes the report."""
-    parser = argparse.ArgumentParser(prog="python -m helios_jax.toy.chain_report", description="Report `make chain`.")
+    parser = Tool(prog="python -m helios_jax.toy.chain_report", description="Report `make chain`.")
     parser.add_argument("--chain", type=Path, default=Path("runs/toy-chain"), help="folder with the runs of all stages")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file; the pictures go beside it")
     parser.add_argument("--videos", type=int, default=24, help="held-out captions, one video each")

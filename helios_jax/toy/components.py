@@ -6,7 +6,6 @@ The text encoder is a small UMT5 with random weights, frozen. The world's captio
 random features of different words are as good as orthogonal: all that the transformer's cross-attention needs.
 """
 
-import argparse
 from pathlib import Path
 
 import jax
@@ -17,6 +16,7 @@ from helios_jax import pretrained
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
+from helios_jax.runtime.command import Tool
 from helios_jax.sampling.checkpoint import write_index
 from helios_jax.sampling.plan import Variant
 
@@ -41,7 +41,7 @@ def build(out: Path, seed: int = 0, size: int = 64, places: float = 1.0) -> None
 
 def main() -> None:
     """Parses the command line and builds."""
-    parser = argparse.ArgumentParser(description="Write the text encoder and the scheduler of the embedded model.")
+    parser = Tool(description="Write the text encoder and the scheduler of the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="the embedded model's folder, with its tokenizer/")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=64, help="height and width of the videos in pixels")

@@ -6,7 +6,6 @@ python -m helios_jax.toy.gallery --out tasks.md --config toy/sample_base
 Options of sampling are given as for `sample.py` with the same config.
 """
 
-import argparse
 import dataclasses
 import gc
 import itertools
@@ -21,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from helios_jax.config import load
+from helios_jax.runtime.command import Tool
 from helios_jax.runtime.compilation import enable_cache
 from helios_jax.sampling.options import PromptSwitch, SampleConfig, SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
@@ -79,7 +79,7 @@ def stream_memory(pipe: HeliosPipeline, options: SamplingOptions) -> list[tuple[
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, samples, measures, writes; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m helios_jax.toy.gallery", description="Show every task.")
+    parser = Tool(prog="python -m helios_jax.toy.gallery", description="Show every task.")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of sampling")
     parser.add_argument("--config", default="toy/sample", help="of sample.py [toy/sample]")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file; the picture goes beside it")

@@ -8,7 +8,6 @@ frequency; letters and a little punctuation spell any other word. A trained voca
 several words share, which splits most of these words, and would differ from run to run.
 """
 
-import argparse
 import json
 import math
 import string
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from helios_jax.runtime.command import Tool
 from helios_jax.toy import scenes
 from helios_jax.toy import world as toy
 
@@ -75,7 +75,7 @@ def save(folder: Path, world: str = "shapes") -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parses the command line and writes the files."""
-    parser = argparse.ArgumentParser(description="Writes the toy world's tokenizer.")
+    parser = Tool(description="Writes the toy world's tokenizer.")
     parser.add_argument("--world", choices=sorted(FOLDERS), default="shapes")
     parser.add_argument("--out", type=Path, help="folder to write into; by default the world's")
     args = parser.parse_args(argv)

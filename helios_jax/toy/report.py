@@ -7,7 +7,6 @@ The table also scores the world's renderings (the limit of the metrics) and thei
 model).
 """
 
-import argparse
 import math
 import os
 import platform
@@ -24,6 +23,7 @@ from PIL import Image, ImageDraw
 from helios_jax.config import load
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import normalize
+from helios_jax.runtime.command import Tool
 from helios_jax.runtime.compilation import enable_cache
 from helios_jax.sampling.options import SampleConfig, SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline, decode
@@ -126,7 +126,7 @@ def machine() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line, samples, scores, writes; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m helios_jax.toy.report", description="Score the toy's models.")
+    parser = Tool(prog="python -m helios_jax.toy.report", description="Score the toy's models.")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="options of sampling, for all models")
     parser.add_argument("--configs", nargs="+", default=CONFIGS, help=f"of sample.py, a column each {CONFIGS}")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file; the picture goes beside it")

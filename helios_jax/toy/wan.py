@@ -5,7 +5,6 @@
 It has no memory patches, and its config.json is one that diffusers' WanTransformer3DModel reads.
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 
 from helios_jax import pretrained
 from helios_jax.models.transformer import MEMORY_PATCHES, Transformer
+from helios_jax.runtime.command import Tool
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.training.start import WAN
 
@@ -49,7 +49,7 @@ def build(model: Path, out: Path) -> None:
 
 def main() -> None:
     """Parses the command line and builds."""
-    parser = argparse.ArgumentParser(description="Write a Helios transformer as Wan's, without its memory patches.")
+    parser = Tool(description="Write a Helios transformer as Wan's, without its memory patches.")
     parser.add_argument("--model", type=Path, required=True, help="a pipeline's folder")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     args = parser.parse_args()

@@ -156,7 +156,14 @@ def test_text_task_embeds_prompts(model, tmp_path, capsys):
         (["clips", "--min-frames", "121"], "nothing to make, 7 items were refused; the first: 0.mp4: 10 frames"),
         (["clips", "--model", "nowhere"], "no folder nowhere"),
         (["text", "--prompts", "none.txt"], "none.txt: no such file"),
+        (["clips", "--seed", "-1"], "--seed must be from 0"),
         (["text", "--max-length", "-1"], "--max-length is -1"),
+        (["text", "--max-length", "0"], "--max-length is 0: it must be from 1"),
+        (["text", "--max-length", "100000"], "--max-length is 100000: it must be from 1 to"),
+        (["text", "--processes", "0"], "--processes is 0: it must be at least 1"),
+        (["text", "--processes", "-4"], "--processes is -4"),
+        (["text", "--max-lenght", "5"], "unrecognized arguments: --max-lenght 5; --help lists all flags"),
+        (["text", "--batch", "5"], "unrecognized arguments: --batch 5"),
     ],
 )  # fmt: skip
 def test_invalid_input_gives_a_one_line_error_before_weights_are_read(
@@ -172,6 +179,38 @@ def test_invalid_input_gives_a_one_line_error_before_weights_are_read(
     assert not (tmp_path / "out").exists()
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(error)
+
+
+@pytest.mark.parametrize("arguments", [[], ["text"], ["text", "--prompts", "a.txt"], ["--videos", "a", "--outt", "b"]])
+def test_an_incomplete_command_is_one_line(arguments, capsys):
+    assert precompute.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("precompute: the following arguments are required")
+
+
+def test_latents_are_not_taken_for_videos(tmp_path, model, monkeypatch, capsys):
+    monkeypatch.setattr(pretrained, "load_model", None)
+    features = {"latents": records.tensor((1,), np.float16), "caption": records.text(), "id": records.text()}
+    example = {"latents": np.zeros(1, np.float16), "caption": "a", "id": "b"}
+    records.write(tmp_path / "latents", features, {"train": [example], "test": [example]})
+    arguments = ["--videos", f"{tmp_path}/latents", "--model", str(model), "--out", f"{tmp_path}/out"]
+    assert precompute.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "latents: its records have no video but caption, id, latents; name a dataset of pixels" in error
+
+
+def test_too_little_memory_is_one_line(tmp_path, model, monkeypatch, capsys):
+    def full(*_, **__):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(precompute.tasks, "encode_prompts", full)
+    arguments = ["text", "--prompts", "a.txt", "--model", str(model), "--out", f"{tmp_path}/out"]
+    assert precompute.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "out of memory" in error
 
 
 def test_empty_prompt_files_are_refused(tmp_path, model, capsys):
