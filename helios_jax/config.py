@@ -119,6 +119,11 @@ def peek(path: str | Path, overrides: Sequence[str], key: str) -> tuple[Any, str
     return found
 
 
+def keys(overrides: Sequence[str]) -> set[str]:
+    """The keys that overrides set, with dots, however they are written: mesh.fsdp also for mesh={fsdp: 2}."""
+    return {key for text in overrides for key, _ in _leaves(_override(text)[1])}
+
+
 def save(config: Any, path: str | Path) -> None:
     """Writes a dataclass instance as YAML that `load` reads back to an equal one."""
     path = location(path)

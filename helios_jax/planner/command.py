@@ -4,7 +4,8 @@
     python -m helios_jax.plan configs/stage1_init.yaml --topology v5p-128 mesh.fsdp=64 optim.accumulate=4
     python -m helios_jax.plan configs/stage2_init.yaml --topology H100x8 --quick
 
-Without mesh.* settings it also looks for a mesh, accumulation and remat policy, and compiles the best.
+Without mesh.* settings it also looks for a mesh, and for accumulation and remat policy where these are not given, and
+compiles the best.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Any
 
 import jax
 
+from helios_jax import config as configs
 from helios_jax.config import ConfigError
 from helios_jax.planner import cost, hlo, program, search
 from helios_jax.planner.analytic import Memory, Work, arguments
@@ -78,8 +80,10 @@ def _count(text: str) -> int:
 
 def plan(args: argparse.Namespace, work: Work, rented: Machine) -> int:
     """Prints the page; returns the exit code."""
-    fixed = any(text.startswith("mesh.") for text in args.overrides)
-    found = [search.given(work, rented)] if fixed else search.search(work, rented)
+    typed = configs.keys(args.overrides)
+    fixed = any(key.partition(".")[0] == "mesh" for key in typed)
+    kept = typed & {search.ACCUMULATE, search.REMAT}
+    found = [search.given(work, rented)] if fixed else search.search(work, rented, kept)
     count = 0 if args.quick else args.compile
     tried = [compiled(work, one, rented, args.all_effort) for one in found[:count]]
     rest = [Answer(one, one.memory, one.cost, False) for one in found[count : max(SHOWN, count + 1)]]
@@ -88,7 +92,7 @@ def plan(args: argparse.Namespace, work: Work, rented: Machine) -> int:
     print(page(Path(args.config).stem, work, rented, best, others, len(found)))
     if best.fits(rented):
         return 0
-    candidates = search.search(work, rented) if fixed else others
+    candidates = search.search(work, rented) if fixed or kept else others
     fitting = [one for one in candidates if one.fits(rented)]
     settings = next(iter(fitting), None)
     settings = settings.candidate if isinstance(settings, Answer) else settings

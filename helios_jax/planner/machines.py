@@ -27,8 +27,10 @@ _CUBE |= {1024: "8x8x16", 2048: "8x16x16", 4096: "16x16x16"}
 GRIDS = {"v5e": _SQUARE, "v6e": _SQUARE, "v5p": _CUBE}
 EXAMPLES = "v5e-256, v5p-128 (64 chips), v6e-256, 2*v5p-128, H100, H100x8, H200x16"
 
-_TPU_NAME = re.compile(r"(?:(\d+)[*x])?(v\d[a-z]*|v5litepod)(?:-(\d+)|:([\dx]+))")
-_GPU_NAME = re.compile(r"(?:(?:one|(\d+)x?)?[ -]*)([hab]\d00)(?:[ -]*x?(\d+))?")
+MOST = 2**16  # chips: far more than are rented as one machine, and few enough to try all meshes
+
+_TPU_NAME = re.compile(r"(?:(\d{1,6})[*x])?(v\d[a-z]*|v5litepod)(?:-(\d{1,6})|:(\d{1,6}(?:x\d{1,6})*))")
+_GPU_NAME = re.compile(r"(?:(?:one|(\d{1,6})x?)?[ -]*)([hab]\d00)(?:[ -]*x?(\d{1,6}))?")
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,19 @@ class Machine:
 
 def machine(name: str) -> Machine:
     """The machine called `name`. Raises ConfigError, in one line, for one that is not known or not rented."""
+    found = _named(name)
+    if not 1 <= found.count <= MOST:
+        raise ConfigError(f"--topology {name}: has {found.count} chips; give a machine of 1 to {MOST}")
+    return found
+
+
+def _named(name: str) -> Machine:
     text = name.strip().lower()
     if tpu := _TPU_NAME.fullmatch(text):
         slices, kind, number, grid = tpu.groups()
         kind = {"v5litepod": "v5e"}.get(kind, kind)
         if kind in GRIDS:
-            return Machine(name, kind, _grid(name, kind, number, grid), int(slices or 1))
+            return Machine(name, kind, _grid(name, kind, number, grid), 1 if slices is None else int(slices))
     if gpu := _GPU_NAME.fullmatch(text):
         before, kind, after = gpu.groups()
         count = int(before or 1) * int(after or 1)

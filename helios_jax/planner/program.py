@@ -7,6 +7,7 @@ times faster, and the peak of memory comes out 1 to 5% lower, because all effort
 
 import dataclasses
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -19,6 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from helios_jax import pretrained
 from helios_jax.config import ConfigError
+from helios_jax.locations import is_remote
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.planner.stand_ins import existing
 from helios_jax.runtime import flops
@@ -44,26 +46,36 @@ TEXT = 512  # tokens of a caption
 def open_config(path: str, overrides: Sequence[str]) -> FlowTrainConfig:
     """The config at `path`, with the sizes of the released 14B model unless it gives others itself.
 
-    Raises ConfigError for one that cannot be read, and for a stage without a transformer.
+    It gives them as model.transformer, or as an `init` that is a folder here. Scores whose weights are not here have
+    the student's sizes. Raises ConfigError for one that cannot be read, and for a stage without a transformer.
     """
     config = load_config(path, overrides)
     if not isinstance(config, FlowTrainConfig):
         raise ConfigError(f"{path}: the stage {config.stage} has no transformer; give a config that trains one")
-    sizes = config.model.transformer or TransformerConfig()
+    sizes = transformer_config(config) if config.model.transformer or _is_here(config) else TransformerConfig()
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, transformer=sizes))
     if isinstance(config, DistillTrainConfig):
-        init = None if config.distill.score.init is None else _released().name
         adapters = tuple(existing(text, sizes, config.lora) for text in config.distill.score.adapters)
-        score = dataclasses.replace(config.distill.score, init=init, adapters=adapters)
+        score = dataclasses.replace(config.distill.score, adapters=adapters)
+        if score.init is not None and not _is_here(score_config(config)):
+            score = dataclasses.replace(score, init=_folder_of(sizes).name)
         return dataclasses.replace(config, distill=dataclasses.replace(config.distill, score=score))
     return config
 
 
+def _is_here(config: FlowTrainConfig) -> bool:
+    """True where `init` names a folder with a model's config.json: nothing is downloaded for a plan."""
+    if config.init is None or is_remote(config.init):
+        return False
+    folder = pretrained.local(config.init)
+    return any(os.path.isfile(part / "config.json") for part in (folder, folder / config.init_subfolder))
+
+
 @cache
-def _released() -> tempfile.TemporaryDirectory[str]:
-    """A folder that has the 14B model's config.json and no weights, as long as the process lives: for the scores."""
+def _folder_of(sizes: TransformerConfig) -> tempfile.TemporaryDirectory[str]:
+    """A folder that has the config.json of a model and no weights, as long as the process lives: for the scores."""
     folder = tempfile.TemporaryDirectory()
-    pretrained.write_config(TransformerConfig(), Path(folder.name) / "transformer")
+    pretrained.write_config(sizes, Path(folder.name))
     return folder
 
 

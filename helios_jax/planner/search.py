@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from jax.sharding import Mesh
@@ -15,10 +15,12 @@ from helios_jax.planner.machines import Machine
 from helios_jax.planner.program import with_settings
 from helios_jax.sharding import AXES, MeshConfig, check_batch, make_mesh
 from helios_jax.training.flow_config import FlowTrainConfig
-from helios_jax.training.start import check_attention
+from helios_jax.training.start import check_attention, transformer_config
 
 # Share of a chip's memory up to which an estimate counts as fitting: estimates are that far off.
 ROOM = 0.9
+# Keys of a config that a search changes, beside those of the mesh.
+ACCUMULATE, REMAT = "optim.accumulate", "remat"
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,22 @@ def given(work: Work, machine: Machine) -> Candidate:
     mesh = check_mesh(config.mesh, machine)
     ways, parts = mesh["data"] * mesh["fsdp"], config.optim.accumulate
     if (config.data.batch_size // parts) % ways:
-        fitting = [n for n in divisors(config.data.batch_size) if (config.data.batch_size // n) % ways == 0]
-        near = min(fitting, key=lambda n: abs(math.log(n / parts)), default=None)
-        size = parts * ways * max(1, round(config.data.batch_size / (parts * ways)))
-        remedy = f"optim.accumulate={near}" if near else f"data.batch_size={size}"
-        raise ConfigError(
-            f"data.batch_size {config.data.batch_size} in {parts} parts does not divide over data x fsdp = {ways} "
-            f"devices; the nearest that does is {remedy}"
-        )
+        raise _does_not_divide(config.data.batch_size, parts, ways, f"data x fsdp = {ways} devices")
     for model in program.transformers(config):
         check_attention(model, analytic.abstract_mesh(mesh))
     return candidate(work, config, machine, mesh)
+
+
+def _does_not_divide(batch: int, parts: int, ways: int, where: str) -> ConfigError:
+    """The error for a batch whose `parts` do not divide over `ways`, with the setting that is nearest to fitting."""
+    fitting = [n for n in divisors(batch) if (batch // n) % ways == 0]
+    near = min(fitting, key=lambda n: abs(math.log(n / parts)), default=None)
+    size = parts * ways * max(1, round(batch / (parts * ways)))
+    remedy = f"optim.accumulate={near}" if near else f"data.batch_size={size}"
+    in_parts = f" in {parts} parts" if parts > 1 else ""
+    return ConfigError(
+        f"data.batch_size {batch}{in_parts} does not divide over {where}; the nearest that does is {remedy}"
+    )
 
 
 def check_mesh(config: MeshConfig, machine: Machine) -> dict[str, int]:
@@ -130,27 +137,28 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def search(work: Work, machine: Machine) -> list[Candidate]:
+def search(work: Work, machine: Machine, kept: Collection[str] = ()) -> list[Candidate]:
     """All candidates: those that fit by expected time, then the others by memory.
 
-    Raises ConfigError, in one line, when the batch divides over no mesh of the machine.
+    Those of the settings ACCUMULATE and REMAT that are `kept` stay as the config has them. Raises ConfigError, in one
+    line, when the batch divides over no mesh of the machine.
     """
     found = []
-    batch = work.config.data.batch_size
-    for mesh in meshes(machine):
-        if work.sizes.num_attention_heads % mesh["tensor"]:
-            continue
+    batch, accumulate = work.config.data.batch_size, work.config.optim.accumulate
+    heads = [transformer_config(model).num_attention_heads for model in program.transformers(work.config)]
+    places = [mesh for mesh in meshes(machine) if all(count % mesh["tensor"] == 0 for count in heads)]
+    for mesh in places:
         ways = mesh["data"] * mesh["fsdp"]
         for parts in divisors(batch // ways) if batch % ways == 0 else []:
-            for remat in analytic.POLICIES:
+            if ACCUMULATE in kept and parts != accumulate:
+                continue
+            for remat in [work.config.remat] if REMAT in kept else analytic.POLICIES:
                 config = with_settings(work.config, accumulate=parts, remat=remat, mesh=_config(work.config, mesh))
                 found.append(candidate(work, config, machine, mesh))
     if not found:
-        ways = min(mesh["data"] * mesh["fsdp"] for mesh in meshes(machine))
-        raise ConfigError(
-            f"data.batch_size {batch} does not divide over the {machine.count} chips of {machine.name}; "
-            f"the nearest that does is data.batch_size={ways * max(1, round(batch / ways))}"
-        )
+        ways = min(mesh["data"] * mesh["fsdp"] for mesh in places)
+        where = f"the {machine.count} chips of {machine.name}"
+        raise _does_not_divide(batch, accumulate if ACCUMULATE in kept else 1, ways, where)
     fitting = [one for one in found if one.fits(machine)]
     others = [one for one in found if not one.fits(machine)]
     return sorted(fitting, key=lambda one: one.cost.seconds) + sorted(others, key=lambda one: one.memory.peak)

@@ -38,6 +38,32 @@ def test_a_given_mesh_is_planned_as_it_is(capsys):
     assert "settings were estimated" not in out
 
 
+@pytest.mark.parametrize("mesh", ["mesh={data: 1, fsdp: 64}", "mesh={fsdp: 64}"])
+def test_a_mesh_in_braces_is_planned_as_it_is(capsys, mesh):
+    arguments = ("configs/stage1_init.yaml", "--topology", "v5p-128", "--quick", mesh, "optim={accumulate: 4}")
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    assert "settings: mesh.data=1 mesh.fsdp=64 optim.accumulate=4 remat=products" in out
+    assert "settings were estimated" not in out
+
+
+@pytest.mark.parametrize("accumulate", ["optim.accumulate=2", "optim={accumulate: 2}"])
+def test_a_given_setting_stays_in_the_search(capsys, accumulate):
+    arguments = ("configs/stage1_init.yaml", "--topology", "v5p-128", "--quick", accumulate, "remat=block")
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    settings = [line for line in out.splitlines() if " mesh." in line]
+    assert len(settings) > 2
+    assert all(line.endswith("optim.accumulate=2 remat=block") for line in settings)
+
+
+@pytest.mark.parametrize("name", ["toy", "scenes"])
+def test_scores_of_other_sizes_than_the_released_are_planned(capsys, name):
+    code, out, err = run(capsys, f"configs/{name}/stage3_distill.yaml", "--topology", "H100", "--quick")
+    assert (code, err) == (0, "")
+    assert "FITS" in out
+
+
 def test_what_does_not_fit_ends_with_1_and_a_remedy(capsys):
     arguments = ("configs/stage1_init.yaml", "--topology", "v5p-128", "--quick", "mesh.fsdp=16", "remat=null")
     code, out, err = run(capsys, *arguments)
@@ -62,6 +88,8 @@ def test_what_does_not_fit_ends_with_1_and_a_remedy(capsys):
         (("stage1_init", "--topology", "v6e-256", "mesh.fsdp=16"), "does not divide"),
         (("stage1_init", "--topology", "v6e-256", "data.batch_size=100"), "does not divide"),
         (("stage1_init", "--topology", "v6e-256", "--compile", "0"), "1 up"),
+        (("stage1_init", "--topology", "0*v5p-128", "--quick"), "has 0 chips"),
+        (("stage1_init", "--topology", "v5p-128", "optim.accumulate=256"), "nearest that does is optim.accumulate=4"),
     ],
 )
 def test_refusals(capsys, arguments, words):

@@ -42,6 +42,11 @@ def test_names(name, chips, grid, hosts):
         ("v6e:4x4x4", "2 sides"),
         ("H100x12", "hosts of 8"),
         ("H100x0", "hosts of 8"),
+        ("0*v5p-128", "1 to 65536"),
+        ("0*v5e:4x4", "1 to 65536"),
+        ("9999*v5p-128", "1 to 65536"),
+        ("v5p:x", "v6e-256"),
+        (f"H100x{'9' * 5000}", "v6e-256"),
     ],
 )
 def test_an_unknown_machine_is_refused_in_one_line(name, remedy):

@@ -6,11 +6,14 @@ from typing import get_args
 
 import pytest
 
+from helios_jax import pretrained
 from helios_jax.config import ConfigError
+from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.transformer.remat import Remat
 from helios_jax.planner import program, search
 from helios_jax.planner.machines import machine
 from helios_jax.planner.program import with_settings
+from helios_jax.training.start import transformer_config
 
 
 def sizes(name: str) -> set[tuple[int, ...]]:
@@ -93,6 +96,34 @@ def test_stage_3_holds_two_models(stage1):
     found, first = (search.given(one, machine("v5p-128")) for one in (third, stage1))
     assert found.memory.frozen == pytest.approx(2 * first.memory.frozen, rel=0.01)
     assert found.memory.average > 0
+
+
+def test_sizes_of_weights_that_are_here_are_used(tmp_path):
+    """Of the student's and of the scores', each their own; the 14B model's where neither is here."""
+    small, smaller = (
+        TransformerConfig(num_attention_heads=1, attention_head_dim=128, ffn_dim=64, num_layers=n) for n in (2, 1)
+    )
+    pretrained.write_config(small, tmp_path / "student" / "transformer")
+    pretrained.write_config(smaller, tmp_path / "teacher" / "transformer")
+    flags = ["distill.score.adapters=[]", f"init={tmp_path}/student", f"distill.score.init={tmp_path}/teacher"]
+
+    def sizes(*flags: str) -> list[TransformerConfig]:
+        config = program.open_config("configs/stage3_post.yaml", flags)
+        return [transformer_config(model) for model in program.transformers(config)]
+
+    assert sizes(*flags) == [small, smaller]
+    assert sizes(*flags[:2], "distill.score.init=nowhere", "distill.score.init_subfolder=other") == [small, small]
+    assert sizes("init=nowhere", flags[2]) == [TransformerConfig(), smaller]
+    assert sizes("init=owner/name", "distill.score.init=owner/name") == [TransformerConfig()] * 2
+
+
+def test_a_batch_is_not_given_a_mesh_that_the_heads_refuse(stage1):
+    """Of 8 chips, 4 heads can take 4, so that a batch is at least of 2."""
+    flags = ["model.transformer={num_attention_heads: 4, attention_head_dim: 128, ffn_dim: 64, num_layers: 1}"]
+    config = program.open_config("configs/stage1_init.yaml", [*flags, "data.batch_size=7", "optim.accumulate=1"])
+    odd = dataclasses.replace(stage1, config=config, state=program.abstract_state(config))  # not traced
+    with pytest.raises(ConfigError, match=r"the nearest that does is data\.batch_size=8$"):
+        search.search(odd, machine("H100x8"))
 
 
 @pytest.mark.heavy
