@@ -5,6 +5,8 @@ import pytest
 
 from helios_jax.planner import command
 from helios_jax.planner.command import main
+from helios_jax.planner.program import open_config
+from helios_jax.training.stages.distill.players import score_sizes
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -57,6 +59,13 @@ def test_a_given_setting_stays_in_the_search(capsys, accumulate):
     assert all(line.endswith("optim.accumulate=2 remat=block") for line in settings)
 
 
+@pytest.mark.parametrize("name", ["toy", "scenes"])
+def test_scores_have_the_sizes_of_the_config_where_their_weights_are_not_here(name):
+    config = open_config(f"configs/{name}/stage3_distill.yaml", [])
+    assert score_sizes(config) == config.model.transformer
+
+
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", ["toy", "scenes"])
 def test_scores_of_other_sizes_than_the_released_are_planned(capsys, name):
     code, out, err = run(capsys, f"configs/{name}/stage3_distill.yaml", "--topology", "H100", "--quick")
