@@ -186,7 +186,7 @@ def send(table: Table, results: Results, project: str) -> None:
 
 
 def _known(key: str, asked: Sequence[str], scored: Collection[str], lacks: list[str]) -> list[str]:
-    """Those of the metrics `asked` for that some row has; `lacks` gets a line for each other one."""
+    """The metrics `asked` for that some row has; `lacks` gets a line for each other one."""
     if scored:  # else there is no result, which is told
         there = f"; there are {', '.join(scored)}"
         lacks += [

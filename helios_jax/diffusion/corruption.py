@@ -99,7 +99,7 @@ class CorruptionConfig:
 
     @property
     def is_nothing(self) -> bool:
-        """Whether no history would change."""
+        """True if no history would change."""
         blurs = self.blur is not None and self.blur.probability > 0
         saturates = self.saturation is not None and self.saturation.clean < 1
         return not saturates and (self.clean == 1 or not (blurs or self.noise > 0))

@@ -19,12 +19,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from helios_jax.config import load
+from helios_jax.config import ConfigError, load
 from helios_jax.runtime.command import Tool
 from helios_jax.runtime.compilation import enable_cache
 from helios_jax.sampling.options import PromptSwitch, SampleConfig, SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.toy import world as toy
+from helios_jax.toy.overrides import check_overrides
 from helios_jax.toy.report import cost, machine, picture
 
 CHECKS = (20, 100, 200, 300)
@@ -84,7 +85,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", default="toy/sample", help="of sample.py [toy/sample]")
     parser.add_argument("--out", type=Path, required=True, help="Markdown file; the picture goes beside it")
     args = parser.parse_intermixed_args(argv)
-    config = load(args.config, args.overrides, SampleConfig)
+    try:
+        check_overrides(args.overrides, {"model": "--config", "out": "--out"})
+        config = load(args.config, args.overrides, SampleConfig)
+    except ConfigError as error:
+        parser.error(str(error))
     enable_cache()
     pipe = HeliosPipeline.from_pretrained(config.model)
     options = config.options()

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw
 
-from helios_jax.config import load
+from helios_jax.config import ConfigError, load
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import normalize
 from helios_jax.runtime.command import Tool
@@ -30,6 +30,7 @@ from helios_jax.sampling.pipeline import HeliosPipeline, decode
 from helios_jax.sampling.plan import Plan
 from helios_jax.toy import world as toy
 from helios_jax.toy.metrics import aggregate
+from helios_jax.toy.overrides import check_overrides
 
 SHOWN = (
     "shape",
@@ -136,11 +137,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     if args.chunks < 2:
         parser.error(f"--chunks must be at least 2, to score what happens between them, got {args.chunks}")
+    frames = args.chunks * toy.CHUNK_FRAMES
+    try:
+        check_overrides(args.overrides, {"model": "--configs", "out": "--out", "num_frames": "--chunks"})
+        configs = [load(name, [*args.overrides, f"num_frames={frames}"], SampleConfig) for name in args.configs]
+    except ConfigError as error:
+        parser.error(str(error))
     scenes = held_out(args.videos)
     captions = [toy.caption(scene) for scene in scenes]
     attributes = [toy.parse_caption(caption) for caption in captions]
-    frames = args.chunks * toy.CHUNK_FRAMES
-    configs = [load(name, [*args.overrides, f"num_frames={frames}"], SampleConfig) for name in args.configs]
     enable_cache()
     real = [toy.render(scene, frames) for scene in scenes]
     columns, told, shown = {"rendered": aggregate(real, attributes)}, [], []

@@ -13,7 +13,6 @@ sheet.png.
 """
 
 import argparse
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,6 @@ import numpy as np
 
 from helios_jax.ablations import scores
 from helios_jax.config import ConfigError, load
-from helios_jax.config_types import nearest
 from helios_jax.locations import check_locations
 from helios_jax.media.files import check_folder
 from helios_jax.pretrained import CheckpointError
@@ -39,6 +37,7 @@ from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.toy import scene_metrics, scenes
 from helios_jax.toy import world as toy
 from helios_jax.toy.metrics import rollout
+from helios_jax.toy.overrides import check_overrides
 from helios_jax.toy.report import cost, held_out, picture
 
 PROG = "python -m helios_jax.toy.rollouts"
@@ -60,7 +59,7 @@ WORLDS = {
     ),
 }
 SHOWN, COLUMNS = 6, 14  # videos of the picture, and frames of each
-FLAGS = {"model": "--model", "out": "--out", "seed": "--seed", "num_frames": "--chunks"}  # in place of overrides
+FLAGS = {"model": "--model", "out": "--out", "seed": "--seed", "num_frames": "--chunks"}
 
 
 def sample(
@@ -78,18 +77,6 @@ def sample(
         else:
             stream = pipe.stream([world.caption(scene) for scene in part], options=options, seed=seeds)
             yield from np.concatenate(list(stream), 1)
-
-
-def check_overrides(overrides: Sequence[str]) -> None:
-    """Raises ConfigError for an override that would change nothing: of the model, the prompts or the files."""
-    options = [field.name for field in dataclasses.fields(SamplingOptions) if field.name not in FLAGS]
-    for text in overrides:
-        key, equals, _ = text.partition("=")
-        if equals and key in FLAGS:
-            raise ConfigError(f"override {text!r}: {key} is set by a flag: give {FLAGS[key]}")
-        if equals and key not in options:  # without =, it is `load` that says what an override looks like
-            remedy = nearest(key, options) or f"; leave it out, or give one of {', '.join(options)}"
-            raise ConfigError(f"override {text!r}: {key} is no option that is taken here{remedy}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise ConfigError(f"--{name} must be at least {least}, got {getattr(args, name)}")
         checked(checked(args.seed, "--seed") * 1000 + args.videos - 1, "the last video's seed, 1000 times --seed,")
         check_locations(local=True, **{"--out": args.out})
-        check_overrides(args.overrides)
+        check_overrides(args.overrides, FLAGS)
         world, out = WORLDS[args.world], Path(os.path.expanduser(args.out))
         # Guidance would lead away from the empty prompt, which is the prompt here.
         plain = ["guidance_scale=1"] if args.wordless else []

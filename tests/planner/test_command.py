@@ -32,17 +32,10 @@ def test_a_page_tells_what_fits(capsys):
     assert "nothing was compiled" in out
 
 
-def test_a_given_mesh_is_planned_as_it_is(capsys):
-    arguments = ("configs/stage1_init.yaml", "--topology", "v5p-128", "--quick", "mesh.fsdp=64", "optim.accumulate=4")
-    code, out, _ = run(capsys, *arguments)
-    assert code == 0
-    assert "settings: mesh.data=1 mesh.fsdp=64 optim.accumulate=4 remat=products" in out
-    assert "settings were estimated" not in out
-
-
-@pytest.mark.parametrize("mesh", ["mesh={data: 1, fsdp: 64}", "mesh={fsdp: 64}"])
-def test_a_mesh_in_braces_is_planned_as_it_is(capsys, mesh):
-    arguments = ("configs/stage1_init.yaml", "--topology", "v5p-128", "--quick", mesh, "optim={accumulate: 4}")
+@pytest.mark.parametrize("mesh", ["mesh.fsdp=64", "mesh={data: 1, fsdp: 64}", "mesh={fsdp: 64}"])
+@pytest.mark.parametrize("accumulate", ["optim.accumulate=4", "optim={accumulate: 4}"])
+def test_a_given_mesh_is_planned_as_it_is(capsys, mesh, accumulate):
+    arguments = ("configs/stage1_init.yaml", "--topology", "v5p-128", "--quick", mesh, accumulate)
     code, out, _ = run(capsys, *arguments)
     assert code == 0
     assert "settings: mesh.data=1 mesh.fsdp=64 optim.accumulate=4 remat=products" in out

@@ -99,7 +99,7 @@ def test_stage_3_holds_two_models(stage1):
 
 
 def test_sizes_of_weights_that_are_here_are_used(tmp_path):
-    """Of the student's and of the scores', each their own; the 14B model's where neither is here."""
+    """The student and the scores each have their own sizes, and those of the 14B model where neither is here."""
     small, smaller = (
         TransformerConfig(num_attention_heads=1, attention_head_dim=128, ffn_dim=64, num_layers=n) for n in (2, 1)
     )

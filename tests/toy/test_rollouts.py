@@ -8,7 +8,8 @@ from PIL import Image
 
 from helios_jax.ablations import scores
 from helios_jax.ablations.table import Jobs, read
-from helios_jax.toy import rollouts
+from helios_jax.toy import gallery, report, rollouts
+from helios_jax.toy.overrides import check_overrides
 from tests.processes import ROOT
 
 MODEL = "helios_jax/assets/toy"
@@ -48,7 +49,7 @@ def test_the_tables_give_only_options_that_are_taken(monkeypatch):
         commands = [Jobs(table, Path("out"))(row, 0).command for row in table.rows]
         assert all("helios_jax.toy.rollouts" in words for words in commands)
         for words in commands:
-            rollouts.check_overrides([word for word in words if "=" in word])
+            check_overrides([word for word in words if "=" in word], rollouts.FLAGS)
 
 
 @pytest.mark.parametrize(
@@ -80,3 +81,21 @@ def test_input_that_cannot_be_used_is_one_line(arguments, reason, tmp_path, caps
     assert said.count("\n") == 1
     assert reason in said
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("tool", [gallery, report])
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("loras=[/x]", "loras is no option that is taken here"),
+        ("model=x", "model is set by a flag: give --config"),
+        ("seed=7", "seed is no option that is taken here"),
+        ("guidance_scale=x", "guidance_scale"),
+    ],
+)
+def test_reports_refuse_overrides_that_they_would_ignore(tool, override, reason, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tool.main(["--out", str(tmp_path / "x.md"), override])
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert reason in said
