@@ -144,7 +144,7 @@ class TrainConfig:
         require(bool(self.trainable), "trainable must name something: all, adapters or parameters")
         for name in self.trainable:
             try:
-                re.compile(name)
+                re.compile(f"(?:{name})")  # as `training.trainable` uses it
             except re.error as error:
                 raise ValueError(f"trainable: {name!r} is no regular expression ({error})") from None
         parts = self.optim.accumulate

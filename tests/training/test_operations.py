@@ -59,6 +59,8 @@ def test_a_metric_without_a_share_in_some_steps_keeps_the_best_of_the_others(con
     found = {line["step"]: line["loss_positive"] for line in lines if "loss_positive" in line}
     assert 0 < len(found) < 8
     assert kept(tmp_path / "r") == sorted({min(found, key=found.__getitem__), 8})
+    assert run(config, f"run={tmp_path / 'r'}", "steps=9", "checkpoint.metric=loss_positive", *flags) == 0
+    assert 9 in kept(tmp_path / "r")
 
 
 def test_goodput_counts_what_was_computed_once(config, tmp_path, monkeypatch):

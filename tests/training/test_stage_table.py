@@ -95,6 +95,7 @@ def test_each_part_of_the_corruption_alone(path, change):
 @pytest.mark.parametrize(
     ("override", "rule"),
     [
+        ("trainable=['(?i)x']", "is no regular expression"),
         ("trainable=['(']", r"trainable: '\(' is no regular expression \(missing"),
         ("lora.alpha=0", "alpha must be a positive number, or null for the rank, got 0"),
         ("distill.critic.lora.alpha=-1", "alpha must be a positive number"),
