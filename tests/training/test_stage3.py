@@ -45,6 +45,7 @@ FAST = OptimConfig(lr=1e-2, weight_decay=0.0)
 BATCH = 2
 CHUNK = (BATCH, 9, 8, 8, 4)
 START, STEPS = 1000, 400  # of the discriminator; of the game without it
+ONE_STEP = {"steps": (1, 1), "amplify_first_chunk": False}  # for `distill`: a third of the program
 
 
 def config_of(**change) -> DistillTrainConfig:
@@ -293,7 +294,8 @@ def test_one_set_of_weights_serves_generator_and_both_scores(tmp_path):
     for adapter in (between.blocks.attn1.to_k.adapters[0], between.blocks.ffn.up.adapters[0]):
         adapter.b[...] += 0.3
     lora.save(between, tmp_path)
-    config = config_of(distill={"score": ScoreConfig(None, adapters=(str(tmp_path),), guidance_scale=2.0), "gan": None})
+    score = ScoreConfig(None, adapters=(str(tmp_path),), guidance_scale=2.0)
+    config = config_of(distill={"score": score, "gan": None, **ONE_STEP})
     key, new = jax.random.key(0), lora.LoRAConfig(LORA.rank, LORA.alpha, LORA.target_modules, init="gaussian")
     teacher = transformer(1)
     one = Players(players._add_critic(players._attach(lora.add(teacher, new, key), config), config), None, None)
