@@ -3,11 +3,13 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urlsplit
+
+from huggingface_hub import ModelInfo
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -37,6 +39,11 @@ def serve(repositories: Mapping[str, Path], cache: Path) -> Iterator[dict[str, s
             yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(cache)}
         finally:
             server.shutdown()
+
+
+def info(name: str, files: Iterable[str], **_) -> ModelInfo:
+    """What the hub says of a repository with these files."""
+    return ModelInfo(id=name, siblings=[{"rfilename": file} for file in files])
 
 
 def _answer(repositories: Mapping[str, Path], path: str) -> tuple[int, dict[str, str], bytes]:

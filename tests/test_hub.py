@@ -32,9 +32,10 @@ def test_a_pipeline_and_a_lora_by_name(folder, config, tmp_path):
     with fake_hub.serve({"owner/tiny": folder, "owner/style": style}, cache) as hub:
         code, printed = python(hub, *command, "--lora", "owner/style=0.5")
         assert code == 0, printed
-    # The server is gone.
+    # The server is gone, and nothing waits for it.
     code, printed = python(hub, "-c", LOAD)
     assert code == 0, printed
+    assert "Retrying" not in printed
 
 
 def test_weights_of_heliosbench_by_name(tmp_path):

@@ -1,6 +1,7 @@
 """LoRA files: what they may hold, where they are found, and what is refused."""
 
 import warnings
+from functools import partial
 
 import huggingface_hub
 import numpy as np
@@ -10,7 +11,7 @@ from safetensors.numpy import save_file
 from helios_jax import lora
 from helios_jax.models.transformer import Transformer
 from helios_jax.pretrained import CheckpointError, to_arrays
-from tests import tiny
+from tests import fake_hub, tiny
 from tests.closeness import assert_close
 from tests.tiny_lora import ARRAYS, FFN, PATCH, A, B, Q, model, pair
 
@@ -106,9 +107,8 @@ def test_a_file_is_found_in_folders_and_repositories(tmp_path, monkeypatch):
     save_file(pair(FFN), tmp_path / "pytorch_lora_weights.safetensors")
     assert lora.read(tmp_path).changes.keys() == {FFN}
 
-    monkeypatch.setattr(
-        huggingface_hub, "list_repo_files", lambda name, revision: ["a/b.safetensors", "two.safetensors"]
-    )
+    files = ["a/b.safetensors", "two.safetensors"]
+    monkeypatch.setattr(huggingface_hub, "model_info", partial(fake_hub.info, files=files))
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, revision: tmp_path / file)
     assert lora.read("someone/style").changes.keys() == {Q}
     assert lora.read("someone/style/one.safetensors").changes.keys() == {Q, FFN, PATCH}

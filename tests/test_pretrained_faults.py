@@ -293,6 +293,6 @@ def test_subfolders_of_a_cached_repository_are_named_offline(folder, monkeypatch
     def offline(name, **_):
         raise errors.OfflineModeIsEnabled("offline")
 
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", offline)
+    monkeypatch.setattr(huggingface_hub, "model_info", offline)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(folder))
     refused(lambda: Checkpoint.open("a/b", transformer="transformer_odd"), "it has transformer")

@@ -50,10 +50,11 @@ def _reason(error: Exception) -> str:
 
 def list_files(name: str | Path, revision: str | None = None) -> list[str]:
     """The files of a hub repository; without a connection, those of its snapshot in the cache."""
-    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub import model_info, snapshot_download
 
-    try:
-        return from_hub(name, lambda: list_repo_files(str(name), revision=revision))
+    try:  # list_repo_files would try for half a minute where there is no connection
+        found = from_hub(name, lambda: model_info(str(name), revision=revision)).siblings
+        return [file.rfilename for file in found or ()]
     except CheckpointError:
         try:
             folder = Path(snapshot_download(str(name), revision=revision, local_files_only=True))

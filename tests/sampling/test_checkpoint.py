@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import huggingface_hub
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from helios_jax import HeliosPipeline
 from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.checkpoint import Checkpoint
+from tests import fake_hub
 
 
 @pytest.fixture
@@ -155,6 +157,7 @@ def test_saving_and_loading_keeps_every_value(folder, tmp_path):
 def test_neither_torch_nor_transformers_is_imported(folder):
     code = f"""
 import sys
+from functools import partial
 from helios_jax import HeliosPipeline
 HeliosPipeline.from_pretrained({str(folder)!r})
 assert not {{"torch", "transformers", "diffusers", "tensorflow"}} & sys.modules.keys()
@@ -195,7 +198,7 @@ def hub(folder, tmp_path, monkeypatch):
         return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision: files)
+    monkeypatch.setattr(huggingface_hub, "model_info", partial(fake_hub.info, files=files))
     return got
 
 
