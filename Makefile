@@ -125,7 +125,7 @@ toy-stage1: $(VENV)/.run
 toy-mid: $(VENV)/.run
 	$(call run,stage2_init,run=runs/toy-mid init=$(TOY))
 	test -f runs/toy-mid/pipeline/model_index.json && rm -rf $(TOY)_mid && cp -r runs/toy-mid/pipeline $(TOY)_mid
-# Without the discriminator, which brings nothing here (docs/ablations.md) and takes three times as long.
+# Without the discriminator, which brings nothing here (docs/ablations.md) and takes more than twice as long.
 toy-distilled: $(VENV)/.run
 	test -f runs/toy-pairs/dataset_info.json || { $(call pairs,$(TOY)_mid,runs/toy-pairs); }
 	$(call run,stage3_ode,run=runs/toy-ode init=$(TOY)_mid data.folder=runs/toy-pairs)

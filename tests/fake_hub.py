@@ -42,7 +42,7 @@ def serve(repositories: Mapping[str, Path], cache: Path) -> Iterator[dict[str, s
 
 
 def info(name: str, files: Iterable[str], **_) -> ModelInfo:
-    """What the hub says of a repository with these files."""
+    """The hub's answer to a question for a repository with these files."""
     return ModelInfo(id=name, siblings=[{"rfilename": file} for file in files])
 
 

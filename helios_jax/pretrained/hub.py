@@ -50,11 +50,14 @@ def _reason(error: Exception) -> str:
 
 def list_files(name: str | Path, revision: str | None = None) -> list[str]:
     """The files of a hub repository; without a connection, those of its snapshot in the cache."""
-    from huggingface_hub import model_info, snapshot_download
+    from huggingface_hub import constants, model_info, snapshot_download
 
-    try:  # list_repo_files would try for half a minute where there is no connection
-        found = from_hub(name, lambda: model_info(str(name), revision=revision)).siblings
-        return [file.rfilename for file in found or ()]
+    def ask() -> list[str]:  # list_repo_files would try for half a minute where there is no connection
+        told = model_info(str(name), revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return [file.rfilename for file in told.siblings or ()]
+
+    try:
+        return from_hub(name, ask)
     except CheckpointError:
         try:
             folder = Path(snapshot_download(str(name), revision=revision, local_files_only=True))
