@@ -93,7 +93,7 @@ def test_levels_of_a_pyramid(pipe, distilled):
     options |= {"is_amplify_first_chunk": True} if distilled else {"guidance_scale": 3.0}
     first, second = pyramid.stream("a red plus", **options)
     np.testing.assert_allclose(second[:, :1], after(pipe, first), atol=1e-4)
-    if distilled:
+    if distilled:  # in one program; Mid's has guidance more, which `test_the_one_program` has
         whole = pyramid("a red plus", **options).frames
         np.testing.assert_allclose(np.concatenate([first, second], 1), whole, atol=1e-4)
 

@@ -45,7 +45,7 @@ FAST = OptimConfig(lr=1e-2, weight_decay=0.0)
 BATCH = 2
 CHUNK = (BATCH, 9, 8, 8, 4)
 START, STEPS = 1000, 400  # of the discriminator; of the game without it
-ONE_STEP = {"steps": (1, 1), "amplify_first_chunk": False}  # for `distill`: a third of the program
+ONE_STEP = {"steps": (1, 1), "amplify_first_chunk": False}  # for `distill`: compiles a quarter faster
 
 
 def config_of(**change) -> DistillTrainConfig:
