@@ -58,37 +58,36 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The (data, fsdp, tensor, context) mesh over `devices` (default: all); a null size takes the devices left over.
+    """The (data, fsdp, tensor, context) mesh over `devices` (default: all), as `lay_out` orders them."""
+    return Mesh(lay_out(config, devices or jax.devices()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
-    Several slices of TPUs, which a slow network joins, each take a part of the `data` axis. Raises ValueError when the
-    sizes do not multiply to the number of devices, or fit no grid of a TPU pod's links.
+
+def lay_out(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array [data, fsdp, tensor, context]; a null size takes the devices left over.
+
+    Several slices of TPUs, which a slow network joins, each take a part of the `data` axis. On the grid of a TPU pod an
+    axis takes whole sides where its size is a product of some, and a part of a side elsewhere. Raises ValueError when
+    the sizes do not multiply to the number of devices.
     """
-    devices = list(devices or jax.devices())
+    devices = list(devices)
     sizes = {name: getattr(config, name) for name in AXES}
     fixed = int(np.prod([size for size in sizes.values() if size is not None]))
     shape = tuple(len(devices) // fixed if size is None else size for size in sizes.values())
     if int(np.prod(shape)) != len(devices):
-        asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+        asked = ", ".join(f"{name}={'null' if size is None else size}" for name, size in sizes.items())
         raise ValueError(f"mesh {asked} does not fit {len(devices)} devices; change a size or set one to null")
     (data, *others), (slices, by_host) = shape, _slices(config.slices, shape[0], devices)
     if data % slices:
         raise ValueError(f"mesh: data={data} must be a multiple of the {slices} slices that split it, see mesh.slices")
-    alone = (data // slices, *others)  # in each slice
-    splits = {"allow_split_physical_axes": devices[0].device_kind in ("TPU v5 lite", "TPU v5e")}  # as jax.make_mesh
-    try:
-        if slices == 1:
-            laid = mesh_utils.create_device_mesh(shape, devices, **splits)
-        else:
-            slow = (slices, 1, 1, 1)
-            laid = mesh_utils.create_hybrid_device_mesh(alone, slow, devices, process_is_granule=by_host, **splits)
-    except NotImplementedError:  # of a TPU pod, whose links are a grid
-        asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, alone))
-        sides = "x".join(str(len(set(places))) for places in zip(*(device.coords for device in devices)))
-        raise ValueError(
-            f"mesh {asked} cannot be laid over this pod of {sides}: each size must be a product of some of its sides, "
-            "each side used once"
-        ) from None
-    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *others),
+        (slices, 1, 1, 1),
+        devices,
+        process_is_granule=by_host,
+        allow_split_physical_axes=True,
+    )
 
 
 def _slices(asked: int | None, data: int, devices: Sequence[Any]) -> tuple[int, bool]:

@@ -147,9 +147,10 @@ def samples(config: FlowTrainConfig, mesh: dict[str, int]) -> int:
     return config.data.batch_size // config.optim.accumulate // (mesh["data"] * mesh["fsdp"])
 
 
-def memory(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, int]) -> Memory:
-    """The memory of a step on each device."""
-    given = arguments(work, config, abstract_mesh(mesh))
+def memory(
+    work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, int], given: dict[str, int]
+) -> Memory:
+    """The memory of a step on each device, of which `given` are its arguments."""
     b, d, layers, split = samples(config, mesh), work.sizes.dim, work.sizes.num_layers, mesh["tensor"]
     # With separate sequences, the activations of all are kept, but the backward passes run one after the other.
     once, array = (2 * b * d * count for count in (max(map(sum, work.sequences)), work.tokens))

@@ -12,13 +12,16 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from typing import Any
+
+import numpy as np
 
 from helios_jax.config import ConfigError
 from helios_jax.runtime import aot
 from helios_jax.runtime.chips import CHIPS, Chip
+from helios_jax.sharding import MeshConfig, lay_out
 
 # Chips of a slice -> its grid.
 _SQUARE = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -31,6 +34,19 @@ MOST = 2**16  # chips: far more than are rented as one machine, and few enough t
 
 _TPU_NAME = re.compile(r"(?:(\d{1,6})[*x])?(v\d[a-z]*|v5litepod)(?:-(\d{1,6})|:(\d{1,6}(?:x\d{1,6})*))")
 _GPU_NAME = re.compile(r"(?:(?:one|(\d{1,6})x?)?[ -]*)([hab]\d00)(?:[ -]*x?(\d{1,6}))?")
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A device of a machine that is not here: its platform, number, host, slice, and coordinates on a grid of links."""
+
+    platform: str
+    id: int
+    process_index: Any
+    slice_index: int = 0
+    coords: tuple[int, ...] = (0, 0, 0)
+    core_on_chip: int = 0
+    device_kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,36 +92,56 @@ class Machine:
         except ModuleNotFoundError as error:
             raise ConfigError(f"{error}; or give --quick, which compiles nothing") from None
 
+    @cached_property
+    def places(self) -> list["Place"]:
+        """What a mesh needs to know of each device, without a compiler for it."""
+        if not self.is_tpu:
+            return [Place("gpu", i, process_index=i // self.grid[1]) for i in range(self.count)]
+        grid = [(*point, 0)[:3] for point in itertools.product(*map(range, self.grid))]
+        slices = [(part, x, y, z) for part in range(self.slices) for x, y, z in grid]
+        # A host has two by two chips.
+        return [Place("tpu", i, (part, x // 2, y // 2, z), part, (x, y, z)) for i, (part, x, y, z) in enumerate(slices)]
+
     def link_rate(self, group: tuple[int, ...], order: Sequence[Any]) -> float:
         """Bytes a second that each device of `group` receives; `group` has indices into `order`, a mesh's devices."""
         devices = [order[i] for i in group]
         if self.is_tpu:
             if self.slices > 1 and len({one.slice_index for one in devices}) > 1:
                 return self.chip.network
-            return self._grid_rate([len(set(values)) for values in zip(*(one.coords for one in devices))])
+            of_group, of_all = (zip(*(one.coords for one in some)) for some in (devices, order))
+            links = sum(self._links(sorted(set(few)), len(set(all_))) for few, all_ in zip(of_group, of_all))
+            return self.chip.link * links
         hosts = len({one.process_index for one in devices})
         return self._switch_rate(hosts, len(devices) // hosts)
 
     def axis_rate(self, mesh: Mapping[str, int], axis: str) -> float:
-        """`link_rate` for one axis of a mesh that has only sizes; devices of the last axes lie closest."""
-        size = mesh[axis]
-        if self.slices > 1 and axis == "data":
-            return self.chip.network
-        if not self.is_tpu:
-            inside = math.prod(list(mesh.values())[list(mesh).index(axis) + 1 :])
-            each = max(1, min(size, self.chip.host // inside))
-            return self._switch_rate(size // each, each)
-        some = (sides for n in range(1, 4) for sides in itertools.combinations(self.grid, n))
-        return self._grid_rate(list(next((sides for sides in some if math.prod(sides) == size), (size,))))
+        """`link_rate` for one axis of a mesh that has only sizes."""
+        sizes = tuple(mesh.values())
+        first = tuple(slice(None) if name == axis else 0 for name in mesh)
+        group = np.arange(self.count).reshape(sizes)[first]
+        return self.link_rate(tuple(group.tolist()), _laid_out(self, sizes))
 
-    def _grid_rate(self, lengths: list[int]) -> float:
-        """The rate of a group with `lengths` along the grid's sides: two links on a side closed to a ring, else one."""
-        links = sum(2 if length >= self.chip.wraps else 1 for length in lengths if length > 1)
-        return self.chip.link * max(links, 1)
+    def _links(self, places: list[int], side: int) -> float:
+        """Links of a device to others of its group, which has `places` along a side of the grid.
+
+        Two on a side closed to a ring, one on an open side or within a part of a side. Groups whose devices lie
+        between each other's share the links.
+        """
+        if len(places) == 1:
+            return 0
+        apart = places[1] - places[0]
+        ring = side >= self.chip.wraps and (len(places) == side or apart > 1)
+        return (2 if ring else 1) / apart
 
     def _switch_rate(self, hosts: int, each: int) -> float:
         """The rate of a host's switch or, for a group on several hosts, of the network cards of its devices on each."""
         return self.chip.link if hosts == 1 else min(self.chip.link, self.chip.network * each)
+
+
+@cache
+def _laid_out(machine: Machine, sizes: tuple[int, ...]) -> list[Place]:
+    """The machine's devices in the order of a mesh of these sizes."""
+    return list(lay_out(MeshConfig(*sizes), machine.places).flat)
 
 
 def machine(name: str) -> Machine:

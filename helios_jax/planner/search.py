@@ -1,8 +1,9 @@
 """Settings of a run that fit a machine: mesh, accumulation and rematerialization policy, ranked by predicted time."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from jax.sharding import Mesh
@@ -13,7 +14,7 @@ from helios_jax.planner.analytic import Work
 from helios_jax.planner.cost import Cost
 from helios_jax.planner.machines import Machine
 from helios_jax.planner.program import with_settings
-from helios_jax.sharding import AXES, MeshConfig, check_batch, make_mesh
+from helios_jax.sharding import AXES, MeshConfig, check_batch, lay_out, make_mesh
 from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.start import check_attention, transformer_config
 
@@ -43,10 +44,14 @@ class Candidate:
         return " ".join([*sizes, f"optim.accumulate={self.config.optim.accumulate}", f"remat={remat}"])
 
 
-def candidate(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, int]) -> Candidate:
-    return Candidate(
-        config, mesh, analytic.memory(work, config, machine, mesh), analytic.cost(work, config, machine, mesh)
-    )
+def candidates(
+    work: Work, configs: Iterable[FlowTrainConfig], machine: Machine, mesh: dict[str, int]
+) -> Iterator[Candidate]:
+    """Candidates of one mesh, whose configs differ in accumulation and remat policy only."""
+    arguments = analytic.arguments(work, work.config, analytic.abstract_mesh(mesh))
+    for config in configs:
+        memory = analytic.memory(work, config, machine, mesh, arguments)
+        yield Candidate(config, mesh, memory, analytic.cost(work, config, machine, mesh))
 
 
 def given(work: Work, machine: Machine) -> Candidate:
@@ -58,7 +63,7 @@ def given(work: Work, machine: Machine) -> Candidate:
         raise _does_not_divide(config.data.batch_size, parts, ways, f"data x fsdp = {ways} devices")
     for model in program.transformers(config):
         check_attention(model, analytic.abstract_mesh(mesh))
-    return candidate(work, config, machine, mesh)
+    return next(candidates(work, [config], machine, mesh))
 
 
 def _does_not_divide(batch: int, parts: int, ways: int, where: str) -> ConfigError:
@@ -75,62 +80,29 @@ def _does_not_divide(batch: int, parts: int, ways: int, where: str) -> ConfigErr
 
 def check_mesh(config: MeshConfig, machine: Machine) -> dict[str, int]:
     """Sizes of the mesh's axes on the machine. Raises ConfigError, in one line, if it cannot be laid out there."""
-    asked = {name: getattr(config, name) for name in AXES}
-    fixed = math.prod(size for size in asked.values() if size is not None)
-    sizes = {name: machine.count // fixed if size is None else size for name, size in asked.items()}
-    shown = " ".join(f"mesh.{name}={'null' if size is None else size}" for name, size in asked.items() if size != 1)
-    if math.prod(sizes.values()) != machine.count or not is_laid(sizes, machine):
-        near = min(meshes(machine), key=lambda mesh: _distance(mesh, sizes), default=None)
-        remedy = f"; the nearest that has is {_written(near)}" if near else ""
-        grid = f" of {'x'.join(map(str, machine.grid))}" if machine.is_tpu else ""
-        raise ConfigError(f"mesh: {shown} has no place on the {machine.count} chips{grid} of {machine.name}{remedy}")
-    return sizes
+    try:
+        return dict(zip(AXES, lay_out(config, machine.places).shape))
+    except ValueError as error:
+        near = min(meshes(machine), key=lambda mesh: (_distance(mesh, config), mesh["tensor"]))
+        raise ConfigError(f"{error}; {machine.name} takes, for example, {_written(near)}") from None
 
 
-def _distance(mesh: dict[str, int], wanted: dict[str, int]) -> float:
-    return sum(abs(math.log(mesh[name] / max(wanted[name], 1))) for name in AXES)
+def _distance(mesh: dict[str, int], asked: MeshConfig) -> float:
+    sizes = {name: getattr(asked, name) for name in AXES}
+    return sum(abs(math.log(mesh[name] / size)) for name, size in sizes.items() if size is not None)
 
 
 def _written(mesh: dict[str, int]) -> str:
     return " ".join(f"mesh.{name}={size}" for name, size in mesh.items() if size > 1 or name in ("data", "fsdp"))
 
 
-def is_laid(mesh: dict[str, int], machine: Machine) -> bool:
-    """True when each axis is a product of sides of the grid, each side used once, and no sample spans two hosts."""
-    within = mesh["tensor"] * mesh["context"]
-    if machine.chip.host % within or mesh["data"] % machine.slices:
-        return False
-    if not machine.is_tpu:
-        return True
-    # A host's chips are a square of two by two: only sides of two lie within it.
-    local = [side for side in machine.grid[:2] if side == 2]
-    if within > 1 and (within > 2 ** len(local)):
-        return False
-    sizes = [mesh["data"] // machine.slices, *(mesh[name] for name in AXES[1:])]
-    return _packs([size for size in sizes if size > 1], [side for side in machine.grid if side > 1])
-
-
-def _packs(sizes: list[int], sides: list[int]) -> bool:
-    """True when `sides` can be split into groups whose products are `sizes`."""
-    if not sizes:
-        return not sides
-    first, *rest = sizes
-    for bits in range(2 ** len(sides)):
-        chosen = [side for i, side in enumerate(sides) if bits >> i & 1]
-        if math.prod(chosen) == first and chosen:
-            left = [side for i, side in enumerate(sides) if not bits >> i & 1]
-            if _packs(rest, left):
-                return True
-    return False
-
-
 def meshes(machine: Machine) -> Iterator[dict[str, int]]:
-    """All meshes that can be laid out on the machine, without context parallelism."""
-    for data in divisors(machine.count):
-        for fsdp in divisors(machine.count // data):
-            mesh = {"data": data, "fsdp": fsdp, "tensor": machine.count // (data * fsdp), "context": 1}
-            if is_laid(mesh, machine):
-                yield mesh
+    """Meshes of the machine without context parallelism, on GPUs those that split a product within a host only."""
+    for data in range(machine.slices, machine.count + 1, machine.slices):
+        for fsdp in divisors(machine.count // data) if machine.count % data == 0 else []:
+            tensor = machine.count // (data * fsdp)
+            if machine.is_tpu or machine.chip.host % tensor == 0:
+                yield {"data": data, "fsdp": fsdp, "tensor": tensor, "context": 1}
 
 
 def divisors(number: int) -> list[int]:
@@ -147,14 +119,18 @@ def search(work: Work, machine: Machine, kept: Collection[str] = ()) -> list[Can
     batch, accumulate = work.config.data.batch_size, work.config.optim.accumulate
     heads = [transformer_config(model).num_attention_heads for model in program.transformers(work.config)]
     places = [mesh for mesh in meshes(machine) if all(count % mesh["tensor"] == 0 for count in heads)]
+    policies = [work.config.remat] if REMAT in kept else analytic.POLICIES
     for mesh in places:
-        ways = mesh["data"] * mesh["fsdp"]
-        for parts in divisors(batch // ways) if batch % ways == 0 else []:
-            if ACCUMULATE in kept and parts != accumulate:
-                continue
-            for remat in [work.config.remat] if REMAT in kept else analytic.POLICIES:
-                config = with_settings(work.config, accumulate=parts, remat=remat, mesh=_config(work.config, mesh))
-                found.append(candidate(work, config, machine, mesh))
+        ways, laid = mesh["data"] * mesh["fsdp"], dataclasses.replace(work.config.mesh, **mesh)
+        parts = divisors(batch // ways) if batch % ways == 0 else []
+        if ACCUMULATE in kept:
+            parts = [accumulate] if accumulate in parts else []
+        if parts:
+            configs = (
+                with_settings(work.config, accumulate=part, remat=remat, mesh=laid)
+                for part, remat in itertools.product(parts, policies)
+            )
+            found += candidates(work, configs, machine, mesh)
     if not found:
         ways = min(mesh["data"] * mesh["fsdp"] for mesh in places)
         where = f"the {machine.count} chips of {machine.name}"
@@ -162,10 +138,6 @@ def search(work: Work, machine: Machine, kept: Collection[str] = ()) -> list[Can
     fitting = [one for one in found if one.fits(machine)]
     others = [one for one in found if not one.fits(machine)]
     return sorted(fitting, key=lambda one: one.cost.seconds) + sorted(others, key=lambda one: one.memory.peak)
-
-
-def _config(config: FlowTrainConfig, mesh: dict[str, int]) -> MeshConfig:
-    return dataclasses.replace(config.mesh, **mesh)
 
 
 def real_mesh(one: Candidate, machine: Machine) -> Mesh:

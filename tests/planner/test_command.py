@@ -86,12 +86,12 @@ def test_what_does_not_fit_ends_with_1_and_a_remedy(capsys):
         (("stage1_ini", "--topology", "v6e-256"), "no such file"),
         (("stage1_init", "--topology", "v6e-256", "optim.speed=1"), "speed"),
         (("toy/vae", "--topology", "v6e-256"), "no transformer"),
-        (("stage1_init", "--topology", "v6e-64", "mesh.fsdp=16"), "has no place"),
+        (("stage1_init", "--topology", "v6e-64", "mesh.fsdp=24"), "does not fit 64 devices"),
         (("stage1_init", "--topology", "v6e-256", "mesh.fsdp=16"), "does not divide"),
         (("stage1_init", "--topology", "v6e-256", "data.batch_size=100"), "does not divide"),
         (("stage1_init", "--topology", "v6e-256", "--compile", "0"), "1 up"),
         (("stage1_init", "--topology", "0*v5p-128", "--quick"), "has 0 chips"),
-        (("stage1_init", "--topology", "v5p-128", "optim.accumulate=256"), "nearest that does is optim.accumulate=4"),
+        (("stage1_init", "--topology", "v5p-128", "optim.accumulate=256"), "nearest that does is optim.accumulate=32"),
     ],
 )
 def test_refusals(capsys, arguments, words):

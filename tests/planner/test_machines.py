@@ -76,6 +76,26 @@ def test_more_sides_and_rings_carry_more():
     assert small.link_rate((0, 1), [at(0, 0), at(0, 1)]) == small.chip.link
 
 
+def test_a_part_of_a_side_is_no_ring_and_groups_between_each_other_share_links():
+    pod = machine("v6e-256")
+    order, link = [at(x, 0) for x in range(16)], pod.chip.link
+    assert pod.link_rate(tuple(range(16)), order) == 2 * link
+    assert pod.link_rate((0, 1, 2, 3), order) == link
+    assert pod.link_rate((0, 4, 8, 12), order) == 2 * link / 4
+    open_side = [at(x, 0) for x in range(8)]
+    assert machine("v6e-64").link_rate((0, 4), open_side) == link / 4
+
+
+def test_axes_of_a_mesh_have_the_rates_of_their_places():
+    pod = machine("v6e-256")
+    whole = {"data": 16, "fsdp": 16, "tensor": 1, "context": 1}
+    assert pod.axis_rate(whole, "data") == pod.axis_rate(whole, "fsdp") == 2 * pod.chip.link
+    part = {"data": 4, "fsdp": 16, "tensor": 4, "context": 1}
+    assert pod.axis_rate(part, "fsdp") == 2 * pod.chip.link
+    assert pod.axis_rate(part, "tensor") == pod.chip.link
+    assert pod.axis_rate(part, "data") == 2 * pod.chip.link / 4
+
+
 def test_slices_and_hosts_are_joined_by_slower_networks():
     two = machine("2*v5p-128")
     order = [at(0, 0, 0), at(0, 0, 0, slice_index=1)]

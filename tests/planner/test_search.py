@@ -20,15 +20,15 @@ def sizes(name: str) -> set[tuple[int, ...]]:
     return {tuple(mesh.values()) for mesh in search.meshes(machine(name))}
 
 
-def test_meshes_are_products_of_a_grids_sides():
-    assert sizes("v5p-128") == {(1, 64, 1, 1), (4, 16, 1, 1), (16, 4, 1, 1), (64, 1, 1, 1)}
-    assert sizes("v6e-256") == {(1, 256, 1, 1), (16, 16, 1, 1), (256, 1, 1, 1)}
+def test_meshes_have_a_place_for_every_device():
+    for name in ("v5p-128", "v6e-256", "2*v5p-8", "H100x16"):
+        assert all(math.prod(mesh) == machine(name).count for mesh in sizes(name))
+    assert (4, 1, 1, 1) in sizes("v5p-8")
+    assert (2, 16, 2, 1) in sizes("v6e-64")  # parts of the sides of 8x8
 
 
-def test_a_product_is_split_within_a_host_only():
-    assert (2, 1, 2, 1) in sizes("v5p-8")
-    assert (1, 4, 2, 1) in sizes("v6e-8")
-    assert all(mesh[2] <= 8 for mesh in sizes("H100x16"))
+def test_gpus_split_a_product_within_a_host_only():
+    assert max(mesh[2] for mesh in sizes("H100x16")) == 8
     assert (2, 1, 8, 1) in sizes("H100x16")
 
 
@@ -63,10 +63,27 @@ def refused(stage1, name: str, **settings) -> str:
 
 
 def test_a_mesh_without_a_place_is_refused_with_the_nearest(stage1):
-    assert "nearest that has is mesh.data=8 mesh.fsdp=8" in refused(stage1, "v6e-64")  # fsdp 16 of 8x8
-    odd = refused(stage1, "v5p-128", mesh={"fsdp": 8})
-    assert "the 64 chips of 4x4x4 of v5p-128; the nearest that has is mesh.data=4 mesh.fsdp=16" in odd
-    assert "mesh.fsdp=16 has no place on the 8 chips" in refused(stage1, "H100x8")
+    told = refused(stage1, "H100x8")
+    assert "mesh data=null, fsdp=16, tensor=1, context=1 does not fit 8 devices" in told
+    assert told.endswith("H100x8 takes, for example, mesh.data=1 mesh.fsdp=8")
+    assert "does not fit 64 devices" in refused(stage1, "v5p-128", mesh={"fsdp": 24})
+    odd = refused(stage1, "2*v5p-128", mesh={"data": 1, "fsdp": None})
+    assert "data=1 must be a multiple of the 2 slices" in odd
+    assert odd.endswith("2*v5p-128 takes, for example, mesh.data=2 mesh.fsdp=64")
+
+
+@pytest.mark.parametrize(
+    "mesh", [{"fsdp": 8}, {"data": 2, "fsdp": 8, "tensor": 4}, {"data": 16, "fsdp": 1, "context": 4}]
+)
+def test_meshes_may_split_sides_and_hosts_as_in_training(stage1, mesh):
+    """Sides of 4x4x4 chips, and hosts of 2x2."""
+    parts = {"batch_size": 256, "accumulate": 2}
+    work = dataclasses.replace(
+        stage1, config=with_settings(stage1.config, mesh=dataclasses.replace(stage1.config.mesh, **mesh), **parts)
+    )
+    found = search.given(work, machine("v5p-128")).mesh
+    assert {name: found[name] for name in mesh} == mesh
+    assert math.prod(found.values()) == 64
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_nearest(stage1):
@@ -131,7 +148,8 @@ def test_stage_3_needs_one_pass_more_than_the_students_own(work, stage1):
     assert work("stage3_post", "mesh.fsdp=16").model_flops > 2 * stage1.model_flops
 
 
-def test_a_batch_smaller_than_the_machine_is_refused(stage1):
-    with pytest.raises(ConfigError, match=r"does not divide over the 1024 chips .* data.batch_size=1024") as error:
-        search.search(stage1, machine("4*v6e-256"))
+def test_a_batch_smaller_than_the_machine_needs_several_chips_for_a_sample(stage1):
+    assert all(one.mesh["tensor"] >= 4 for one in search.search(stage1, machine("4*v6e-256")))
+    with pytest.raises(ConfigError, match=r"does not divide over the 4096 chips .* data.batch_size=512") as error:
+        search.search(stage1, machine("v5p:16x16x16"))  # whose 40 heads 8 chips can share
     assert "\n" not in str(error.value)
