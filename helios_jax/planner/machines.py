@@ -119,7 +119,7 @@ class Machine:
         sizes = tuple(mesh.values())
         first = tuple(slice(None) if name == axis else 0 for name in mesh)
         group = np.arange(self.count).reshape(sizes)[first]
-        return self.link_rate(tuple(group.tolist()), _laid_out(self, sizes))
+        return self.link_rate(tuple(group.tolist()), _laid_out(self, *sizes))
 
     def _links(self, places: list[int], side: int) -> float:
         """Links of a device to others of its group, which has `places` along a side of the grid.
@@ -139,9 +139,9 @@ class Machine:
 
 
 @cache
-def _laid_out(machine: Machine, sizes: tuple[int, ...]) -> list[Place]:
+def _laid_out(machine: Machine, data: int, fsdp: int, tensor: int, context: int) -> list[Place]:
     """The machine's devices in the order of a mesh of these sizes."""
-    return list(lay_out(MeshConfig(*sizes), machine.places).flat)
+    return list(lay_out(MeshConfig(data, fsdp, tensor, context), machine.places).flat)
 
 
 def machine(name: str) -> Machine:
