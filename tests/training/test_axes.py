@@ -60,7 +60,8 @@ QUICK = {
 
 def gradients(name: str, root: Path, sizes: dict[str, Any]) -> dict[str, np.ndarray]:
     """The loss and the gradient of each parameter, by name."""
-    flags = ["lora=null", "trainable=[all]", "mesh.data=1", *(f"mesh.{key}={value}" for key, value in sizes.items())]
+    trained = "generator,adapters" if name == "stage3_post" else "all"
+    flags = ["lora=null", f"trainable=[{trained}]", "mesh.data=1", *(f"mesh.{k}={value}" for k, value in sizes.items())]
     if name.startswith(("stage1", "stage2")):
         flags += ["flow.corruption=null", "flow.drop=null"]  # half of the program
     argv = recipe.arguments(name, root, root / "none", *flags)

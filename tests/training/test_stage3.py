@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from helios_jax import lora
+from helios_jax import lora, pretrained
 from helios_jax.config import ConfigError
 from helios_jax.data.records import Source
 from helios_jax.diffusion import exits
@@ -335,6 +335,34 @@ def test_a_rollout_scores_its_last_chunk_after_those_before():
     np.testing.assert_array_equal(own, batch["target"][:, 9:])
     np.testing.assert_array_equal(past.latents[:, -9:], batch["target"][:, :9])
     assert history.chunk.tolist() == past.chunk.tolist() == [1, 3]
+
+
+TEACHERS = "a weight of the teacher, which stays as it is; name"
+
+
+@pytest.mark.parametrize(
+    ("own", "trainable", "rule"),
+    [
+        (True, ["all"], rf"would train score\.\S+, {TEACHERS} generator, adapters and"),
+        (True, ["score.proj_out", "adapters"], rf"would train score\.proj_out\.\w+, {TEACHERS} generator"),
+        (False, ["all"], rf"would train generator\.\S+, {TEACHERS} adapters and"),
+        (False, ["adapters", r"generator\.patch_short"], rf"would train generator\.patch_short\.\w+, {TEACHERS}"),
+        (True, ["generator", "discriminator"], r"leaves the critic as it began; name adapters, too$"),
+        (True, ["generator", "adapters", "discriminator"], None),
+        (False, ["adapters", "discriminator"], None),
+    ],
+)
+def test_the_teacher_is_never_trained_and_the_critic_always(tmp_path, own, trainable, rule):
+    pretrained.write_config(SMALL, tmp_path / "transformer")
+    config = config_of(distill={"score": ScoreConfig(init=str(tmp_path) if own else None)})
+    config = dataclasses.replace(config, lora=None if own else LORA, trainable=tuple(trainable))
+    stage = distill_stage.DistillStage(config)
+    if rule is None:
+        jax.eval_shape(stage.init, jax.random.key(0))
+        return
+    with pytest.raises(ConfigError, match=rule) as error:
+        jax.eval_shape(stage.init, jax.random.key(0))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

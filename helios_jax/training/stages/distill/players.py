@@ -1,6 +1,7 @@
 """Networks of stage 3: generator, scores, discriminator, and where their weights come from."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from helios_jax.training import start
 from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.run_config import ModelConfig
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
+from helios_jax.training.trainable import ADAPTERS, dotted, trainable
 
 CRITIC = "critic"  # the name of the fake score's adapters
 
@@ -109,13 +111,34 @@ def _discriminator(config: DistillTrainConfig, model: Transformer) -> Discrimina
 
 
 def init(config: DistillTrainConfig, key: jax.Array) -> Players:
-    """All players with random weights; new adapters begin as in `load`, adapters from files are zeros."""
-    generator = start.init_transformer(config, key)
+    """All players with random weights; new adapters begin as in `load`, adapters from files are zeros.
+
+    Raises ConfigError where `trainable` names the teacher's weights, or leaves out the critic's.
+    """
+    generator, score = start.init_transformer(config, key), None
+    judge = generator
     if config.distill.score.init is None:
-        student = _attach(generator, config, empty=True)
-        return Players(_add_critic(student, config), None, _discriminator(config, generator))
-    score = start.init_transformer(score_config(config), jax.random.fold_in(key, 1))
-    return Players(generator, _add_critic(score, config), _discriminator(config, score))
+        generator = _add_critic(_attach(generator, config, empty=True), config)
+    else:
+        judge = start.init_transformer(score_config(config), jax.random.fold_in(key, 1))
+        score = _add_critic(judge, config)
+    made = Players(generator, score, _discriminator(config, judge))
+    _check_trained(made, config.trainable)
+    return made
+
+
+def _check_trained(model: Players, names: Sequence[str]) -> None:
+    trained, _ = nnx.state(model, trainable(names), ...)
+    found = nnx.to_flat_state(trained)
+    teacher, student = ("generator", ADAPTERS) if model.score is None else ("score", f"generator, {ADAPTERS}")
+    for path, variable in found:
+        if path[0] == teacher and not isinstance(variable, lora.LoRAWeight):
+            raise ConfigError(
+                f"trainable: {list(names)} would train {dotted(path)}, a weight of the teacher, which stays as it is; "
+                f"name {student} and, with distill.gan, discriminator"
+            )
+    if not any(isinstance(variable, CriticWeight) for _, variable in found):
+        raise ConfigError(f"trainable: {list(names)} leaves the critic as it began; name {ADAPTERS}, too")
 
 
 def load(config: DistillTrainConfig, model: Players, shardings: Any = None) -> Players:
