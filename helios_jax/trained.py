@@ -24,12 +24,14 @@ class Trained:
     """The memory of a training run and, for a distilled student, the steps of each level, coarsest first.
 
     The defaults are those of the released weights, whose files have no record. `steps` is None unless it is a student;
-    with `amplify_first_chunk` the student takes twice as many steps in a video's first chunk.
+    with `amplify_first_chunk` the student takes twice as many steps in a video's first chunk. With `training_times` it
+    is sampled at the times at which it was trained, else at those of diffusers (`diffusion.levels`).
     """
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     steps: tuple[int, ...] | None = None
     amplify_first_chunk: bool = False
+    training_times: bool = False
 
     def entries(self) -> dict[str, Any]:
         """The record as entries of config.json; none for the settings of the released weights."""

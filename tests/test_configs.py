@@ -13,6 +13,7 @@ from helios_jax import config as configs
 from helios_jax import lora
 from helios_jax.ablations.table import read
 from helios_jax.models.transformer import TransformerConfig
+from helios_jax.precompute.encode import NEGATIVE_PROMPT
 from helios_jax.sampling.run import SampleConfig
 from helios_jax.training.run_config import ModelConfig, TrainConfig
 from helios_jax.training.stage_table import load_config
@@ -200,3 +201,10 @@ def test_trains_what_upstream_trains(path):
     expected = {f"{name}.{part}" for name in PATCHES for part in ("weight", "bias")}
     assert whole == (expected if stage.startswith("stage1") else set())
     assert ("discriminator" in config.trainable) == (stage == "stage3_gan")
+
+
+@pytest.mark.parametrize("path", RECIPE)
+def test_validation_videos_keep_away_from_what_sampling_does(path):
+    validation = load(path).validation
+    assert validation is not None
+    assert validation.negative_prompt == NEGATIVE_PROMPT

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from helios_jax.diffusion.noising import predict_data
+from helios_jax.diffusion.schedule import shift as shifted
 
 
 @dataclass(unsafe_hash=True)
@@ -69,7 +70,7 @@ def draw_sigma(
         alpha, beta = 1 + (config.alpha - 1) * left, 1 + (config.beta - 1) * left
         t = jax.vmap(lambda key: jax.random.beta(key, alpha, beta))(keys)
     if shift > 1:
-        t = shift * t / (1 + (shift - 1) * t)
+        t = shifted(t, shift)
     return jnp.clip(t, config.smallest, config.largest)
 
 

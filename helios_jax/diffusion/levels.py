@@ -1,32 +1,32 @@
 """The tables of a level's steps: for sampling, for a teacher's trajectories, and for the student's training.
 
-Sampling and training differ on purpose. The dynamic shift counts the tokens of the size that a level is "entered" from
-in sampling, as diffusers counts before it upsamples, and of its "own" size in training, as upstream does. Timesteps are
-whole numbers where the sampler or the teacher hands them to the model, and not rounded where the student learns.
+The released models are sampled at the times of diffusers: a level's dynamic shift counts the tokens of the size that
+the level is entered from, and timesteps are whole numbers. In training, here as upstream, the shift counts the level's
+own size, an exponential one is 7 at most, and the student's timesteps are not rounded. A student that was trained here
+is sampled at the times that it learnt (`as_trained`).
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 
 from helios_jax.diffusion.denoise import Level
 from helios_jax.diffusion.schedule import (
+    MAX_SHIFT,
     SchedulerConfig,
     Stage,
     dynamic_shift,
-    shift_sigmas,
+    shift,
     sigmas,
     stages,
     upsampling_weights,
 )
 from helios_jax.diffusion.solvers import SOLVERS, Steps, make_steps
 
-Counted = Literal["entered", "own"]
-Shift = Literal["exponential", "linear"] | None
 FIRST = 0.999  # sigma that a level's steps begin with, before the shift
 
 
@@ -37,23 +37,22 @@ def make_levels(
     *,
     pyramid: bool,
     zero_init: int = 0,
-    counted: Counted = "entered",
-    whole: bool = True,
+    as_trained: bool = False,
 ) -> tuple[Level, ...]:
     """Levels of `counts` steps, coarsest first, for `tokens` at full size.
 
     The first `zero_init` steps take a velocity of zero (CFG-Zero*'s zero init). Without a pyramid there is one level.
-    The defaults are the sampler's; for the student in training the shift counts the level's "own" size, and
-    timesteps are not `whole` numbers.
+    Times are those of diffusers or, with `as_trained`, those of training.
     """
     if not pyramid:
         table = sigmas(scheduler, counts[0], tokens)
         steps = make_steps(scheduler, table[:-1] * scheduler.num_train_timesteps, table)
         return _with_zero_init((Level(steps, begin=jnp.float32(1), end=jnp.float32(0)),), zero_init)
     few = SOLVERS[scheduler.scheduler_type].few_steps
+    counted = _counted(tokens, len(counts), as_trained)
     tables = [
-        level_table(scheduler, stage, count, _tokens(tokens, i, len(counts), counted), few=few, whole=whole)
-        for i, (stage, count) in enumerate(zip(stages(scheduler), counts, strict=True))
+        level_table(scheduler, *level, few=few, as_trained=as_trained)
+        for level in zip(stages(scheduler), counts, counted, strict=True)
     ]
     return _assembled(scheduler, tables, zero_init)
 
@@ -74,9 +73,10 @@ def make_trajectory(
 ) -> Trajectory:
     """The teacher's levels for `tokens` at full size; the steps of each include the student's.
 
-    A level's shift counts its own size, as in upstream's training. `zero_init` is as in `make_levels`.
+    Times are those of training, but that the teacher's timesteps are whole numbers. `zero_init` is as in `make_levels`.
     """
     tables, made = [], []
+    own_size = _counted(tokens, len(steps), as_trained=True)
     for i, stage in enumerate(stages(scheduler)):
         teacher, student = (
             np.stack(_grid(scheduler, stage, counts[i], few)) for counts, few in ((steps, False), (student_steps, True))
@@ -85,7 +85,7 @@ def make_trajectory(
         both = np.concatenate([own, student], 1)
         table, timesteps = both[:, np.argsort(-both[0])]
         places = [int(np.flatnonzero(table == sigma)[0]) for sigma in student[0]]
-        timesteps, table = _shifted(stage, table, timesteps, _tokens(tokens, i, len(steps), "own"), _shift(scheduler))
+        timesteps, table = _shifted(scheduler, stage, table, timesteps, own_size[i], MAX_SHIFT)
         tables.append((np.trunc(timesteps), np.append(table, 0.0)))
         made.append((tuple(places), timesteps[places].astype(np.float32), table[places].astype(np.float32)))
     places, timesteps, table = zip(*made)
@@ -93,14 +93,15 @@ def make_trajectory(
 
 
 def level_table(
-    config: SchedulerConfig, stage: Stage, count: int, tokens: int, *, few: bool, whole: bool = True
+    config: SchedulerConfig, stage: Stage, count: int, tokens: int, *, few: bool, as_trained: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps [steps] and sigmas [steps + 1] of one level whose shift counts `tokens`, float64.
 
     Sigmas run from 0.999 to 0 within the level; a schedule of `few` steps leaves out the last sigma before 0.
     """
-    timesteps, table = _shifted(stage, *_grid(config, stage, count, few), tokens, _shift(config))
-    return np.trunc(timesteps) if whole else timesteps, np.append(table, 0.0)
+    largest = MAX_SHIFT if as_trained else math.inf
+    timesteps, table = _shifted(config, stage, *_grid(config, stage, count, few), tokens, largest)
+    return timesteps if as_trained else np.trunc(timesteps), np.append(table, 0.0)
 
 
 def _grid(config: SchedulerConfig, stage: Stage, count: int, few: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -110,24 +111,20 @@ def _grid(config: SchedulerConfig, stage: Stage, count: int, few: bool) -> tuple
 
 
 def _shifted(
-    stage: Stage, table: np.ndarray, timesteps: np.ndarray, tokens: int, shift: Shift
+    config: SchedulerConfig, stage: Stage, table: np.ndarray, timesteps: np.ndarray, tokens: int, largest: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps and sigmas after the dynamic shift; timesteps then follow from the sigmas."""
-    if shift is None:
+    if config.dynamic is None:
         return timesteps, table
     high, low = stage.timesteps
-    table = shift_sigmas(table, dynamic_shift(tokens), shift)
+    table = shift(table, dynamic_shift(tokens, config.dynamic, largest))
     return low + table * (high - low), table
 
 
-def _shift(config: SchedulerConfig) -> Shift:
-    return config.time_shift_type if config.use_dynamic_shifting else None
-
-
-def _tokens(tokens: int, level: int, levels: int, counted: Counted) -> int:
-    """Tokens that a level's dynamic shift counts, of `tokens` at full size."""
-    size = max(level - 1, 0) if counted == "entered" else level
-    return tokens // 4 ** (levels - 1 - size)
+def _counted(tokens: int, levels: int, as_trained: bool) -> list[int]:
+    """Tokens that each level's dynamic shift counts, of `tokens` at full size."""
+    own = [tokens // 4**i for i in reversed(range(levels))]
+    return own if as_trained else [own[0], *own[:-1]]
 
 
 def _assembled(

@@ -1,11 +1,16 @@
 """Noise levels: sigma tables in float64 on the host, and how they shift with the size of the video."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from helios_jax.diffusion.solvers import SOLVERS
+
+Shift = Literal["exponential", "linear"] | None  # a dynamic shift of sigmas
+MAX_SHIFT = 7.0  # of an exponential dynamic shift in training
 
 
 @dataclass(unsafe_hash=True)
@@ -52,6 +57,11 @@ class SchedulerConfig:
         if self.use_dynamic_shifting and self.shift != 1.0:
             raise ValueError(f"use_dynamic_shifting replaces shift, so shift must be 1, not {self.shift}")
 
+    @property
+    def dynamic(self) -> Shift:
+        """The dynamic shift, None without one."""
+        return self.time_shift_type if self.use_dynamic_shifting else None
+
 
 @dataclass(unsafe_hash=True)
 class DMDSchedulerConfig(SchedulerConfig):
@@ -63,15 +73,24 @@ class DMDSchedulerConfig(SchedulerConfig):
     time_shift_type: Literal["exponential", "linear"] = "linear"
 
 
-def dynamic_shift(tokens: int) -> float:
-    """mu, linear in the tokens of a chunk: 0.5 at 256 and 1.15 at 4096 (diffusers' calculate_shift)."""
-    return 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+def dynamic_shift(tokens: int, kind: Shift, largest: float = math.inf) -> float:
+    """The factor by which a dynamic shift moves sigmas: mu for "linear", exp(mu) for "exponential", 1 for None.
+
+    mu is linear in the tokens of a chunk, 0.5 at 256 and 1.15 at 4096 (diffusers' calculate_shift). `largest` bounds
+    exp(mu), not mu.
+    """
+    mu = 0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256)
+    return 1.0 if kind is None else min(math.exp(mu), largest) if kind == "exponential" else mu
 
 
-def shift_sigmas(sigmas: np.ndarray, mu: float, kind: str) -> np.ndarray:
-    """s / (s + 1/sigma - 1) with s = exp(mu) for "exponential" and mu for "linear"; 0 stays 0."""
-    s = np.exp(mu) if kind == "exponential" else mu
-    return s * sigmas / (s * sigmas + 1 - sigmas)
+def training_shift(shape: Sequence[int], kind: Shift) -> float:
+    """`dynamic_shift` for latents [b, t, h, w, c] in training, as upstream's: at a patch of 1 x 2 x 2, and bounded."""
+    return dynamic_shift(math.prod(shape[1:4]) // 4, kind, MAX_SHIFT)
+
+
+def shift(sigmas: Any, factor: float) -> Any:
+    """Sigmas moved towards 1, noise, by a factor above 1: factor / (factor + 1/sigma - 1); 0 and 1 stay."""
+    return factor * sigmas / (1 + (factor - 1) * sigmas)
 
 
 def sigmas(config: SchedulerConfig, num_inference_steps: int, tokens: int) -> np.ndarray:
@@ -80,7 +99,7 @@ def sigmas(config: SchedulerConfig, num_inference_steps: int, tokens: int) -> np
     The table of a model without a pyramid: `HeliosScheduler.set_timesteps` as `HeliosPipeline` calls it.
     """
     table = np.linspace(0.999, 0.0, num_inference_steps + 1)
-    return shift_sigmas(table, dynamic_shift(tokens), config.time_shift_type) if config.use_dynamic_shifting else table
+    return shift(table, dynamic_shift(tokens, config.dynamic))
 
 
 @dataclass(frozen=True)
@@ -101,7 +120,7 @@ def stages(config: SchedulerConfig) -> tuple[Stage, ...]:
     """The levels, coarsest first (`HeliosScheduler.init_sigmas_for_each_stage`)."""
     train = config.num_train_timesteps
     base = 1.0 - np.linspace(1, 1 / train, train + 1)
-    table = np.flip(config.shift * base / (1 + (config.shift - 1) * base))[:-1]
+    table = np.flip(shift(base, config.shift))[:-1]
     moves = []
     for i in range(config.stages):
         first, last = int(config.stage_range[i] * train), int(config.stage_range[i + 1] * train)

@@ -16,10 +16,9 @@ from jaxtyping import Array, Float, Key
 
 from helios_jax.diffusion.noising import add_noise, velocity
 from helios_jax.diffusion.pyramid import downsample, upsample
-from helios_jax.diffusion.schedule import Stage, dynamic_shift
+from helios_jax.diffusion.schedule import Shift, Stage, shift, training_shift
 
 STEPS = 1000  # of the training schedule, and of each level of the pyramid
-MAX_SHIFT = 7.0  # of an exponential dynamic shift in training
 
 
 @dataclass(unsafe_hash=True)
@@ -35,7 +34,7 @@ class TimesConfig:
     logit_mean: float = 0.0
     logit_std: float = 1.0
     mode_scale: float = 1.29
-    shift: Literal["linear", "exponential"] | None = None
+    shift: Shift = None
 
     def __post_init__(self) -> None:
         if self.logit_std <= 0:
@@ -81,7 +80,7 @@ def straight_sample(
     config: TimesConfig,
 ) -> FlowSample:
     """Noisy samples on the straight path from noise to latents, for stage 1."""
-    sigma = _shift((STEPS - _step(quantile)) / STEPS, latents, config)
+    sigma = shift((STEPS - _step(quantile)) / STEPS, training_shift(latents.shape, config.shift))
     return FlowSample(add_noise(latents, noise, sigma), velocity(latents, noise), sigma, sigma * STEPS)
 
 
@@ -115,7 +114,7 @@ def pyramid_samples(
             timestep = high + (low - high) * step / (STEPS - 1)
             sigma = 0.999 * (STEPS - step) / STEPS
             if config.shift is not None:
-                sigma = _shift(sigma, start, config)
+                sigma = shift(sigma, training_shift(start.shape, config.shift))
                 timestep = low + (high - low) * sigma
             samples.append(FlowSample(add_noise(end, start, sigma), velocity(end, start), sigma, timestep))
     return samples
@@ -129,12 +128,3 @@ def flow_loss(velocity: Float[Array, "b t h w c"], sample: FlowSample, config: T
 
 def _step(quantile: Float[Array, " b"]) -> Float[Array, " b"]:
     return jnp.clip(jnp.floor(quantile * STEPS), 0, STEPS - 1)
-
-
-def _shift(sigma: Float[Array, " b"], latents: Array, config: TimesConfig) -> Float[Array, " b"]:
-    """Dynamic shifting by the number of tokens of `latents`, counted at upstream's patch of 1 x 2 x 2."""
-    if config.shift is None:
-        return sigma
-    mu = dynamic_shift(math.prod(latents.shape[1:4]) // 4)
-    factor = min(math.exp(mu), MAX_SHIFT) if config.shift == "exponential" else mu
-    return sigma * factor / (1 + (factor - 1) * sigma)

@@ -11,6 +11,8 @@ from jaxtyping import Array, Float
 from helios_jax.models.layers import Conv, Linear, ones, param, zeros
 
 GROUPS = 32  # of the group norms
+# Deviation 1 / sqrt(3 inputs), torch's default and so upstream's: Adam's steps are large or small beside it.
+WEIGHTS = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 @dataclass(unsafe_hash=True)
@@ -85,11 +87,12 @@ class Head(nnx.Module):
             kernel, stride, padding = self.SHAPES[i]
             sides = [(p, p) for p in padding]
             size = dim if i else in_features
-            return HeadConv(size, dim, kernel, stride=stride, padding=sides, axes=("embed", "mlp"), rngs=rngs)
+            axes = ("embed", "mlp")
+            return HeadConv(size, dim, kernel, stride=stride, padding=sides, axes=axes, init=WEIGHTS, rngs=rngs)
 
         self.convs = nnx.List([conv(i) for i in range(len(self.SHAPES))])
         self.norms = nnx.List([GroupNorm(dim, rngs=rngs) for _ in self.SHAPES])
-        self.out = Linear(dim, 1, axes=("embed", None), rngs=rngs)
+        self.out = Linear(dim, 1, axes=("embed", None), init=WEIGHTS, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b t h w d"]) -> Float[Array, " b"]:
         for conv, norm in zip(self.convs, self.norms, strict=True):

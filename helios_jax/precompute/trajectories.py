@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from helios_jax.data import records
 from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, Level, record_chunk
 from helios_jax.diffusion.levels import Trajectory, make_trajectory
 from helios_jax.diffusion.memory import History, MemoryConfig, push
+from helios_jax.diffusion.schedule import Shift
 from helios_jax.models.transformer import Transformer
 from helios_jax.precompute.encode import NEGATIVE_PROMPT, local_mesh
 from helios_jax.precompute.prompt_files import Prompt
@@ -54,7 +55,7 @@ class Settings:
     steps: tuple[int, ...] = (20, 20, 20)
     student_steps: tuple[int, ...] = (2, 2, 2)
     amplify_first_chunk: bool = True
-    time_shift_type: Literal["exponential", "linear"] | None = "linear"
+    time_shift_type: Shift = "linear"
     guidance_scale: float = 5.0
     negative_prompt: str = NEGATIVE_PROMPT
     cfg_zero_star: bool = False

@@ -114,7 +114,14 @@ def make_plan(
 
     def levels(counts: Sequence[int]) -> tuple[Level, ...]:
         tokens = math.prod(shape[:3]) // math.prod(transformer.patch_size)
-        return make_levels(scheduler, counts, tokens, pyramid=variant.pyramid, zero_init=zero_init)
+        return make_levels(
+            scheduler,
+            counts,
+            tokens,
+            pyramid=variant.pyramid,
+            zero_init=zero_init,
+            as_trained=variant.trained.training_times,
+        )
 
     every = levels(counts)
     return Plan(

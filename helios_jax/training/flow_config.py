@@ -10,7 +10,7 @@ from typing import Literal
 from helios_jax.config import require
 from helios_jax.diffusion.corruption import CorruptionConfig, DropConfig
 from helios_jax.diffusion.memory import MemoryConfig
-from helios_jax.diffusion.schedule import SchedulerConfig
+from helios_jax.diffusion.schedule import SchedulerConfig, Shift
 from helios_jax.diffusion.targets import TimesConfig
 from helios_jax.locations import check_locations
 from helios_jax.models.transformer.remat import Remat
@@ -123,7 +123,7 @@ class StudentConfig:
 
     steps: tuple[int, ...] = (2, 2, 2)
     amplify_first_chunk: bool = True
-    shift: Literal["linear", "exponential"] | None = "linear"
+    shift: Shift = "linear"
     ode_weight: float = 80.0
 
     def __post_init__(self):

@@ -73,7 +73,8 @@ def variant(config: FlowTrainConfig, trained_size: tuple[int, int]) -> Variant:
 def trained(config: FlowTrainConfig) -> Trained:
     """The settings of a run that sampling must repeat."""
     if isinstance(config, StudentTrainConfig):
-        return Trained(config.flow.memory, config.distill.steps, config.distill.amplify_first_chunk)
+        distill = config.distill
+        return Trained(config.flow.memory, distill.steps, distill.amplify_first_chunk, training_times=True)
     return Trained(config.flow.memory)
 
 

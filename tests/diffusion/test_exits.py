@@ -10,7 +10,7 @@ from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, denoise_chunk
 from helios_jax.diffusion.exits import draw_exits, end_at, is_first_chunk
 from helios_jax.diffusion.levels import make_levels
 from helios_jax.diffusion.memory import History, MemoryConfig
-from helios_jax.diffusion.schedule import DMDSchedulerConfig
+from helios_jax.diffusion.schedule import DMDSchedulerConfig, training_shift
 from helios_jax.models.transformer import Transformer
 from tests.closeness import assert_close
 from tests.diffusion.last_exits import last_exits
@@ -69,9 +69,21 @@ def test_to_the_end_it_makes_what_the_sampler_makes(amplify, with_gradient):
 
 
 def test_in_training_timesteps_are_not_rounded():
-    for sampled, trained in zip(both_levels()[0], both_levels(whole=False)[0], strict=True):
+    for sampled, trained in zip(both_levels()[0], both_levels(as_trained=True)[0], strict=True):
         np.testing.assert_array_equal(sampled.steps.timestep, np.trunc(trained.steps.timestep))
         np.testing.assert_array_equal(sampled.steps.sigma, trained.steps.sigma)
+
+
+def test_in_training_an_exponential_shift_is_bounded():
+    """The 13824 tokens of 512 x 768 would be shifted by 16.4; the coarsest level's 864 are shifted by 1.83."""
+    scheduler = DMDSchedulerConfig(use_dynamic_shifting=True, time_shift_type="exponential")
+    for trained, factors in ((True, (1.83, 3.29, 7)), (False, (1.83, 1.83, 3.29))):
+        levels = make_levels(scheduler, (2, 2, 2), 13824, pyramid=True, as_trained=trained)
+        sigma = (0.999 + 0.000999) / 2
+        assert [float(level.steps.sigma[1]) for level in levels] == pytest.approx(
+            [s * sigma / (1 + (s - 1) * sigma) for s in factors], rel=1e-3
+        )
+    assert training_shift((1, 9, 64, 96, 16), "exponential") == 7
 
 
 def test_without_a_gradient_it_is_the_same_chunk():

@@ -36,3 +36,13 @@ def test_platforms(platform, convolutions):
 
     program = jax.jit(gradients).trace(True, head, jnp.zeros((1, 9, 8, 8, 5))).lower(lowering_platforms=(platform,))
     assert program.as_text().count("stablehlo.convolution(") == convolutions
+
+
+def test_first_weights_have_the_deviation_of_torch():
+    """kaiming_uniform_ with a = sqrt(5), the default of torch's layers: 1 / sqrt(3 inputs)."""
+    head = Head(16, 32, rngs=nnx.Rngs(0))
+    for layer in (*head.convs, head.out):
+        weight = layer.weight[...]
+        inputs = weight.size // weight.shape[-1]
+        assert float(weight.std()) == pytest.approx((3 * inputs) ** -0.5, rel=0.15)
+        assert float(jnp.abs(weight).max()) <= inputs**-0.5

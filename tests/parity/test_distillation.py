@@ -62,8 +62,7 @@ def test_the_student_s_chunk(first, exits, shift):
     exits = [2 * n + 1 if first else n for n in exits]
     student = DMDSchedulerConfig(use_dynamic_shifting=shift is not None, time_shift_type=shift or "linear")
     levels, first_levels = (
-        make_levels(student, [k * n for n in steps], t * h * w // 4, pyramid=True, counted="own", whole=False)
-        for k in (1, 2)
+        make_levels(student, [k * n for n in steps], t * h * w // 4, pyramid=True, as_trained=True) for k in (1, 2)
     )
     noise = ChunkNoise(jnp.asarray(main), tuple(map(jnp.asarray, whites)))
     stops, memory = [jnp.full((b,), n) for n in exits], MemoryConfig()

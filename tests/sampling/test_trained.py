@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from helios_jax.diffusion.memory import MemoryConfig
-from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig
+from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig, stages
+from helios_jax.models.transformer import TransformerConfig
+from helios_jax.models.vae import VAEConfig
 from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.options import SamplingOptions
@@ -74,6 +76,25 @@ def test_a_student_takes_the_steps_that_it_was_trained_for():
     assert steps(is_amplify_first_chunk=False) == [[1, 1, 2], [1, 1, 2]]
     released = plan_of(Trained(), STUDENT)
     assert [len(level.steps.sigma) for level in released.first_levels] == [2, 2, 2]
+
+
+def test_a_student_is_sampled_at_the_times_of_its_training():
+    """Those of 384 x 640 from the equations: the shift counts a level's own tokens, and nothing is rounded."""
+    scheduler = DMDSchedulerConfig(use_dynamic_shifting=True)
+    options = SamplingOptions(pyramid_num_inference_steps_list=[2, 2, 2])
+
+    def second_steps(trained: Trained) -> list[float]:
+        variant = Variant(pyramid=True, is_distilled=True, trained=trained)
+        plan = make_plan(TransformerConfig(), VAEConfig(), scheduler, variant, options)
+        return [float(level.steps.timestep[1]) for level in plan.levels]
+
+    assert second_steps(Trained()) == [833, 512, 174]  # of diffusers
+    expected = []
+    for level, tokens in zip(stages(scheduler), (540, 2160, 8640)):
+        high, low = level.timesteps
+        mu, sigma = 0.5 + 0.65 * (tokens - 256) / 3840, (0.999 + 0.000999) / 2
+        expected.append(low + (high - low) * mu * sigma / (1 + (mu - 1) * sigma))
+    assert second_steps(Trained(training_times=True)) == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from helios_jax import lora, pretrained
 from helios_jax.config import ConfigError
 from helios_jax.data.records import Source
 from helios_jax.diffusion import exits
+from helios_jax.diffusion.corruption import CorruptionConfig, SaturationConfig
 from helios_jax.diffusion.distillation import PenaltyConfig, RenoiseConfig
 from helios_jax.models.discriminator import Discriminator, DiscriminatorConfig, Head
 from helios_jax.models.transformer import Transformer
@@ -337,6 +338,35 @@ def test_a_rollout_scores_its_last_chunk_after_those_before():
     assert history.chunk.tolist() == past.chunk.tolist() == [1, 3]
 
 
+def test_the_past_is_corrupted_before_every_chunk_of_a_rollout():
+    """Without a history, only the student's own first chunk can be corrupted: by saturation, which no score sees."""
+    saturated = CorruptionConfig(clean=1, blur=None, saturation=SaturationConfig(clean=0))
+    batch = batch_of(2)
+    batch |= {name: jnp.zeros_like(batch[name]) for name in ("history", "anchor")}
+    chunks = {}
+    for name, corruption in (("clean", None), ("saturated", saturated)):
+        config = config_of(
+            distill={"gan": None, "rollout": RolloutConfig(2, 2), **ONE_STEP},
+            flow={"drop": None, "corruption": corruption},
+        )
+        model = make_players(config)
+        scene = rollout.make_scene(batch, keys(), config)
+
+        @jax.jit
+        def make(m, count, scene=scene, config=config):
+            return rollout.make_chunk(m.student, scene, count, keys(), jax.random.key(5), config, with_gradient=False)
+
+        chunks[name] = *(make(model, jnp.asarray(count))[0] for count in (1, 2)), make(model, jnp.asarray(2))[1]
+    first, second, history = zip(*chunks.values())
+    np.testing.assert_array_equal(*first)
+    assert np.abs(second[0] - second[1]).max() > 1e-3
+    np.testing.assert_array_equal(history[0].latents, history[1].latents)
+    noisy = dataclasses.replace(config, flow=dataclasses.replace(config.flow, corruption=CorruptionConfig(clean=0)))
+    one, two = (rollout.corrupted(history[0], scene, i, noisy, saturation=False).latents for i in (0, 1))
+    assert np.abs(one - history[0].latents).max() > 0.01
+    assert np.abs(one - two).max() > 0.01  # each chunk has draws of its own
+
+
 TEACHERS = "a weight of the teacher, which stays as it is; name"
 
 
@@ -347,7 +377,7 @@ TEACHERS = "a weight of the teacher, which stays as it is; name"
         (True, ["score.proj_out", "adapters"], rf"would train score\.proj_out\.\w+, {TEACHERS} generator"),
         (False, ["all"], rf"would train generator\.\S+, {TEACHERS} adapters and"),
         (False, ["adapters", r"generator\.patch_short"], rf"would train generator\.patch_short\.\w+, {TEACHERS}"),
-        (True, ["generator", "discriminator"], r"leaves the critic as it began; name adapters, too$"),
+        (True, ["generator", "discriminator"], r"leaves the critic as it began; name adapters, too"),
         (True, ["generator", "adapters", "discriminator"], None),
         (False, ["adapters", "discriminator"], None),
     ],

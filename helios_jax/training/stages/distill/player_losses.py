@@ -1,6 +1,5 @@
 """Losses of stage 3's players: of the generator, and of the critic together with the discriminator."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from helios_jax.diffusion import distillation as losses
 from helios_jax.diffusion import noising
 from helios_jax.diffusion.memory import History, window
 from helios_jax.diffusion.noising import add_noise, predict_data
-from helios_jax.diffusion.schedule import dynamic_shift
+from helios_jax.diffusion.schedule import training_shift
 from helios_jax.models.transformer import Transformer
 from helios_jax.training.gradients import with_gradient
 from helios_jax.training.stage import Metrics
@@ -55,12 +54,6 @@ def _together(*parts: Array) -> Array:
     return jnp.stack(parts, 1).reshape(-1, *parts[0].shape[1:])
 
 
-def _shift(made: Array, config: DistillTrainConfig) -> float:
-    shift = config.distill.shift
-    mu = dynamic_shift(math.prod(made.shape[1:4]) // 4)  # at upstream's patch of 1 x 2 x 2
-    return 1.0 if shift is None else mu if shift == "linear" else min(math.exp(mu), 7.0)
-
-
 def generator_loss(
     model: Players, scene: Scene, chunks: Array, keys: Array, common: Array, step: Array, config: DistillTrainConfig
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -71,7 +64,7 @@ def generator_loss(
     distill, gan = config.distill, config.distill.gan
     made, history = make_chunk(model.student, scene, chunks, fold(keys, 0), common, config, with_gradient=True)
     k_sigma, k_noise, k_gan, k_crop = (fold(keys, i) for i in range(1, 5))
-    sigma = losses.draw_sigma(k_sigma, distill.score.renoise, step, _shift(made, config))
+    sigma = losses.draw_sigma(k_sigma, distill.score.renoise, step, training_shift(made.shape, distill.shift))
 
     dmd, metrics = jnp.zeros(()), {}
     if distill.matching_weight > 0:
@@ -131,7 +124,7 @@ def critic_loss(
     made, history = make_chunk(model.student, scene, chunks, fold(keys, 0), common, config, with_gradient=False)
     made, history = jax.lax.stop_gradient((made, history))
     k_sigma, k_noise, k_crop, k_crop_real, k_r1, k_r2 = (fold(keys, i) for i in range(1, 7))
-    sigma = losses.draw_sigma(k_sigma, distill.critic.renoise, step, _shift(made, config))
+    sigma = losses.draw_sigma(k_sigma, distill.critic.renoise, step, training_shift(made.shape, distill.shift))
     noise = _normal(k_noise, made)
     noisy = add_noise(made, noise, sigma)
 
@@ -185,7 +178,7 @@ def _judged_sigma(sigma: Array, keys: Array, step: Array, made: Array, config: D
     assert gan is not None
     if gan.renoise is None:
         return sigma
-    return losses.draw_sigma(keys, gan.renoise, step, _shift(made, config))
+    return losses.draw_sigma(keys, gan.renoise, step, training_shift(made.shape, config.distill.shift))
 
 
 def _judges(config: DistillTrainConfig) -> Any:

@@ -24,37 +24,41 @@ from helios_jax.training.stages.flow import fold
 class Scene:
     """Inputs of the student that makes a chunk, and of the scores that judge it.
 
-    The scores see the past in `history`. The student sees it in `student`, where the saturation is corrupted, too. Text
-    and negative text are embeddings [b, m, d]; `real` [b, t, h, w, c] are the data's own chunks.
+    `history` is the past before the first chunk, dropped but not corrupted; `keys` [b] are those of its corruption.
+    Text and negative text are embeddings [b, m, d]; `real` [b, t, h, w, c] are the data's own chunks.
     """
 
     history: History
-    student: History
+    keys: Any
     text: Any
     negative: Any
     real: Any
 
 
 def make_scene(batch: dict[str, Any], keys: Key[Array, " b"], config: DistillTrainConfig) -> Scene:
-    """The scene of a batch, its history dropped and corrupted."""
-    settings = config.flow
-    uncorrupted = batch["history"], batch["anchor"]
+    """The scene of a batch, its history dropped."""
+    past, settings = (batch["history"], batch["anchor"]), config.flow
     if settings.drop is not None:
-        uncorrupted = drop_history(fold(keys, 0), *uncorrupted, settings.drop, settings.memory)
+        past = drop_history(fold(keys, 0), *past, settings.drop, settings.memory)
+    history, anchor = past
+    # Where there is no anchor yet, the first chunk of a rollout brings it.
+    anchored = anchor.any((1, 2, 3, 4), keepdims=True)
+    history = History(history, anchor, anchored, batch["chunk"])
+    return Scene(history, fold(keys, 1), batch["text"], batch["negative"], batch["target"])
 
-    def past(corruption: Any) -> History:
-        seen = uncorrupted
-        if corruption is not None:
-            seen = corrupt_history(fold(keys, 1), *seen, corruption, settings.memory)
-        history, anchor = seen
-        # Where there is no anchor yet, the first chunk of a rollout brings it.
-        return History(history, anchor, anchor.any((1, 2, 3, 4), keepdims=True), batch["chunk"])
 
-    corruption = settings.corruption
-    student = scores = past(corruption)
-    if corruption is not None and corruption.saturation is not None:
-        scores = past(dataclasses.replace(corruption, saturation=None))
-    return Scene(scores, student, batch["text"], batch["negative"], batch["target"])
+def corrupted(history: History, scene: Scene, chunk: Any, config: DistillTrainConfig, *, saturation: bool) -> History:
+    """The past before the `chunk`-th chunk of a rollout as the student sees it; the scores see it without `saturation`.
+
+    Every chunk has draws of its own, the same ones for the student and the scores.
+    """
+    corruption = config.flow.corruption
+    if corruption is not None and not saturation:
+        corruption = dataclasses.replace(corruption, saturation=None)
+    if corruption is None or corruption.is_nothing:
+        return history
+    seen = corrupt_history(fold(scene.keys, chunk), history.latents, history.anchor, corruption, config.flow.memory)
+    return History(*seen, history.anchored, history.chunk)
 
 
 def make_chunk(
@@ -69,6 +73,8 @@ def make_chunk(
 ) -> tuple[Float[Array, "b t h w c"], History]:
     """Rolls out `chunks` chunks of the student; returns the last one, and the history that its scores see.
 
+    As in upstream's rollouts, the past is corrupted before every chunk, the student's own chunks included.
+
     Draws come from `keys`, one for each sample, and from `common`, which all samples share. Only the last chunk has a
     gradient, if `with_gradient`.
     """
@@ -81,8 +87,7 @@ def make_chunk(
             [times * n for n in distill.steps],
             tokens,
             pyramid=True,
-            counted="own",
-            whole=False,
+            as_trained=True,
         )
         for times in (1, 1 + distill.amplify_first_chunk)
     )
@@ -112,15 +117,13 @@ def make_chunk(
             remat=config.remat,
         )
 
-    student, scores = scene.student, scene.history
+    def made(number: Any, past: History, with_gradient: bool = False) -> Array:
+        return chunk(number, corrupted(past, scene, number, config, saturation=True), with_gradient)
+
+    past, last = scene.history, chunks - 1
     if distill.rollout.largest > 1:
-
-        def before(number: Array, past: tuple[History, History]) -> tuple[History, History]:
-            made = chunk(number, past[0], False)
-            return _pushed(past[0], made, config), _pushed(past[1], made, config)
-
-        student, scores = jax.lax.fori_loop(0, chunks - 1, before, (student, scores))
-    return chunk(chunks - 1, student, with_gradient), scores
+        past = jax.lax.fori_loop(0, last, lambda i, past: _pushed(past, made(i, past), config), past)
+    return made(last, past, with_gradient), corrupted(past, scene, last, config, saturation=False)
 
 
 def _pushed(history: History, latents: Array, config: DistillTrainConfig) -> History:
@@ -136,7 +139,7 @@ def real_chunk(scene: Scene, chunks: Array, config: DistillTrainConfig) -> tuple
     def at(number: Any) -> Array:
         return jax.lax.dynamic_slice_in_dim(scene.real, number * t, t, 1)
 
-    past = scene.history
+    past, last = scene.history, chunks - 1
     if config.distill.rollout.largest > 1:
-        past = jax.lax.fori_loop(0, chunks - 1, lambda i, past: _pushed(past, at(i), config), past)
-    return at(chunks - 1), past
+        past = jax.lax.fori_loop(0, last, lambda i, past: _pushed(past, at(i), config), past)
+    return at(last), corrupted(past, scene, last, config, saturation=False)
