@@ -78,6 +78,11 @@ class Manager(ocp.CheckpointManager):
         self.wait_until_finished()
 
 
+def latest_step(folder: Path) -> int | None:
+    """The step of the newest complete checkpoint in `folder`, which may not exist."""
+    return max(ocp.utils.checkpoint_steps(standard(folder)), default=None) if folder.is_dir() else None
+
+
 class Checkpoints:
     """Checkpoints in one folder: the newest `keep`, the `best` of smallest metric, and steps that `every` divides."""
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from helios_jax.runtime.offload import has_host_memory
 from helios_jax.sharding import check_batch, make_mesh
 from helios_jax.training import loop
 from helios_jax.training.errors import RunError, check_folder, writing
-from helios_jax.training.run_checkpoints import Checkpoints
+from helios_jax.training.run_checkpoints import Checkpoints, latest_step
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.stage import Stage
 from helios_jax.training.state import abstract_like, init_sharded
@@ -36,6 +37,8 @@ def train(stage: Stage[Any, Any], profiled: int = 0) -> int:
     run = location(config.run)
     mesh = fit_mesh(config)
     check_hosts(config)
+    folder = location(config.checkpoint.folder or run / "checkpoints")
+    check_steps(config.steps, folder)
     batches, optimizer = stage.batches(mesh), stage.make_optimizer()
     with jax.set_mesh(mesh), precise(config.precision):
         state = init_sharded(
@@ -51,7 +54,7 @@ def train(stage: Stage[Any, Any], profiled: int = 0) -> int:
         )
         say(f"training {count(state.params):,} parameters, {count(state.frozen):,} stay as they are")
         kept = config.checkpoint
-        checkpoints = Checkpoints(kept.folder or run / "checkpoints", kept.keep, kept.keep_best, kept.keep_every)
+        checkpoints = Checkpoints(folder, kept.keep, kept.keep_best, kept.keep_every)
         if checkpoints.latest is not None:
             state = abstract_like(state)  # frees the new state's memory before the old one is read
             restored = checkpoints.restore_newest(state)
@@ -113,6 +116,15 @@ def check_hosts(config: TrainConfig) -> None:
             hosts.check_shared(str(folder), key)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+
+
+def check_steps(steps: int, folder: Path) -> None:
+    """Raises ConfigError where the checkpoints in `folder` are beyond `steps`, the export of which they would be."""
+    done = latest_step(folder)
+    if done is not None and done > steps:
+        raise ConfigError(
+            f"steps is {steps}, but {folder} is at step {done}: set steps={done} to export it, or name another run"
+        )
 
 
 def count(params: Any) -> int:

@@ -164,6 +164,18 @@ def test_what_is_not_trained_stays_and_is_not_saved(config, tmp_path):
     assert run(config, *flags[:-1], "steps=5") == 0
 
 
+def test_fewer_steps_than_were_made_are_refused(config, tmp_path, capsys):
+    flags = [f"run={tmp_path / 'r'}", "optim.ema=null"]
+    assert run(config, *flags, "steps=4") == 0
+    capsys.readouterr()
+    assert run(config, *flags, "steps=2") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "steps is 2, but" in error
+    assert error.endswith("is at step 4: set steps=4 to export it, or name another run\n")
+    assert run(config, *flags, "steps=4") == 0
+
+
 def test_frozen_parameters_that_changed_are_one_line(config, tmp_path, capsys):
     flags = [f"run={tmp_path / 'r'}", "trainable=[down]"]
     assert run(config, *flags, "steps=2") == 0
