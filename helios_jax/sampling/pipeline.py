@@ -65,7 +65,6 @@ class HeliosPipeline:
     tokenizer: Tokenizer
     scheduler: SchedulerConfig
     variant: Variant = field(default_factory=Variant)
-    _stream: Stream | None = field(default=None, init=False, repr=False, compare=False)
 
     @classmethod
     def from_pretrained(
@@ -210,9 +209,9 @@ class HeliosPipeline:
         """Makes a video chunk by chunk: an iterator of uint8 frames [b, t, h, w, 3] (or of latents).
 
         A chunk comes as soon as it is decoded, while the next one is computed; memory does not grow. The text can be
-        changed on the way (`Stream.set_prompt`), and `save_state` writes a file that `resume` goes on from. The other
-        arguments are those of `__call__`; `num_frames=None` never ends. `progress(chunk, step)`, if given, is called
-        after every step, and the stream then waits for each step.
+        changed on the way (`Stream.set_prompt`), and `Stream.save_state` writes a file that `resume` goes on from. The
+        other arguments are those of `__call__`; `num_frames=None` never ends. `progress(chunk, step)`, if given, is
+        called after every step, and the stream then waits for each step.
         """
         check_output_type(output_type)
         plan = self.plan((options or SamplingOptions()).changed(changes))
@@ -227,12 +226,6 @@ class HeliosPipeline:
             noise=noise,
         )
         return self.start(call, output_type, progress)
-
-    def save_state(self, path: str | PathLike) -> None:
-        """`Stream.save_state` of the stream that was started last."""
-        if self._stream is None:
-            raise ValueError("save_state: no stream was started, see HeliosPipeline.stream")
-        self._stream.save_state(path)
 
     def resume(
         self,
@@ -348,8 +341,7 @@ class HeliosPipeline:
         """The stream of a prepared call."""
         pixels = output_type == "np"
         finish: Callable = partial(decode, self.vae, dtype="uint8") if pixels else lambda latents: latents
-        self._stream = Stream(self.transformer, call, finish, progress, pixels=pixels)
-        return self._stream
+        return Stream(self.transformer, call, finish, progress, pixels=pixels)
 
     def _texts(self, negatives: Sequence[str], options: SamplingOptions) -> Texts:
         embed = partial(self.encode_prompt, max_sequence_length=options.max_sequence_length)
