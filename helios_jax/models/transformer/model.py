@@ -47,8 +47,8 @@ class Transformer(nnx.Module):
     `stacked=True` keeps the blocks as one block whose parameters have a leading layer dimension, run by `lax.scan`:
     short compilation, for training and TPUs. Otherwise blocks are a list and are unrolled: no copies of stacked
     weights, for inference on GPUs. The files and the numbers are the same. `unroll` unrolls the loop over stacked
-    blocks, for small models, where the loop's copies take longer than the blocks. `implementations` are the default of
-    every call.
+    blocks, for small models, where the loop's copies take longer than the blocks. `implementations` are those of every
+    call.
     """
 
     FILE_NAMES = (("ffn.up", "ffn.net.0.proj"), ("ffn.down", "ffn.net.2"), ("to_out", "to_out.0"))
@@ -124,16 +124,13 @@ class Transformer(nnx.Module):
         indices: FrameIndices | None = None,
         *,
         remat: Remat | None = None,
-        implementations: Implementations | None = None,
     ) -> Float[Array, "b t h w c_out"]:
         """Velocity (noise minus data) of `latents` at `timestep` (0 to 1000).
 
         `text` comes from `text_kv`. Computes in the dtype of `latents`. Without `indices` frames count from zero, which
         fits a call without history only. `remat` is the rematerialization policy for the backward pass (None: none).
         """
-        (out,) = self.packed(
-            (latents,), timestep[:, None], text, history, indices, remat=remat, implementations=implementations
-        )
+        (out,) = self.packed((latents,), timestep[:, None], text, history, indices, remat=remat)
         return out
 
     def packed(
@@ -145,14 +142,13 @@ class Transformer(nnx.Module):
         indices: FrameIndices | None = None,
         *,
         remat: Remat | None = None,
-        implementations: Implementations | None = None,
     ) -> tuple[Float[Array, "b t _h _w c_out"], ...]:
         """`__call__` of several latents of the same chunks, such as the levels of the pyramid, as one sequence (NaViT).
 
         Each has its own timestep and attends only to itself and its own copy of the history, so the velocities are
         those of separate calls.
         """
-        return self._run(latents, timesteps, text, history, indices, (), remat, implementations)[0]
+        return self._run(latents, timesteps, text, history, indices, (), remat)[0]
 
     def features(
         self,
@@ -164,10 +160,9 @@ class Transformer(nnx.Module):
         *,
         blocks: tuple[int, ...],
         remat: Remat | None = None,
-        implementations: Implementations | None = None,
     ) -> tuple[Float[Array, "b t h w c_out"], tuple[Float[Array, "b _t _h _w d"], ...]]:
         """The velocity, and the noisy tokens after each of `blocks` (numbers from 0), on their grid."""
-        (out,), kept = self._run((latents,), timestep[:, None], text, history, indices, blocks, remat, implementations)
+        (out,), kept = self._run((latents,), timestep[:, None], text, history, indices, blocks, remat)
         t, h, w = (size // p for size, p in zip(latents.shape[1:4], self.config.patch_size))
         return out, tuple(rearrange(x, "b (t h w) d -> b t h w d", t=t, h=h, w=w) for x in kept)
 
@@ -180,9 +175,8 @@ class Transformer(nnx.Module):
         indices: FrameIndices | None,
         kept: tuple[int, ...],
         remat: Remat | None,
-        implementations: Implementations | None,
     ) -> tuple[tuple[Array, ...], list[Array]]:
-        config, implementations = self.config, implementations or self.implementations
+        config = self.config
         grids = [tuple(size // p for size, p in zip(x.shape[1:4], config.patch_size)) for x in latents]
         if indices is None:
             indices = FrameIndices(noisy=jnp.arange(grids[0][0])[None])
@@ -192,7 +186,12 @@ class Transformer(nnx.Module):
         time, modulation = self.condition_embedder.time(jnp.concatenate([past, timesteps], 1), x.dtype)
 
         run = partial(
-            _pass, packing=packing, kept=kept, remat=remat, unroll=self.unroll, implementations=implementations
+            _pass,
+            packing=packing,
+            kept=kept,
+            remat=remat,
+            unroll=self.unroll,
+            implementations=self.implementations,
         )
         if packing.whole is not None:
             tokens = PartitionSpec(None, CONTEXT)
