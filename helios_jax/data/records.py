@@ -33,6 +33,8 @@ WRITER_OPTIONS = "group_size:1"
 BUCKETS = "buckets.json"
 # The plan of a dataset that is being made: its settings, shards and items (`helios_jax.data.shards`).
 PLAN = "plan.json"
+# Embeddings of the empty text and of the negative prompt, for guidance, beside the records.
+EMPTY_TEXT, NEGATIVE_TEXT = "empty_text.npy", "negative_text.npy"
 LONGEST_NAME = 100  # characters of a dataset's name in those of its files, which have 255
 OPENERS = 16  # array_record files whose indices are read at a time
 DAMAGED = "copy the folder again, or delete it and make it again"

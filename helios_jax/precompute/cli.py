@@ -20,11 +20,12 @@ from pathlib import Path
 import jax
 
 from helios_jax import pretrained
+from helios_jax.data.records import NEGATIVE_TEXT
 from helios_jax.data.shards import Rejected, Shard
 from helios_jax.locations import argument
 from helios_jax.precompute import tasks
 from helios_jax.precompute.clips import SIZES, Selection, Size
-from helios_jax.precompute.encode import NEGATIVE_PROMPT, NEGATIVE_TEXT, TextEmbedder, VideoEncoder
+from helios_jax.precompute.encode import NEGATIVE_PROMPT, TextEmbedder, VideoEncoder
 from helios_jax.precompute.tasks import Share, Work
 from helios_jax.precompute.trajectories import Settings, Teacher
 from helios_jax.pretrained import CheckpointError

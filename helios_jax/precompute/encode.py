@@ -22,8 +22,6 @@ from helios_jax.runtime.compilation import precise
 from helios_jax.runtime.seeds import checked
 from helios_jax.sampling.options import MOST_TOKENS
 
-# Embeddings of the empty text and of the negative prompt, beside the records, for guidance.
-EMPTY_TEXT, NEGATIVE_TEXT = "empty_text.npy", "negative_text.npy"
 # The negative prompt of the released models' training (upstream's data_config.negative_prompt).
 NEGATIVE_PROMPT = (
     "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall "

@@ -19,7 +19,7 @@ import numpy as np
 from helios_jax.data import records, shards
 from helios_jax.data.shards import Build, Make, Rejected, Shard
 from helios_jax.precompute.clips import Clip, Selection, read_clip, read_lists
-from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_PROMPT, NEGATIVE_TEXT, TextEmbedder, VideoEncoder
+from helios_jax.precompute.encode import NEGATIVE_PROMPT, TextEmbedder, VideoEncoder
 from helios_jax.precompute.prompt_files import Prompt, read_prompts
 from helios_jax.precompute.trajectories import Teacher
 from helios_jax.runtime import many
@@ -218,7 +218,7 @@ def sample_ode_pairs(
     )
 
     def load() -> None:
-        extra = {EMPTY_TEXT: "", NEGATIVE_TEXT: teacher.settings.negative_prompt}
+        extra = {records.EMPTY_TEXT: "", records.NEGATIVE_TEXT: teacher.settings.negative_prompt}
         absent = {name: prompt for name, prompt in extra.items() if not build.has(name)}
         if build.pending or absent:
             teacher.load()
@@ -304,7 +304,7 @@ def _encoding(video: VideoEncoder, text: TextEmbedder, negative_prompt: str) -> 
 
 def _load(build: Build, text: TextEmbedder, negative_prompt: str, video: VideoEncoder | None = None) -> None:
     """Reads the weights if any work is left, and writes the embeddings beside the records."""
-    extra = {EMPTY_TEXT: "", NEGATIVE_TEXT: negative_prompt}
+    extra = {records.EMPTY_TEXT: "", records.NEGATIVE_TEXT: negative_prompt}
     absent = {name: prompt for name, prompt in extra.items() if not build.has(name)}
     if build.pending or absent:
         text.load()

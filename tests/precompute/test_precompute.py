@@ -9,12 +9,12 @@ import pytest
 
 from helios_jax import pretrained
 from helios_jax.data import records
+from helios_jax.data.records import EMPTY_TEXT, NEGATIVE_TEXT
 from helios_jax.media.mp4 import VideoWriter
 from helios_jax.models.vae import normalize
 from helios_jax.precompute import cli as precompute
 from helios_jax.precompute import tasks
 from helios_jax.precompute.clips import Selection, read_clip, read_lists
-from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_TEXT
 from helios_jax.sampling.checkpoint import Checkpoint
 from tests import tiny
 from tests.data.test_shards import content

@@ -140,7 +140,7 @@ def test_the_command_makes_what_a_loader_reads(folder, tmp_path, capsys):
         assert str(got.pop("id")) == f"p_00000_{chunk['chunk']}"
         for key, value in got.items():
             np.testing.assert_array_equal(value, chunk[key])
-    assert np.load(tmp_path / "ode" / precompute.NEGATIVE_TEXT).shape == (16, 16)
+    assert np.load(tmp_path / "ode" / records.NEGATIVE_TEXT).shape == (16, 16)
 
     seen = set()
     batches = loader(source, seed=0, batch_size=2, transform=ode_transform, threads=0)

@@ -13,8 +13,8 @@ import pytest
 import train
 from helios_jax import pretrained
 from helios_jax.data import records
+from helios_jax.data.records import EMPTY_TEXT, NEGATIVE_TEXT
 from helios_jax.models.transformer import Transformer, TransformerConfig
-from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_TEXT
 from helios_jax.training import loop
 from tests import tiny
 

@@ -11,12 +11,12 @@ from flax import nnx
 from helios_jax import HeliosPipeline, lora
 from helios_jax.config import ConfigError
 from helios_jax.data import shards
-from helios_jax.data.records import open_source, tensor, text
+from helios_jax.data.records import EMPTY_TEXT, open_source, tensor, text
 from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.transformer import Transformer
 from helios_jax.precompute import cli as precompute
-from helios_jax.precompute.encode import EMPTY_TEXT, VideoEncoder
+from helios_jax.precompute.encode import VideoEncoder
 from helios_jax.pretrained import file_entries
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sharding import MeshConfig, make_mesh

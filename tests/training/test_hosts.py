@@ -14,8 +14,8 @@ import yaml
 
 from helios_jax.config import ConfigError
 from helios_jax.data import records
+from helios_jax.data.records import EMPTY_TEXT
 from helios_jax.media.video import read_video
-from helios_jax.precompute.encode import EMPTY_TEXT
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.trainer import check_hosts
 from tests.several_hosts import Host, Hosts

@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from helios_jax.data import records
-from helios_jax.data.records import PLAN
-from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_TEXT
+from helios_jax.data.records import EMPTY_TEXT, NEGATIVE_TEXT, PLAN
 from helios_jax.training import cli, trainer
 from tests.training import recipe
 

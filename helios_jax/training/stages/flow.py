@@ -16,13 +16,12 @@ from jaxtyping import Array, Float, Key
 
 from helios_jax.config import ConfigError
 from helios_jax.data.loader import chunk_transform
-from helios_jax.data.records import Source
+from helios_jax.data.records import EMPTY_TEXT, Source
 from helios_jax.diffusion.corruption import corrupt_history, drop_history
 from helios_jax.diffusion.memory import History, window
 from helios_jax.diffusion.schedule import stages
 from helios_jax.diffusion.targets import FlowSample, draw_quantile, flow_loss, pyramid_samples, straight_sample
 from helios_jax.models.transformer import Transformer, TransformerConfig
-from helios_jax.precompute.encode import EMPTY_TEXT
 from helios_jax.training.flow_config import FlowConfig, FlowTrainConfig
 from helios_jax.training.stage import Batches, Metrics, host_batches
 from helios_jax.training.stages.transformer_stage import TransformerStage

@@ -23,10 +23,9 @@ from jaxtyping import Array, Float, Key
 
 from helios_jax import lora
 from helios_jax.config import ConfigError
-from helios_jax.data.records import Source
+from helios_jax.data.records import EMPTY_TEXT, NEGATIVE_TEXT, Source
 from helios_jax.models.discriminator import Head
 from helios_jax.models.transformer import Transformer
-from helios_jax.precompute.encode import EMPTY_TEXT, NEGATIVE_TEXT
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import seeds
 from helios_jax.trained import Trained, differences, with_loras
