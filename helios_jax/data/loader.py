@@ -26,7 +26,7 @@ Transform = Callable[[Example, np.random.Generator], Example]
 
 
 class Batches(Protocol):
-    """An iterator over batches whose position can be saved and set: {"next_index": step}."""
+    """An iterator over batches (numpy, this host's rows) whose position, plain JSON, can be saved and set again."""
 
     def __next__(self) -> Any: ...
     def __iter__(self) -> Iterator[Any]: ...

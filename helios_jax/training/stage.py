@@ -6,10 +6,10 @@ line are the same for all of them (`training.loop`, `training.cli`).
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from helios_jax.config import ConfigError
-from helios_jax.data.loader import Transform, loader
+from helios_jax.data.loader import Batches, Transform, loader
 from helios_jax.data.records import Source
 from helios_jax.runtime import hosts
 from helios_jax.sharding import batch_rows
@@ -32,15 +32,6 @@ Metrics = Mapping[str, Any]
 
 ConfigT = TypeVar("ConfigT", bound=TrainConfig)
 ModelT = TypeVar("ModelT", bound=nnx.Module)
-
-
-class Batches(Protocol):
-    """Batches (numpy, this host's part) whose position can be saved as plain JSON and set again."""
-
-    def __next__(self) -> Any: ...
-    def __iter__(self) -> Iterator[Any]: ...
-    def get_state(self) -> dict[str, Any]: ...
-    def set_state(self, state: dict[str, Any]) -> None: ...
 
 
 def host_batches(source: Source, transform: Transform, data: DataConfig, mesh: Mesh) -> Batches:
