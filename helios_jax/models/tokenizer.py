@@ -36,7 +36,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path, max_length: int):
         self._backend = backend
         self._folder = folder
-        self.max_length = max_length
+        self.max_length = max_length  # at most LIMIT
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "Tokenizer":

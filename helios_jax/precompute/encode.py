@@ -15,7 +15,7 @@ from jaxtyping import Float16, UInt8
 from helios_jax import pretrained, sharding
 from helios_jax.models import umt5
 from helios_jax.models.layers import Shapes
-from helios_jax.models.tokenizer import LIMIT, Tokenizer
+from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
 from helios_jax.runtime.compilation import precise
@@ -54,7 +54,7 @@ class TextEmbedder:
         self.folder = text
         self.config = pretrained.read_config(text / "text_encoder", UMT5Config)
         self.tokenizer = Tokenizer.from_pretrained(text / "tokenizer")
-        self.max_length = min(LIMIT, self.tokenizer.max_length) if max_length is None else max_length
+        self.max_length = self.tokenizer.max_length if max_length is None else max_length
         self.shape = (self.max_length, self.config.d_model)
         if not 1 <= self.max_length <= MOST_TOKENS:
             raise ValueError(f"--max-length is {max_length}: it must be from 1 to {MOST_TOKENS}")

@@ -164,12 +164,12 @@ class Teacher:
     def features(self) -> dict[str, Any]:
         """The features of a record; levels are counted from the coarsest."""
         t, h, w, c = self.plan.latent_shape
-        count = len(self.settings.steps)
+        count, width = len(self.settings.steps), self.checkpoint.text_encoder.d_model
         features = {
             "history": records.tensor((self.plan.memory.frames, h, w, c), np.float16),
             "anchor": records.tensor((1, h, w, c), np.float16),
             "chunk": records.tensor((), np.int32),
-            "text": records.tensor((self._length, self.checkpoint.text_encoder.d_model), np.float16),
+            "text": records.tensor((self.checkpoint.tokenizer.max_length, width), np.float16),
             "caption": records.text(),
             "id": records.text(),
         }
@@ -179,10 +179,6 @@ class Teacher:
             features[f"timesteps_{i}"] = records.tensor((None,), np.float32)
             features[f"sigmas_{i}"] = records.tensor((None,), np.float32)
         return features
-
-    @property
-    def _length(self) -> int:
-        return min(512, self.checkpoint.tokenizer.max_length)
 
     def __call__(self, prompts: Sequence[Prompt]) -> Iterator[list[records.Example]]:
         """The chunks of each prompt's video."""

@@ -34,7 +34,7 @@ def encode_prompts(
 
     An encoder in host memory is copied to the device for this call. Raises ValueError for a length below 1.
     """
-    length = min(512, tokenizer.max_length) if max_sequence_length is None else max_sequence_length
+    length = tokenizer.max_length if max_sequence_length is None else max_sequence_length
     if length < 1:
         raise ValueError(f"max_sequence_length must be at least 1, got {length}")
     ids, mask = tokenizer(list(prompts), length)
