@@ -274,9 +274,9 @@ def open_source(
                 "was making it, it goes on where it stopped"
             )
         state = "is not a complete dataset" if folder.exists() else "does not exist"
+        remedy = "name another folder" if make is None else f"make it with `{make}`"
         raise FileNotFoundError(
-            f"{folder} {state}: it must hold dataset_info.json, features.json and array_record files; make it with "
-            f"`{make or f'python -m helios_jax.toy.build --out {folder}'}`"
+            f"{folder} {state}: it must hold dataset_info.json, features.json and array_record files; {remedy}"
         )
     try:
         builder: Any = tfds.builder_from_directory(str(folder))

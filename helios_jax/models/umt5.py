@@ -12,9 +12,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from helios_jax.models.layers import Embedding, Linear, RMSNorm, normal
 
-# A file may hold the embedding under either name, or under both.
-TIED = {"encoder.embed_tokens.weight": "shared.weight"}
-
 Mask = Bool[Array, "b m"] | Int[Array, "b m"]
 
 
@@ -66,7 +63,7 @@ def relative_buckets(length: int, config: UMT5Config) -> np.ndarray:
 
 
 class Attention(nnx.Module):
-    """Self-attention with a learned bias per relative position and head; scores are not scaled."""
+    """Self-attention with a learned bias per relative position and head."""
 
     def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs):
         self.config = config
@@ -118,7 +115,8 @@ class Block(nnx.Module):
 class UMT5Encoder(nnx.Module):
     """The encoder half of UMT5 (transformers' `UMT5EncoderModel`); computes in the dtype of its weights."""
 
-    TIED = TIED
+    # A file may hold the embedding under either name, or under both.
+    TIED: ClassVar = {"encoder.embed_tokens.weight": "shared.weight"}
     FILE_NAMES = (
         ("blocks", "encoder.block"),
         ("attention", "layer.0.SelfAttention"),

@@ -140,7 +140,8 @@ def encode_videos(
     negative_prompt: str = NEGATIVE_PROMPT,
 ) -> Work:
     """Plans a dataset of pixels (splits train and test) as latents and text embeddings; 9 latent frames per chunk."""
-    sources = {split: records.open_source(videos, split) for split in ("train", "test")}
+    command = f"python -m helios_jax.toy.build --out {videos}"
+    sources = {split: records.open_source(videos, split, make=command) for split in ("train", "test")}
     first = sources["train"][0]
     if missing := {"video", "caption", "id"} - set(first):
         raise ValueError(

@@ -83,8 +83,7 @@ class Stage(ABC, Generic[ConfigT, ModelT]):
     """One stage of training, made from its config.
 
     A subclass names its schema in `Config` and gives `init`, `batches`, and `loss` or `players`; the other methods have
-    defaults.
-    Each raises ConfigError, in one line, for settings that cannot work.
+    defaults. All raise ConfigError, in one line, for settings that cannot work.
     """
 
     Config: ClassVar[type[TrainConfig]] = TrainConfig

@@ -3,7 +3,7 @@
 A block of the grid has two warpgroups that compute, each for its own rows, and one that copies keys and values for
 both into a ring of slots in shared memory. Tensor cores read them from there (`wgmma`); sums and the softmax stay in
 float32 registers. Tiles need not divide a length: TMA reads zeros beyond an end and drops writes there. The gradient
-is in `attention_gpu_backward`.
+is in `gpu_backward`.
 """
 
 import math

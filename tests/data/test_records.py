@@ -75,7 +75,7 @@ def test_tensors_of_every_dtype_and_rank_survive(tmp_path):
 
 
 def test_errors_name_the_folder_the_rule_and_the_remedy(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing does not exist: .* make it with `python -m helios_jax\."):
+    with pytest.raises(FileNotFoundError, match=r"nothing does not exist: .* name another folder"):
         records.open_source(tmp_path / "nothing", "train")
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "features.json").write_text("{}")

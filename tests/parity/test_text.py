@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, Phase, example, given, settings  # noqa: E40
 from hypothesis import strategies as st  # noqa: E402
 
 from helios_jax.models.layers import Shapes  # noqa: E402
-from helios_jax.models.umt5 import TIED, UMT5Config, UMT5Encoder, encode, relative_buckets  # noqa: E402
+from helios_jax.models.umt5 import UMT5Config, UMT5Encoder, encode, relative_buckets  # noqa: E402
 from helios_jax.pretrained import CheckpointError, count, file_entries, from_arrays  # noqa: E402
 from tests.parity.reference import arrays, check, error, randomise  # noqa: E402
 
-ALIAS, KEY = next(iter(TIED.items()))
+ALIAS, KEY = next(iter(UMT5Encoder.TIED.items()))
 CASES = settings(
     max_examples=6,
     deadline=None,
