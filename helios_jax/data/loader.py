@@ -23,6 +23,7 @@ from helios_jax.data.records import RecordError, leaving_out
 Example = dict[str, Any]
 # (example, generator of this example's random choices) -> example
 Transform = Callable[[Example, np.random.Generator], Example]
+AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)  # records that are read before they are needed
 
 
 class Batches(Protocol):
@@ -41,20 +42,17 @@ def loader(
     batch_size: int,
     transform: Transform | None = None,
     rows: Sequence[int] | None = None,
-    start: int = 0,
-    threads: int = 2,
     workers: int = 0,
 ) -> Batches:
     """An endless iterator over `rows` of the global batch of each step (None: all), stacked along a first dimension.
 
-    `batch_size` is global, `start` the first step. `get_state()` is {"next_index": step}; `set_state` takes the state
-    of any host, whatever the numbers of hosts and workers were. `threads` read ahead (0: none), in each of `workers`
-    processes if there are any. Workers serve transforms that keep a core busy, and take some seconds to start. Each
-    batch of a source with `buckets` (`records.Source`) is of one bucket.
+    `batch_size` is global. `get_state()` is {"next_index": step}; `set_state` takes the state of any host, whatever the
+    numbers of hosts and workers were. Threads read ahead, in each of `workers` processes if there are any. Workers
+    serve transforms that keep a core busy, and take some seconds to start. Each batch of a source with `buckets`
+    (`records.Source`) is of one bucket.
 
-    Raises ValueError for an empty source, and for a size, rows, start, seed or number of workers out of range. The
-    iteration ends with RecordError at a record that cannot be read, or that `transform` refuses with ValueError or
-    KeyError.
+    Raises ValueError for an empty source, and for a size, rows, seed or number of workers out of range. The iteration
+    ends with RecordError at a record that cannot be read, or that `transform` refuses with ValueError or KeyError.
     """
     if len(source) == 0:
         raise ValueError("the source has no examples: a loader needs at least one")
@@ -63,8 +61,6 @@ def loader(
     rows = range(batch_size) if rows is None else rows
     if not rows or not all(0 <= row < batch_size for row in rows):
         raise ValueError(f"rows {list(rows)} are not of a batch of {batch_size}: they must be 0 to {batch_size - 1}")
-    if start < 0:
-        raise ValueError(f"start is {start}: it must be 0 or more")
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}: it must be 0 to {2**64 - 1}")
     if workers < 0:
@@ -82,13 +78,7 @@ def loader(
     buckets: Mapping[str, range] = getattr(source, "buckets", {"": range(len(source))})
     parts = [batches(examples, _seed(seed, i)) for i, examples in enumerate(buckets.values())]
     data = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, [len(x) for x in buckets.values()])
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(1, 2 * threads))
-    if workers:
-        return Workers(data, options, workers, start)
-    iterator = iter(data.to_iter_dataset(options))
-    if start:
-        iterator.set_state({"next_index": start})
-    return iterator
+    return Workers(data, workers) if workers else iter(data.to_iter_dataset(AHEAD))
 
 
 def _seed(seed: int, bucket: int) -> int:
@@ -157,8 +147,8 @@ class Workers:
     step when the first batch is asked for, and again after `set_state`.
     """
 
-    def __init__(self, data: grain.MapDataset, options: grain.ReadOptions, workers: int, start: int):
-        self._data, self._options, self._workers, self._step = data, options, workers, start
+    def __init__(self, data: grain.MapDataset, workers: int):
+        self._data, self._workers, self._step = data, workers, 0
         self._iterator: Any = None
 
     def __iter__(self) -> "Workers":
@@ -168,7 +158,7 @@ class Workers:
         if self._iterator is None:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain passes its flags to the processes; they must count as parsed
-            data = self._data[self._step :].to_iter_dataset(self._options)
+            data = self._data[self._step :].to_iter_dataset(AHEAD)
             options = grain.MultiprocessingOptions(num_workers=self._workers)
             self._iterator = iter(data.mp_prefetch(options, _begin_worker))
         batch = next(self._iterator)
@@ -220,18 +210,17 @@ def clip_transform(num_frames: int) -> Transform:
 
 
 def chunk_transform(
-    history_sizes: Sequence[int], frames_per_chunk: int, num_chunks: int = 1, *, first: float | None = None
+    history_frames: int, frames_per_chunk: int, num_chunks: int = 1, *, first: float | None = None
 ) -> Transform:
     """A transform that picks the chunks to be predicted, with the latents before them.
 
     The first picked chunk k is drawn uniformly, or is the video's first chunk with probability `first`.
 
     From `latents` [chunks, t, h, w, c] with t = `frames_per_chunk` it makes: `target` [num_chunks * t, h, w, c], the
-    `num_chunks` chunks from k on; `history` [sum(history_sizes), h, w, c], the latents just before them, oldest first,
+    `num_chunks` chunks from k on; `history` [history_frames, h, w, c], the latents just before them, oldest first,
     zeros before the video's start; `anchor` [1, h, w, c], the first latent of the video, zeros when k is 0, where it
     is not known yet; and `chunk`, k. Other entries (the text embedding) pass through.
     """
-    size = sum(history_sizes)
 
     def transform(example: Example, rng: np.random.Generator) -> Example:
         latents = example["latents"]
@@ -247,9 +236,9 @@ def chunk_transform(
             k = 0 if rng.random() < first else int(rng.integers(1, starts))
         else:
             k = int(rng.integers(starts))
-        before = latents[:k].reshape(-1, *latents.shape[2:])[-size:] if size else latents[:0, 0]
-        history = np.zeros((size, *latents.shape[2:]), latents.dtype)
-        history[size - len(before) :] = before
+        before = latents[:k].reshape(-1, *latents.shape[2:])[-history_frames:] if history_frames else latents[:0, 0]
+        history = np.zeros((history_frames, *latents.shape[2:]), latents.dtype)
+        history[history_frames - len(before) :] = before
         anchor = latents[0, :1] if k else np.zeros_like(latents[0, :1])
         target = latents[k : k + num_chunks].reshape(-1, *latents.shape[2:])
         rest = {key: value for key, value in example.items() if key != "latents"}

@@ -143,7 +143,7 @@ def test_the_command_makes_what_a_loader_reads(folder, tmp_path, capsys):
     assert np.load(tmp_path / "ode" / records.NEGATIVE_TEXT).shape == (16, 16)
 
     seen = set()
-    batches = loader(source, seed=0, batch_size=2, transform=ode_transform, threads=0)
+    batches = loader(source, seed=0, batch_size=2, transform=ode_transform)
     for _, batch in zip(range(8), batches):
         assert [x.shape for x in batch["noisy"]] == [(2, 3, n, n, 4) for n in (2, 4, 8)]
         assert batch["history"].shape == (2, 19, 8, 8, 4)

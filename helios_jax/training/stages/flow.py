@@ -124,8 +124,7 @@ def chunks(
     more: dict[str, np.ndarray] = {}
     if constant is not None:
         more = {"negative": load_embedding(config.data, constant, first, MAKE).astype(np.float32)}
-    sizes = (memory.long, memory.mid, memory.recent)
-    pick = chunk_transform(sizes, memory.frames_per_chunk, num_chunks, first=config.flow.first_chunk)
+    pick = chunk_transform(memory.frames, memory.frames_per_chunk, num_chunks, first=config.flow.first_chunk)
 
     def transform(example, rng):
         example = pick(example, rng)
