@@ -25,6 +25,7 @@ from helios_jax.benchmarks import throughput, throughput_flops
 from helios_jax.benchmarks.throughput_model import SIZES, Size, fill, make
 from helios_jax.benchmarks.throughput_reference import Reference
 from helios_jax.benchmarks.throughput_report import facts, peak_gib
+from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.models.layers import Shapes
 from helios_jax.models.ops.choices import DEVICE, Attention, Implementations, Norms
 from helios_jax.models.transformer import Transformer
@@ -75,10 +76,7 @@ def blocks(size: Size, say: Say) -> None:
     pt, ph, pw = config.patch_size
     h, w = size.height // 8 // ph, size.width // 8 // pw
 
-    def coarse(pool: int) -> int:
-        return -(-h // pool) * -(-w // pool)
-
-    history = 2 * h * w + coarse(2) * -(-2 // 2) + coarse(4) * (16 // 4)
+    history = MemoryConfig().num_tokens(size.height // 8, size.width // 8, config.patch_size)
     heads, head_dim = config.num_attention_heads, config.attention_head_dim
     draw = partial(_normal, dtype=dtype)
     text = (draw(1, TEXT, heads, head_dim), draw(1, TEXT, heads, head_dim))
