@@ -31,6 +31,20 @@ PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 Network = TypeVar("Network", bound=nnx.Module)
 
 
+def read_trained_size(index: Mapping[str, Any], folder: Path) -> tuple[int, int]:
+    """Height and width in pixels of a model's training, from the model_index.json of its `folder`.
+
+    Raises CheckpointError for an entry that is no size.
+    """
+    size = index.get(TRAINED_SIZE, list(Variant.trained_size))
+    if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
+        raise CheckpointError(
+            f"{folder}/model_index.json: {TRAINED_SIZE} is {size!r}, not [height, width] in pixels: correct it, or"
+            " leave it out"
+        )
+    return size[0], size[1]
+
+
 def _read_scheduler(folder: Path) -> SchedulerConfig:
     """Reads the scheduler's config. A HeliosDMDScheduler's file names no solver, so its class gives the defaults."""
     name = "scheduler_config.json"
@@ -79,7 +93,7 @@ class Checkpoint:
                 pyramid=kind == "HeliosPyramidPipeline",
                 is_cfg_zero_star=bool(index.get("is_cfg_zero_star", False)),
                 is_distilled=bool(index.get("is_distilled", False)),
-                trained_size=tuple(index.get(TRAINED_SIZE, Variant.trained_size)),
+                trained_size=read_trained_size(index, folder),
                 trained=read_trained(folder / transformer),
             ),
             transformer=pretrained.read_config(folder / transformer, TransformerConfig),
@@ -188,9 +202,9 @@ def write_index(folder: Path, scheduler: SchedulerConfig, variant: Variant) -> N
         index[TRAINED_SIZE] = list(variant.trained_size)
     index |= {
         "scheduler": ["diffusers", scheduler.CLASS_NAME],
-        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "text_encoder": ["transformers", UMT5Config.CLASS_NAME],
         "tokenizer": ["transformers", "T5TokenizerFast"],
-        "transformer": ["diffusers", "HeliosTransformer3DModel"],
-        "vae": ["diffusers", "AutoencoderKLWan"],
+        "transformer": ["diffusers", TransformerConfig.CLASS_NAME],
+        "vae": ["diffusers", VAEConfig.CLASS_NAME],
     }
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

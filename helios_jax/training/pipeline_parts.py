@@ -9,7 +9,7 @@ from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.umt5 import UMT5Config
 from helios_jax.models.vae import VAEConfig
 from helios_jax.pretrained import CheckpointError
-from helios_jax.sampling.checkpoint import PARTS, TRAINED_SIZE, Checkpoint
+from helios_jax.sampling.checkpoint import PARTS, Checkpoint, read_trained_size
 from helios_jax.sampling.plan import Variant
 from helios_jax.trained import Trained
 from helios_jax.training.flow_config import FlowTrainConfig, StudentTrainConfig
@@ -29,7 +29,6 @@ def open_components(config: FlowTrainConfig) -> Checkpoint | None:
         if missing := [part for part in (*PARTS, "model_index.json") if not (folder / part).exists()]:
             raise CheckpointError(f"{components} has no {', '.join(missing)}")
         index = pretrained.read_json(folder / "model_index.json")
-        height, width = index.get(TRAINED_SIZE, Variant.trained_size)
         # A distilled model's scheduler fits no other model.
         theirs = None
         if not isinstance(config, StudentTrainConfig) and not index.get("is_distilled", False):
@@ -37,7 +36,7 @@ def open_components(config: FlowTrainConfig) -> Checkpoint | None:
         checkpoint = Checkpoint(
             folder=folder,
             subfolder="transformer",
-            variant=variant(config, (height, width)),
+            variant=variant(config, read_trained_size(index, folder)),
             transformer=transformer_config(config),
             vae=pretrained.read_config(folder / "vae", VAEConfig),
             text_encoder=pretrained.read_config(folder / "text_encoder", UMT5Config),

@@ -80,6 +80,16 @@ def other_class(folder):
     return ["WanPipeline"]
 
 
+def bad_size(folder):
+    edit(folder / "model_index.json", _trained_size=32)
+    return ["model_index.json", "_trained_size is 32", "[height, width]"]
+
+
+def bad_sizes(folder):
+    edit(folder / "model_index.json", _trained_size=[32, "48"])
+    return ["_trained_size is [32, '48']"]
+
+
 def broken_json(folder):
     (folder / "transformer" / "config.json").write_text("{")
     return ["config.json", "not JSON"]
@@ -112,6 +122,8 @@ BREAKS = [
     wrong_shape,
     pyramid,
     other_class,
+    bad_size,
+    bad_sizes,
     broken_json,
     bad_value,
     no_tokenizer,
