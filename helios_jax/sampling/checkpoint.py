@@ -129,6 +129,10 @@ class Checkpoint:
                 f"{self.folder}/scheduler: the solver is {kind}, but model_index.json says {self.variant.name},"
                 f" which needs {'dmd' if self.variant.is_distilled else 'euler or unipc'}"
             )
+        self.check_widths()
+
+    def check_widths(self) -> None:
+        """Raises CheckpointError for a VAE or text encoder of other widths than the transformer takes."""
         for ours, theirs in (
             (("transformer in_channels", self.transformer.in_channels), ("vae z_dim", self.vae.z_dim)),
             (("transformer text_dim", self.transformer.text_dim), ("text_encoder d_model", self.text_encoder.d_model)),

@@ -43,20 +43,10 @@ def open_components(config: FlowTrainConfig) -> Checkpoint | None:
             scheduler=scheduler(config, theirs),
             tokenizer=Tokenizer.from_pretrained(folder / "tokenizer"),
         )
+        checkpoint.check_widths()
     except CheckpointError as error:
         raise ConfigError(f"flow.components: {error}") from None
-    check_widths(checkpoint)
     return checkpoint
-
-
-def check_widths(checkpoint: Checkpoint) -> None:
-    """Raises ConfigError for a VAE or text encoder of other widths than the transformer takes."""
-    for ours, theirs, name in (
-        (checkpoint.transformer.in_channels, checkpoint.vae.z_dim, "channels of the VAE's latents"),
-        (checkpoint.transformer.text_dim, checkpoint.text_encoder.d_model, "width of the text encoder"),
-    ):
-        if ours != theirs:
-            raise ConfigError(f"flow.components: {theirs} is the {name}, but the transformer takes {ours}")
 
 
 def variant(config: FlowTrainConfig, trained_size: tuple[int, int]) -> Variant:

@@ -309,5 +309,5 @@ def test_what_cannot_be_is_one_line(config):
     with pytest.raises(ConfigError, match=r"data\.folder: nowhere"):
         FlowStage(config).batches(make_mesh(MeshConfig()))
     config.model.transformer = dataclasses.replace(tiny.TRANSFORMER, in_channels=8)
-    with pytest.raises(ConfigError, match=r"4 is the channels of the VAE's latents, but the transformer takes 8"):
+    with pytest.raises(ConfigError, match=r"flow\.components: .*transformer in_channels 8 is not vae z_dim 4"):
         FlowStage(config).batches(make_mesh(MeshConfig()))
