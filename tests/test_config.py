@@ -12,7 +12,8 @@ from helios_jax.config import ConfigError, load
 from helios_jax.config_types import describe, misfit, misfit_at
 from helios_jax.sampling import cli
 from helios_jax.sampling.options import SampleConfig
-from helios_jax.training.stage_table import STAGES, load_config
+from helios_jax.training.stage_names import STAGES
+from helios_jax.training.stage_table import find_stage, load_config
 
 
 @dataclass(unsafe_hash=True)
@@ -156,7 +157,7 @@ INTERNAL = re.compile(
 )
 
 
-@pytest.mark.parametrize("schema", [SampleConfig, *(stage.Config for stage in STAGES.values())])
+@pytest.mark.parametrize("schema", [SampleConfig, *(find_stage(name).Config for name in STAGES)])
 def test_a_wrong_value_of_any_field_is_told_in_plain_english(schema):
     for key, hint in fields(schema):
         for value in ([[[1]]], {"x": 1}, "wrong!"):

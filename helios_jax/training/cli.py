@@ -16,13 +16,8 @@ from helios_jax.config import ConfigError
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.command import Parser, program_name
 from helios_jax.runtime.memory import is_out_of_memory
+from helios_jax.training.stage_names import STAGES
 
-STAGES = {
-    "vae": "the autoencoder, on clips of pixels",
-    "flow": "stages 1 and 2: a text-to-video model learns to continue a video, then to denoise in levels",
-    "ode": "stage 3, first part: a student learns the ends of the teacher's trajectories",
-    "distill": "stage 3, second part: distribution matching, with a GAN if configured",
-}
 # Keys that most runs set, with their default in brackets; `docs/training.md` and config.yaml of a run have all.
 KEYS = {
     "stage": "one of the above, or the dotted path of a class of yours",
@@ -150,7 +145,8 @@ def make_parser() -> Parser:
         width = max(len(str(name)) for name in rows) + 2
         return "\n".join([f"{title}:", *(f"  {name!s:<{width}}{text}" for name, text in rows.items())])
 
-    parts = [table("stages (the config's `stage`)", STAGES), table("keys that most runs set [default]", KEYS)]
+    stages = {name: stage.about for name, stage in STAGES.items()}
+    parts = [table("stages (the config's `stage`)", stages), table("keys that most runs set [default]", KEYS)]
     parts += [table("exit codes", CODES), "\n".join(["examples:", *(f"  {prog} {example}" for example in EXAMPLES)])]
     parser = Parser(
         prog=prog,

@@ -1,4 +1,4 @@
-"""Table of the stages by name, and loading of a config in the schema of its stage."""
+"""Stages of configs: their classes by name, and loading of a config in the schema of its stage."""
 
 import inspect
 import pkgutil
@@ -10,17 +10,7 @@ from helios_jax import config as configs
 from helios_jax.config import ConfigError, nearest
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.stage import Stage
-from helios_jax.training.stages.distill.distill_stage import DistillStage
-from helios_jax.training.stages.flow import FlowStage
-from helios_jax.training.stages.ode import ODEStage
-from helios_jax.training.stages.vae import VAEStage
-
-STAGES: dict[str, type[Stage[Any, Any]]] = {
-    "vae": VAEStage,
-    "flow": FlowStage,
-    "ode": ODEStage,
-    "distill": DistillStage,
-}
+from helios_jax.training.stage_names import STAGES
 
 
 def find_stage(name: str) -> type[Stage[Any, Any]]:
@@ -29,7 +19,7 @@ def find_stage(name: str) -> type[Stage[Any, Any]]:
     Raises ConfigError, in one line, when there is none or when it is not a Stage.
     """
     if name in STAGES:
-        return STAGES[name]
+        return pkgutil.resolve_name(STAGES[name].path)
     module, _, member = name.rpartition(".")
     if not module:
         names = ", ".join(STAGES)

@@ -22,7 +22,8 @@ from helios_jax.training import cli, progress
 from helios_jax.training.flow_config import PyramidConfig
 from helios_jax.training.optim import EMAConfig, OptimConfig
 from helios_jax.training.run_config import TrainConfig
-from helios_jax.training.stage_table import STAGES, load_config
+from helios_jax.training.stage_names import STAGES
+from helios_jax.training.stage_table import load_config
 from helios_jax.training.stages.distill.distill_config import CriticConfig, DistillConfig, DistillTrainConfig
 from helios_jax.training.stages.distill.distill_stage import DistillStage
 from helios_jax.training.stages.flow import FlowConfig
@@ -35,7 +36,7 @@ def test_help_lists_the_stages_keys_and_codes(capsys):
         train.main(["--help"])
     assert end.value.code == 0
     told = capsys.readouterr().out
-    assert cli.STAGES.keys() == STAGES.keys()
+    assert all(stage.about in told for stage in STAGES.values())
     defaults = configs.to_dict(TrainConfig(optim=OptimConfig(ema=EMAConfig())))
     for key, text in cli.KEYS.items():
         assert text in told

@@ -1,6 +1,8 @@
 """The table of stages: each config is read in its own stage's schema, and a user's class is a stage too."""
 
+import importlib
 import inspect
+import pkgutil
 
 import pytest
 
@@ -8,7 +10,8 @@ from helios_jax.config import ConfigError
 from helios_jax.training import stages
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.stage import Stage
-from helios_jax.training.stage_table import STAGES, find_stage, load_config, make_stage
+from helios_jax.training.stage_names import STAGES
+from helios_jax.training.stage_table import find_stage, load_config, make_stage
 from tests.training.dummy import Dummy
 
 # Least overrides of each stage: a student needs its pyramid.
@@ -34,23 +37,25 @@ def path(tmp_path):
 
 
 def test_the_table_has_every_stage_of_the_project():
+    for module in pkgutil.walk_packages(stages.__path__, f"{stages.__name__}."):
+        importlib.import_module(module.name)
     ours = {kind for kind in subclasses(Stage) if kind.__module__.startswith(f"{stages.__name__}.")}
-    assert set(STAGES.values()) == {kind for kind in ours if not inspect.isabstract(kind)}
+    assert set(map(find_stage, STAGES)) == {kind for kind in ours if not inspect.isabstract(kind)}
     assert LEAST.keys() == STAGES.keys()
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_the_stage_decides_the_schema(path, name):
     """From the base, the file or the overrides, the last one."""
-    assert isinstance(load_config(path), STAGES["vae"].Config)
+    assert isinstance(load_config(path), find_stage("vae").Config)
     config = load_config(path, [f"stage={name}", *LEAST[name]])
-    assert type(config) is STAGES[name].Config
+    assert type(config) is find_stage(name).Config
     assert (config.stage, config.steps) == (name, 4)
     stage = make_stage(config)
-    assert type(stage) is STAGES[name]
+    assert type(stage) is find_stage(name)
     assert stage.config is config
     if name != "flow":  # the stage of a config that names none
-        assert STAGES[name].Config.stage == name
+        assert find_stage(name).Config.stage == name
 
 
 @pytest.mark.parametrize(
