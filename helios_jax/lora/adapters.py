@@ -4,9 +4,8 @@ A model is never changed: each function returns a new one, which shares the unch
 their own kind, so statements about `nnx.Param` (counts, files of the base model) exclude them.
 """
 
-import math
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
@@ -18,8 +17,9 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from helios_jax.models.layers import LINEAR, Layout, Product
-from helios_jax.pretrained import file_entries
+from helios_jax.lora.files import check_scale
+from helios_jax.models.layers import LINEAR, Product
+from helios_jax.pretrained import Entry, file_entries
 from helios_jax.pretrained.load import place
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -62,22 +62,15 @@ class LoRA(nnx.Module):
         return y
 
 
-@dataclass(frozen=True)
-class Target:
-    """A layer that can have adapters: the path of its module, and the `shape` of its weight in a file."""
+def targets(model: nnx.Module) -> dict[str, Entry]:
+    """Maps diffusers' module names to the layers of `model` that can have adapters.
 
-    path: Path
-    layer: int | None
-    shape: tuple[int, ...]
-    layout: Layout
-
-
-def targets(model: nnx.Module) -> dict[str, Target]:
-    """Maps diffusers' module names to the layers of `model` that can have adapters."""
+    An entry describes the layer's weight in a file; its path is that of the layer's module.
+    """
     found = {}
     for key, entry in file_entries(model).items():
         if entry.path[-1] == "weight" and hasattr(module_at(model, entry.path[:-1]), "adapters"):
-            found[key.removesuffix(".weight")] = Target(entry.path[:-1], entry.layer, entry.shape, entry.layout)
+            found[key.removesuffix(".weight")] = replace(entry, path=entry.path[:-1])
     return found
 
 
@@ -125,8 +118,7 @@ def set_scale(model: Model, name: str, scale: float) -> Model:
     Results that were computed before, such as the keys and values of a text, keep the old scale. Raises ValueError for
     an unknown name, and for a scale that is not finite.
     """
-    if not math.isfinite(scale):
-        raise ValueError(f"adapter {name}: the scale is {scale}, give a finite number")
+    check_scale(scale, f"adapter {name}")
     check_names([name], names(model))
     model = copy(model)
     for _, module in adapted(model):

@@ -16,7 +16,6 @@ from helios_jax.lora.adapters import (
     LoRA,
     LoRAWeight,
     Model,
-    Target,
     check_names,
     copy,
     like,
@@ -26,7 +25,7 @@ from helios_jax.lora.adapters import (
     targets,
 )
 from helios_jax.lora.files import Change, LoRAFile, check_scale, matches, read
-from helios_jax.pretrained import CheckpointError
+from helios_jax.pretrained import CheckpointError, Entry
 from helios_jax.pretrained.layout import from_file, some
 
 
@@ -84,7 +83,7 @@ def attach(
     check(model, loaded)
     model, layers = copy(model), targets(model)
     for name, file in loaded.items():
-        groups: dict[Any, list[tuple[Target, Change]]] = {}
+        groups: dict[Any, list[tuple[Entry, Change]]] = {}
         if not empty:
             _warn_of_the_rest(file, layers)
         for module, change in _taken(file, layers).items():
@@ -118,13 +117,13 @@ def check(model: nnx.Module, adapters: Mapping[str, LoRAFile]) -> None:
             raise CheckpointError(f"{file.source} does not fit this model: {some(wrong)}")
 
 
-def _taken(file: LoRAFile, layers: Mapping[str, Target]) -> dict[str, Change]:
+def _taken(file: LoRAFile, layers: Mapping[str, Entry]) -> dict[str, Change]:
     """The changes of `file`, without the differences of norms and modulation that only Wan files have."""
     relevant = {n: c for n, c in file.changes.items() if n in layers or c.rank or c.bias is not None}
     return {n: c for n, c in relevant.items() if any(x is not None for x in (c.down, c.bias, c.diff, c.diff_b))}
 
 
-def _warn_of_the_rest(file: LoRAFile, layers: Mapping[str, Target]) -> None:
+def _warn_of_the_rest(file: LoRAFile, layers: Mapping[str, Entry]) -> None:
     """Warns of changes that are ignored. Zeros, which most files have there, give no warning."""
     taken = _taken(file, layers)
     left = {n: (c.diff_m,) if n in taken else (c.diff, c.diff_b, c.diff_m) for n, c in file.changes.items()}
@@ -134,7 +133,7 @@ def _warn_of_the_rest(file: LoRAFile, layers: Mapping[str, Target]) -> None:
 
 
 def _from_files(
-    name: str, module: Any, group: list[tuple[Target, Change]], weight: float, dtype: Any, empty: bool
+    name: str, module: Any, group: list[tuple[Entry, Change]], weight: float, dtype: Any, empty: bool
 ) -> LoRA:
     """The adapter of one layer, or of all layers of a stack, some of which may have none."""
     base = module.weight
@@ -204,7 +203,7 @@ def add(model: Model, config: LoRAConfig, key: jax.Array, *, dtype: Any = jnp.fl
     return model
 
 
-def _chosen(name: str, layer: Target, config: LoRAConfig) -> bool:
+def _chosen(name: str, layer: Entry, config: LoRAConfig) -> bool:
     wanted = config.target_modules
     chosen = layer.layout == "linear" if wanted == "all-linear" else matches(name, wanted)
     return chosen and not matches(name, config.exclude_modules)

@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from helios_jax.locations import location
-from helios_jax.lora.adapters import LoRA, Target, check_names, module_at, names, targets
+from helios_jax.lora.adapters import LoRA, check_names, module_at, names, targets
 from helios_jax.lora.files import METADATA, WEIGHTS
-from helios_jax.pretrained import files
+from helios_jax.pretrained import Entry, files
 from helios_jax.pretrained.save import fetch
 
 
@@ -49,7 +49,7 @@ def save(
     path = location(path)
     path = path if path.suffix == ".safetensors" else path / WEIGHTS[0]
 
-    found: dict[str, tuple[Target, LoRA]] = {}
+    found: dict[str, tuple[Entry, LoRA]] = {}
     changed: dict[Any, np.ndarray] = {}
     for module, target in targets(model).items():
         adapter = next((a for a in module_at(model, target.path).adapters or () if a.name == name), None)
@@ -92,7 +92,7 @@ def _scaling(adapter: LoRA, layer: int | None) -> float:
     return float(np.asarray(adapter.scaling[...])[() if layer is None else layer])
 
 
-def _shape(adapter: LoRA, part: str, target: Target) -> tuple[int, ...]:
+def _shape(adapter: LoRA, part: str, target: Entry) -> tuple[int, ...]:
     rank, (out, *inner) = adapter.a.shape[-1], target.shape
     return {
         "lora_A.weight": (rank, *inner),
@@ -101,7 +101,7 @@ def _shape(adapter: LoRA, part: str, target: Target) -> tuple[int, ...]:
     }[part]
 
 
-def _value(adapter: LoRA, part: str, target: Target, dtype: np.dtype) -> np.ndarray:
+def _value(adapter: LoRA, part: str, target: Entry, dtype: np.dtype) -> np.ndarray:
     """A part of an adapter in the file's layout."""
     if part == "lora_A.weight":
         return fetch(adapter.a[...], target.layer, target.layout, dtype)
@@ -112,7 +112,7 @@ def _value(adapter: LoRA, part: str, target: Target, dtype: np.dtype) -> np.ndar
     return (bias / _scaling(adapter, target.layer)).astype(dtype)  # PEFT scales it like the rest
 
 
-def _peft_config(found: dict[str, tuple[Target, LoRA]]) -> dict[str, Any]:
+def _peft_config(found: dict[str, tuple[Entry, LoRA]]) -> dict[str, Any]:
     """The settings that PEFT needs, under diffusers' keys."""
     ranks = {module: adapter.a.shape[-1] for module, (_, adapter) in found.items()}
     alphas = {m: _scaling(adapter, target.layer) * ranks[m] for m, (target, adapter) in found.items()}
