@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import fsspec
 from etils import epath
@@ -245,16 +245,10 @@ def appears(path: Path, text: str) -> bool:
         time.sleep(0.1)
 
 
-def upload(source: Path, path: Path) -> None:
-    """Copies a local file. Readers see either the whole new file or the old one, if any."""
-    with source.open("rb") as file, path.open("wb") as out:
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file, from and to any place. In a bucket, readers see either the whole new file or the old one."""
+    with source.open("rb") as file, target.open("wb") as out:
         shutil.copyfileobj(file, out, BLOCK)
-
-
-def download(path: Path, file: IO[bytes]) -> None:
-    """Copies a file of a bucket into an open one."""
-    with path.open("rb") as source:
-        shutil.copyfileobj(source, file, BLOCK)
 
 
 def copy_tree(source: Path, target: Path) -> None:
@@ -264,8 +258,7 @@ def copy_tree(source: Path, target: Path) -> None:
         if path.is_dir():
             copy_tree(path, target / path.name)
         else:
-            with path.open("rb") as file, (target / path.name).open("wb") as out:
-                shutil.copyfileobj(file, out, BLOCK)
+            copy_file(path, target / path.name)
 
 
 @contextmanager
@@ -284,8 +277,7 @@ def local_copy(path: Path) -> Iterator[Path]:
         if path.is_dir():
             copy_tree(path, copy)
         else:
-            with copy.open("wb") as file:
-                download(path, file)
+            copy_file(path, copy)
         try:
             yield copy
         except (ValueError, FileNotFoundError) as error:
@@ -304,7 +296,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield part
         if remote:
-            upload(part, path)
+            copy_file(part, path)
         else:
             part.replace(path)
     except OSError as error:
@@ -341,8 +333,7 @@ class Mirror:
         copy = self.folder / name
         if self._temporary is not None and (self.path / name).is_file():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            with copy.open("wb") as file:
-                download(self.path / name, file)
+            copy_file(self.path / name, copy)
             self._sizes[copy] = copy.stat().st_size
         return copy
 
@@ -353,7 +344,7 @@ class Mirror:
         self._last = time.monotonic()
         for file in self.folder.rglob("*"):
             if file.is_file() and self._sizes.get(file) != (size := file.stat().st_size):
-                upload(file, self.path / file.relative_to(self.folder).as_posix())
+                copy_file(file, self.path / file.relative_to(self.folder).as_posix())
                 self._sizes[file] = size
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from helios_jax.data.shard_cache import CachedRecords, CacheError, default_folder
-from helios_jax.locations import is_remote, location, upload
+from helios_jax.locations import copy_file, is_remote, location
 
 Example = dict[str, Any]
 # One record per group, so that every example can be read alone.
@@ -83,7 +83,7 @@ def write(
         if remote:
             # The metadata come last: without them the folder is no dataset.
             for file in sorted(part.iterdir(), key=lambda file: file.suffix == ".json"):
-                upload(file, folder / file.name)
+                copy_file(file, folder / file.name)
         else:
             os.rename(part, folder)  # atomic: the same disk
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 import fsspec
 from array_record.python.array_record_module import ArrayRecordReader
 
-from helios_jax.locations import download, location
+from helios_jax.locations import copy_file, location
 
 READER_OPTIONS = "readahead_buffer_size:0"  # single records are read, in any order
 
@@ -96,8 +96,7 @@ def fetch(name: str, cache: Path) -> Path:
 def _copy(name: str, target: Path, size: int) -> None:
     part = target.with_name(f".{target.name}.part")
     try:
-        with part.open("wb") as file:
-            download(location(name), file)
+        copy_file(location(name), part)
         if (found := part.stat().st_size) != size:
             raise CacheError(f"{name} is {size} bytes, of which {found} came: give the same command again")
         part.replace(target)

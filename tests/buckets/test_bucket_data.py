@@ -109,7 +109,7 @@ def test_clips_of_a_bucket_become_a_dataset_in_a_bucket(folder, tmp_path, capsys
     ]
     (tmp_path / "clips.json").write_text(json.dumps(entries))
     for name in ("bucket/clips.json", "bucket/v.mp4", "other/v.mp4"):
-        locations.upload(tmp_path / name.partition("/")[2], location(f"gs://{name}"))
+        locations.copy_file(tmp_path / name.partition("/")[2], location(f"gs://{name}"))
     command = ["clips", "--json", "gs://bucket/clips.json", "--model", str(folder), "--size", "32x48"]
     command += ["--chunk-frames", "9", "--min-frames", "9", "--out", "gs://bucket/latents"]
     assert precompute.main(command) == 0, capsys.readouterr().err

@@ -59,7 +59,7 @@ def test_profile_of_a_chunk_into_a_bucket(sample_config, tmp_path):
 
 def test_input_image_in_a_bucket(sample_config, tmp_path):
     Image.fromarray(np.zeros((32, 48, 3), np.uint8)).save(tmp_path / "i.png")
-    locations.upload(tmp_path / "i.png", location("gs://bucket/i.png"))
+    locations.copy_file(tmp_path / "i.png", location("gs://bucket/i.png"))
     assert tiny_run.run(sample_config, "--image", "gs://bucket/i.png", "--out", tmp_path / "i.mp4") == 0
 
 
