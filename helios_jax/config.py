@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from helios_jax import config_files
 from helios_jax.config_types import got, misfit, misfit_at, nearest, options
 from helios_jax.locations import location, replacing
+from helios_jax.messages import one_line
 
 T = TypeVar("T")
 
@@ -249,7 +250,7 @@ def _build(cls: Any, node: Any, values: dict, prefix: str, sources: dict[str, st
     try:
         return cls(**arguments)
     except ValueError as e:
-        message = _one_line(e)
+        message = one_line(e)
         first = re.split(r"[ =:,]", message, maxsplit=1)[0]
         named = [name for name in arguments if re.search(rf"\b{name}\b", message)]
         if first in arguments:
@@ -280,10 +281,6 @@ def _tuples(value: Any, hint: Any) -> Any:
 
 def _first_line(e: Exception) -> str:
     return str(e).strip().split("\n")[0]
-
-
-def _one_line(e: Exception) -> str:
-    return " ".join(str(e).split())
 
 
 def require(ok: bool, message: str) -> None:

@@ -8,6 +8,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from helios_jax.messages import one_line
+
 MOST_BYTES = 1_000_000  # our longest config has 3,000
 MOST_NESTED = 50  # parsers recurse, and crash on many more
 MOST_VALUES = 10_000
@@ -35,7 +37,7 @@ def read(path: Path) -> Any:
     except Excess:
         raise
     except UNREADABLE as error:
-        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"not valid YAML: {one_line(error)}") from None
 
 
 def read_override(text: str) -> Any:
@@ -49,7 +51,7 @@ def read_override(text: str) -> Any:
     except Excess:
         raise
     except UNREADABLE as error:
-        raise ValueError(f"cannot read the value: {' '.join(str(error).split())}") from None
+        raise ValueError(f"cannot read the value: {one_line(error)}") from None
 
 
 def check(text: str, *, whole: bool = False) -> None:

@@ -25,6 +25,8 @@ from etils.epath.backend import fsspec_backend
 from etils.epath.gpath import PosixGPath
 from fsspec.config import conf
 
+from helios_jax.messages import one_line
+
 # The schemes that etils knows, and the packages that fsspec reads them with.
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 # With one slash, only the schemes of buckets are taken for an address that was mistyped: names may have colons.
@@ -46,7 +48,7 @@ def _errors(path: Any) -> Iterator[None]:
     except (OSError, ValueError, NotImplementedError):
         raise
     except Exception as error:
-        raise OSError(errno.EIO, _line(error), os.fspath(path)) from error
+        raise OSError(errno.EIO, one_line(error), os.fspath(path)) from error
 
 
 class _Backend:
@@ -357,9 +359,3 @@ class Mirror:
 def standard(path: Path) -> epath.Path:
     """The path as etils' own class, for libraries that accept no other."""
     return epath.Path(str(path))
-
-
-def _line(error: Exception) -> str:
-    """The error's text on one line, of at most 200 characters."""
-    text = " ".join(f"{error}".split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -26,6 +26,7 @@ from helios_jax.benchmarks.throughput_model import SIZES, Size, fill, make
 from helios_jax.benchmarks.throughput_reference import Reference
 from helios_jax.benchmarks.throughput_report import facts, peak_gib
 from helios_jax.diffusion.memory import MemoryConfig
+from helios_jax.messages import one_line
 from helios_jax.models.layers import Shapes
 from helios_jax.models.ops.choices import DEVICE, Attention, Implementations, Norms
 from helios_jax.models.transformer import Transformer
@@ -102,7 +103,7 @@ def blocks(size: Size, say: Say) -> None:
             step = _compiled_block(block, x, rest, packing, Implementations(*pair))
             out = np.asarray(step(block, jnp.copy(x), *rest), np.float32)
         except Exception as error:  # a pair that cannot run gets a row with the reason
-            say(**row, why=f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            say(**row, why=one_line(f"{type(error).__name__}: {error}"))
             continue
         first = expected.setdefault(noisy, out)
         row["from_first_pair"] = float(np.linalg.norm(out - first) / np.linalg.norm(first))

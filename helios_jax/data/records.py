@@ -25,6 +25,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from helios_jax.data.shard_cache import CachedRecords, CacheError, default_folder
 from helios_jax.locations import copy_file, is_remote, location
+from helios_jax.messages import one_line
 
 Example = dict[str, Any]
 # One record per group, so that every example can be read alone.
@@ -221,7 +222,7 @@ class Source:
             place = number - (self._ends[i - 1] if i else 0)
             raise RecordError(
                 f"{self._name}: record {number} (number {place} of {self._files[i][0].name}) is damaged: "
-                f"{one_line(error)}; {DAMAGED}, or {leaving_out(number)}"
+                f"{_reason(error)}; {DAMAGED}, or {leaving_out(number)}"
             ) from None
         return example
 
@@ -242,10 +243,9 @@ def leaving_out(number: int) -> str:
     return f"leave it out with data.leave_out=[{number}]"
 
 
-def one_line(error: Exception) -> str:
-    """The first line of an error's message, at most 200 characters. A truncated file's error has no message."""
-    first = next(iter(str(error).strip().splitlines()), "") or "it ends early"
-    return first if len(first) <= 200 else f"{first[:197]}..."
+def _reason(error: Exception) -> str:
+    """The error's text on one line. A truncated file's error has none."""
+    return one_line(error) if str(error).strip() else "it ends early"
 
 
 def open_source(
@@ -283,7 +283,7 @@ def open_source(
         splits, features = dict(builder.info.splits), dict(builder.info.features)
         stored = json.loads((folder / BUCKETS).read_text()) if (folder / BUCKETS).is_file() else None
     except Exception as error:  # json, protobuf and TFDS share no base class
-        raise ValueError(f"{folder}: its metadata is damaged: {one_line(error)}; {DAMAGED}") from None
+        raise ValueError(f"{folder}: its metadata is damaged: {_reason(error)}; {DAMAGED}") from None
     if split not in splits:
         raise ValueError(f"{folder} has no split {split!r}: choose one of {', '.join(sorted(splits))}")
     files = list(zip(map(location, splits[split].filepaths), splits[split].shard_lengths, strict=True))
@@ -314,7 +314,7 @@ def _fault(file: tuple[Path, int]) -> str | None:
         found = reader.num_records()
         reader.close()
     except (RuntimeError, ValueError) as error:
-        return f"{path} is damaged: {one_line(error)}"
+        return f"{path} is damaged: {_reason(error)}"
     return None if found == count else f"{path} is damaged: it holds {found} records of {count}"
 
 

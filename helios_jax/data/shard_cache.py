@@ -17,6 +17,7 @@ import fsspec
 from array_record.python.array_record_module import ArrayRecordReader
 
 from helios_jax.locations import copy_file, location
+from helios_jax.messages import one_line
 
 READER_OPTIONS = "readahead_buffer_size:0"  # single records are read, in any order
 
@@ -88,7 +89,7 @@ def fetch(name: str, cache: Path) -> Path:
     except CacheError:
         raise
     except Exception as error:  # storage services share no base class; also a full disk
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise CacheError(f"{name} cannot be copied to {cache}: {reason}") from None
     return target
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from helios_jax.config import ConfigError
 from helios_jax.heliosbench.metric import MetricError, require
+from helios_jax.messages import one_line
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -98,7 +99,7 @@ class Judge:
             if (number := read_number(text)) is not None:
                 return Answer((min(HIGHEST, max(LOWEST, number)) - LOWEST) / (HIGHEST - LOWEST), text)
         raise MetricError(
-            f"{self.model} answered {_short(text)!r} {TRIES} times, where a number from 1 to 5 is asked for"
+            f"{self.model} answered {text[:160]!r} {TRIES} times, where a number from 1 to 5 is asked for"
         )
 
     def _answer(self, content: list[Any]) -> str:
@@ -110,16 +111,16 @@ class Judge:
             )
         except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as error:
             raise JudgeError(
-                f"--judge: {self.url} refuses {self.model} ({_short(str(error))}); check the address, the model and"
+                f"--judge: {self.url} refuses {self.model} ({one_line(error)}); check the address, the model and"
                 f" the key in {KEY}"
             ) from None
         except openai.APIConnectionError as error:
             raise JudgeError(
-                f"--judge: {self.url} cannot be reached ({_short(str(error.__cause__ or error))}); the same command"
+                f"--judge: {self.url} cannot be reached ({one_line(error.__cause__ or error)}); the same command"
                 " goes on when it can"
             ) from None
         except openai.OpenAIError as error:
-            raise MetricError(f"{self.model} failed: {_short(str(error))}") from None
+            raise MetricError(f"{self.model} failed: {one_line(error)}") from None
         with self._lock:
             self.prompt_tokens += response.usage.prompt_tokens if response.usage else 0
         return ((response.choices[0].message.content if response.choices else None) or "").strip()
@@ -151,8 +152,3 @@ def estimate(requests: int, pictures: int, words: int, price: float | None) -> s
     tokens = pictures * PICTURE_TOKENS + requests * words * 4 // 3
     cost = "" if price is None else f", ${tokens / 1e6 * price:,.2f} at ${price:g} a million"
     return f"{requests:,} requests with {pictures:,} pictures, about {tokens:,} tokens of input{cost}"
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 160 else f"{text[:157]}..."

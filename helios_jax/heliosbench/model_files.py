@@ -18,6 +18,7 @@ import numpy as np
 
 from helios_jax.heliosbench.metric import MissingError
 from helios_jax.heliosbench.vit import Tensors
+from helios_jax.messages import one_line
 from helios_jax.pretrained import files
 from helios_jax.pretrained.errors import CheckpointError
 from helios_jax.pretrained.folder import local
@@ -83,8 +84,7 @@ def open_weights(path: Path, *prefixes: str) -> dict[str, Callable[[], np.ndarra
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises anything for a damaged file
-        reason = " ".join(str(error).split())[:120]
-        raise CheckpointError(f"{path} cannot be read ({reason}): download it again") from None
+        raise CheckpointError(f"{path} cannot be read ({one_line(error)}): download it again") from None
     for key in ("model", "state_dict"):
         state = state.get(key, state)
     return {key: partial(_numpy, value) for key, value in state.items() if key.startswith(prefixes)}

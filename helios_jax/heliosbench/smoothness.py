@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from helios_jax.heliosbench import drift
 from helios_jax.heliosbench.bench_frames import Frame
 from helios_jax.heliosbench.metric import Clip, Measured, MetricError, drifted, require
+from helios_jax.messages import one_line
 from helios_jax.pretrained.errors import CheckpointError
 
 MULTIPLE = 16  # of height and width, which the network needs
@@ -96,7 +97,7 @@ def _onnx(path: Path) -> Interpolate:
     try:
         session = onnxruntime.InferenceSession(str(path), providers=onnxruntime.get_available_providers())
     except Exception as error:  # it raises classes of its own
-        raise CheckpointError(f"{path} cannot be read ({_line(error)}): export it again") from None
+        raise CheckpointError(f"{path} cannot be read ({one_line(error)}): export it again") from None
     names = [given.name for given in session.get_inputs()]
     if len(names) != 2:
         raise CheckpointError(f"{path} takes {len(names)} inputs, not two pictures: export it again")
@@ -105,7 +106,7 @@ def _onnx(path: Path) -> Interpolate:
         try:
             return np.asarray(session.run(None, dict(zip(names, (before, after))))[0])
         except Exception as error:
-            raise MetricError(f"{path.name} failed at {before.shape[2:]}: {_line(error)}") from None
+            raise MetricError(f"{path.name} failed at {before.shape[2:]}: {one_line(error)}") from None
 
     return interpolate
 
@@ -116,7 +117,7 @@ def _torchscript(path: Path) -> Interpolate:
     try:
         network: Any = torch.jit.load(str(path), map_location="cuda" if torch.cuda.is_available() else "cpu").eval()
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read ({_line(error)}): export it as TorchScript or ONNX") from None
+        raise CheckpointError(f"{path} cannot be read ({one_line(error)}): export it as TorchScript or ONNX") from None
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def interpolate(before: np.ndarray, after: np.ndarray) -> np.ndarray:
@@ -124,10 +125,6 @@ def _torchscript(path: Path) -> Interpolate:
             with torch.inference_mode():
                 return network(*(torch.from_numpy(x).to(device) for x in (before, after))).cpu().numpy()
         except Exception as error:
-            raise MetricError(f"{path.name} failed at {before.shape[2:]}: {_line(error)}") from None
+            raise MetricError(f"{path.name} failed at {before.shape[2:]}: {one_line(error)}") from None
 
     return interpolate
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

@@ -8,6 +8,7 @@ from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from helios_jax.media.files import check_readable
+from helios_jax.messages import one_line
 
 # Pillow's exceptions for damaged files whose header is valid.
 DAMAGED = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -36,8 +37,7 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
     except UnidentifiedImageError:
         raise ValueError(f"{path}: is not a readable image; name a PNG or JPEG file") from None
     except DAMAGED as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: does not decode ({reason}); copy or save the image again") from None
+        raise ValueError(f"{path}: does not decode ({one_line(error)}); copy or save the image again") from None
     return np.asarray(to_rgb(upright, str(path)))
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageSequence
 
 from helios_jax.media.image import DAMAGED, read_image, to_rgb
+from helios_jax.messages import one_line
 
 # RGB frame, time in seconds, frames per second (0: unknown)
 Timed = tuple[np.ndarray, float, float]
@@ -31,7 +32,7 @@ def read_webp(path: Path) -> Iterator[Timed]:
                 yield np.asarray(to_rgb(frame, str(path))), time, rate
                 time += duration / 1000
     except DAMAGED as error:
-        reason = " ".join(str(error).replace(f"{str(path)!r}", "").split())
+        reason = one_line(str(error).replace(f"{str(path)!r}", ""))
         raise ValueError(f"{path}: does not decode as video ({reason}); copy or encode the file again") from None
 
 

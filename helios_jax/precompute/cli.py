@@ -23,6 +23,7 @@ from helios_jax import pretrained
 from helios_jax.data.records import NEGATIVE_TEXT
 from helios_jax.data.shards import Rejected, Shard
 from helios_jax.locations import argument
+from helios_jax.messages import one_line
 from helios_jax.precompute import tasks
 from helios_jax.precompute.clips import SIZES, Selection, Size
 from helios_jax.precompute.encode import NEGATIVE_PROMPT, TextEmbedder, VideoEncoder
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        print(f"precompute: {' '.join(str(error).split())[:200]}; {LESS_MEMORY}", file=sys.stderr)
+        print(f"precompute: {one_line(error)}; {LESS_MEMORY}", file=sys.stderr)
         return 1
 
 

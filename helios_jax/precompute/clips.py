@@ -23,6 +23,7 @@ from PIL import Image
 from helios_jax.data.shards import Rejected
 from helios_jax.locations import is_remote, local_copy, location
 from helios_jax.media.video import frames_at
+from helios_jax.messages import one_line
 
 Size = tuple[int, int]
 # The sizes (height, width) that upstream sorts clips into.
@@ -228,7 +229,7 @@ def _read_json(path: Path) -> list[Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file; name a JSON list of clips") from None
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path}: is not a JSON list of clips ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{path}: is not a JSON list of clips ({one_line(error)})") from None
     if not isinstance(entries, list):
         raise ValueError(f"{path}: must be a JSON list of clips, not {type(entries).__name__}")
     return entries

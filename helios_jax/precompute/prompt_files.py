@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from helios_jax.messages import one_line
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -27,7 +29,7 @@ def read_prompts(files: Sequence[Path]) -> list[Prompt]:
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file; name a file of prompts") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: cannot be read as text ({' '.join(str(error).split())})") from None
+            raise ValueError(f"{path}: cannot be read as text ({one_line(error)})") from None
         rows = _csv(path, text) if path.suffix.lower() == ".csv" else text.splitlines()
         found = [(i, row.strip()) for i, row in enumerate(rows) if row.strip()]
         if not found:

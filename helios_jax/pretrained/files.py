@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from helios_jax.locations import is_remote
+from helios_jax.messages import one_line
 from helios_jax.pretrained.errors import CheckpointError
 from helios_jax.pretrained.folder import weight_files
 
@@ -129,7 +130,7 @@ def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: download the folder again") from None
     except (SafetensorError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise CheckpointError(f"{path} is not a whole safetensors file ({reason}): download it again") from None
     header = json.loads(text)
     metadata = header.pop("__metadata__", None) or {}

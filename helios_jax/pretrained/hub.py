@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from helios_jax.messages import one_line
 from helios_jax.pretrained.errors import CheckpointError
 
 Result = TypeVar("Result")
@@ -44,8 +45,7 @@ def _reason(error: Exception) -> str:
     for kind, reason in REASONS:
         if kind in kinds:
             return reason
-    text = " ".join(str(error).split())
-    return f"{kinds[0]}: {text}" if text else kinds[0]
+    return f"{kinds[0]}: {one_line(error)}" if str(error).strip() else kinds[0]
 
 
 def list_files(name: str | Path, revision: str | None = None) -> list[str]:

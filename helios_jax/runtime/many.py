@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from helios_jax.locations import appears, is_remote, location
+from helios_jax.messages import one_line
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.memory import is_out_of_memory
 
@@ -144,10 +145,10 @@ def _result(make: Any, task: Any) -> Result[Any, Any]:
     try:
         return Result(task, make(task))
     except EXPECTED as error:
-        return Result(task, error=_one_line(error))
+        return Result(task, error=one_line(error))
     except Exception as error:
         trace = "" if is_out_of_memory(error) else traceback.format_exc()
-        return Result(task, error=_one_line(f"{type(error).__name__}: {error}"), trace=trace)
+        return Result(task, error=one_line(f"{type(error).__name__}: {error}"), trace=trace)
 
 
 class _Worker:
@@ -167,7 +168,7 @@ class _Worker:
         try:
             self._make = start()
         except EXPECTED as error:
-            return node, f"{_one_line(error)} (on {node})"
+            return node, f"{one_line(error)} (on {node})"
         return node, None
 
     def make(self, task: Any) -> Result[Any, Any]:
@@ -297,7 +298,7 @@ def _connected(address: str) -> Iterator[Any]:
             # The workers' lines are in Ray's logs.
             ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:  # of many kinds
-        raise ClusterError(f"--ray {address}: there is no cluster that can be used: {_one_line(error)}") from None
+        raise ClusterError(f"--ray {address}: there is no cluster that can be used: {one_line(error)}") from None
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, ours)  # Ray sets a handler that raises SystemExit
@@ -326,9 +327,4 @@ def _reason(error: Exception) -> str:
     """Picks the cause of a worker's death from the many lines of Ray's error."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     line = next((line for line in lines if "Worker exit detail: " in line), lines[-1])
-    return _one_line(line.rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0])
-
-
-def _one_line(error: object) -> str:
-    text = " ".join(f"{error}".split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return one_line(line.rpartition("Worker exit detail: ")[2].partition(" Some common causes")[0])

@@ -18,6 +18,7 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from helios_jax import config as configs
+from helios_jax.messages import one_line
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.command import Parser, program_name
 from helios_jax.runtime.memory import is_out_of_memory
@@ -148,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            print(f"{program_name('sample.py')}: {' '.join(str(error).split())[:200]}; {LESS_MEMORY}", file=sys.stderr)
+            print(f"{program_name('sample.py')}: {one_line(error)}; {LESS_MEMORY}", file=sys.stderr)
             return 1
         except KeyboardInterrupt as error:
             if not isinstance(error, interrupts.Interrupted):  # which has said so

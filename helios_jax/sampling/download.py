@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from helios_jax.locations import PACKAGES, LocationError, local_copy, location
+from helios_jax.messages import one_line
 from helios_jax.runtime import interrupts
 
 log = logging.getLogger(__name__)
@@ -111,5 +112,5 @@ def _fetch(url: str, file: IO[bytes], most: int) -> None:
 
 
 def _failed(url: str, reason: object) -> ValueError:
-    text = getattr(reason, "strerror", None) or " ".join(str(reason).split())
+    text = getattr(reason, "strerror", None) or one_line(reason)
     return ValueError(f"{url}: cannot be downloaded ({text}); check the address and the network, or name a file")

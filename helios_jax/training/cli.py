@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from helios_jax.config import ConfigError
+from helios_jax.messages import one_line
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.command import Parser, program_name
 from helios_jax.runtime.memory import is_out_of_memory
@@ -84,7 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return fail(error, 2)
     # After the arguments: jax takes seconds to import.
-    from helios_jax.data.records import one_line
     from helios_jax.locations import LocationError
     from helios_jax.pretrained import CheckpointError
     from helios_jax.runtime import hosts
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return end(error, 2)
         except Exception as error:
             if is_out_of_memory(error):
-                return end(MemoryError(f"{' '.join(str(error).split())[:200]}; {LESS_MEMORY}"), 1)
+                return end(MemoryError(f"{one_line(error)}; {LESS_MEMORY}"), 1)
             if watch is not None:
                 watch.find_cause()
                 traceback.print_exc()

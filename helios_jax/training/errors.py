@@ -8,6 +8,7 @@ from pathlib import Path
 
 from helios_jax.config import ConfigError
 from helios_jax.locations import is_remote
+from helios_jax.messages import one_line
 
 
 class RunError(Exception):
@@ -25,10 +26,7 @@ def cannot_write(path: str | Path, error: Exception) -> RunError:
     """
     number = re.search(r"os_error_code='(\d+)'", str(error))
     named = getattr(error, "filename", None) or path
-    if number:
-        reason = os.strerror(int(number[1]))
-    else:
-        reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "") or type(error).__name__
+    reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or one_line(error)
     return RunError(f"{named} cannot be written: {reason}; free space there, or name another folder with run=")
 
 

@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as managers
 
 from helios_jax import config as configs
-from helios_jax.data.records import one_line
 from helios_jax.locations import location, standard
+from helios_jax.messages import one_line
 from helios_jax.runtime import hosts
 from helios_jax.training.errors import RunError, cannot_write
 from helios_jax.training.run_config import TrainConfig
