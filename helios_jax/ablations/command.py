@@ -1,6 +1,5 @@
 """Runs a table of ablations: python -m helios_jax.ablations TABLE.yaml --out FOLDER."""
 
-import argparse
 import importlib.util
 import os
 import shlex
@@ -15,7 +14,7 @@ from helios_jax.config import ConfigError
 from helios_jax.locations import check_locations
 from helios_jax.media.files import check_folder
 from helios_jax.runtime import interrupts, many
-from helios_jax.runtime.command import Parser
+from helios_jax.runtime.command import Parser, count
 
 PROG = "python -m helios_jax.ablations"
 
@@ -36,7 +35,7 @@ def make_parser() -> Parser:
         "--page", metavar="FILE.md", help="local Markdown file to write [OUT/page.md]; other files go beside it"
     )
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--parallel", type=_count, default=1, metavar="N", help="jobs at a time on this machine [1]")
+    where.add_argument("--parallel", type=count, default=1, metavar="N", help="jobs at a time on this machine [1]")
     where.add_argument("--ray", metavar="ADDRESS", help="Ray cluster that runs the jobs (docs/pods.md)")
     parser.add_argument("--ray-worker", metavar="NAME=NUMBER", help="what each job needs there, such as GPU=8 [GPU=1]")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows")
@@ -46,12 +45,6 @@ def make_parser() -> Parser:
     parser.add_argument("--list", action="store_true", help="print the commands of all jobs, and run none")
     parser.add_argument("--wandb", metavar="PROJECT", help="also send the means of each row to Weights & Biases")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 up, got {text}")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

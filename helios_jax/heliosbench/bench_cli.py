@@ -25,7 +25,7 @@ from helios_jax.heliosbench.metric import Clip, MissingError
 from helios_jax.heliosbench.recipes import MAKERS, Needs, make_recipes
 from helios_jax.locations import argument, check_locations
 from helios_jax.media.files import check_folder
-from helios_jax.runtime.command import Parser
+from helios_jax.runtime.command import Parser, count, frame_size
 
 PROG = "python -m helios_jax.heliosbench"
 CODES = "exit codes: 0 done, 1 some videos failed, 2 input that cannot be used, 130 interrupted"
@@ -53,14 +53,12 @@ def make_parser() -> Parser:
         "--metrics", nargs="+", metavar="METRIC", choices=list(MAKERS), default=list(MAKERS), help=", ".join(MAKERS)
     )
     parser.add_argument("--size", default="384x640", metavar="HxW", help="size that metrics see [384x640]")
-    parser.add_argument(
-        "--chunk", type=_count, default=33, metavar="N", help="frames of a chunk, for border_jumps [33]"
-    )
+    parser.add_argument("--chunk", type=count, default=33, metavar="N", help="frames of a chunk, for border_jumps [33]")
     parser.add_argument(
         "--overlap", action="store_true", help="chunks overlap (sample.py's overlap_chunks), for border_jumps"
     )
     parser.add_argument(
-        "--workers", type=_count, metavar="N", help="processes that measure [1 with weights, else the cores, up to 4]"
+        "--workers", type=count, metavar="N", help="processes that measure [1 with weights, else the cores, up to 4]"
     )
     parser.add_argument(
         "--fps", action="append", default=[], metavar="NAME=FPS", help="speed of a model, to rate; may be repeated"
@@ -71,15 +69,9 @@ def make_parser() -> Parser:
     group.add_argument("--judge", metavar="URL", help=f"OpenAI-compatible endpoint; its key is in {judge.KEY}")
     group.add_argument("--judge-model", default=judge.MODEL, metavar="NAME", help=f"[{judge.MODEL}]")
     group.add_argument("--judge-instruction", type=argument, metavar="FILE", help="a text in place of our own")
-    group.add_argument("--judge-threads", type=_count, default=8, metavar="N", help="requests at a time [8]")
+    group.add_argument("--judge-threads", type=count, default=8, metavar="N", help="requests at a time [8]")
     group.add_argument("--judge-price", type=float, metavar="DOLLARS", help="of a million tokens of input, to estimate")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 up, got {text}")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +93,7 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     """Judges what `args` say; returns the exit code."""
     out: Path = args.out
     check_locations(local=True, **{"--out": str(out)}, **{f"videos {i}": str(x) for i, x in enumerate(args.videos)})
-    view = View(args.length, _size(args.size))
+    view = View(args.length, frame_size(args.size))
     if args.overlap and args.chunk < 2:
         raise ValueError(f"--overlap needs chunks of 2 frames or more, got --chunk {args.chunk}")
     prompts = read_prompts(args.prompts)
@@ -186,10 +178,3 @@ def _speeds(texts: Sequence[str], names: Collection[str]) -> dict[str, float]:
         if name not in names or not 0 < speeds[name] < float("inf"):
             raise ConfigError(f"--fps: {text} must read NAME=FPS, with a name of {', '.join(names)}, as in ours=19.5")
     return speeds
-
-
-def _size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise ConfigError(f"--size is {text!r}: it must read HEIGHTxWIDTH, as in 384x640")
-    return int(height), int(width)

@@ -24,7 +24,7 @@ from helios_jax.heliosbench.bench_videos import find_videos, read_prompts
 from helios_jax.heliosbench.blind_pairs import Pair, WinRate, Z, draw_pairs, read_judgments, win_rates
 from helios_jax.locations import argument, check_locations, replacing
 from helios_jax.media.files import check_folder
-from helios_jax.runtime.command import Parser
+from helios_jax.runtime.command import Parser, count
 
 PROG = "python -m helios_jax.heliosbench.blind"
 
@@ -35,7 +35,7 @@ def make_parser() -> Parser:
     parser.add_argument("videos", nargs="*", type=argument, help="two folders or more, named as for HeliosBench")
     parser.add_argument("--prompts", type=argument, metavar="CSV", help="ids and prompts")
     parser.add_argument("--out", type=argument, required=True, metavar="DIR", help="an empty or absent folder")
-    parser.add_argument("--pairs", type=int, metavar="N", help="at most this many [all]")
+    parser.add_argument("--pairs", type=count, metavar="N", help="at most this many [all]")
     parser.add_argument("--seed", type=int, default=0, help="of order and sides [0]")
     parser.add_argument("--results", nargs="+", type=argument, metavar="CSV", help="judgments that the page has saved")
     return parser
@@ -60,8 +60,6 @@ def make_page(args: argparse.Namespace) -> None:
     """Writes the page and its videos."""
     if len(args.videos) < 2 or args.prompts is None:
         raise ConfigError("name two folders of videos or more, and their --prompts")
-    if args.pairs is not None and args.pairs < 1:
-        raise ConfigError(f"--pairs: must be a number from 1 up, got {args.pairs}")
     names = [folder.resolve().name for folder in args.videos]
     if len(set(names)) < len(names):
         raise ConfigError(f"two folders are named {max(names, key=names.count)}; results go by that name, rename one")

@@ -27,7 +27,7 @@ from helios_jax.planner.machines import EXAMPLES, Machine, machine
 from helios_jax.planner.report import Answer, page, remedies
 from helios_jax.planner.search import Candidate
 from helios_jax.runtime import aot
-from helios_jax.runtime.command import Parser
+from helios_jax.runtime.command import Parser, count
 from helios_jax.runtime.memory import is_kernel_too_large, is_out_of_memory
 
 PROG = "python -m helios_jax.plan"
@@ -62,7 +62,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--quick", action="store_true", help="estimate only: seconds, and no compiler is needed")
     parser.add_argument(
-        "--compile", type=_count, default=1, metavar="N", help="best settings to compile, a minute or more each [1]"
+        "--compile", type=count, default=1, metavar="N", help="best settings to compile, a minute or more each [1]"
     )
     parser.add_argument(
         "--all-effort",
@@ -70,12 +70,6 @@ def make_parser() -> Parser:
         help="compile as train.py does, in minutes, and take libtpu's own estimates of time",
     )
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 up, got {text}; --quick compiles nothing")
-    return int(text)
 
 
 def plan(args: argparse.Namespace, work: Work, rented: Machine) -> int:

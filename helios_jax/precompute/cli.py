@@ -25,13 +25,13 @@ from helios_jax.data.shards import Rejected, Shard
 from helios_jax.locations import argument
 from helios_jax.messages import one_line
 from helios_jax.precompute import tasks
-from helios_jax.precompute.clips import SIZES, Selection, Size
+from helios_jax.precompute.clips import SIZES, Selection
 from helios_jax.precompute.encode import NEGATIVE_PROMPT, TextEmbedder, VideoEncoder
 from helios_jax.precompute.tasks import Share, Work
 from helios_jax.precompute.trajectories import Settings, Teacher
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import hosts, interrupts, many
-from helios_jax.runtime.command import Parser
+from helios_jax.runtime.command import Parser, frame_size
 from helios_jax.runtime.memory import is_out_of_memory
 from helios_jax.sampling.checkpoint import Checkpoint
 
@@ -85,7 +85,7 @@ def _start(args: argparse.Namespace) -> Callable[[Shard], list[Rejected]]:
 def _clips(args: argparse.Namespace, share: Share) -> Work:
     vae, text = _folders(args, "vae", "text")
     selection = Selection(
-        sizes=SIZES if args.size == ["all"] else tuple(_size(size) for size in args.size),
+        sizes=SIZES if args.size == ["all"] else tuple(frame_size(size) for size in args.size),
         fps=args.fps,
         chunk_frames=args.chunk_frames,
         min_frames=args.min_frames,
@@ -117,7 +117,7 @@ def _prompts(args: argparse.Namespace, share: Share) -> Work:
 
 
 def _ode(args: argparse.Namespace, share: Share) -> Work:
-    height, width = _size(args.size)
+    height, width = frame_size(args.size)
     settings = Settings(
         height=height,
         width=width,
@@ -160,13 +160,6 @@ def _share(args: argparse.Namespace) -> Share:
     if not (host.isdecimal() and of.isdecimal() and int(host) < int(of)):
         raise ValueError(f"--shard is {args.shard!r}: it must read I/N with I from 0 to N - 1, as in 0/4")
     return Share(args.shard_size, int(host), int(of))
-
-
-def _size(text: str) -> Size:
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise ValueError(f"--size is {text!r}: it must read HEIGHTxWIDTH, as in 384x640")
-    return int(height), int(width)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -12,15 +12,14 @@ import errno
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 from helios_jax import config as configs
+from helios_jax.config_types import options
 from helios_jax.messages import one_line
 from helios_jax.runtime import interrupts
-from helios_jax.runtime.command import Parser, program_name
+from helios_jax.runtime.command import Lines, Parser, program_name, warnings_as_lines
 from helios_jax.runtime.memory import is_out_of_memory
 from helios_jax.sampling.options import FILES, MAKE, METHOD, NOISE, SampleConfig, SamplingOptions
 
@@ -100,8 +99,7 @@ def _load(path: str, overrides: Sequence[str], given: Mapping[str, Any]) -> Samp
 
 
 def _is_list(hint: Any) -> bool:
-    options = [x for x in get_args(hint) if x is not NoneType] if get_origin(hint) not in (list, tuple) else [hint]
-    return any(get_origin(x) in (list, tuple) for x in options)
+    return any(get_origin(kind) in (list, tuple) for kind in options(hint))
 
 
 def _default(f: Any) -> str:
@@ -112,26 +110,12 @@ def _default(f: Any) -> str:
     return f" [{str(value).lower() if isinstance(value, bool) else value}]"
 
 
-class Lines(logging.Handler):
-    """Log handler that looks `sys.stderr` up for every line: while bars are shown, rich's prints above them."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-
-    def show(message, category, filename, lineno, file=None, line=None):
-        print(f"{program_name('sample.py')}: warning: {message}", file=sys.stderr)
-
-    ours, handler = logging.getLogger("helios_jax"), Lines()
-    handler.setFormatter(logging.Formatter(f"{program_name('sample.py')}: %(message)s"))
+    ours, handler = logging.getLogger("helios_jax"), Lines(program_name("sample.py"))
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", UserWarning)  # once, however many videos of a CSV it is true of
-        warnings.showwarning = show
+    with warnings_as_lines(program_name("sample.py")):  # each once, however many videos of a CSV it is true of
         try:
             config = parse(sys.argv[1:] if argv is None else argv)
             # After the arguments: jax takes seconds to import.

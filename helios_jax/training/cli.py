@@ -15,7 +15,7 @@ from typing import Any
 from helios_jax.config import ConfigError
 from helios_jax.messages import one_line
 from helios_jax.runtime import interrupts
-from helios_jax.runtime.command import Parser, program_name
+from helios_jax.runtime.command import Lines, Parser, count, program_name, warnings_as_lines
 from helios_jax.runtime.memory import is_out_of_memory
 from helios_jax.training.stage_names import STAGES
 
@@ -62,24 +62,8 @@ def _is_no_leftover(record: logging.LogRecord) -> bool:
     return "exception was never retrieved" not in record.getMessage()
 
 
-class CurrentStderr(logging.StreamHandler):
-    """A log handler that looks up `sys.stderr` for each line: a progress bar replaces it while it is shown."""
-
-    def __init__(self):
-        logging.Handler.__init__(self)
-        self.setFormatter(logging.Formatter(f"{program_name('train.py')}: %(message)s"))
-
-    @property
-    def stream(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return sys.stderr
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code, one of CODES."""
-
-    def show(message: Warning | str, *_: object, **__: object) -> None:
-        print(f"{program_name('train.py')}: warning: {message}", file=sys.stderr)
-
     try:
         args = make_parser().parse_intermixed_args(argv)
     except ConfigError as error:
@@ -97,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Replaces the handlers: Orbax adds one when it is imported, which would print each line a second time.
     root, handlers = logging.getLogger(), logging.getLogger().handlers
-    root.handlers = [CurrentStderr()]
+    root.handlers = [Lines(program_name("train.py"))]
     logging.getLogger("helios_jax").setLevel(logging.INFO)
     logging.getLogger("asyncio").addFilter(_is_no_leftover)
     watch = None
@@ -107,11 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             watch.end(str(error), code)
         return fail(error, code)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", UserWarning)
+    with warnings_as_lines(program_name("train.py")):
         # Writes that a failed save never began: Python warns of each whenever it is collected.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        warnings.showwarning = show
         try:
             enable_cache()
             stage = make_stage(load_config(args.config, args.overrides))
@@ -158,14 +140,8 @@ def make_parser() -> Parser:
     parser.add_argument("config", help="a YAML file of configs/, or its name there, as in toy/stage1")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config, as in optim.lr=1e-4")
     about = "record so many steps, from the third on, in RUN/profile"
-    parser.add_argument("--profile", type=_steps, default=0, metavar="STEPS", help=about)
+    parser.add_argument("--profile", type=count, default=0, metavar="STEPS", help=about)
     return parser
-
-
-def _steps(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number of steps, 1 or more")
-    return int(text)
 
 
 def fail(error: Exception, code: int) -> int:

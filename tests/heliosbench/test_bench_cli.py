@@ -213,6 +213,7 @@ def test_upstreams_results_count_as_measured(tmp_path, capsys):
     [
         (["--size", "384"], "--size is '384'"),
         (["--workers", "0"], "must be a number from 1 up"),
+        (["--workers", "²"], "must be a number from 1 up, got ²"),
         (["--chunk", "1", "--overlap"], "--overlap needs chunks of 2 frames or more, got --chunk 1"),
         (["--metrics", "beauty"], "invalid choice: 'beauty'"),
         (["--judge", "localhost"], "--judge: localhost must be an address"),

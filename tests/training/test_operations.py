@@ -112,7 +112,7 @@ def test_a_profile_of_some_steps(config, tmp_path, capsys):
     assert run(config, f"run={tmp_path / 'r'}", "--profile", "2", "steps=7") == 0
     assert "no step was recorded: this process made 1, and the first 2 are left out" in capsys.readouterr().out
     assert run(config, f"run={tmp_path / 'r'}", "--profile=0") == 2
-    assert "'0' must be a number of steps, 1 or more" in capsys.readouterr().err
+    assert "must be a number from 1 up, got 0" in capsys.readouterr().err
 
 
 def test_a_validation_video_moves_in_tensorboard(config, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import train
 from helios_jax import config as configs
 from helios_jax.config import ConfigError
 from helios_jax.models.layers import Linear
+from helios_jax.runtime.command import Lines
 from helios_jax.training import cli, progress
 from helios_jax.training.flow_config import PyramidConfig
 from helios_jax.training.optim import EMAConfig, OptimConfig
@@ -79,7 +80,7 @@ def test_the_bar_shows_steps_and_time_left_at_any_width(width):
 
 def test_lines_come_above_the_bar(capsys):
     console, logger = terminal(80), logging.getLogger("absl")
-    handler = cli.CurrentStderr()  # made before the bar
+    handler = Lines("train.py")  # made before the bar
     logger.addHandler(handler)
     try:
         with progress.make_bar(console) as bar, warnings.catch_warnings():
