@@ -15,7 +15,8 @@ from jaxtyping import Array, Float
 from pallas_kernels.adaln import gpu as adaln_gpu
 from pallas_kernels.adaln import tpu as adaln_tpu
 from pallas_kernels.core import device, rows, tiles
-from pallas_kernels.core.rows import Implementation, Runs
+from pallas_kernels.core.dispatch import Implementation, by_kernel
+from pallas_kernels.core.rows import Runs
 
 
 def reference(
@@ -55,7 +56,7 @@ def adaln(
     if "pallas" is asked for (values and gradients) and cannot run, and if `runs` do not add up to the tokens.
     """
     rows.check("adaLN", x, runs, shift, scale)
-    if not rows.by_kernel(implementation, unsupported(x), default=True):
+    if not by_kernel(implementation, unsupported(x), default=True):
         return reference(x, shift, scale, runs, eps)
     kernel = adaln_tpu if device.platform() == "tpu" else adaln_gpu
     sizes, gradients = (tiles.lookup(op, device.kind(), x.shape[1]) for op in ("adaln", "adaln_backward"))

@@ -1,6 +1,6 @@
 """Attention of every query to the first keys of its row, without the [n, m] matrix: values and gradients."""
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.attention import gpu as attention_gpu
 from pallas_kernels.attention import tpu as attention_tpu
 from pallas_kernels.core import device, tiles
-
-Implementation = Literal["xla", "pallas"]
+from pallas_kernels.core.dispatch import Implementation, by_kernel, no_kernels
 
 
 def reference(
@@ -30,15 +29,13 @@ def reference(
 
 def unsupported(query: Array | jax.ShapeDtypeStruct) -> str | None:
     """The reason why the kernel cannot run here for these queries, or None."""
-    platform, head_dim = device.platform(), query.shape[-1]
-    if platform not in ("tpu", "gpu"):
-        return f"Pallas attention has kernels for TPUs and NVIDIA GPUs (Hopper), and this runs on {platform}"
+    head_dim = query.shape[-1]
+    if reason := no_kernels("attention"):
+        return reason
     if head_dim not in (64, 128):
         return f"Pallas attention has kernels for head_dim 64 and 128, not {head_dim}"
-    if platform == "gpu" and query.dtype not in (jnp.bfloat16, jnp.float32):
+    if device.platform() == "gpu" and query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"Pallas attention on a GPU is bfloat16 or float32, and the queries are {query.dtype}"
-    if platform == "gpu" and not any(name in device.kind() for name in ("H100", "H200", "H800", "H20", "GH200")):
-        return f"Pallas attention's GPU kernel is written for Hopper (H100, H200), and this is a {device.kind()}"
     return None
 
 
@@ -55,11 +52,8 @@ def attention(
     Without `implementation` the kernel runs if one exists for these inputs, else XLA. Raises ValueError if "pallas" is
     asked for and cannot run.
     """
-    reason = None if implementation == "xla" else unsupported(query)
-    if implementation == "xla" or (implementation is None and reason):
+    if not by_kernel(implementation, unsupported(query), default=True):
         return reference(query, key, value, key_lengths)
-    if reason:
-        raise ValueError(f"{reason}: implementation='xla' runs everywhere")
     kernels, sizes = _kernels(query)
     return kernels.attention(query, key, value, key_lengths, sizes)
 

@@ -1,15 +1,12 @@
 """Parts of all kernels over rows: the table row of each token, by runs, and checks of the inputs."""
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pallas_kernels.core import device
+from pallas_kernels.core.dispatch import no_kernels
 
-Implementation = Literal["xla", "pallas"]
 # Lengths of runs of tokens: the tokens of the first run take the table's first row, those of the second run the next.
 Runs = tuple[int, ...]
 LANES = 128
@@ -40,26 +37,13 @@ def check(op: str, x: Float[Array, "b n d"], runs: Runs, *tables: Array) -> None
 
 def unsupported(op: str, x: Array | jax.ShapeDtypeStruct, width: int) -> str | None:
     """The reason why a kernel over rows of `width` features cannot run here, or None."""
-    platform = device.platform()
-    if platform not in ("tpu", "gpu"):
-        return f"Pallas {op} has kernels for TPUs and NVIDIA GPUs (Hopper), and this runs on {platform}"
+    if reason := no_kernels(op):
+        return reason
     if width % LANES:
         return f"Pallas {op} is for widths in multiples of {LANES}, not {width}"
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"Pallas {op} is for bfloat16 and float32, not {x.dtype}"
-    if platform == "gpu" and not any(name in device.kind() for name in ("H100", "H200", "H800", "H20", "GH200")):
-        return f"Pallas {op}'s GPU kernel is written for Hopper (H100, H200), and this is a {device.kind()}"
     return None
-
-
-def by_kernel(asked: Implementation | None, reason: str | None, *, default: bool) -> bool:
-    """True if the kernel runs: it is asked for, or it is the `default`, nothing is asked for and there is no `reason`.
-
-    Raises ValueError if it is asked for and cannot run.
-    """
-    if asked == "pallas" and reason:
-        raise ValueError(f"{reason}: implementation='xla' runs everywhere")
-    return asked == "pallas" or (asked is None and default and reason is None)
 
 
 def fitting(n: int, largest: int) -> int:

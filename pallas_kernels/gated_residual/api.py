@@ -17,7 +17,8 @@ from pallas_kernels import adaln
 from pallas_kernels.adaln import gpu as adaln_gpu
 from pallas_kernels.adaln import tpu as adaln_tpu
 from pallas_kernels.core import device, rows, tiles
-from pallas_kernels.core.rows import Implementation, Runs
+from pallas_kernels.core.dispatch import Implementation, by_kernel
+from pallas_kernels.core.rows import Runs
 from pallas_kernels.gated_residual import gpu as gated_residual_gpu
 from pallas_kernels.gated_residual import tpu as gated_residual_tpu
 
@@ -74,7 +75,7 @@ def gated_residual(
     if first < 0:
         raise ValueError(f"gated_residual: runs {runs} have the sum {sum(runs)}, and there are {x.shape[1]} tokens")
     rows.check("gated_residual", x[:, first:], runs, gate, shift, gain)
-    if not rows.by_kernel(implementation, unsupported(x, first), default=device.platform() == "gpu"):
+    if not by_kernel(implementation, unsupported(x, first), default=device.platform() == "gpu"):
         return reference(x, y, gate, shift, gain, runs, eps)
     tpu, sizes = device.platform() == "tpu", tiles.lookup("gated_residual", device.kind(), x.shape[1])
     forward = partial((gated_residual_tpu if tpu else gated_residual_gpu).forward, sizes=sizes)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.core import device, rows, tiles
-from pallas_kernels.core.rows import Implementation
+from pallas_kernels.core.dispatch import Implementation, by_kernel
 from pallas_kernels.norm_rope import gpu as norm_rope_gpu
 from pallas_kernels.norm_rope import tpu as norm_rope_tpu
 
@@ -115,7 +115,7 @@ def norm_rope(
     else XLA. Raises ValueError if "pallas" is asked for and cannot run.
     """
     pays = table is not None or device.platform() == "tpu"
-    if not rows.by_kernel(implementation, unsupported(x, heads), default=pays):
+    if not by_kernel(implementation, unsupported(x, heads), default=pays):
         return reference(x, weight, heads, eps, table, history_scale, num_history)
     kernel = norm_rope_tpu if device.platform() == "tpu" else norm_rope_gpu
     forward = partial(kernel.forward, sizes=tiles.lookup("norm_rope", device.kind(), x.shape[1]))
@@ -155,10 +155,10 @@ def by(
     def plain(x, weight, table, history_scale):
         return reference(x, weight, heads, eps, table, history_scale, num_history, turn_heads)
 
-    def by_xla(inputs, gradient):
+    def gradients_by_xla(inputs, gradient):
         return jax.vjp(plain, *inputs)[1](gradient)
 
-    def by_kernel(inputs, gradient):
+    def gradients_by_kernel(inputs, gradient):
         x, weight, table, history_scale = inputs
         of_rows, back = jax.vjp(rows_of_weights, weight, history_scale)
         dx, drows = backward(x, of_rows, gradient, eps, table and signed(table), runs)
@@ -167,7 +167,7 @@ def by(
         _, of_table = jax.vjp(lambda table: plain(x, weight, table, history_scale), table)
         return dx, dweight, *of_table(gradient), dscale
 
-    run.defvjp(keep, by_xla if backward is None else by_kernel)
+    run.defvjp(keep, gradients_by_xla if backward is None else gradients_by_kernel)
     return run(x, weight, table, history_scale)
 
 
