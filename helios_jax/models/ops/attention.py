@@ -1,8 +1,7 @@
 """Attention over [b, n, heads, head_dim], by one of three implementations."""
 
-import logging
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,8 +26,6 @@ from pallas_kernels.core import device
 
 # The segment of each query and of each key, known when the program is compiled.
 Segments = tuple[np.ndarray, np.ndarray]
-
-log = logging.getLogger(__name__)
 
 
 def attention(
@@ -118,16 +115,7 @@ def _pallas(query: Array, key: Array, value: Array, num_keys: int | None = None)
 def _choose(query: Array | jax.ShapeDtypeStruct, asked: Attention | None) -> Attention:
     """The implementation `asked` for, or else the device's default, or else XLA. Raises ValueError as `attention`."""
     reasons = {"xla": None, "cudnn": _no_cudnn(query), "pallas": pallas.unsupported(query)}
-    if asked is not None:
-        if reasons[asked]:
-            raise ValueError(f"attention: {reasons[asked]}; leave attention out, or ask for 'xla'")
-        return asked
-    best: Any = choices.default("attention")
-    if reasons[best] is None:
-        _say(f"attention by {best} ({device.kind()})")
-        return best
-    _say(f"attention by xla ({device.kind()}): {reasons[best]}")
-    return "xla"
+    return _able("attention", asked, choices.default("attention"), reasons)
 
 
 def _choose_for_ring(query: Array | jax.ShapeDtypeStruct, asked: Attention | None) -> Attention:
@@ -137,18 +125,24 @@ def _choose_for_ring(query: Array | jax.ShapeDtypeStruct, asked: Attention | Non
         "cudnn": "cuDNN's attention has no gradient for a part of the keys, which a ring of devices needs",
         "pallas": pallas.unsupported(query),
     }
+    best = choices.default("attention")
+    if asked is None and best == "cudnn":
+        best = "pallas"
+        reasons[best] = _no_cudnn(query) or reasons[best]  # our kernel is slower than XLA where cuDNN cannot run
+    return _able("attention around the ring", asked, best, reasons)
+
+
+def _able(what: str, asked: Attention | None, best: Any, reasons: dict[str, str | None]) -> Attention:
+    """The implementation `asked` for, or else the `best`, or XLA if that cannot run; `reasons` say why each cannot."""
     if asked is not None:
         if reasons[asked]:
             raise ValueError(f"attention: {reasons[asked]}; leave attention out, or ask for 'xla'")
         return asked
-    best = choices.default("attention")
-    reason = _no_cudnn(query) if best == "cudnn" else None  # our kernel is slower than XLA where cuDNN cannot run
-    reason = reason or reasons["pallas"]
-    if best == "xla" or reason:
-        _say(f"attention around the ring by xla ({device.kind()})" + (f": {reason}" if best != "xla" else ""))
-        return "xla"
-    _say(f"attention around the ring by pallas ({device.kind()})")
-    return "pallas"
+    if reasons[best] is None:
+        choices.say(f"{what} by {best} ({device.kind()})")
+        return best
+    choices.say(f"{what} by xla ({device.kind()}): {reasons[best]}")
+    return "xla"
 
 
 def _no_cudnn(query: Array | jax.ShapeDtypeStruct) -> str | None:
@@ -160,12 +154,6 @@ def _no_cudnn(query: Array | jax.ShapeDtypeStruct) -> str | None:
     if query.shape[-1] % 8 or query.shape[-1] > 128:
         return f"cuDNN's attention is for head_dim in multiples of 8 up to 128, not {query.shape[-1]}"
     return None
-
-
-@cache
-def _say(line: str) -> None:
-    """Logs a line once per process."""
-    log.info(line)
 
 
 def _xla(query: Array, key: Array, value: Array, num_keys: int | None = None) -> Array:

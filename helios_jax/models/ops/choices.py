@@ -5,6 +5,7 @@ device are measured (`make gpu-report ARGS=--write`).
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Literal
 
 from helios_jax.sharding import ContextAttention
 from pallas_kernels.core import device
+
+log = logging.getLogger(__name__)
 
 PATH = Path(__file__).with_name("choices.json")
 Attention = Literal["xla", "cudnn", "pallas"]
@@ -52,3 +55,9 @@ def write(kind: str, chosen: dict[str, str]) -> None:
     lines = (f"  {json.dumps(op)}: {json.dumps(dict(sorted(kinds.items())))}" for op, kinds in table.items())
     PATH.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     _table.cache_clear()
+
+
+@cache
+def say(line: str) -> None:
+    """Logs a line once per process."""
+    log.info(line)

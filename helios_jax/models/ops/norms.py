@@ -1,8 +1,7 @@
 """Norms fused with the operations around them: kernels of `pallas_kernels` where these pay, and XLA elsewhere."""
 
-import logging
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -18,8 +17,6 @@ from pallas_kernels import norm_rope as norm_rope_kernel
 from pallas_kernels.core import device
 from pallas_kernels.core.rows import Runs
 from pallas_kernels.norm_rope import Rotary
-
-log = logging.getLogger(__name__)
 
 HEADS_SPLIT = "heads are split over the mesh's tensor, and their norm is across all heads"
 # "xla" for all norms; None for the default of each op of `pallas_kernels`, which is what pays on this device.
@@ -39,14 +36,14 @@ def choose(x: Float[Array, "b n d"] | jax.ShapeDtypeStruct, heads: int, asked: N
     if asked == "pallas" and (reason or _heads_split()):
         raise ValueError(f"norms: {reason or HEADS_SPLIT}; leave norms out, or ask for 'xla'")
     if asked is None and choices.default("norms") == "xla":
-        _say(f"norms by xla ({device.kind()})")
+        choices.say(f"norms by xla ({device.kind()})")
         return "xla"
     if reason:
-        _say(f"norms by xla ({device.kind()}): {reason}")
+        choices.say(f"norms by xla ({device.kind()}): {reason}")
         return "xla"
     gated = "pallas" if device.platform() == "gpu" else "xla"
     own = f"xla ({HEADS_SPLIT})" if _heads_split() else "pallas"
-    _say(
+    choices.say(
         f"norms ({device.kind()}): queries and keys by {own}; adaLN by xla, its gradient by pallas;"
         f" gated residual by {gated}"
     )
@@ -122,9 +119,3 @@ def _on_samples(op: Callable[..., Any], by: Choice, x: Array, *rest: Any) -> Any
     samples = PartitionSpec(BATCH)
     specs = jax.tree.map(lambda of: samples if of.ndim == 3 and of.shape[0] == x.shape[0] else PartitionSpec(), rest)
     return mesh_axes.each_device(op, (samples, *specs), samples)(x, *rest)
-
-
-@cache
-def _say(line: str) -> None:
-    """Logs a line once per process."""
-    log.info(line)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from helios_jax.models.ops import attention as module
+from helios_jax.models.ops import choices
 from helios_jax.models.ops.attention import attention
 from helios_jax.models.ops.choices import Attention
 from pallas_kernels.core.device import compiling_for
@@ -25,7 +26,7 @@ A100: Any = SimpleNamespace(platform="cuda", device_kind="NVIDIA A100-SXM4-80GB"
     [(TPU, HEADS, "pallas"), (TPU, WIDE, "xla"), (H100, HEADS, "cudnn"), (H100, FULL, "xla"), (None, HEADS, "xla")],
 )
 def test_the_device_and_the_inputs_choose(device, query, chosen, caplog):
-    module._say.cache_clear()
+    choices.say.cache_clear()
     with compiling_for(device), caplog.at_level(logging.INFO):
         assert module._choose(query, None) == chosen
     assert f"attention by {chosen}" in caplog.text

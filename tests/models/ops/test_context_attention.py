@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh
 
 from helios_jax.models.ops import attention as attentions
-from helios_jax.models.ops import blockwise, context_attention
+from helios_jax.models.ops import blockwise, choices, context_attention
 from helios_jax.models.ops.context_attention import Pieces, ring, ulysses
 from helios_jax.models.transformer.packing import Packing
 from helios_jax.sharding import AXES, CONTEXT
@@ -126,9 +126,9 @@ def test_ulysses_needs_heads_to_exchange(sizes, heads, reason):
     ],
 )
 def test_what_computes_a_ring_is_logged(caplog, device, dtype, head_dim, line):
-    attentions._say.cache_clear()
+    choices.say.cache_clear()
     query = jax.ShapeDtypeStruct((1, 2, 2, head_dim), dtype)
-    with caplog.at_level("INFO", attentions.__name__), compiling_for(device):
+    with caplog.at_level("INFO", choices.__name__), compiling_for(device):
         chosen = attentions._choose_for_ring(query, None)
     assert caplog.messages[0].startswith(f"attention around the ring {line}")
     assert f" by {chosen} " in caplog.messages[0]

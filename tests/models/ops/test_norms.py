@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from helios_jax import lora
 from helios_jax.models.layers import Linear
-from helios_jax.models.ops import mesh_axes, norms
+from helios_jax.models.ops import choices, mesh_axes, norms
 from helios_jax.models.transformer.block import Block, TransformerConfig
 from helios_jax.models.transformer.packing import Packing
 from helios_jax.sharding import AXES, BATCH
@@ -71,9 +71,9 @@ def test_a_block_by_kernels_is_that_by_xla(monkeypatch, packing, keep_history, f
 
 
 def test_the_choice_is_logged(caplog):
-    norms._say.cache_clear()
+    choices.say.cache_clear()
     x = jnp.zeros((2, 3, 512))
-    with caplog.at_level(logging.INFO, norms.__name__):
+    with caplog.at_level(logging.INFO, choices.__name__):
         assert norms.choose(x, 4, None) == "xla"
         with compiling_for(TPU):
             assert norms.choose(x, 4, None) is None
@@ -128,10 +128,10 @@ def test_a_mesh_that_splits_what_kernels_need_leaves_xla(sizes, reason):
 
 def test_heads_that_a_mesh_splits_are_normed_by_xla(caplog):
     """Their norm is across all heads; the other norms' kernels have whole tokens."""
-    norms._say.cache_clear()
+    choices.say.cache_clear()
     mesh = AbstractMesh((1, 1, 2, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     x = jnp.zeros((4, 3, 256))
-    with jax.sharding.use_abstract_mesh(mesh), compiling_for(TPU), caplog.at_level(logging.INFO, norms.__name__):
+    with jax.sharding.use_abstract_mesh(mesh), compiling_for(TPU), caplog.at_level(logging.INFO, choices.__name__):
         assert norms.choose(x, 4, None) is None
         assert not norms.head_major(None)
         with pytest.raises(ValueError, match=r"norms: heads are split over the mesh's tensor.*; leave norms out"):
