@@ -206,7 +206,7 @@ def location(name: str | os.PathLike) -> Path:
     return BucketPath(text)
 
 
-def argument(text: str) -> Path:
+def path_argument(text: str) -> Path:
     """`location`, as the type of a command line's argument."""
     try:
         return location(text)
@@ -235,7 +235,7 @@ def check_locations(local: bool = False, **names: str | None) -> None:
             raise LocationError(f"{key}: {error}") from None
 
 
-def appears(path: Path, text: str) -> bool:
+def wait_for_text(path: Path, text: str) -> bool:
     """Waits until a file has a text that another machine has just written; False if not within `VISIBLE` seconds."""
     until = time.monotonic() + VISIBLE
     while True:

@@ -23,7 +23,7 @@ from helios_jax.heliosbench.judge import Judge, JudgeError
 from helios_jax.heliosbench.measure import View
 from helios_jax.heliosbench.metric import Clip, MissingError
 from helios_jax.heliosbench.recipes import MAKERS, Needs, make_recipes
-from helios_jax.locations import argument, check_locations
+from helios_jax.locations import check_locations, path_argument
 from helios_jax.media.files import check_folder
 from helios_jax.runtime.command import Parser, count, frame_size
 
@@ -40,9 +40,9 @@ def make_parser() -> Parser:
         description="Judge long videos as the Helios paper does.",
         epilog=f"{CODES}. A folder's name is the model's name in the results.",
     )
-    parser.add_argument("videos", nargs="+", type=argument, help="folders with videos such as 2_240_ori264.mp4")
-    parser.add_argument("--prompts", type=argument, required=True, metavar="CSV", help="ids and prompts")
-    parser.add_argument("--out", type=argument, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("videos", nargs="+", type=path_argument, help="folders with videos such as 2_240_ori264.mp4")
+    parser.add_argument("--prompts", type=path_argument, required=True, metavar="CSV", help="ids and prompts")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="folder of the results")
     parser.add_argument(
         "--length", choices=rating.LENGTHS, default="long", help="short: the first 81 frames, without drifts [long]"
     )
@@ -68,7 +68,7 @@ def make_parser() -> Parser:
     group.add_argument("--weights", metavar="FOLDER", help="folder or hub name as BestWishYsh/HeliosBench-Weights")
     group.add_argument("--judge", metavar="URL", help=f"OpenAI-compatible endpoint; its key is in {judge.KEY}")
     group.add_argument("--judge-model", default=judge.MODEL, metavar="NAME", help=f"[{judge.MODEL}]")
-    group.add_argument("--judge-instruction", type=argument, metavar="FILE", help="a text in place of our own")
+    group.add_argument("--judge-instruction", type=path_argument, metavar="FILE", help="a text in place of our own")
     group.add_argument("--judge-threads", type=count, default=8, metavar="N", help="requests at a time [8]")
     group.add_argument("--judge-price", type=float, metavar="DOLLARS", help="of a million tokens of input, to estimate")
     return parser

@@ -22,7 +22,7 @@ from pathlib import Path
 from helios_jax.config import ConfigError
 from helios_jax.heliosbench.bench_videos import find_videos, read_prompts
 from helios_jax.heliosbench.blind_pairs import Pair, WinRate, Z, draw_pairs, read_judgments, win_rates
-from helios_jax.locations import argument, check_locations, replacing
+from helios_jax.locations import check_locations, path_argument, replacing
 from helios_jax.media.files import check_folder
 from helios_jax.runtime.command import Parser, count
 
@@ -32,12 +32,13 @@ PROG = "python -m helios_jax.heliosbench.blind"
 def make_parser() -> Parser:
     """The parser."""
     parser = Parser(prog=PROG, description="Compare videos without knowing who made them.", epilog="exit codes: 0, 2")
-    parser.add_argument("videos", nargs="*", type=argument, help="two folders or more, named as for HeliosBench")
-    parser.add_argument("--prompts", type=argument, metavar="CSV", help="ids and prompts")
-    parser.add_argument("--out", type=argument, required=True, metavar="DIR", help="an empty or absent folder")
+    parser.add_argument("videos", nargs="*", type=path_argument, help="two folders or more, named as for HeliosBench")
+    parser.add_argument("--prompts", type=path_argument, metavar="CSV", help="ids and prompts")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="an empty or absent folder")
     parser.add_argument("--pairs", type=count, metavar="N", help="at most this many [all]")
     parser.add_argument("--seed", type=int, default=0, help="of order and sides [0]")
-    parser.add_argument("--results", nargs="+", type=argument, metavar="CSV", help="judgments that the page has saved")
+    about = "judgments that the page has saved"
+    parser.add_argument("--results", nargs="+", type=path_argument, metavar="CSV", help=about)
     return parser
 
 

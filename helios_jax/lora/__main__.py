@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from helios_jax import lora, pretrained
 from helios_jax.config import ConfigError
-from helios_jax.locations import argument
+from helios_jax.locations import path_argument
 from helios_jax.media.files import check_folder
 from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.runtime.command import Parser
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     """Runs the command line; returns the exit code."""
     parser = Parser(prog="python -m helios_jax.lora", description="Merge LoRA files into a model.")
     parser.add_argument("model", help="a diffusers folder or a hub name")
-    parser.add_argument("out", type=argument, help="the folder to write the transformer to")
+    parser.add_argument("out", type=path_argument, help="the folder to write the transformer to")
     parser.add_argument(
         "--lora", action="append", required=True, metavar="FILE[=SCALE]", help="file or hub name; may be repeated"
     )

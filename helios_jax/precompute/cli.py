@@ -22,7 +22,7 @@ import jax
 from helios_jax import pretrained
 from helios_jax.data.records import NEGATIVE_TEXT
 from helios_jax.data.shards import Rejected, Shard
-from helios_jax.locations import argument
+from helios_jax.locations import path_argument
 from helios_jax.messages import one_line
 from helios_jax.precompute import tasks
 from helios_jax.precompute.clips import SIZES, Selection
@@ -181,7 +181,7 @@ def _parser() -> Parser:
     def task(name: str, plan, text: str, *, shard_size: int = 64, batch: str | None = None) -> Parser:
         sub = found.add_parser(name, help=text, description=text, formatter_class=_Help)
         sub.set_defaults(plan=plan)
-        sub.add_argument("--out", type=argument, required=True, help="folder to make; it must be empty or absent")
+        sub.add_argument("--out", type=path_argument, required=True, help="folder to make; it must be empty or absent")
         sub.add_argument(
             "--negative-prompt", default=NEGATIVE_PROMPT, help=f"text whose embedding is written to {NEGATIVE_TEXT}"
         )
@@ -206,17 +206,17 @@ def _parser() -> Parser:
     def networks(sub: Parser, vae: bool = True) -> None:
         sub.add_argument("--model", help="diffusers folder or hub name with all networks")
         if vae:
-            sub.add_argument("--vae", type=argument, help="folder with the VAE's config.json and weights")
-        sub.add_argument("--text", type=argument, help="folder with text_encoder/ and tokenizer/")
+            sub.add_argument("--vae", type=path_argument, help="folder with the VAE's config.json and weights")
+        sub.add_argument("--text", type=path_argument, help="folder with text_encoder/ and tokenizer/")
         sub.add_argument("--max-length", type=int, help="tokens of a caption (default: what the tokenizer allows)")
 
     sub = task(
         "clips", _clips, "latents and embeddings of the clips in JSON lists", batch="chunks per device at a time"
     )
     sub.add_argument(
-        "--json", type=argument, required=True, nargs="+", help="upstream's lists: cut, crop, fps, cap, path"
+        "--json", type=path_argument, required=True, nargs="+", help="upstream's lists: cut, crop, fps, cap, path"
     )
-    sub.add_argument("--root", type=argument, help="folder that paths are relative to (default: each list's own)")
+    sub.add_argument("--root", type=path_argument, help="folder that paths are relative to (default: each list's own)")
     networks(sub)
     sub.add_argument(
         "--size", nargs="+", default=["384x640"], help="HEIGHTxWIDTH of the buckets; all: upstream's sizes"
@@ -238,19 +238,19 @@ def _parser() -> Parser:
     sub.add_argument("--readers", type=int, default=2, help="number of clips decoded at a time")
 
     sub = task("videos", _videos, "latents and embeddings of a dataset of pixels", batch="chunks per device at a time")
-    sub.add_argument("--videos", type=argument, required=True, help="a dataset of pixels and captions")
+    sub.add_argument("--videos", type=path_argument, required=True, help="a dataset of pixels and captions")
     networks(sub)
 
     sub = task("text", _prompts, "embeddings of prompts alone")
     sub.add_argument(
-        "--prompts", type=argument, required=True, nargs="+", help=".txt with one prompt per line, or .csv"
+        "--prompts", type=path_argument, required=True, nargs="+", help=".txt with one prompt per line, or .csv"
     )
     networks(sub, vae=False)
 
     sub = task("ode", _ode, "ODE pairs of a teacher", shard_size=8, batch="prompts per copy of the model at a time")
     default = Settings()
     sub.add_argument(
-        "--prompts", type=argument, required=True, nargs="+", help=".txt with one prompt per line, or .csv"
+        "--prompts", type=path_argument, required=True, nargs="+", help=".txt with one prompt per line, or .csv"
     )
     sub.add_argument("--model", required=True, help="diffusers folder or hub name of the teacher, such as Helios-Mid")
     sub.add_argument("--transformer", default="transformer", help="subfolder of the transformer")

@@ -14,7 +14,7 @@ import jax
 from jax._src import clusters, distributed  # the clusters and the store have no public names
 from jax.experimental import multihost_utils
 
-from helios_jax.locations import appears, location
+from helios_jax.locations import location, wait_for_text
 
 WAIT = 3600.0  # seconds that a host waits for another; if that one is gone, the watch ends it before
 FOLDER = "helios_jax"  # prefix of the keys
@@ -92,7 +92,7 @@ def check_shared(folder: str, key: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
     of_first(f"shared/{key}/made", "")
-    seen = appears(path, name)
+    seen = wait_for_text(path, name)
     blind = [str(host) for host, text in enumerate(gather(f"shared/{key}/seen", str(seen))) if text != "True"]
     if first:
         path.unlink()

@@ -30,7 +30,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from helios_jax.locations import appears, is_remote, location
+from helios_jax.locations import is_remote, location, wait_for_text
 from helios_jax.messages import one_line
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.memory import is_out_of_memory
@@ -160,7 +160,7 @@ class _Worker:
         with suppress(OSError):  # relative paths are the driver's or, without its folder, a working_dir's
             os.chdir(folder)
         for name, text in probes.items():
-            if not appears(path := location(name), text):
+            if not wait_for_text(path := location(name), text):
                 return node, (
                     f"{path.parent} is another folder on {node} than where the run was started: name one on a file"
                     " system that all machines mount, such as an NFS share, or one in a bucket"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from helios_jax.data import records
-from helios_jax.locations import argument
+from helios_jax.locations import path_argument
 from helios_jax.runtime.command import Tool
 from helios_jax.toy import scenes
 from helios_jax.toy import world as toy
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--out", type=argument, required=True, help="folder to make; it must not hold anything")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder to make; it must not hold anything")
     parser.add_argument(
         "--captions", action="store_true", help="write the captions of the training videos alone: --out is a text file"
     )

@@ -61,10 +61,10 @@ def adaln(
     kernel = adaln_tpu if device.platform() == "tpu" else adaln_gpu
     sizes, gradients = (tiles.lookup(op, device.kind(), x.shape[1]) for op in ("adaln", "adaln_backward"))
     forward = reference if implementation is None else partial(kernel.forward, sizes=sizes)
-    return by(forward, partial(kernel.backward, sizes=gradients), x, shift, scale, runs, eps)
+    return from_kernels(forward, partial(kernel.backward, sizes=gradients), x, shift, scale, runs, eps)
 
 
-def by(forward: Any, backward: Any, x: Array, shift: Array, scale: Array, runs: Runs, eps: float) -> Array:
+def from_kernels(forward: Any, backward: Any, x: Array, shift: Array, scale: Array, runs: Runs, eps: float) -> Array:
     """`adaln` by `forward` and `backward` of `adaln_tpu` or `adaln_gpu`, with their block sizes."""
 
     @jax.custom_vjp

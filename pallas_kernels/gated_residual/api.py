@@ -81,10 +81,10 @@ def gated_residual(
     forward = partial((gated_residual_tpu if tpu else gated_residual_gpu).forward, sizes=sizes)
     norm_sizes = tiles.lookup("adaln_backward", device.kind(), x.shape[1])
     norm_backward = partial((adaln_tpu if tpu else adaln_gpu).backward, sizes=norm_sizes)
-    return by(forward, norm_backward, x, y, gate, shift, gain, runs, eps)
+    return from_kernels(forward, norm_backward, x, y, gate, shift, gain, runs, eps)
 
 
-def by(
+def from_kernels(
     forward: Any, norm_backward: Any, x: Array, y: Array, gate: Array, shift: Array, gain: Array, runs: Runs,
     eps: float,
 ) -> Sums:  # fmt: skip

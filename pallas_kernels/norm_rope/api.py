@@ -122,10 +122,10 @@ def norm_rope(
     backward = None
     if device.platform() == "tpu" and x.shape[2] == heads * rows.LANES:
         backward = partial(norm_rope_tpu.backward, sizes=tiles.lookup("norm_rope_backward", device.kind(), x.shape[1]))
-    return by(forward, x, weight, heads, eps, table, history_scale, num_history, backward=backward)
+    return from_kernels(forward, x, weight, heads, eps, table, history_scale, num_history, backward=backward)
 
 
-def by(
+def from_kernels(
     forward, x: Array, weight: Array, heads: int, eps: float, table: Rotary | None, history_scale: Array | None,
     num_history: int, backward: Any = None,
 ) -> Array:  # fmt: skip

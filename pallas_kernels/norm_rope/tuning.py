@@ -25,7 +25,7 @@ def _kernel(sizes: Tiles) -> Callable[..., Any]:
             kernels: Any = tpu if device.platform() == "tpu" else gpu
             return kernels.forward(*inputs, sizes)
 
-        return api.by(forward, x, weight.reshape(-1), weight.shape[0], EPS, (cos, sin), None, 0)
+        return api.from_kernels(forward, x, weight.reshape(-1), weight.shape[0], EPS, (cos, sin), None, 0)
 
     return run
 

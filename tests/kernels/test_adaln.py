@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.adaln import adaln, by, reference
+from pallas_kernels.adaln import adaln, from_kernels, reference
 from pallas_kernels.adaln import gpu as adaln_gpu
 from pallas_kernels.adaln import tpu as adaln_tpu
 from tests.closeness import assert_close
@@ -45,7 +45,7 @@ def test_values_and_gradients_equal_the_reference(kernel, b, runs, d, dtype, sam
     forward, backward = (partial(f, sizes=sizes, interpret=interpret) for f in (module.forward, module.backward))
     expected, wanted = compiled_vjp(lambda *args: reference(*args, runs, EPS), inputs, cotangent)
     got, found = (vjp if kernel == "gpu" else compiled_vjp)(
-        lambda *args: by(forward, backward, *args, runs, EPS), inputs, cotangent
+        lambda *args: from_kernels(forward, backward, *args, runs, EPS), inputs, cotangent
     )
     names = ("values", "x", "shift", "scale")
     for of, ours, theirs in zip(names, (got, *found), (expected, *wanted), strict=True):
@@ -58,7 +58,7 @@ def test_32k_tokens():
     sizes = {"block": 4096}
     forward, backward = (partial(f, sizes=sizes, interpret=True) for f in (adaln_tpu.forward, adaln_tpu.backward))
     expected, wanted = compiled_vjp(lambda *args: reference(*args, runs, EPS), inputs, cotangent)
-    got, found = compiled_vjp(lambda *args: by(forward, backward, *args, runs, EPS), inputs, cotangent)
+    got, found = compiled_vjp(lambda *args: from_kernels(forward, backward, *args, runs, EPS), inputs, cotangent)
     agree(got, expected, jnp.float32, of="values")
     assert_close(found, wanted)
 

@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels.adaln import gpu as adaln_gpu
 from pallas_kernels.adaln import tpu as adaln_tpu
-from pallas_kernels.gated_residual import by, gated_residual, reference
+from pallas_kernels.gated_residual import from_kernels, gated_residual, reference
 from pallas_kernels.gated_residual import gpu as gated_residual_gpu
 from pallas_kernels.gated_residual import tpu as gated_residual_tpu
 from tests.closeness import assert_close
@@ -48,7 +48,7 @@ def test_values_and_gradients_equal_the_reference(kernel, b, first, runs, d, dty
     inputs, cotangents = draw(b, first, runs, d, dtype)
     expected, wanted = compiled_vjp(lambda *args: reference(*args, runs, EPS), inputs, cotangents)
     got, found = (vjp if kernel == "gpu" else compiled_vjp)(
-        lambda *args: by(*KERNELS[kernel], *args, runs, EPS), inputs, cotangents
+        lambda *args: from_kernels(*KERNELS[kernel], *args, runs, EPS), inputs, cotangents
     )
     for ours, theirs in zip((*got, *found), (*expected, *wanted), strict=True):
         assert ours.dtype == theirs.dtype
@@ -58,7 +58,7 @@ def test_values_and_gradients_equal_the_reference(kernel, b, first, runs, d, dty
 def test_32k_tokens():
     inputs, _ = draw(1, 8192, (24576,), 128, jnp.float32)
     forward = partial(gated_residual_tpu.forward, sizes={"block": 4096}, interpret=True)
-    assert_close(by(forward, None, *inputs, (24576,), EPS), reference(*inputs, (24576,), EPS))
+    assert_close(from_kernels(forward, None, *inputs, (24576,), EPS), reference(*inputs, (24576,), EPS))
 
 
 def test_invalid_calls_give_the_reason():

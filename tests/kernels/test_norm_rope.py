@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.core.device import compiling_for
-from pallas_kernels.norm_rope import api, by, norm_rope, reference
+from pallas_kernels.norm_rope import api, from_kernels, norm_rope, reference
 from pallas_kernels.norm_rope import gpu as norm_rope_gpu
 from pallas_kernels.norm_rope import tpu as norm_rope_tpu
 from tests.closeness import assert_close
@@ -44,7 +44,7 @@ def draw(b: int, n: int, heads: int, head_dim: int, dtype, *, samples: int = 1, 
 )
 def test_values_equal_the_reference(kernel, b, n, heads, head_dim, dtype, samples, scales, num_history):
     x, weight, table, scale = draw(b, n, heads, head_dim, dtype, samples=samples, scales=scales)
-    got = by(KERNELS[kernel], x, weight, heads, EPS, table, scale, num_history)
+    got = from_kernels(KERNELS[kernel], x, weight, heads, EPS, table, scale, num_history)
     expected = reference(x, weight, heads, EPS, table, scale, num_history)
     assert got.dtype == dtype
     assert_close(got, expected, dtype=dtype)
@@ -53,7 +53,7 @@ def test_values_equal_the_reference(kernel, b, n, heads, head_dim, dtype, sample
 def test_32k_tokens():
     x, weight, table, scale = draw(1, 32768, 1, 128, jnp.float32, scales=1)
     forward = partial(norm_rope_tpu.forward, sizes={"block": 4096}, interpret=True)
-    got = by(forward, x, weight, 1, EPS, table, scale, 9000)
+    got = from_kernels(forward, x, weight, 1, EPS, table, scale, 9000)
     assert_close(got, reference(x, weight, 1, EPS, table, scale, 9000))
 
 
@@ -75,7 +75,7 @@ def test_gradients_equal_the_reference(head_dim, n, samples, scales, num_history
     cotangent = jnp.asarray(np.random.default_rng().standard_normal((2, n, 2, head_dim)), dtype)
 
     def ours(x, weight, table, scale):
-        return by(KERNELS["tpu"], x, weight, 2, EPS, table, scale, num_history, backward=backward)
+        return from_kernels(KERNELS["tpu"], x, weight, 2, EPS, table, scale, num_history, backward=backward)
 
     def theirs(x, weight, table, scale):
         return reference(x, weight, 2, EPS, table, scale, num_history)
