@@ -40,12 +40,10 @@ class Measured:
     cpu_seconds: float
 
 
-def write_sparse(
-    folder: Path, config: TransformerConfig, *, dtype: Any = jnp.bfloat16, max_shard_size: int | str = "5GB"
-) -> None:
-    """Writes a transformer of zeros in `save_model`'s layout, as sparse files that take no space on the disk."""
+def write_sparse(folder: Path, config: TransformerConfig) -> None:
+    """Writes a transformer of zeros, in bfloat16 and `save_model`'s layout, as sparse files that take no space."""
     write_config(config, folder)
-    shards = save.plan_shards(Transformer.abstract(config), config, dtype=dtype, max_shard_size=max_shard_size)
+    shards = save.plan_shards(Transformer.abstract(config), config, dtype=jnp.bfloat16, max_shard_size="5GB")
     for name, tensors in shards.items():
         with (folder / name).open("wb") as file:
             size = files.write_header(file, tensors, {"format": "pt"})

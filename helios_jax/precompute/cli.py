@@ -38,11 +38,6 @@ from helios_jax.sampling.checkpoint import Checkpoint
 LESS_MEMORY = "out of memory: use a smaller --batch, --size or --max-length; the same command goes on"
 
 
-def build(videos: Path, vae: Path, text: Path, out: Path, max_length: int | None = None) -> None:
-    """Writes the dataset `out` from one of pixels; raises ValueError or FileNotFoundError for unusable input."""
-    tasks.encode_videos(videos, VideoEncoder(vae), TextEmbedder(text, max_length), out).run()
-
-
 def main(argv: list[str] | None = None) -> int:
     """Parses the command line and runs it; returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv

@@ -77,8 +77,9 @@ def load_model(
     return _assemble(model, stream(model, stored, dtype=dtype, shardings=shardings, source=str(folder), sizes=sizes))
 
 
-def from_arrays(model: Model, arrays: Mapping[str, Any], *, dtype: Any = None, source: str = "the mapping") -> Model:
+def from_arrays(model: Model, arrays: Mapping[str, Any], *, dtype: Any = None) -> Model:
     """`model` (concrete or abstract) filled from arrays under their file keys and in their file layout."""
+    source = "the mapping"
     stored = {key: InMemory(values, key, source) for key, values in arrays.items()}
     return _assemble(model, stream(model, stored, dtype=dtype, source=source))
 

@@ -35,7 +35,7 @@ from helios_jax.messages import one_line
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.memory import is_out_of_memory
 
-RETRIES = 2  # of a task whose worker died
+RETRIES = 2  # of a task whose worker died; and of workers in a row that die before they are ready
 ACCELERATORS = ("GPU", "TPU", "CPU")  # a worker has one of the first kind that the cluster has, unless told otherwise
 POLL = 0.2  # seconds between two looks at signals
 CONNECT = 10.0  # seconds that a cluster has to answer
@@ -107,7 +107,6 @@ def run(
     done: Callable[[T], bool] = lambda task: False,
     cluster: Cluster | None = None,
     shared: Sequence[Path] = (),
-    retries: int = RETRIES,
 ) -> Iterator[Result[T, R]]:
     """The results of all tasks that are not `done`, as they come; each error is printed.
 
@@ -116,13 +115,12 @@ def run(
             modules must be importable there.
         done: tells by a task's outputs that nothing is left to do.
         shared: folders that tasks write to; all machines must see the same.
-        retries: how often a task is made again because its worker died.
 
     Raises:
         ClusterError: the cluster is not there, has no room, or its machines cannot do the work.
     """
     todo = [task for task in tasks if not done(task)]
-    for result in _here(todo, start) if cluster is None else _there(todo, start, done, cluster, shared, retries):
+    for result in _here(todo, start) if cluster is None else _there(todo, start, done, cluster, shared):
         if result.error is not None:
             print(f"{result.trace}failed: {result.task.name}: {result.error}", file=sys.stderr, flush=True)
         yield result
@@ -134,11 +132,11 @@ def _here(tasks: Sequence[T], start: Start[T, R]) -> Iterator[Result[T, R]]:
         yield _result(make, task)
 
 
-def _there(tasks: Sequence[T], start: Any, done: Any, cluster: Cluster, shared: Any, retries: int) -> Iterator[Any]:
+def _there(tasks: Sequence[T], start: Any, done: Any, cluster: Cluster, shared: Any) -> Iterator[Any]:
     if not tasks:
         return
     with _connected(cluster.address) as ray, _probes(shared) as probes, interrupts.deferred():
-        yield from _Pool(ray, cluster.worker, tasks, done, retries).results(ray.put(start), probes)
+        yield from _Pool(ray, cluster.worker, tasks, done).results(ray.put(start), probes)
 
 
 def _result(make: Any, task: Any) -> Result[Any, Any]:
@@ -187,8 +185,8 @@ class _Call:
 class _Pool:
     """Workers on a cluster, each with one call at a time, and the tasks that wait for them."""
 
-    def __init__(self, ray: Any, need: Mapping[str, int] | None, tasks: Sequence[Any], done: Any, retries: int):
-        self._ray, self._tasks, self._done, self._retries = ray, tasks, done, retries
+    def __init__(self, ray: Any, need: Mapping[str, int] | None, tasks: Sequence[Any], done: Any):
+        self._ray, self._tasks, self._done = ray, tasks, done
         self._waiting, self._calls = deque(range(len(tasks))), dict[Any, _Call]()
         self._deaths, self._unready = Counter[int](), 0  # of workers: by task, and in a row before they were ready
         self._finished, self._began = 0, time.monotonic()
@@ -250,14 +248,14 @@ class _Pool:
         self._ray.kill(call.worker)  # it may live on a machine that is out of reach
         if call.task is None:
             self._unready += 1
-            if self._unready > self._retries:
+            if self._unready > RETRIES:
                 raise ClusterError(f"--ray: {self._unready} workers in a row died before they were ready: {reason}")
             return None
         task = self._tasks[call.task]
         self._deaths[call.task] += 1
         if self._done(task):
             return Result(task)
-        if self._deaths[call.task] > self._retries:
+        if self._deaths[call.task] > RETRIES:
             return Result(task, error=f"its worker died {self._deaths[call.task]} times: {reason}")
         print(f"again: {task.name}: its worker on {call.node} died: {reason}", file=sys.stderr, flush=True)
         self._waiting.append(call.task)

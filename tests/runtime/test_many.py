@@ -69,12 +69,13 @@ def workers(call: str) -> list[int]:
     return found
 
 
-def test_deaths_are_tried_again_and_errors_are_results(address, tmp_path, capsys):
+def test_deaths_are_tried_again_and_errors_are_results(address, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(many, "RETRIES", 1)
     fates = {"a": "", "b": "bad", "c": "", "d": "buggy", "e": "deadly once", "f": "deadly", "g": ""}
     items = [Item(name, fate, tmp_path) for name, fate in fates.items()]
     (tmp_path / "g").write_text("")
     cluster = many.cluster(address, "CPU=1")
-    results = list(many.run(items, start, done=done, cluster=cluster, shared=[tmp_path], retries=1))
+    results = list(many.run(items, start, done=done, cluster=cluster, shared=[tmp_path]))
     printed = capsys.readouterr()
     assert sorted(result.task.name for result in results) == list("abcdef")
     values = {r.task.name: r.value for r in results if r.error is None}
@@ -106,7 +107,8 @@ def test_here_they_are_made_in_turn(tmp_path, capsys):
     assert list(many.run([], refuse)) == []  # nothing is prepared for nothing
 
 
-def test_what_no_worker_can_do_ends_the_run_by_one_line(address, tmp_path):
+def test_what_no_worker_can_do_ends_the_run_by_one_line(address, tmp_path, monkeypatch):
+    monkeypatch.setattr(many, "RETRIES", 0)
     item = Item("a", "", tmp_path)
     for begin, worker, message in (
         (refuse, None, r"no folder x \(on "),
@@ -114,7 +116,7 @@ def test_what_no_worker_can_do_ends_the_run_by_one_line(address, tmp_path):
         (start, "CPU=3", "--ray-worker is CPU=3: no machine of the cluster has as much; they have CPU=2,"),
     ):
         with pytest.raises(many.ClusterError, match=message):
-            list(many.run([item], begin, cluster=many.cluster(address, worker), retries=0))
+            list(many.run([item], begin, cluster=many.cluster(address, worker)))
     assert not done(item)
 
 

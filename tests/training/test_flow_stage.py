@@ -42,7 +42,8 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("flow")
     tiny.folder(root / "pipeline")
     toy_build.build(root / "pixels", videos=4, test_videos=1, chunks=3, seed=0, size=32)
-    precompute.build(root / "pixels", root / "pipeline" / "vae", root / "pipeline", root / "latents")
+    arguments = ["--videos", root / "pixels", "--model", root / "pipeline", "--out", root / "latents"]
+    assert precompute.main(list(map(str, arguments))) == 0
     return root
 
 
