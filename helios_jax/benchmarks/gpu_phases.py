@@ -35,7 +35,7 @@ from helios_jax.models.transformer.packing import Packing
 from helios_jax.models.vae import AutoencoderKLWan
 from helios_jax.runtime.aot import memory
 from helios_jax.runtime.command import Tool
-from helios_jax.runtime.compilation import compiler_options, enable_cache
+from helios_jax.runtime.compilation import compiler_options, compute_dtype, enable_cache
 from helios_jax.sampling.frames import decode
 from pallas_kernels.tools.tunable import add_line
 
@@ -72,7 +72,7 @@ def blocks(size: Size, say: Say) -> None:
 
     Blocks are queued one after the other, as in a pass: a block's time is a pass's divided by the number of blocks.
     """
-    config, dtype = size.transformer, _dtype()
+    config, dtype = size.transformer, compute_dtype()
     block = fill(Transformer.abstract(dataclasses.replace(config, num_layers=1)), dtype, 0).blocks[0]
     pt, ph, pw = config.patch_size
     h, w = size.height // 8 // ph, size.width // 8 // pw
@@ -172,7 +172,7 @@ def vae(size: Size, say: Say) -> None:
 
 def end_to_end(size: Size, say: Say, implementations: Implementations) -> None:
     """Whole videos of `CHUNKS` chunks: seconds a chunk and frames a second; the passes that they are made of."""
-    pipe = make(size, _dtype(), stacked=jax.default_backend() == "tpu", implementations=implementations)
+    pipe = make(size, compute_dtype(), stacked=jax.default_backend() == "tpu", implementations=implementations)
     ours = throughput.Ours(pipe, size, CHUNKS)
     for steps in throughput.STEPS:
         name = "+".join(map(str, steps))
@@ -190,7 +190,7 @@ def profile(size: Size, say: Say, implementations: Implementations) -> None:
 
     A profiler's trace of a video of three chunks.
     """
-    pipe = make(size, _dtype(), stacked=jax.default_backend() == "tpu", implementations=implementations)
+    pipe = make(size, compute_dtype(), stacked=jax.default_backend() == "tpu", implementations=implementations)
     ours = throughput.Ours(pipe, size, CHUNKS)
     ours.arrivals(throughput.STEPS[0], 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -239,7 +239,7 @@ def _pace(times: list[float], frames: int) -> dict[str, Any]:
 
 def reference(size: Size, say: Say, implementations: Implementations, *, compiled: bool = False) -> None:
     """diffusers' pipeline with the same weights, and the error of ours; `compiled`: only times with torch.compile."""
-    pipe = make(size, _dtype(), stacked=False, implementations=implementations)
+    pipe = make(size, compute_dtype(), stacked=False, implementations=implementations)
     theirs = Reference(pipe, size)
     say(what="versions", **theirs.versions)
     if compiled:
@@ -263,10 +263,6 @@ def reference(size: Size, say: Say, implementations: Implementations, *, compile
     if not compiled:
         for key, value in throughput.Ours(pipe, size, 1).agreement(theirs).items():
             say(what=f"norm(ours - diffusers) / norm(diffusers), {key}", error=value)
-
-
-def _dtype() -> Any:
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 def _normal(*sizes: int, dtype: Any) -> jax.Array:

@@ -18,7 +18,7 @@ from helios_jax.models.layers import Shapes
 from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
-from helios_jax.runtime.compilation import precise
+from helios_jax.runtime.compilation import compute_dtype, precise
 from helios_jax.runtime.seeds import checked
 from helios_jax.sampling.options import MOST_TOKENS
 
@@ -63,7 +63,7 @@ class TextEmbedder:
         """Reads the weights: float32 on CPU and bfloat16 elsewhere, as in the pipeline."""
         self._mesh = local_mesh()
         abstract = UMT5Encoder(self.config, rngs=Shapes())
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        dtype = compute_dtype()
         placed = sharding.shardings(abstract, self._mesh)
         self._model = pretrained.load_model(abstract, self.folder / "text_encoder", dtype=dtype, shardings=placed)
         return self

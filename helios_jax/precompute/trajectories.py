@@ -25,6 +25,7 @@ from helios_jax.diffusion.schedule import Shift
 from helios_jax.models.transformer import Transformer
 from helios_jax.precompute.encode import NEGATIVE_PROMPT, local_mesh
 from helios_jax.precompute.prompt_files import Prompt
+from helios_jax.runtime.compilation import compute_dtype
 from helios_jax.runtime.program import program
 from helios_jax.runtime.seeds import checked
 from helios_jax.sampling.checkpoint import Checkpoint
@@ -135,7 +136,7 @@ class Teacher:
         """Reads the weights, float32 on CPU and bfloat16 elsewhere. Raises ValueError if `tensor` does not fit."""
         self._mesh = local_mesh(self._tensor)
         self.batch = self._batch * self._mesh.shape["data"]
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        dtype = compute_dtype()
         stacked = jax.default_backend() == "tpu"
         self._pipeline = HeliosPipeline(
             self.checkpoint.load_transformer(dtype, stacked=stacked, mesh=self._mesh),

@@ -1,4 +1,4 @@
-"""Compilation: a cache that lasts between runs, compiler options, and the precision of products."""
+"""Compilation: a cache that lasts between runs, compiler options, and the precision that programs compute in."""
 
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -33,6 +33,11 @@ def compiler_options(platform: str | None = None) -> dict[str, Any]:
     """Options for `jax.jit(..., compiler_options=)` on `platform`: "gpu", "tpu" or "cpu"; None is where jax runs."""
     platform = platform or jax.default_backend()
     return dict(GPU_OPTIONS) if platform in ("gpu", "cuda") else {}
+
+
+def compute_dtype(dtype: Any = None) -> Any:
+    """The `dtype` asked for, or this device's: float32 on CPU, bfloat16 elsewhere."""
+    return jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
 
 
 def precise(dtype: Any) -> AbstractContextManager[Any]:

@@ -22,6 +22,7 @@ from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.models.transformer.block import check_implementations
 from helios_jax.models.umt5 import UMT5Encoder
 from helios_jax.models.vae import AutoencoderKLWan
+from helios_jax.runtime.compilation import compute_dtype
 from helios_jax.sampling import sampler
 from helios_jax.sampling.arguments import Prompt, check_output_type, make_negatives, make_prompts, make_seeds
 from helios_jax.sampling.checkpoint import Checkpoint, write_index
@@ -349,11 +350,6 @@ class HeliosPipeline:
 
     def _identity(self) -> dict[str, Any]:
         return identity_of(self.variant, self.transformer.config, self.transformer.dtype)
-
-
-def compute_dtype(dtype: Any = None) -> Any:
-    """The `dtype` asked for, or this device's: float32 on CPU, bfloat16 elsewhere."""
-    return jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
 
 
 def identity_of(variant: Variant, config: TransformerConfig, dtype: Any) -> dict[str, Any]:

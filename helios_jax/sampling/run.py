@@ -14,7 +14,7 @@ from helios_jax.config import ConfigError
 from helios_jax.locations import location
 from helios_jax.models.transformer import Transformer
 from helios_jax.runtime import interrupts, many
-from helios_jax.runtime.compilation import enable_cache
+from helios_jax.runtime.compilation import compute_dtype, enable_cache
 from helios_jax.sampling import outputs
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.context import Context, read_context
@@ -22,7 +22,7 @@ from helios_jax.sampling.fingerprint import file_hash
 from helios_jax.sampling.jobs import Job, make_jobs
 from helios_jax.sampling.one_video import make, open_file
 from helios_jax.sampling.options import SampleConfig
-from helios_jax.sampling.pipeline import HeliosPipeline, check_identity, compute_dtype, identity_of
+from helios_jax.sampling.pipeline import HeliosPipeline, check_identity, identity_of
 from helios_jax.sampling.plan import Plan, frames_of_chunks, make_plan
 from helios_jax.sampling.progress import RunProgress
 from helios_jax.sampling.prompts import make_schedule
