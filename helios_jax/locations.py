@@ -214,6 +214,11 @@ def path_argument(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def user_cache() -> Path:
+    """The folder helios_jax in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "helios_jax"
+
+
 def is_remote(path: str | os.PathLike) -> bool:
     """True for a place in a bucket."""
     return ADDRESS.match(os.fspath(path)) is not None

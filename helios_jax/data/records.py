@@ -23,8 +23,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from etils import epath
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-from helios_jax.data.shard_cache import CachedRecords, CacheError, default_folder
-from helios_jax.locations import copy_file, is_remote, location
+from helios_jax.data.shard_cache import CachedRecords, CacheError
+from helios_jax.locations import copy_file, is_remote, location, user_cache
 from helios_jax.messages import one_line
 
 Example = dict[str, Any]
@@ -295,7 +295,7 @@ def open_source(
         present = {path.name for path in folder.iterdir()}
         if missing := [path for path, _ in files if path.name not in present]:
             raise ValueError(f"{missing[0]} is missing; {DAMAGED}")
-        records.data_source = CachedRecords(files, default_folder() if cache is None else Path(cache))
+        records.data_source = CachedRecords(files, user_cache() / "data" if cache is None else Path(cache))
     else:
         with ThreadPoolExecutor(OPENERS) as pool:
             if fault := next(filter(None, pool.map(_fault, files)), None):

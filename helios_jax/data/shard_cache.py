@@ -5,7 +5,6 @@ it, the others wait for it.
 """
 
 import fcntl
-import os
 import threading
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -24,12 +23,6 @@ READER_OPTIONS = "readahead_buffer_size:0"  # single records are read, in any or
 
 class CacheError(OSError):
     """A file that cannot be copied to this machine; the message is one line."""
-
-
-def default_folder() -> Path:
-    """helios_jax/data in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "helios_jax" / "data"
 
 
 class CachedRecords:

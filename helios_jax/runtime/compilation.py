@@ -2,13 +2,12 @@
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from helios_jax.locations import check_locations
+from helios_jax.locations import check_locations, user_cache
 
 # cuDNN convolves channels-last without transposes, and cublasLt adds bias and GELU to a product itself, which Triton's
 # products would leave to another kernel.
@@ -24,8 +23,7 @@ def enable_cache() -> None:
     if named:
         check_locations(JAX_COMPILATION_CACHE_DIR=named)
     elif named is None:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(base / "helios_jax" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
