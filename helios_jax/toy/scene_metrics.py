@@ -40,6 +40,8 @@ from helios_jax.toy.metrics import (
 )
 from helios_jax.toy.world import Attributes
 
+# The plane of the colour wheel: from red, green and blue to the two coordinates whose angle is the hue.
+PLANE = np.array([[1.0, -0.5, -0.5], [0.0, math.sqrt(0.75), -math.sqrt(0.75)]])
 # Widest distance, in degrees, of a pixel's hue from the band of the colour that it is counted to.
 HUE_TOLERANCE = 20.0
 COVERED = (0.5, 1.6)  # least and greatest area of a shape that is there, relative to the right one
@@ -132,7 +134,7 @@ def measure(video: UInt8[np.ndarray, "t h w 3"], shapes: Sequence[Attributes]) -
 
 def _masks(pixels: Float[np.ndarray, "t h w 3"], shapes: Sequence[Attributes]) -> list[Float[np.ndarray, "t h w"]]:
     """The share of each pixel, 0 to 1, that each shape covers, by its chroma: the colour without its brightness."""
-    plane = np.array([[1.0, -0.5, -0.5], [0.0, math.sqrt(0.75), -math.sqrt(0.75)]], np.float32)
+    plane = PLANE.astype(np.float32)
     chroma = pixels @ plane.T
     strength = np.linalg.norm(chroma, axis=-1)
     hue = np.degrees(np.arctan2(chroma[..., 1], chroma[..., 0]))
@@ -250,8 +252,7 @@ def _pan_error(ground: Ground, words: scenes.Background) -> float:
 
 def _wanted(colour: Float[np.ndarray, "3"], name: str) -> Float[np.ndarray, "3"]:
     """The colour, 0 to 1, in the band of `name` whose hue is nearest to the hue of `colour`."""
-    plane = np.array([[1.0, -0.5, -0.5], [0.0, math.sqrt(0.75), -math.sqrt(0.75)]])
-    x, y = plane @ colour
+    x, y = PLANE @ colour
     low, high = world.COLOURS[name]
     middle, half = (low + high) / 2, (high - low) / 2
     offset = (math.degrees(math.atan2(y, x)) - middle + 180) % 360 - 180
