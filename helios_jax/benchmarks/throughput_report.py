@@ -1,7 +1,6 @@
 """The throughput benchmark's figures: as JSON, and as a table for people."""
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 import platform
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from helios_jax.runtime.versions import versions
 
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers", "transformers", "numpy")
 
@@ -76,7 +77,7 @@ def facts() -> dict[str, Any]:
         "processor": _processor(),
         "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "versions": versions(PACKAGES),
     }
 
 
@@ -86,13 +87,6 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def table(report: dict[str, Any]) -> list[str]:

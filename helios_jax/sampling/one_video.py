@@ -1,6 +1,5 @@
 """Makes one video of a run, chunk by chunk: its file, its saved state, its figures and the facts beside it."""
 
-import importlib.metadata
 import platform
 import resource
 import time
@@ -15,6 +14,7 @@ from helios_jax.locations import location
 from helios_jax.media.writers import ThreadedWriter, Writer, open_writer, remove_frames, sidecar, write_sidecar
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.profile import Profile
+from helios_jax.runtime.versions import versions
 from helios_jax.sampling.context import Context
 from helios_jax.sampling.jobs import Job
 from helios_jax.sampling.options import SampleConfig
@@ -140,14 +140,5 @@ def _machine() -> dict[str, Any]:
     """The device and the versions of a run, for the sidecar."""
     return {
         "device": jax.local_devices()[0].device_kind,
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)},
+        "versions": {"python": platform.python_version()} | versions(PACKAGES),
     }
-
-
-def _installed(name: str) -> bool:
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
