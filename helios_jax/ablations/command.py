@@ -12,7 +12,7 @@ from helios_jax.ablations.scores import Scores
 from helios_jax.ablations.table import Job, Jobs, Table, read
 from helios_jax.config import ConfigError
 from helios_jax.locations import check_locations
-from helios_jax.media.files import check_folder
+from helios_jax.path_checks import check_folder
 from helios_jax.runtime import interrupts, many
 from helios_jax.runtime.command import Parser, count
 

@@ -16,7 +16,7 @@ from helios_jax.ablations.table import Claim, Table
 from helios_jax.config import ConfigError
 from helios_jax.config_types import nearest
 from helios_jax.locations import replacing
-from helios_jax.media.files import check_folder, kind_of
+from helios_jax.path_checks import check_folder, kind_of
 
 Results = Mapping[str, Mapping[int, Scores]]  # by row and seed
 

@@ -24,7 +24,7 @@ from helios_jax.heliosbench.measure import View
 from helios_jax.heliosbench.metric import Clip, MissingError
 from helios_jax.heliosbench.recipes import MAKERS, Needs, make_recipes
 from helios_jax.locations import check_locations, path_argument
-from helios_jax.media.files import check_folder
+from helios_jax.path_checks import check_folder
 from helios_jax.runtime.command import Parser, count, frame_size
 
 PROG = "python -m helios_jax.heliosbench"

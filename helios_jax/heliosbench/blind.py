@@ -23,7 +23,7 @@ from helios_jax.config import ConfigError
 from helios_jax.heliosbench.bench_videos import find_videos, read_prompts
 from helios_jax.heliosbench.blind_pairs import Pair, WinRate, Z, draw_pairs, read_judgments, win_rates
 from helios_jax.locations import check_locations, path_argument, replacing
-from helios_jax.media.files import check_folder
+from helios_jax.path_checks import check_folder
 from helios_jax.runtime.command import Parser, count
 
 PROG = "python -m helios_jax.heliosbench.blind"

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from helios_jax import lora, pretrained
 from helios_jax.config import ConfigError
 from helios_jax.locations import path_argument
-from helios_jax.media.files import check_folder
 from helios_jax.models.transformer import Transformer, TransformerConfig
+from helios_jax.path_checks import check_folder
 from helios_jax.runtime.command import Parser
 from helios_jax.trained import read_trained, with_loras
 

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from helios_jax.media.files import check_readable
 from helios_jax.messages import one_line
+from helios_jax.path_checks import check_readable
 
 # Pillow's exceptions for damaged files whose header is valid.
 DAMAGED = (OSError, RuntimeError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from helios_jax.locations import write_error
-from helios_jax.media.files import check_writable, kind_of
+from helios_jax.path_checks import check_writable, kind_of
 
 if TYPE_CHECKING:
     import av

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import UInt8
 
-from helios_jax.media.files import check_readable, kind_of
 from helios_jax.media.pictures import is_webp, read_folder, read_webp
+from helios_jax.path_checks import check_readable, kind_of
 
 if TYPE_CHECKING:
     import av

@@ -15,8 +15,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from helios_jax.locations import Mirror, is_remote, location, replacing
-from helios_jax.media.files import check_writable, kind_of
 from helios_jax.media.mp4 import VideoWriter
+from helios_jax.path_checks import check_writable, kind_of
 
 Format = Literal["mp4", "png", "npz"]
 FRAME = re.compile(r"\d{6,}\.png")

@@ -10,8 +10,8 @@ from pathlib import Path
 from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.locations import is_remote, location
-from helios_jax.media.files import check_folder, check_writable
 from helios_jax.media.writers import read_sidecar, sidecar
+from helios_jax.path_checks import check_folder, check_writable
 from helios_jax.runtime import interrupts
 from helios_jax.sampling.download import is_url
 from helios_jax.sampling.jobs import Job

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from helios_jax.diffusion.memory import History
 from helios_jax.locations import local_copy, location, replacing
-from helios_jax.media.files import kind_of
+from helios_jax.path_checks import kind_of
 from helios_jax.sampling.noise import SeededNoise
 from helios_jax.sampling.options import SamplingOptions
 from helios_jax.sampling.prompts import Entry, Schedule

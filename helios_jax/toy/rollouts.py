@@ -25,7 +25,7 @@ import numpy as np
 from helios_jax.ablations import scores
 from helios_jax.config import ConfigError, load
 from helios_jax.locations import check_locations
-from helios_jax.media.files import check_folder
+from helios_jax.path_checks import check_folder
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime.command import Parser
 from helios_jax.runtime.compilation import enable_cache

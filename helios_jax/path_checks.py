@@ -1,4 +1,4 @@
-"""Checks of the paths of media files."""
+"""Checks of paths before anything is read there or written."""
 
 import os
 import stat
