@@ -250,7 +250,7 @@ def _build(cls: Any, node: Any, values: dict, prefix: str, sources: dict[str, st
     try:
         return cls(**arguments)
     except ValueError as e:
-        message = one_line(e)
+        message = one_line(e, most=None)
         first = re.split(r"[ =:,]", message, maxsplit=1)[0]
         named = [name for name in arguments if re.search(rf"\b{name}\b", message)]
         if first in arguments:

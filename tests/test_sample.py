@@ -64,6 +64,10 @@ def test_a_video_of_exactly_the_frames_and_its_figures(config, tmp_path, capsys)
         (["precision=half"], ["precision"]),
         (["--attention", "pallas"], ["attention", "runs on cpu", "'xla'"]),
         (["--norms", "pallas"], ["norms", "runs on cpu", "'xla'"]),
+        (["--video-fps", "8"], ["--video-fps has no effect", "there is none; leave it out"]),
+        (["--interpolation-steps", "2"], ["--interpolation-steps has no effect: no prompt takes over"]),
+        (["interpolate_time=2"], ["interpolate_time has no effect", "prompt_index"]),
+        (["--naming", "heliosbench"], ["naming is for a csv of prompts"]),
     ],
 )
 def test_bad_input_is_one_line_and_code_2(arguments, words, config, tmp_path, capsys):

@@ -232,6 +232,12 @@ def remove_frames(folder: Path, first: int = 0) -> None:
             path.unlink()
 
 
+def other_picture(folder: Path) -> str | None:
+    """The name of a PNG in the folder that is no frame of a `FrameWriter`, which it would leave."""
+    paths = folder.glob("*.png") if folder.is_dir() else ()
+    return next((path.name for path in paths if not FRAME.fullmatch(path.name)), None)
+
+
 def sidecar(path: str | os.PathLike) -> Path:
     """Path of a video's JSON: x.json beside x.mp4, x.npz or the folder x."""
     path = location(path)

@@ -68,7 +68,7 @@ class Work:
             failed += result.error is not None
             made += 0 if result.error else len(result.task.items)
         if failed:
-            print(f"{failed} of {len(pending)} shards failed; the same command makes them again", file=sys.stderr)
+            print(f"{failed} of {len(pending)} shards failed; the same command tries them again", file=sys.stderr)
         else:
             shards.complete(self.build, made, self.unit, time.monotonic() - begin)
         return failed

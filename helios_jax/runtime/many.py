@@ -143,7 +143,7 @@ def _result(make: Any, task: Any) -> Result[Any, Any]:
     try:
         return Result(task, make(task))
     except EXPECTED as error:
-        return Result(task, error=one_line(error))
+        return Result(task, error=one_line(error, most=None))
     except Exception as error:
         trace = "" if is_out_of_memory(error) else traceback.format_exc()
         return Result(task, error=one_line(f"{type(error).__name__}: {error}"), trace=trace)
@@ -166,7 +166,7 @@ class _Worker:
         try:
             self._make = start()
         except EXPECTED as error:
-            return node, f"{one_line(error)} (on {node})"
+            return node, f"{one_line(error, most=None)} (on {node})"
         return node, None
 
     def make(self, task: Any) -> Result[Any, Any]:

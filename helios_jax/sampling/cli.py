@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, get_origin, get_type_hints
 
 from helios_jax import config as configs
+from helios_jax.config import ConfigError
 from helios_jax.config_types import options
 from helios_jax.messages import one_line
 from helios_jax.runtime import interrupts
@@ -89,13 +90,33 @@ def _load(path: str, overrides: Sequence[str], given: Mapping[str, Any]) -> Samp
     found = configs.peek(path, overrides, "resume")
     resume = given.get("resume", found and found[0])
     if not isinstance(resume, str):
-        return configs.load(path, overrides, SampleConfig, given, OTHERWISE)
+        config = configs.load(path, overrides, SampleConfig, given, OTHERWISE)
+        typed = {name: name for name in configs.keys(overrides)}
+        _check_used(config, typed | {name: f"--{name.replace('_', '-')}" for name in given})
+        return config
     from helios_jax.sampling import resume as resuming  # after the arguments: jax takes seconds to import
 
     settings = resuming.settings_of(resuming.read_state(os.path.expanduser(resume)), resume)
     config = configs.load(path, overrides, SampleConfig, given, OTHERWISE, {f"state {resume}": settings})
     resuming.check_typed(config, settings, resume)
     return config
+
+
+def _check_used(config: SampleConfig, typed: Mapping[str, str]) -> None:
+    """Raises ConfigError for an option of the command line that the run would not use; a YAML's may wait for a use.
+
+    `typed` maps the options to what was typed for them.
+    """
+    many, one_prompt = config.csv is not None, not config.switches
+    unused = {
+        "prompt": (many, "the csv has the prompts"),
+        "video_fps": (not many and config.video is None, "it is the rate of an input video, and there is none"),
+        "interpolation_steps": (not many and one_prompt, "no prompt takes over"),
+        "interpolate_time": (not many, "it is for a csv with a column prompt_index"),
+    }
+    for name, (is_unused, reason) in unused.items():
+        if is_unused and name in typed:
+            raise ConfigError(f"{typed[name]} has no effect: {reason}; leave it out")
 
 
 def _is_list(hint: Any) -> bool:

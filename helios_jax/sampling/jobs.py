@@ -107,6 +107,11 @@ def _out(config: SampleConfig, one: SampleConfig, row: str, seed: int, kind: For
     if config.naming == "heliosbench":
         if several:
             raise ConfigError("naming: heliosbench has one video per prompt; set num_videos_per_prompt to 1")
+        if not row.isdecimal():
+            raise ConfigError(
+                f"naming: heliosbench names videos by whole numbers, and id {row} is none: number the rows of the csv,"
+                " or leave naming out"
+            )
         return location(config.out) / f"{row}_{one.num_frames}_ori{one.num_frames}{suffix}"
     return location(config.out) / f"{row}{several}{suffix}"
 
@@ -149,8 +154,8 @@ def _video_config(config: SampleConfig, rows: list[table.Row], frames: ChunkFram
         given["negative_prompt"] = first.get("negative_prompt")
     if (seed := first.number("seed")) is not None:
         given["seed"] = seed
-    length = _length(first)
-    length = config.num_frames if length is None else length
+    asked = _length(first)
+    length = config.num_frames if asked is None else asked
     if len(rows) > 1:
         if config.switches:
             raise ValueError(
@@ -162,7 +167,8 @@ def _video_config(config: SampleConfig, rows: list[table.Row], frames: ChunkFram
                     raise row.error(f"{column} of a video is that of its first prompt; leave it empty here")
         each = config.interpolate_time
         given["switches"] = [PromptSwitch(prompt, chunk=(i + 1) * each) for i, prompt in enumerate(prompts[1:])]
-        length = max(length or 0, frames.before(len(prompts) * each))
+        if asked is None:
+            length = max(length or 0, frames.before(len(prompts) * each))
     if length is None:
         raise ValueError("num_frames must be a number: the next video would never begin")
     alone = {"csv": None, "ids": None, "naming": "id", "ray": None}

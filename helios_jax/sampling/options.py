@@ -310,8 +310,8 @@ class SampleConfig(SamplingOptions):
             raise ValueError("profile is of one video, csv makes many: leave either out")
         if self.csv is None and self.ray is not None:
             raise ValueError("ray makes the videos of a csv on many machines: give csv, or leave ray out")
-        if self.csv is None and (self.ids or self.naming != "id"):
-            raise ValueError("ids and naming are for a csv of prompts: give csv, or leave them out")
+        if self.csv is None and (used := "ids" if self.ids else "naming" if self.naming != "id" else None):
+            raise ValueError(f"{used} is for a csv of prompts: give csv, or leave it out")
 
     def options(self) -> SamplingOptions:
         """The options of each video."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from helios_jax import lora
 from helios_jax.config import ConfigError
 from helios_jax.locations import is_remote, location
-from helios_jax.media.writers import read_sidecar, sidecar
+from helios_jax.media.writers import other_picture, read_sidecar, sidecar
 from helios_jax.path_checks import check_folder, check_writable
 from helios_jax.runtime import interrupts
 from helios_jax.sampling.download import is_url
@@ -43,7 +43,15 @@ def check(job: Job, *, goes_on: bool = False) -> None:
         check_writable(path)
     if config.profile is not None:
         check_folder(location(config.profile))
-    if config.overwrite or goes_on:
+    if job.out.suffix:
+        check_writable(job.out)
+    if goes_on:
+        return
+    if config.overwrite:
+        if not job.out.suffix and (other := other_picture(job.out)):
+            raise ConfigError(
+                f"out: {job.out} holds {other}, which is no frame of a video: name a new folder, or empty this one"
+            )
         return
     if _has_content(job.out) and not is_rest_of(job):
         remedy = "name another file, or --overwrite"

@@ -100,7 +100,10 @@ def run(config: SampleConfig) -> int:
         print(f"nothing left to make: {config.resume} is after the last chunk, ask for more num_frames", flush=True)
         return 0
     for job, plan, rest in zip(todo, plans, rests):
-        _check(job, plan, rest, weights.checkpoint, alone=config.csv is None)
+        try:
+            _check(job, plan, rest, weights.checkpoint, alone=config.csv is None)
+        except ValueError as error:
+            raise error if config.csv is None else ConfigError(f"{config.csv}: {job.name}: {error}") from None
     if config.csv is not None:
         return _make_rows(config, weights, todo, [plan.num_chunks for plan in plans], cluster, begin)
     with ExitStack() as claims:
@@ -136,7 +139,7 @@ def _make_rows(
     if others := sum(result.value is False for result in results):
         print(f"{others} of {len(todo)} videos are left to another run that makes them, or has made them", flush=True)
     if failed:
-        print(f"{failed} of {len(todo)} videos failed; the same command makes them again", file=sys.stderr)
+        print(f"{failed} of {len(todo)} videos failed; the same command tries them again", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -87,6 +87,7 @@ class Stage(ABC, Generic[ConfigT, ModelT]):
     """
 
     Config: ClassVar[type[TrainConfig]] = TrainConfig
+    unused: ClassVar[tuple[str, ...]] = ()  # keys of `Config` that the stage does not read, and overrides may not set
 
     def __init__(self, config: ConfigT):
         self.config = config

@@ -49,13 +49,17 @@ def make_stage(config: TrainConfig) -> Stage[Any, Any]:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The config of a run, in the schema of the stage that the file, its bases or the overrides name.
 
-    Raises ConfigError, in one line, as `helios_jax.config.load` does; a key of another stage is an unknown key.
+    Raises ConfigError, in one line, as `helios_jax.config.load` does; a key of another stage is an unknown key. A key
+    that the stage does not read may stand in a YAML, from which other stages inherit, but not in an override.
     """
     name, source = configs.peek(path, overrides, "stage") or (TrainConfig.stage, str(path))
     if not isinstance(name, str):
         raise ConfigError(f"{source}: stage: must be a name, as in flow, got {name!r}")
     try:
-        schema = find_stage(name).Config
+        stage = find_stage(name)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
-    return configs.load(path, overrides, schema)
+    for key in sorted(configs.keys(overrides)):
+        if any(key == one or key.startswith(f"{one}.") for one in stage.unused):
+            raise ConfigError(f"{key}: the stage {name} does not read it, so it would change nothing; leave it out")
+    return configs.load(path, overrides, stage.Config)

@@ -199,7 +199,7 @@ def test_videos_are_those_of_one_process_though_a_worker_is_killed(address, conf
     assert "its worker on" in printed.err
     assert "failed: id 2:" in printed.err
     assert "missing.png: no such file" in printed.err
-    assert "1 of 3 videos failed; the same command makes them again" in printed.err
+    assert "1 of 3 videos failed; the same command tries them again" in printed.err
     assert {path.name: path.read_bytes() for path in (tmp_path / "there").glob("*.mp4")} == here
     settings = [json.loads((tmp_path / out / "1.json").read_text())["settings"] for out in ("here", "there")]
     assert settings[0] == settings[1]

@@ -71,6 +71,9 @@ def test_interactive_csv_and_benchmark_names(config, tmp_path):
         ("prompt,num_frames,duration\na,9,18\n", [], ["line 2", "num_frames 9", "duration 18", "differ"]),
         ("id,prompt_index,prompt,seed\n6,0,a,1\n6,1,b,2\n", [], ["line 3", "seed", "first prompt"]),
         ("id,prompt_index,prompt\n6,0,a\n6,1,b\n", ["--then", "1", "c"], ["id 6", "--then", "several rows"]),
+        ("id,prompt_index,prompt,num_frames\n6,0,a,33\n6,1,b,\n", [], ["id 6", "past the end", "num_frames 33"]),
+        ("id,prompt\na,x\n", ["--naming", "heliosbench"], ["naming", "whole numbers", "id a"]),
+        ("id,prompt\n1,a\n", ["--prompt", "b"], ["--prompt has no effect", "the csv has the prompts"]),
         (None, [], ["is no file"]),
     ],
 )

@@ -28,6 +28,22 @@ def test_a_state_is_a_regular_file(tmp_path, state, overwrite):
         check(tmp_path / "x.mp4", state=str(tmp_path / state), overwrite=overwrite)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_is_no_video_file(tmp_path, overwrite):
+    (tmp_path / "x.mp4").mkdir()
+    with pytest.raises(ValueError, match=r"x\.mp4: is a folder"):
+        check(tmp_path / "x.mp4", overwrite=overwrite)
+
+
+def test_frames_are_replaced_and_other_pictures_are_not(tmp_path):
+    for name in ("000000.png", "notes.txt"):
+        (tmp_path / name).touch()
+    check(tmp_path, overwrite=True)
+    (tmp_path / "me.png").touch()
+    with pytest.raises(ValueError, match=r"holds me\.png, which is no frame of a video: name a new folder"):
+        check(tmp_path, overwrite=True)
+
+
 @pytest.mark.parametrize("text", ["3", "[]", "null", "{", "[" * 100_000, "\xff"])
 def test_a_file_that_holds_no_facts_is_another_file(tmp_path, text):
     (tmp_path / "x.json").write_text(text, encoding="latin-1")

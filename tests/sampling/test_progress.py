@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from helios_jax.runtime.command import Lines
 from helios_jax.runtime.program import before_compiling, program
-from helios_jax.sampling import cli
 from helios_jax.sampling.progress import RunProgress
 
 
@@ -65,7 +65,7 @@ def test_compiling_is_said_before_each_compilation_and_only_then(capsys):
 def test_lines_come_above_the_bars(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    log, lines = logging.getLogger("helios_jax.test"), cli.Lines()
+    log, lines = logging.getLogger("helios_jax.test"), Lines("sample.py")
     log.addHandler(lines)
     try:
         with RunProgress([2]) as shown:
@@ -76,6 +76,6 @@ def test_lines_come_above_the_bars(monkeypatch):
         log.removeHandler(lines)
     written = terminal.getvalue()
     assert "compiling" in written
-    before, _, after = written.partition("a line of the log")
+    before, _, after = written.partition("sample.py: a line of the log")
     assert before.endswith("\x1b[2K")  # the bar was erased
     assert after.startswith("\n")

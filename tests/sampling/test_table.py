@@ -74,8 +74,8 @@ def test_an_interactive_video_is_as_long_as_schedule_or_request(tmp_path):
     one, two = jobs(tmp_path, text, interpolate_time=1, num_frames=132)
     assert (one.num_frames, two.num_frames) == (132, 400)
     assert [one.prompt, one.switches[0].prompt] == ["a", "b"]
-    (long, _) = jobs(tmp_path, text, interpolate_time=7, num_frames=132)
-    assert long.num_frames == 2 * 7 * 33
+    (long, given) = jobs(tmp_path, text, interpolate_time=7, num_frames=132)
+    assert (long.num_frames, given.num_frames) == (2 * 7 * 33, 400)
 
 
 def test_a_stream_without_end_is_no_row(tmp_path):

@@ -79,6 +79,23 @@ def test_a_key_of_another_stage_is_refused(path, name, override, parts):
 
 
 @pytest.mark.parametrize(
+    ("name", "override"),
+    [
+        ("ode", "flow.text_drop=0.3"),
+        ("ode", "flow.drop={t2v: 0.9}"),
+        ("ode", "flow={times: {weighting: mode}}"),
+        ("distill", "flow.times.shift=linear"),
+        ("distill", "distill.ode_weight=3"),
+    ],
+)
+def test_a_key_that_the_stage_does_not_read_is_refused(path, name, override):
+    """An ablation of it would silently be the row without."""
+    with pytest.raises(ConfigError, match=f"the stage {name} does not read it") as error:
+        load_config(path, [f"stage={name}", *LEAST[name], override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     "change",
     [
         "{noise: 0, blur: null, saturation: null}",

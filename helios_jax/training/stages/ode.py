@@ -42,6 +42,7 @@ class ODEStage(TransformerStage[ODETrainConfig]):
     """Regression of the student on the ends of the teacher's trajectories."""
 
     Config = ODETrainConfig
+    unused = ("flow.drop", "flow.corruption", "flow.times", "flow.text_drop", "flow.first_chunk")
 
     def batches(self, mesh: Mesh) -> Batches:
         """Random chunks of the teacher's videos, with one step of each level; this host's rows of each batch.

@@ -52,6 +52,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
     """Distribution matching distillation, with a discriminator where `distill.gan` asks."""
 
     Config = DistillTrainConfig
+    unused = ("flow.times", "flow.pyramid.levels", "distill.ode_weight")
 
     def init(self, key: Key[Array, ""]) -> Players:
         """All players with random weights."""
