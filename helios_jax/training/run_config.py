@@ -106,7 +106,7 @@ class CheckpointConfig:
 class TrainConfig:
     """One training run. `run` is the folder for everything it writes; `stage` decides which subclass is read.
 
-    `stage` is a name of `training.stage_table`, or the dotted path of a class.
+    `stage` is a name of `training.stage_names`, or the dotted path of a class.
     """
 
     stage: str = "flow"
