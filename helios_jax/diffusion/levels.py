@@ -17,12 +17,12 @@ import numpy as np
 from helios_jax.diffusion.denoise import Level
 from helios_jax.diffusion.schedule import (
     MAX_SHIFT,
+    LevelRange,
     SchedulerConfig,
-    Stage,
     dynamic_shift,
+    level_ranges,
     shift,
     sigmas,
-    stages,
     upsampling_weights,
 )
 from helios_jax.diffusion.solvers import SOLVERS, Steps, make_steps
@@ -52,7 +52,7 @@ def make_levels(
     counted = _counted(tokens, len(counts), as_trained)
     tables = [
         level_table(scheduler, *level, few=few, as_trained=as_trained)
-        for level in zip(stages(scheduler), counts, counted, strict=True)
+        for level in zip(level_ranges(scheduler), counts, counted, strict=True)
     ]
     return _assembled(scheduler, tables, zero_init)
 
@@ -77,15 +77,15 @@ def make_trajectory(
     """
     tables, made = [], []
     own_size = _counted(tokens, len(steps), as_trained=True)
-    for i, stage in enumerate(stages(scheduler)):
+    for i, level in enumerate(level_ranges(scheduler)):
         teacher, student = (
-            np.stack(_grid(scheduler, stage, counts[i], few)) for counts, few in ((steps, False), (student_steps, True))
+            np.stack(_grid(scheduler, level, counts[i], few)) for counts, few in ((steps, False), (student_steps, True))
         )
         own = teacher[:, np.abs(teacher[0][:, None] - student[0]).min(1) > 1e-7]
         both = np.concatenate([own, student], 1)
         table, timesteps = both[:, np.argsort(-both[0])]
         places = [int(np.flatnonzero(table == sigma)[0]) for sigma in student[0]]
-        timesteps, table = _shifted(scheduler, stage, table, timesteps, own_size[i], MAX_SHIFT)
+        timesteps, table = _shifted(scheduler, level, table, timesteps, own_size[i], MAX_SHIFT)
         tables.append((np.trunc(timesteps), np.append(table, 0.0)))
         made.append((tuple(places), timesteps[places].astype(np.float32), table[places].astype(np.float32)))
     places, timesteps, table = zip(*made)
@@ -93,30 +93,30 @@ def make_trajectory(
 
 
 def level_table(
-    config: SchedulerConfig, stage: Stage, count: int, tokens: int, *, few: bool, as_trained: bool = False
+    config: SchedulerConfig, level: LevelRange, count: int, tokens: int, *, few: bool, as_trained: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps [steps] and sigmas [steps + 1] of one level whose shift counts `tokens`, float64.
 
     Sigmas run from 0.999 to 0 within the level; a schedule of `few` steps leaves out the last sigma before 0.
     """
     largest = MAX_SHIFT if as_trained else math.inf
-    timesteps, table = _shifted(config, stage, *_grid(config, stage, count, few), tokens, largest)
+    timesteps, table = _shifted(config, level, *_grid(config, level, count, few), tokens, largest)
     return timesteps if as_trained else np.trunc(timesteps), np.append(table, 0.0)
 
 
-def _grid(config: SchedulerConfig, stage: Stage, count: int, few: bool) -> tuple[np.ndarray, np.ndarray]:
+def _grid(config: SchedulerConfig, level: LevelRange, count: int, few: bool) -> tuple[np.ndarray, np.ndarray]:
     """Sigmas and timesteps of a level's steps before the shift, both evenly spaced."""
-    last, (high, low) = FIRST / config.num_train_timesteps, stage.timesteps
+    last, (high, low) = FIRST / config.num_train_timesteps, level.timesteps
     return np.linspace(FIRST, last, count + few)[:count], np.linspace(high, low, count + few)[:count]
 
 
 def _shifted(
-    config: SchedulerConfig, stage: Stage, table: np.ndarray, timesteps: np.ndarray, tokens: int, largest: float
+    config: SchedulerConfig, level: LevelRange, table: np.ndarray, timesteps: np.ndarray, tokens: int, largest: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Timesteps and sigmas after the dynamic shift; timesteps then follow from the sigmas."""
     if config.dynamic is None:
         return timesteps, table
-    high, low = stage.timesteps
+    high, low = level.timesteps
     table = shift(table, dynamic_shift(tokens, config.dynamic, largest))
     return low + table * (high - low), table
 
@@ -132,8 +132,8 @@ def _assembled(
 ) -> tuple[Level, ...]:
     """Levels from their (timesteps, sigmas), with the weights to enter them. `zero_init` is as in `make_levels`."""
     levels = [
-        _entry(scheduler, stage, i, make_steps(scheduler, *table))
-        for i, (stage, table) in enumerate(zip(stages(scheduler), tables))
+        _entry(scheduler, level, i, make_steps(scheduler, *table))
+        for i, (level, table) in enumerate(zip(level_ranges(scheduler), tables))
     ]
     return _with_zero_init(tuple(levels), zero_init)
 
@@ -147,9 +147,9 @@ def _with_zero_init(levels: tuple[Level, ...], count: int) -> tuple[Level, ...]:
     return (dataclasses.replace(first, moves=moves), *later)
 
 
-def _entry(scheduler: SchedulerConfig, stage: Stage, i: int, steps: Steps) -> Level:
-    begin, end = jnp.float32(stage.start), jnp.float32(stage.end)
+def _entry(scheduler: SchedulerConfig, level: LevelRange, i: int, steps: Steps) -> Level:
+    begin, end = jnp.float32(level.start), jnp.float32(level.end)
     if i == 0:  # its path begins with noise alone, although the first sigma of the table is below 1
         return Level(steps, begin=jnp.float32(1), end=end)
-    alpha, beta = (jnp.asarray(x, jnp.float32) for x in upsampling_weights(stage.entry, scheduler.gamma))
+    alpha, beta = (jnp.asarray(x, jnp.float32) for x in upsampling_weights(level.entry, scheduler.gamma))
     return Level(steps, None, begin, end, alpha, beta, scheduler.gamma)

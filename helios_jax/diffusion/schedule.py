@@ -103,7 +103,7 @@ def sigmas(config: SchedulerConfig, num_inference_steps: int, tokens: int) -> np
 
 
 @dataclass(frozen=True)
-class Stage:
+class LevelRange:
     """One level of the pyramid on the training schedule.
 
     `start` and `end` are the sigmas between which it moves, `start` after the correction for upsampled noise;
@@ -116,7 +116,7 @@ class Stage:
     timesteps: tuple[float, float]
 
 
-def stages(config: SchedulerConfig) -> tuple[Stage, ...]:
+def level_ranges(config: SchedulerConfig) -> tuple[LevelRange, ...]:
     """The levels, coarsest first (`HeliosScheduler.init_sigmas_for_each_stage`)."""
     train = config.num_train_timesteps
     base = 1.0 - np.linspace(1, 1 / train, train + 1)
@@ -135,7 +135,7 @@ def stages(config: SchedulerConfig) -> tuple[Stage, ...]:
         high = min(table[int(shares[i] * train)] * train, 999.0)
         low = table[min(int(shares[i + 1] * train), train - 1)] * train
         # The lowest is one of a thousand steps above the next level's highest.
-        out.append(Stage(start, end, entry, (float(high), float(high + (low - high) * (train - 1) / train))))
+        out.append(LevelRange(start, end, entry, (float(high), float(high + (low - high) * (train - 1) / train))))
     return tuple(out)
 
 

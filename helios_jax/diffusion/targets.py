@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Key
 
 from helios_jax.diffusion.noising import add_noise, velocity
 from helios_jax.diffusion.pyramid import downsample, upsample
-from helios_jax.diffusion.schedule import Shift, Stage, shift, training_shift
+from helios_jax.diffusion.schedule import LevelRange, Shift, shift, training_shift
 
 STEPS = 1000  # of the training schedule, and of each level of the pyramid
 
@@ -88,7 +88,7 @@ def pyramid_samples(
     latents: Float[Array, "b t h w c"],
     noise: Float[Array, "b t h w c"],
     quantiles: Sequence[Float[Array, "_ratio b"]],
-    levels: Sequence[Stage],
+    levels: Sequence[LevelRange],
     config: TimesConfig,
 ) -> list[FlowSample]:
     """Noisy samples on the paths of all levels, coarsest first, one for each quantile of a level; for stage 2.

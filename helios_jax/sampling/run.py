@@ -177,7 +177,6 @@ class _RowMaker:
 
 def _check(job: Job, plan: Plan, rest: Rest, checkpoint: Checkpoint, *, alone: bool) -> None:
     """Raises ValueError for a video that cannot be made or, if it is `alone` (no row of a CSV), cannot be written."""
-    outputs.check(job, goes_on=rest.in_its_file)
     config = job.config
     if config.profile is not None and plan.num_chunks is not None and plan.num_chunks < 2:
         least = plan.frames.first + 1
@@ -189,6 +188,7 @@ def _check(job: Job, plan: Plan, rest: Rest, checkpoint: Checkpoint, *, alone: b
         check_identity(config.resume, read_state(config.resume), identity)
     else:
         make_schedule([config.prompt], config.switches, config, plan.frames)
+    outputs.check(job, goes_on=rest.in_its_file)
     if rest.in_its_file or (alone and not job.out.is_dir()):
         writer = open_file(job, rest)
         writer.close()

@@ -120,8 +120,9 @@ def check_hosts(config: TrainConfig) -> None:
 
 def check_steps(steps: int, folder: Path) -> None:
     """Raises ConfigError where the checkpoints in `folder` are beyond `steps`, the export of which they would be."""
-    done = latest_step(folder)
-    if done is not None and done > steps:
+    newest = latest_step(folder) if jax.process_index() == 0 else None
+    done = int(hosts.of_first("newest step", str(newest or 0)))
+    if done > steps:
         raise ConfigError(
             f"steps is {steps}, but {folder} is at step {done}: set steps={done} to export it, or name another run"
         )

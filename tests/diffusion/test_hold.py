@@ -10,7 +10,7 @@ from helios_jax.diffusion.denoise import ChunkNoise, held_velocity, hold, rows, 
 from helios_jax.diffusion.levels import make_levels
 from helios_jax.diffusion.noising import add_noise
 from helios_jax.diffusion.pyramid import downsample, upsample
-from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig, stages
+from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig, level_ranges
 
 SHAPE = (2, 3, 8, 16, 4)
 LEVELS = {
@@ -62,7 +62,7 @@ def test_the_velocity_is_that_of_the_level_s_path(name):
     """The target of training: from one end of the level to the other, with the same noise in both."""
     scheduler, pyramid, _ = LEVELS[name]
     levels, frame = levels_of(name), normal(0, 2, 1, *SHAPE[2:])
-    ends = [(each.start if i else 1.0, each.end) for i, each in enumerate(stages(scheduler))]
+    ends = [(each.start if i else 1.0, each.end) for i, each in enumerate(level_ranges(scheduler))]
     ends = ends if pyramid else [(1.0, 0.0)]
     sizes = [frame]
     for _ in levels[1:]:

@@ -7,7 +7,7 @@ import pytest
 
 from helios_jax.diffusion.guidance import guide
 from helios_jax.diffusion.pyramid import block_noise, downsample, upsample
-from helios_jax.diffusion.schedule import SchedulerConfig, stages, upsampling_weights
+from helios_jax.diffusion.schedule import SchedulerConfig, level_ranges, upsampling_weights
 from tests.closeness import assert_close
 
 
@@ -30,7 +30,7 @@ def test_downsampling_keeps_the_variance_of_noise_and_undoes_upsampling():
 def test_a_level_begins_on_the_path_of_its_noise_level():
     """Upsampled latents at sigma `entry` plus block noise have the variance of noise at the level's start."""
     config = SchedulerConfig()
-    for stage in stages(config)[1:]:
+    for stage in level_ranges(config)[1:]:
         alpha, beta = upsampling_weights(stage.entry, config.gamma)
         clean, white = jnp.zeros((1, 4, 64, 64, 2)), jax.random.normal(jax.random.key(2), (1, 4, 64, 64, 2))
         coarse = stage.entry * jax.random.normal(jax.random.key(3), downsample(clean).shape)

@@ -18,7 +18,7 @@ from diffusers.training_utils import (  # noqa: E402
 )
 
 from helios_jax.diffusion.corruption import blur, saturate  # noqa: E402
-from helios_jax.diffusion.schedule import SchedulerConfig, stages  # noqa: E402
+from helios_jax.diffusion.schedule import SchedulerConfig, level_ranges  # noqa: E402
 from helios_jax.diffusion.targets import (  # noqa: E402
     TimesConfig,
     draw_quantile,
@@ -87,7 +87,7 @@ def test_stage_2(shape, shift, ratios):
     latents, noise, _, quantiles = draws(shape, sum(ratios))
     config = TimesConfig(weighting="cosmap", shift=shift)
     drawn = [jnp.asarray(part) for part in np.split(quantiles, np.cumsum(ratios)[:-1])]
-    ours = pyramid_samples(jnp.asarray(latents), jnp.asarray(noise), drawn, stages(SchedulerConfig()), config)
+    ours = pyramid_samples(jnp.asarray(latents), jnp.asarray(noise), drawn, level_ranges(SchedulerConfig()), config)
     assert len(ours) == sum(ratios)
 
     def halved(x):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from helios_jax.diffusion import solvers  # noqa: E402
 from helios_jax.diffusion.levels import level_table  # noqa: E402
-from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig, sigmas, stages  # noqa: E402
+from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig, level_ranges, sigmas  # noqa: E402
 from tests.parity.reference import check  # noqa: E402
 
 CASES = settings(max_examples=30, deadline=None, database=None, phases=[Phase.explicit, Phase.generate])
@@ -93,7 +93,7 @@ def test_pyramid_tables(few, dynamic, kind):
     options = {"use_dynamic_shifting": dynamic, "time_shift_type": kind}
     scheduler = (HeliosDMDScheduler if few else HeliosScheduler)(**options)
     config = (DMDSchedulerConfig if few else SchedulerConfig)(**options)
-    for i, stage in enumerate(stages(config)):
+    for i, stage in enumerate(level_ranges(config)):
         expected = scheduler.start_sigmas[i], scheduler.end_sigmas[i], scheduler.ori_start_sigmas[i]
         np.testing.assert_allclose((stage.start, stage.end, stage.entry), expected, rtol=0, atol=1e-14)
         for steps, tokens, twice in itertools.product((1, 2, 3, 20), (96, 540, 8640), (False, True)):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from helios_jax.diffusion.memory import MemoryConfig
-from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig, stages
+from helios_jax.diffusion.schedule import DMDSchedulerConfig, SchedulerConfig, level_ranges
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
 from helios_jax.pretrained import CheckpointError
@@ -90,7 +90,7 @@ def test_a_student_is_sampled_at_the_times_of_its_training():
 
     assert second_steps(Trained()) == [833, 512, 174]  # of diffusers
     expected = []
-    for level, tokens in zip(stages(scheduler), (540, 2160, 8640)):
+    for level, tokens in zip(level_ranges(scheduler), (540, 2160, 8640)):
         high, low = level.timesteps
         mu, sigma = 0.5 + 0.65 * (tokens - 256) / 3840, (0.999 + 0.000999) / 2
         expected.append(low + (high - low) * mu * sigma / (1 + (mu - 1) * sigma))

@@ -17,25 +17,27 @@ def test_dmd_pulls_the_chunk_to_where_the_teacher_sees_it():
     """At the teacher's own prediction the gradient is the critic's distance from it, over the chunk's."""
     config = config_of(distill={"gan": None})
     model, batch = make_players(config), batch_of()
-    scene = rollout.make_scene(batch, keys(), config)
+    inputs = rollout.make_inputs(batch, keys(), config)
     rng = np.random.default_rng(3)
     made, noise = (jnp.asarray(rng.standard_normal(CHUNK, np.float32)) for _ in range(2))
     sigma = jnp.array([0.3, 0.8])
-    ours, _ = jax.jit(lambda m: player_losses.dmd_gradient(m, made, scene.history, scene, sigma, noise, config))(model)
+    ours, _ = jax.jit(lambda m: player_losses.dmd_gradient(m, made, inputs.history, inputs, sigma, noise, config))(
+        model
+    )
 
     s = sigma[:, None, None, None, None]
     noisy = (1 - s) * made + s * noise
 
     def clean(score, text):
         return noisy - s * player_losses._velocity(
-            score, noisy, sigma, player_losses._seen(score, scene.history, text, config), config
+            score, noisy, sigma, player_losses._seen(score, inputs.history, text, config), config
         )
 
     def expected(m):
-        with_text, without = clean(m.real, scene.text), clean(m.real, scene.negative)
+        with_text, without = clean(m.real, inputs.text), clean(m.real, inputs.negative)
         teacher = with_text + 2.0 * (with_text - without)
         distance = jnp.abs(made - teacher).mean((1, 2, 3, 4), keepdims=True)
-        return (clean(m.fake, scene.text) - teacher) / distance
+        return (clean(m.fake, inputs.text) - teacher) / distance
 
     assert_close(ours, jax.jit(expected)(model), ulps=60)
     assert np.abs(np.asarray(losses.dmd_loss(made, ours))).max() > 0
@@ -45,12 +47,12 @@ def test_without_matching_the_discriminator_alone_teaches_the_student():
     """Before the discriminator begins, nothing does."""
     gan = GANConfig(start=1, discriminator=DiscriminatorConfig((0,), dim=64), generator_weight=2.0, r1=None, crop=None)
     config = config_of(distill={"matching_weight": 0.0, "gan": gan, **ONE_STEP})
-    model, scene = make_players(config), rollout.make_scene(batch_of(), keys(), config)
+    model, inputs = make_players(config), rollout.make_inputs(batch_of(), keys(), config)
     common, one = jax.random.key(5), jnp.asarray(1)
 
     @jax.jit
     def of(model, step):
-        return player_losses.generator_loss(model, scene, one, keys(), common, step, config)
+        return player_losses.generator_loss(model, inputs, one, keys(), common, step, config)
 
     loss, metrics = of(model, jnp.asarray(1))
     assert sorted(metrics) == ["gan_generator"]
@@ -77,9 +79,9 @@ def test_discriminator_s_own_noise(player, monkeypatch):
         gan = GANConfig(start=0, discriminator=DiscriminatorConfig((0,), dim=64), r1=None, crop=None, renoise=own)
         scores = {"score": ScoreConfig(init="teacher", renoise=shared), "critic": CriticConfig(LORA, renoise=shared)}
         config = config_of(distill={"gan": gan, **scores, **ONE_STEP})
-        scene = rollout.make_scene(batch_of(), keys(), config)
+        inputs = rollout.make_inputs(batch_of(), keys(), config)
         one, common = jnp.asarray(1), jax.random.key(5)
-        _, found = jax.jit(lambda model: loss(model, scene, one, keys(), common, one, config))(make_players(config))
+        _, found = jax.jit(lambda model: loss(model, inputs, one, keys(), common, one, config))(make_players(config))
         return {name: float(value) for name, (value, _) in found.items()}
 
     own, shared = metrics(level(0.8), level(0.2)), metrics(level(0.2), None)

@@ -19,7 +19,7 @@ from helios_jax.data.loader import chunk_transform
 from helios_jax.data.records import EMPTY_TEXT, Source
 from helios_jax.diffusion.corruption import corrupt_history, drop_history
 from helios_jax.diffusion.memory import History, window
-from helios_jax.diffusion.schedule import stages
+from helios_jax.diffusion.schedule import level_ranges
 from helios_jax.diffusion.targets import FlowSample, draw_quantile, flow_loss, pyramid_samples, straight_sample
 from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.training.flow_config import FlowConfig, FlowTrainConfig
@@ -167,7 +167,7 @@ def make_samples(
         numbers = range(used, used := used + ratio)
         drawn = [draw_quantile(fold(keys, i), flow.times) for i in numbers]
         quantiles.append(jnp.stack(drawn))
-    return pyramid_samples(target, noise, quantiles, stages(flow.pyramid.scheduler()), flow.times)
+    return pyramid_samples(target, noise, quantiles, level_ranges(flow.pyramid.scheduler()), flow.times)
 
 
 def _metrics(errors: Float[Array, "samples b"], samples: list[FlowSample], flow: FlowConfig) -> Metrics:

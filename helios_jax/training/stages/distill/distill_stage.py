@@ -37,7 +37,7 @@ from helios_jax.training.stages.distill import players
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig, GANConfig
 from helios_jax.training.stages.distill.player_losses import critic_loss, generator_loss
 from helios_jax.training.stages.distill.players import Players, of_student
-from helios_jax.training.stages.distill.rollout import make_scene
+from helios_jax.training.stages.distill.rollout import make_inputs
 from helios_jax.training.stages.flow import fold
 from helios_jax.training.start import check_init, transformer_config
 from helios_jax.training.trainable import ALL
@@ -123,12 +123,12 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
     ) -> tuple[Float[Array, ""], Metrics]:
         """The loss of a player; its `number` makes its draws differ from those of the other player."""
         config, step = self.config, batch["step"]
-        scene = make_scene(batch, fold(keys, 0), config)
+        inputs = make_inputs(batch, fold(keys, 0), config)
         # All samples share one rollout length: with several, a batch would take as long as the longest.
         common = jax.random.fold_in(jax.random.fold_in(seeds.key(config.seed), COMMON), step)
         chunks = config.distill.rollout.draw(jax.random.fold_in(common, 0), step)
         own = fold(keys, 1 + number), jax.random.fold_in(common, number)
-        return loss(model, scene, chunks, *own, step, config)
+        return loss(model, inputs, chunks, *own, step, config)
 
     def export(self, model: Players, folder: Path) -> None:
         """Writes the student's pipeline; critic and discriminator are in the checkpoints."""

@@ -18,7 +18,7 @@ from helios_jax.training.gradients import with_gradient
 from helios_jax.training.stage import Metrics
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
 from helios_jax.training.stages.distill.players import Players, of_student
-from helios_jax.training.stages.distill.rollout import Scene, make_chunk, real_chunk
+from helios_jax.training.stages.distill.rollout import DistillInputs, make_chunk, real_chunk
 from helios_jax.training.stages.flow import fold
 from helios_jax.training.trainable import trainable
 
@@ -49,107 +49,125 @@ def _repeated(x: Any, count: int) -> Any:
     return jax.tree.map(lambda a: jnp.repeat(a, count, 0), x)
 
 
-def _together(*parts: Array) -> Array:
+def _interleave(*parts: Array) -> Array:
     """Samples of several batches in one, interleaved: each sample stays on its device."""
     return jnp.stack(parts, 1).reshape(-1, *parts[0].shape[1:])
 
 
 def generator_loss(
-    model: Players, scene: Scene, chunks: Array, keys: Array, common: Array, step: Array, config: DistillTrainConfig
+    model: Players,
+    inputs: DistillInputs,
+    chunks: Array,
+    keys: Array,
+    common: Array,
+    step: Array,
+    config: DistillTrainConfig,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Distribution matching of the student's last chunk, and from step `gan.start` the loss against the discriminator.
 
     `common` is the key of draws that all samples share.
     """
     distill, gan = config.distill, config.distill.gan
-    made, history = make_chunk(model.student, scene, chunks, fold(keys, 0), common, config, with_gradient=True)
+    generated, history = make_chunk(model.student, inputs, chunks, fold(keys, 0), common, config, with_gradient=True)
     k_sigma, k_noise, k_gan, k_crop = (fold(keys, i) for i in range(1, 5))
-    sigma = losses.draw_sigma(k_sigma, distill.score.renoise, step, training_shift(made.shape, distill.shift))
+    sigma = losses.draw_sigma(k_sigma, distill.score.renoise, step, training_shift(generated.shape, distill.shift))
 
     dmd, metrics = jnp.zeros(()), {}
     if distill.matching_weight > 0:
-        fixed = jax.lax.stop_gradient(made)
+        fixed = jax.lax.stop_gradient(generated)
         gradient, distance = jax.lax.stop_gradient(
-            dmd_gradient(model, fixed, history, scene, sigma, _normal(k_noise, made), config)
+            dmd_gradient(model, fixed, history, inputs, sigma, _normal(k_noise, generated), config)
         )
-        matching = losses.dmd_loss(made, gradient).mean()
+        matching = losses.dmd_loss(generated, gradient).mean()
         dmd = distill.matching_weight * matching
         metrics = {"dmd_loss": (matching, jnp.ones(())), "dmd_distance": (distance, jnp.ones(()))}
     if gan is None or model.discriminator is None:
         return dmd, metrics
 
-    judged_at = _judged_sigma(sigma, fold(keys, 5), step, made, config)
+    gan_sigma = _gan_sigma(sigma, fold(keys, 5), step, generated, config)
 
-    def adversarial(made: Array) -> tuple[Array, Array]:
-        noisy = add_noise(made, _normal(k_gan, made), judged_at)
-        logits = _logits(model, _window(noisy, k_crop, config), judged_at, history, scene.text, config)
+    def adversarial(generated: Array) -> tuple[Array, Array]:
+        noisy = add_noise(generated, _normal(k_gan, generated), gan_sigma)
+        logits = _logits(model, _gan_crop(noisy, k_crop, config), gan_sigma, history, inputs.text, config)
         against = losses.gan_loss(logits, real=True).mean()
         return gan.generator_weight * against, against
 
     on = step >= gan.start
-    (loss, against), slope = _apart(on, adversarial, made)
-    return dmd + with_gradient(loss, made, slope), {**metrics, "gan_generator": (against, on.astype(jnp.float32))}
+    (loss, against), slope = _value_and_grad_if(on, adversarial, generated)
+    return dmd + with_gradient(loss, generated, slope), {**metrics, "gan_generator": (against, on.astype(jnp.float32))}
 
 
 def dmd_gradient(
-    model: Players, made: Array, history: History, scene: Scene, sigma: Array, noise: Array, config: DistillTrainConfig
+    model: Players,
+    generated: Array,
+    history: History,
+    inputs: DistillInputs,
+    sigma: Array,
+    noise: Array,
+    config: DistillTrainConfig,
 ) -> tuple[Float[Array, "b t h w c"], Float[Array, ""]]:
-    """(gradient of the distribution matching loss at `made`, mean distance to the teacher's prediction).
+    """(gradient of the distribution matching loss at `generated`, mean distance to the teacher's prediction).
 
-    Both scores predict the chunk from `made` noised to `sigma`.
+    Both scores predict the chunk from `generated` noised to `sigma`.
     """
     distill = config.distill
-    noisy = add_noise(made, noise, sigma)
+    noisy = add_noise(generated, noise, sigma)
     fake, real = model.fake, model.real
 
     def clean(score: Transformer, text: Array, copies: int) -> Array:
         past, x, s = (_repeated(a, copies) for a in (history, noisy, sigma))
         return predict_data(x, _velocity(score, x, s, _seen(score, past, text, config), config), s)
 
-    predicted = clean(fake, scene.text, 1)
+    predicted = clean(fake, inputs.text, 1)
     scale = distill.score.guidance_scale
     if scale == 0:
-        teacher = clean(real, scene.text, 1)
+        teacher = clean(real, inputs.text, 1)
     else:
-        pair = clean(real, _together(scene.text, scene.negative), 2).reshape(-1, 2, *made.shape[1:])
+        pair = clean(real, _interleave(inputs.text, inputs.negative), 2).reshape(-1, 2, *generated.shape[1:])
         teacher = pair[:, 0] + scale * (pair[:, 0] - pair[:, 1])
-    return losses.dmd_gradient(made, teacher, predicted), jnp.abs(made - teacher).mean()
+    return losses.dmd_gradient(generated, teacher, predicted), jnp.abs(generated - teacher).mean()
 
 
 def critic_loss(
-    model: Players, scene: Scene, chunks: Array, keys: Array, common: Array, step: Array, config: DistillTrainConfig
+    model: Players,
+    inputs: DistillInputs,
+    chunks: Array,
+    keys: Array,
+    common: Array,
+    step: Array,
+    config: DistillTrainConfig,
 ) -> tuple[Float[Array, ""], Metrics]:
     """Flow matching of the critic on the student's last chunk, and from step `gan.start` the discriminator's loss."""
     distill, gan = config.distill, config.distill.gan
-    made, history = make_chunk(model.student, scene, chunks, fold(keys, 0), common, config, with_gradient=False)
-    made, history = jax.lax.stop_gradient((made, history))
+    generated, history = make_chunk(model.student, inputs, chunks, fold(keys, 0), common, config, with_gradient=False)
+    generated, history = jax.lax.stop_gradient((generated, history))
     k_sigma, k_noise, k_crop, k_crop_real, k_r1, k_r2 = (fold(keys, i) for i in range(1, 7))
-    sigma = losses.draw_sigma(k_sigma, distill.critic.renoise, step, training_shift(made.shape, distill.shift))
-    noise = _normal(k_noise, made)
-    noisy = add_noise(made, noise, sigma)
+    sigma = losses.draw_sigma(k_sigma, distill.critic.renoise, step, training_shift(generated.shape, distill.shift))
+    noise = _normal(k_noise, generated)
+    noisy = add_noise(generated, noise, sigma)
 
     def denoising(noisy: Array) -> Array:
-        velocity = _velocity(model.fake, noisy, sigma, _seen(model.fake, history, scene.text, config), config)
-        return jnp.square(velocity - noising.velocity(made, noise)).mean()
+        velocity = _velocity(model.fake, noisy, sigma, _seen(model.fake, history, inputs.text, config), config)
+        return jnp.square(velocity - noising.velocity(generated, noise)).mean()
 
     if gan is None or model.discriminator is None:
         loss = denoising(noisy)
         return loss, {"critic_loss": (loss, jnp.ones(()))}
-    graph, learning, rest = nnx.split(model, _judges(config), ...)
-    judged_at = _judged_sigma(sigma, fold(keys, 7), step, made, config)
+    graph, learning, rest = nnx.split(model, _critic_filter(config), ...)
+    gan_sigma = _gan_sigma(sigma, fold(keys, 7), step, generated, config)
 
     def adversarial(learning: Any) -> tuple[Array, tuple[Array, Array]]:
         model = nnx.merge(graph, learning, rest)
-        own, past = real_chunk(scene, chunks, config)
-        fake, real = (add_noise(x, noise, judged_at) for x in (made, own))
-        judged = [(_window(fake, k_crop, config), history), (_window(real, k_crop_real, config), past)]
+        own, past = real_chunk(inputs, chunks, config)
+        fake, real = (add_noise(x, noise, gan_sigma) for x in (generated, own))
+        judged = [(_gan_crop(fake, k_crop, config), history), (_gan_crop(real, k_crop_real, config), past)]
         # A penalty compares one window with and without the noise. (Upstream draws another window for each.)
         for term, key, (latents, after) in ((gan.r1, k_r1, judged[1]), (gan.r2, k_r2, judged[0])):
             if term is not None:
                 judged.append((latents + term.sigma * _normal(key, latents), after))
         count = len(judged)
-        latents, after = jax.tree.map(_together, *judged)
-        logits = _logits(model, latents, _repeated(judged_at, count), after, _repeated(scene.text, count), config)
+        latents, after = jax.tree.map(_interleave, *judged)
+        logits = _logits(model, latents, _repeated(gan_sigma, count), after, _repeated(inputs.text, count), config)
         logits = logits.reshape(-1, count, logits.shape[-1])
         fake_logits, real_logits, *moved = (logits[:, i] for i in range(count))
         against = (losses.gan_loss(fake_logits, real=False) + losses.gan_loss(real_logits, real=True)).mean()
@@ -160,7 +178,7 @@ def critic_loss(
         return gan.critic_weight * against + penalties, (against, penalties)
 
     on = step >= gan.start
-    (loss, (against, penalties)), slope = _apart(on, adversarial, learning)
+    (loss, (against, penalties)), slope = _value_and_grad_if(on, adversarial, learning)
     # The barrier makes the two losses run one after the other, so that only one needs memory at a time.
     noisy, slope = jax.lax.optimization_barrier((noisy, slope))
     error, weight = denoising(noisy), on.astype(jnp.float32)
@@ -172,22 +190,22 @@ def critic_loss(
     return error + with_gradient(loss, learning, slope), metrics
 
 
-def _judged_sigma(sigma: Array, keys: Array, step: Array, made: Array, config: DistillTrainConfig) -> Array:
+def _gan_sigma(sigma: Array, keys: Array, step: Array, generated: Array, config: DistillTrainConfig) -> Array:
     """The noise levels at which the discriminator sees chunks: its own, or `sigma`, those of the score."""
     gan = config.distill.gan
     assert gan is not None
     if gan.renoise is None:
         return sigma
-    return losses.draw_sigma(keys, gan.renoise, step, training_shift(made.shape, config.distill.shift))
+    return losses.draw_sigma(keys, gan.renoise, step, training_shift(generated.shape, config.distill.shift))
 
 
-def _judges(config: DistillTrainConfig) -> Any:
+def _critic_filter(config: DistillTrainConfig) -> Any:
     """The filter of trained parameters of the critic and the discriminator."""
     is_trained = trainable(config.trainable)
     return lambda path, variable: is_trained(path, variable) and not of_student(path, variable)
 
 
-def _apart(on: Array, loss: Callable[[Any], tuple[Array, Any]], x: Any) -> tuple[tuple[Array, Any], Any]:
+def _value_and_grad_if(on: Array, loss: Callable[[Any], tuple[Array, Any]], x: Any) -> tuple[tuple[Array, Any], Any]:
     """Returns `loss(x)`, a pair (number, aux), and its gradient at `x`; all are zeros unless `on`.
 
     They are computed here and are constants to the outer backward pass, which keeps no activations of `loss`.
@@ -216,7 +234,7 @@ def _logits(
     return discriminator(velocity, hidden)
 
 
-def _window(latents: Array, keys: Array, config: DistillTrainConfig) -> Array:
+def _gan_crop(latents: Array, keys: Array, config: DistillTrainConfig) -> Array:
     gan = config.distill.gan
     assert gan is not None
     if gan.crop is None:

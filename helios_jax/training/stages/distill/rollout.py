@@ -21,7 +21,7 @@ from helios_jax.training.stages.flow import fold
 
 
 @struct.dataclass
-class Scene:
+class DistillInputs:
     """Inputs of the student that makes a chunk, and of the scores that judge it.
 
     `history` is the past before the first chunk, dropped but not corrupted; `keys` [b] are those of its corruption.
@@ -35,8 +35,8 @@ class Scene:
     real: Any
 
 
-def make_scene(batch: dict[str, Any], keys: Key[Array, " b"], config: DistillTrainConfig) -> Scene:
-    """The scene of a batch, its history dropped."""
+def make_inputs(batch: dict[str, Any], keys: Key[Array, " b"], config: DistillTrainConfig) -> DistillInputs:
+    """The inputs of a batch, its history dropped."""
     past, settings = (batch["history"], batch["anchor"]), config.flow
     if settings.drop is not None:
         past = drop_history(fold(keys, 0), *past, settings.drop, settings.memory)
@@ -44,10 +44,12 @@ def make_scene(batch: dict[str, Any], keys: Key[Array, " b"], config: DistillTra
     # Where there is no anchor yet, the first chunk of a rollout brings it.
     anchored = anchor.any((1, 2, 3, 4), keepdims=True)
     history = History(history, anchor, anchored, batch["chunk"])
-    return Scene(history, fold(keys, 1), batch["text"], batch["negative"], batch["target"])
+    return DistillInputs(history, fold(keys, 1), batch["text"], batch["negative"], batch["target"])
 
 
-def corrupted(history: History, scene: Scene, chunk: Any, config: DistillTrainConfig, *, saturation: bool) -> History:
+def corrupted(
+    history: History, inputs: DistillInputs, chunk: Any, config: DistillTrainConfig, *, saturation: bool
+) -> History:
     """The past before the `chunk`-th chunk of a rollout as the student sees it; the scores see it without `saturation`.
 
     Every chunk has draws of its own, the same ones for the student and the scores.
@@ -57,13 +59,13 @@ def corrupted(history: History, scene: Scene, chunk: Any, config: DistillTrainCo
         corruption = dataclasses.replace(corruption, saturation=None)
     if corruption is None or corruption.is_nothing:
         return history
-    seen = corrupt_history(fold(scene.keys, chunk), history.latents, history.anchor, corruption, config.flow.memory)
+    seen = corrupt_history(fold(inputs.keys, chunk), history.latents, history.anchor, corruption, config.flow.memory)
     return History(*seen, history.anchored, history.chunk)
 
 
 def make_chunk(
     generator: Transformer,
-    scene: Scene,
+    inputs: DistillInputs,
     chunks: Array,
     keys: Key[Array, " b"],
     common: Key[Array, ""],
@@ -79,7 +81,7 @@ def make_chunk(
     gradient, if `with_gradient`.
     """
     distill, memory, dtype = config.distill, config.flow.memory, jnp.dtype(config.precision)
-    shape = (memory.frames_per_chunk, *scene.real.shape[2:])
+    shape = (memory.frames_per_chunk, *inputs.real.shape[2:])
     tokens = math.prod(n // p for n, p in zip(shape, generator.config.patch_size))
     levels, first_levels = (
         make_levels(
@@ -91,7 +93,7 @@ def make_chunk(
         )
         for times in (1, 1 + distill.amplify_first_chunk)
     )
-    conditioning = Conditioning(generator.text_kv(scene.text.astype(dtype)))
+    conditioning = Conditioning(generator.text_kv(inputs.text.astype(dtype)))
 
     def chunk(number: Any, history: History, with_gradient: bool) -> Array:
         own, shared = fold(keys, number), jax.random.fold_in(common, number)
@@ -118,12 +120,12 @@ def make_chunk(
         )
 
     def made(number: Any, past: History, with_gradient: bool = False) -> Array:
-        return chunk(number, corrupted(past, scene, number, config, saturation=True), with_gradient)
+        return chunk(number, corrupted(past, inputs, number, config, saturation=True), with_gradient)
 
-    past, last = scene.history, chunks - 1
+    past, last = inputs.history, chunks - 1
     if distill.rollout.largest > 1:
         past = jax.lax.fori_loop(0, last, lambda i, past: _pushed(past, made(i, past), config), past)
-    return made(last, past, with_gradient), corrupted(past, scene, last, config, saturation=False)
+    return made(last, past, with_gradient), corrupted(past, inputs, last, config, saturation=False)
 
 
 def _pushed(history: History, latents: Array, config: DistillTrainConfig) -> History:
@@ -132,14 +134,14 @@ def _pushed(history: History, latents: Array, config: DistillTrainConfig) -> His
     return History(after.latents, after.anchor, jnp.ones_like(history.anchored), after.chunk)
 
 
-def real_chunk(scene: Scene, chunks: Array, config: DistillTrainConfig) -> tuple[Array, History]:
+def real_chunk(inputs: DistillInputs, chunks: Array, config: DistillTrainConfig) -> tuple[Array, History]:
     """The data's own chunk at the place of the student's last one, and its history."""
     t = config.flow.memory.frames_per_chunk
 
     def at(number: Any) -> Array:
-        return jax.lax.dynamic_slice_in_dim(scene.real, number * t, t, 1)
+        return jax.lax.dynamic_slice_in_dim(inputs.real, number * t, t, 1)
 
-    past, last = scene.history, chunks - 1
+    past, last = inputs.history, chunks - 1
     if config.distill.rollout.largest > 1:
         past = jax.lax.fori_loop(0, last, lambda i, past: _pushed(past, at(i), config), past)
-    return at(last), corrupted(past, scene, last, config, saturation=False)
+    return at(last), corrupted(past, inputs, last, config, saturation=False)
