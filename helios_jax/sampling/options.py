@@ -8,10 +8,10 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from helios_jax.config import nearest
-from helios_jax.config_types import got, unreadable
+from helios_jax.config_types import describe, got, misfit, options, unreadable
 from helios_jax.locations import check_locations, location
 from helios_jax.runtime.seeds import checked
 
@@ -202,13 +202,20 @@ class SamplingOptions(ContextConfig):
     def changed(self, changes: Mapping[str, Any]) -> "SamplingOptions":
         """A copy with `changes`; sequences in them may be lists or tuples.
 
-        Raises TypeError, in one line, for a name that is no option.
+        Raises TypeError, in one line, for a name that is no option, and ValueError for a value of another type.
         """
-        names = [f.name for f in dataclasses.fields(SamplingOptions)]
+        hints = get_type_hints(SamplingOptions)
         for name in changes:
-            if name not in names:
-                raise TypeError(f"{name} is no option of sampling{nearest(name, names)}")
-        given = dict(changes)
+            if name not in hints:
+                near = "; give seed" if name == "generator" else nearest(name, list(hints))
+                raise TypeError(f"{name} is no option of sampling{near}")
+        # numpy's numbers are taken as such. In YAML a text may stand for a number, here it may not.
+        given = {name: value.item() if getattr(value, "ndim", None) == 0 else value for name, value in changes.items()}
+        for name, value in given.items():
+            if isinstance(value, str) and {int, float} & {*options(hints[name])}:
+                raise ValueError(f"{name} must be {describe(hints[name])}, got {got(value)}")
+            if wrong := misfit(hints[name], value, name):
+                raise ValueError(wrong)
         for name, kind in {"history_sizes": tuple, "pyramid_num_inference_steps_list": list}.items():
             if given.get(name) is not None:
                 given[name] = kind(given[name])

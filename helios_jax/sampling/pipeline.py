@@ -278,7 +278,7 @@ class HeliosPipeline:
 
     def read_context(self, prompt: Prompt, plan: Plan, *, image: Any = None, video: Any = None) -> Context:
         """The pixels that videos of `prompt` begin with (`image`) or continue (`video`), for `prepare`."""
-        return read_context(image, video, 1 if isinstance(prompt, str) else len(prompt), plan, self.vae.config)
+        return read_context(image, video, len(make_prompts(prompt)), plan, self.vae.config)
 
     def prepare(
         self,

@@ -26,6 +26,7 @@ from helios_jax.media.image import read_image
 from helios_jax.media.video import read_video
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling import cli
+from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.jobs import make_jobs
 from helios_jax.sampling.options import SampleConfig
 from helios_jax.training.stage_table import load_config, make_stage
@@ -179,7 +180,7 @@ def test_csv(assets, rooms, data):
     written = file.getvalue().encode(encoding, "surrogatepass")
     damaged = data.draw(damage(written, most=2)) if data.draw(st.booleans()) else written
     room.joinpath("p.csv").write_bytes(damaged)
-    outcome, jobs = call(lambda: make_jobs(SampleConfig(**SMALL | {"csv": "p.csv", "out": "all"}), 9))
+    outcome, jobs = call(lambda: make_jobs(SampleConfig(**SMALL | {"csv": "p.csv", "out": "all"}), ChunkFrames(9, 9)))
     wrong = ""
     if outcome.code == 0 and damaged == written:
         got = [job.config.prompt.strip() for job in jobs]

@@ -2,7 +2,9 @@
 
 import dataclasses
 import inspect
+import re
 
+import numpy as np
 import pytest
 import yaml
 
@@ -47,6 +49,27 @@ def test_flags_are_all_fields_and_read_as_yaml_does(tmp_path, capsys):
     shown = capsys.readouterr().out
     flags = [f"--{f.name.replace('_', '-')} " for f in dataclasses.fields(SampleConfig) if f.name not in cli.OTHERWISE]
     assert [flag for flag in flags if flag not in shown] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "told"),
+    [
+        ({"num_frames": 33.0}, ValueError, "num_frames must be a whole number or null, got 33.0"),
+        ({"num_frames": "33"}, ValueError, "num_frames must be a whole number or null, got '33'"),
+        ({"fps": None}, ValueError, "fps must be a whole number, got null"),
+        ({"generator": None}, TypeError, "generator is no option of sampling; give seed"),
+        ({"num_frame": 1}, TypeError, "num_frame is no option of sampling; did you mean num_frames?"),
+    ],
+)
+def test_an_argument_of_another_type_is_refused_before_any_work(change, error, told):
+    with pytest.raises(error, match=re.escape(told)):
+        SamplingOptions().changed(change)
+
+
+def test_numbers_of_numpy_are_numbers():
+    made = SamplingOptions().changed({"num_frames": np.int64(9), "guidance_scale": np.float32(3), "fps": np.array(8)})
+    assert (made.num_frames, made.guidance_scale, made.fps) == (9, 3.0, 8)
+    assert {type(made.num_frames), type(made.fps)} == {int}
 
 
 def test_a_video_is_planned_and_its_image_read_once(tmp_path, monkeypatch):
