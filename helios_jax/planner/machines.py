@@ -94,7 +94,7 @@ class Machine:
 
     @cached_property
     def places(self) -> list["Place"]:
-        """What a mesh needs to know of each device, without a compiler for it."""
+        """Stand-ins for the devices, in any order, which tell a mesh what it needs to know; no compiler makes them."""
         if not self.is_tpu:
             return [Place("gpu", i, process_index=i // self.grid[1]) for i in range(self.count)]
         grid = [(*point, 0)[:3] for point in itertools.product(*map(range, self.grid))]

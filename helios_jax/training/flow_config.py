@@ -148,6 +148,11 @@ class StudentTrainConfig(FlowTrainConfig):
             levels == steps,
             f"distill.steps has {steps} levels, flow.pyramid {levels or 'is null'}: give as many",
         )
+        ones = [1] * levels
+        require(
+            self.flow.pyramid is None or list(self.flow.pyramid.sample_ratios) == ones,
+            f"flow.pyramid.sample_ratios must be {ones}: a student has one sample of each level",
+        )
         shift = 1.0 if self.flow.pyramid is None else self.flow.pyramid.timestep_shift
         require(
             self.distill.shift is None or shift == 1.0,

@@ -17,7 +17,7 @@ from jax.extend.core import Jaxpr
 from jax.sharding import AbstractMesh, Mesh
 
 from helios_jax.runtime import chips, flops
-from helios_jax.training.flow_config import FlowTrainConfig, StudentTrainConfig
+from helios_jax.training.flow_config import FlowTrainConfig
 from helios_jax.training.stage import Stage
 from helios_jax.training.start import transformer_config
 from helios_jax.training.state import TrainState
@@ -43,7 +43,7 @@ def sequences(config: FlowTrainConfig, height: int, width: int) -> list[list[int
     pyramid = config.flow.pyramid
     if pyramid is None:
         return [[tokens(0)]]
-    ratios = (1,) * len(pyramid.sample_ratios) if isinstance(config, StudentTrainConfig) else pyramid.sample_ratios
+    ratios = pyramid.sample_ratios
     levels = [tokens(len(ratios) - 1 - i) for i, ratio in enumerate(ratios) for _ in range(ratio)]
     return [levels] if pyramid.levels == "packed" else [[level] for level in levels]
 

@@ -79,7 +79,7 @@ def test_a_student_takes_the_steps_that_it_was_trained_for():
 
 
 def test_a_student_is_sampled_at_the_times_of_its_training():
-    """Those of 384 x 640 from the equations: the shift counts a level's own tokens, and nothing is rounded."""
+    """Timesteps at 384 x 640, from the equations: the shift counts a level's own tokens, and nothing is rounded."""
     scheduler = DMDSchedulerConfig(use_dynamic_shifting=True)
     options = SamplingOptions(pyramid_num_inference_steps_list=[2, 2, 2])
 

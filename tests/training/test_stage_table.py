@@ -15,7 +15,8 @@ from helios_jax.training.stage_table import find_stage, load_config, make_stage
 from tests.training.dummy import Dummy
 
 # Least overrides of each stage: a student needs its pyramid.
-LEAST = {"vae": [], "flow": [], "ode": ["flow.pyramid={}"], "distill": ["flow.pyramid={}"]}
+LEVELS = "flow.pyramid.sample_ratios=[1,1,1]"
+LEAST = {"vae": [], "flow": [], "ode": [LEVELS], "distill": [LEVELS]}
 
 
 class Half(Stage[TrainConfig, Dummy]):
@@ -92,6 +93,13 @@ def test_a_key_that_the_stage_does_not_read_is_refused(path, name, override):
     """An ablation of it would silently be the row without."""
     with pytest.raises(ConfigError, match=f"the stage {name} does not read it") as error:
         load_config(path, [f"stage={name}", *LEAST[name], override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["ode", "distill"])
+def test_a_student_has_one_sample_of_each_level(path, name):
+    with pytest.raises(ConfigError, match=r"flow\.pyramid\.sample_ratios must be \[1, 1, 1\]: a student") as error:
+        load_config(path, [f"stage={name}", "flow.pyramid.sample_ratios=[1,2,1]"])
     assert "\n" not in str(error.value)
 
 

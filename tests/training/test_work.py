@@ -40,8 +40,7 @@ def test_tokens_of_the_released_sizes():
     assert tokens("stage1_init") == [[full]]
     assert tokens("stage2_init") == [[quarter, half, half, full]]
     assert tokens("stage2_init", "flow.pyramid.levels=separate") == [[quarter], [half], [half], [full]]
-    # The student has each level once, however often stage 2 draws it.
-    assert tokens("stage3_ode", "flow.pyramid.sample_ratios=[1,2,1]") == [[quarter], [half], [full]]
+    assert tokens("stage3_ode") == [[quarter], [half], [full]]
 
 
 def test_operations_do_not_depend_on_remat_or_mesh(tmp_path):

@@ -155,10 +155,10 @@ def critic_loss(
         return loss, {"critic_loss": (loss, jnp.ones(()))}
     graph, learning, rest = nnx.split(model, _critic_filter(config), ...)
     gan_sigma = _gan_sigma(sigma, fold(keys, 7), step, generated, config)
+    own, past = real_chunk(inputs, chunks, config)
 
     def adversarial(learning: Any) -> tuple[Array, tuple[Array, Array]]:
         model = nnx.merge(graph, learning, rest)
-        own, past = real_chunk(inputs, chunks, config)
         fake, real = (add_noise(x, noise, gan_sigma) for x in (generated, own))
         judged = [(_gan_crop(fake, k_crop, config), history), (_gan_crop(real, k_crop_real, config), past)]
         # A penalty compares one window with and without the noise. (Upstream draws another window for each.)

@@ -128,6 +128,7 @@ def init(config: DistillTrainConfig, key: jax.Array) -> Players:
 
 
 def _check_trained(model: Players, names: Sequence[str]) -> None:
+    """Raises ConfigError where the parameters `names` are the teacher's, or none of them is the critic's."""
     trained, _ = nnx.state(model, trainable(names), ...)
     found = nnx.to_flat_state(trained)
     teacher, student = ("generator", ADAPTERS) if model.score is None else ("score", f"generator, {ADAPTERS}")

@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Float, Key
 
 from helios_jax.diffusion import exits
-from helios_jax.diffusion.corruption import corrupt_history, drop_history
+from helios_jax.diffusion.corruption import CorruptionConfig, corrupt_history, drop_history
 from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, denoise_to_exits
 from helios_jax.diffusion.levels import make_levels
 from helios_jax.diffusion.memory import History, push
@@ -48,19 +48,25 @@ def make_inputs(batch: dict[str, Any], keys: Key[Array, " b"], config: DistillTr
 
 
 def corrupted(
-    history: History, inputs: DistillInputs, chunk: Any, config: DistillTrainConfig, *, saturation: bool
-) -> History:
-    """The past before the `chunk`-th chunk of a rollout as the student sees it; the scores see it without `saturation`.
+    history: History, inputs: DistillInputs, chunk: Any, config: DistillTrainConfig
+) -> tuple[History, History]:
+    """The past before the `chunk`-th chunk of a rollout, as the student sees it and as the scores see it.
 
-    Every chunk has draws of its own, the same ones for the student and the scores.
+    Every chunk has draws of its own, the same ones for both; the scores see no change of the saturation.
     """
+
+    def seen(corruption: CorruptionConfig | None) -> History:
+        if corruption is None or corruption.is_nothing:
+            return history
+        memory = config.flow.memory
+        pair = corrupt_history(fold(inputs.keys, chunk), history.latents, history.anchor, corruption, memory)
+        return History(*pair, history.anchored, history.chunk)
+
     corruption = config.flow.corruption
-    if corruption is not None and not saturation:
-        corruption = dataclasses.replace(corruption, saturation=None)
-    if corruption is None or corruption.is_nothing:
-        return history
-    seen = corrupt_history(fold(inputs.keys, chunk), history.latents, history.anchor, corruption, config.flow.memory)
-    return History(*seen, history.anchored, history.chunk)
+    student = seen(corruption)
+    if corruption is None or corruption.saturation is None:
+        return student, student
+    return student, seen(dataclasses.replace(corruption, saturation=None))
 
 
 def make_chunk(
@@ -75,10 +81,9 @@ def make_chunk(
 ) -> tuple[Float[Array, "b t h w c"], History]:
     """Rolls out `chunks` chunks of the student; returns the last one, and the history that its scores see.
 
-    As in upstream's rollouts, the past is corrupted before every chunk, the student's own chunks included.
-
-    Draws come from `keys`, one for each sample, and from `common`, which all samples share. Only the last chunk has a
-    gradient, if `with_gradient`.
+    As in upstream's rollouts, the past is corrupted before every chunk, the student's own chunks included. Draws come
+    from `keys`, one for each sample, and from `common`, which all samples share. Only the last chunk has a gradient, if
+    `with_gradient`.
     """
     distill, memory, dtype = config.distill, config.flow.memory, jnp.dtype(config.precision)
     shape = (memory.frames_per_chunk, *inputs.real.shape[2:])
@@ -119,13 +124,16 @@ def make_chunk(
             remat=config.remat,
         )
 
-    def made(number: Any, past: History, with_gradient: bool = False) -> Array:
-        return chunk(number, corrupted(past, inputs, number, config, saturation=True), with_gradient)
-
     past, last = inputs.history, chunks - 1
     if distill.rollout.largest > 1:
-        past = jax.lax.fori_loop(0, last, lambda i, past: _pushed(past, made(i, past), config), past)
-    return made(last, past, with_gradient), corrupted(past, inputs, last, config, saturation=False)
+
+        def before(number: Array, past: History) -> History:
+            student, _ = corrupted(past, inputs, number, config)
+            return _pushed(past, chunk(number, student, False), config)
+
+        past = jax.lax.fori_loop(0, last, before, past)
+    student, scores = corrupted(past, inputs, last, config)
+    return chunk(last, student, with_gradient), scores
 
 
 def _pushed(history: History, latents: Array, config: DistillTrainConfig) -> History:
@@ -144,4 +152,4 @@ def real_chunk(inputs: DistillInputs, chunks: Array, config: DistillTrainConfig)
     past, last = inputs.history, chunks - 1
     if config.distill.rollout.largest > 1:
         past = jax.lax.fori_loop(0, last, lambda i, past: _pushed(past, at(i), config), past)
-    return at(last), corrupted(past, inputs, last, config, saturation=False)
+    return at(last), corrupted(past, inputs, last, config)[1]
