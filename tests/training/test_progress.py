@@ -126,7 +126,7 @@ def test_the_learning_rates_of_stage_3_are_its_players():
     config = DistillTrainConfig(
         steps=9,
         optim=OptimConfig(lr=1e-2, schedule="cosine", warmup_steps=2, **optim),
-        flow=FlowConfig(pyramid=PyramidConfig()),
+        flow=FlowConfig(pyramid=PyramidConfig(sample_ratios=(1, 1, 1))),
         distill=DistillConfig(critic=CriticConfig(optim=OptimConfig(lr=5e-2, **optim), steps_per_generator=2)),
     )
     stage = DistillStage(config)
