@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"helios_jax.lora: {error}", file=sys.stderr)
         return 1 if isinstance(error, OSError) else 2
-    print(f"wrote {args.out}")
+    print(f"wrote {args.out}; sample.py takes it by --transformer {args.out}")
     return 0
 
 

@@ -248,7 +248,7 @@ def _parser() -> Parser:
         "--prompts", type=path_argument, required=True, nargs="+", help=".txt with one prompt per line, or .csv"
     )
     sub.add_argument("--model", required=True, help="diffusers folder or hub name of the teacher, such as Helios-Mid")
-    sub.add_argument("--transformer", default="transformer", help="subfolder of the transformer")
+    sub.add_argument("--transformer", default="transformer", help="subfolder of the transformer, or a folder")
     sub.add_argument("--size", default=f"{default.height}x{default.width}", help="HEIGHTxWIDTH of the videos")
     sub.add_argument("--num-frames", type=int, default=default.num_frames, help="frames of each video")
     sub.add_argument("--num-latent-frames-per-chunk", type=int, default=default.num_latent_frames_per_chunk)

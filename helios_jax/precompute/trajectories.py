@@ -155,8 +155,7 @@ class Teacher:
 
     def identity(self) -> str:
         """Identifies the teacher's weights."""
-        folder = self.checkpoint.folder
-        return weights_hash([folder / self.checkpoint.subfolder, folder / "text_encoder"])
+        return weights_hash([self.checkpoint.transformer_folder, self.checkpoint.folder / "text_encoder"])
 
     def text(self, prompts: Sequence[str]) -> np.ndarray:
         """Text embeddings of the prompts, float16 [b, m, d]."""

@@ -57,7 +57,7 @@ class Checkpoint:
     """An opened checkpoint: its folder and kind, the configs of its parts, and the tokenizer, but no weights."""
 
     folder: Path
-    subfolder: str  # the transformer's
+    transformer_folder: Path
     variant: Variant
     transformer: TransformerConfig
     vae: VAEConfig
@@ -72,7 +72,8 @@ class Checkpoint:
         Args:
             name: the folder, or the name of a hub repository, of which only the files that are needed are downloaded.
             transformer: the subfolder with the transformer; the released repositories also hold the transformers of
-                earlier stages of training, such as transformer_init and transformer_ode.
+                earlier stages of training, such as transformer_init and transformer_ode. Or a folder elsewhere, such as
+                one that helios_jax.lora has written.
             revision: branch, tag or commit of the repository.
 
         Raises:
@@ -83,20 +84,21 @@ class Checkpoint:
         kind = index.get("_class_name")
         if kind not in PIPELINES:
             raise CheckpointError(f"{folder}/model_index.json names {kind}, not one of {', '.join(PIPELINES)}")
-        if not (folder / transformer / "config.json").is_file():
+        weights = _transformer_folder(folder, transformer)
+        if weights is None:
             some = [part for part in pretrained.subfolders(name, revision) if part.startswith("transformer")]
             raise CheckpointError(f"{name} has no {transformer}/config.json; it has {', '.join(some) or 'none such'}")
         checkpoint = cls(
             folder=folder,
-            subfolder=transformer,
+            transformer_folder=weights,
             variant=Variant(
                 pyramid=kind == "HeliosPyramidPipeline",
                 is_cfg_zero_star=bool(index.get("is_cfg_zero_star", False)),
                 is_distilled=bool(index.get("is_distilled", False)),
                 trained_size=read_trained_size(index, folder),
-                trained=read_trained(folder / transformer),
+                trained=read_trained(weights),
             ),
-            transformer=pretrained.read_config(folder / transformer, TransformerConfig),
+            transformer=pretrained.read_config(weights, TransformerConfig),
             vae=pretrained.read_config(folder / "vae", VAEConfig),
             text_encoder=pretrained.read_config(folder / "text_encoder", UMT5Config),
             scheduler=_read_scheduler(folder / "scheduler"),
@@ -104,11 +106,11 @@ class Checkpoint:
         )
         checkpoint._check_parts()
         for part, model in (
-            (transformer, Transformer.abstract(checkpoint.transformer)),
-            ("vae", checkpoint.abstract_vae()),
-            ("text_encoder", checkpoint.abstract_text_encoder()),
+            (weights, Transformer.abstract(checkpoint.transformer)),
+            (folder / "vae", checkpoint.abstract_vae()),
+            (folder / "text_encoder", checkpoint.abstract_text_encoder()),
         ):
-            pretrained.check_weights(model, folder / part)
+            pretrained.check_weights(model, part)
         return checkpoint
 
     def _check_parts(self) -> None:
@@ -121,7 +123,7 @@ class Checkpoint:
         steps = self.variant.trained.steps
         if steps is not None and len(steps) != stages:
             raise CheckpointError(
-                f"{self.folder}/{self.subfolder}/config.json: the transformer was trained for {list(steps)} steps, but"
+                f"{self.transformer_folder}/config.json: the transformer was trained for {list(steps)} steps, but"
                 f" the scheduler has {stages} stages"
             )
         if (kind == "dmd") != self.variant.is_distilled:
@@ -151,7 +153,7 @@ class Checkpoint:
     def hash(self) -> str:
         """A hash that tells this checkpoint's weights, configs and tokenizer from others'; see `fingerprint`."""
         index = self.folder / "model_index.json"
-        parts = weights_hash(self.folder / part for part in (self.subfolder, *PARTS))
+        parts = weights_hash([self.transformer_folder, *(self.folder / part for part in PARTS)])
         return hashlib.sha256(f"{parts} {file_hash(index)}".encode()).hexdigest()
 
     def abstract_vae(self) -> AutoencoderKLWan:
@@ -165,20 +167,20 @@ class Checkpoint:
     ) -> Transformer:
         """The transformer with its weights in `dtype`, sharded over `mesh`, if given, by `helios_jax.sharding`."""
         model = Transformer.abstract(self.transformer, stacked=stacked, implementations=implementations)
-        return self._load(model, self.subfolder, dtype, mesh)
+        return self._load(model, self.transformer_folder, dtype, mesh)
 
     def load_vae(self, dtype: Any, *, mesh: Mesh | None = None) -> AutoencoderKLWan:
-        return self._load(self.abstract_vae(), "vae", dtype, mesh)
+        return self._load(self.abstract_vae(), self.folder / "vae", dtype, mesh)
 
     def load_text_encoder(self, dtype: Any, *, mesh: Mesh | None = None, offloaded: bool = False) -> UMT5Encoder:
         """The text encoder; if `offloaded`, in host memory, to be copied to the device while a prompt is encoded."""
-        return self._load(self.abstract_text_encoder(), "text_encoder", dtype, mesh, offloaded)
+        return self._load(self.abstract_text_encoder(), self.folder / "text_encoder", dtype, mesh, offloaded)
 
-    def _load(self, model: Network, part: str, dtype: Any, mesh: Mesh | None, offloaded: bool = False) -> Network:
+    def _load(self, model: Network, folder: Path, dtype: Any, mesh: Mesh | None, offloaded: bool = False) -> Network:
         placed = None if mesh is None else sharding.shardings(model, mesh)
         if offloaded:
             placed = offload.in_host_memory(offload.default_shardings(model) if placed is None else placed)
-        return pretrained.load_model(model, self.folder / part, dtype=dtype, shardings=placed)
+        return pretrained.load_model(model, folder, dtype=dtype, shardings=placed)
 
     def load(
         self,
@@ -195,6 +197,14 @@ class Checkpoint:
             self.load_vae(vae_dtype, mesh=mesh),
             self.load_text_encoder(dtype, mesh=mesh, offloaded=offload_text_encoder),
         )
+
+
+def _transformer_folder(folder: Path, name: str) -> Path | None:
+    """The folder of a transformer: the checkpoint's subfolder `name`, else the folder of that name; None if neither."""
+    for found in (folder / name, pretrained.local(name)):
+        if (found / "config.json").is_file():
+            return found
+    return None
 
 
 def write_index(folder: Path, scheduler: SchedulerConfig, variant: Variant) -> None:

@@ -86,14 +86,14 @@ class HeliosPipeline:
         """The pipeline in a diffusers folder, a hub repository (at a `revision`) or an opened checkpoint.
 
         `transformer` is the subfolder with the transformer: released repositories also hold those of other stages, such
-        as transformer_ode. `dtype` is for the transformer and the text encoder, by default bfloat16 on an accelerator
-        and float32 on CPU. `vae_dtype` is the VAE's, by default `dtype` or, on CPU, float32. `stacked` keeps the
-        transformer's blocks stacked and scans over them (the default on TPU), or keeps them as a list (elsewhere).
-        With `offload_text_encoder` (the default where there is an accelerator) the text encoder, 11 GB of the released
-        weights, waits in the host's memory and is on the device only while a prompt is encoded. `attention` and `norms`
-        name the implementations in the transformer (docs/kernels.md), by default the device's best. With a `mesh`
-        (`helios_jax.sharding.make_mesh`) each device gets its shard of every tensor; where the axis `context` splits
-        the tokens, `context_attention` is the algorithm by which they attend to one another.
+        as transformer_ode. It may also be a folder elsewhere. `dtype` is for the transformer and the text encoder, by
+        default bfloat16 on an accelerator and float32 on CPU. `vae_dtype` is the VAE's, by default `dtype` or, on CPU,
+        float32. `stacked` keeps the transformer's blocks stacked and scans over them (the default on TPU), or keeps
+        them as a list (elsewhere). With `offload_text_encoder` (the default where there is an accelerator) the text
+        encoder, 11 GB of the released weights, waits in the host's memory and is on the device only while a prompt is
+        encoded. `attention` and `norms` name the implementations in the transformer (docs/kernels.md), by default the
+        device's best. With a `mesh` (`helios_jax.sharding.make_mesh`) each device gets its shard of every tensor; where
+        the axis `context` splits the tokens, `context_attention` is the algorithm by which they attend to one another.
 
         Raises:
             ValueError: the `attention` or `norms` asked for cannot run here, or the mesh does not fit the heads.

@@ -35,7 +35,7 @@ def open_components(config: FlowTrainConfig) -> Checkpoint | None:
             theirs = pretrained.read_config(folder / "scheduler", SchedulerConfig, "scheduler_config.json")
         checkpoint = Checkpoint(
             folder=folder,
-            subfolder="transformer",
+            transformer_folder=folder / "transformer",
             variant=variant(config, read_trained_size(index, folder)),
             transformer=transformer_config(config),
             vae=pretrained.read_config(folder / "vae", VAEConfig),

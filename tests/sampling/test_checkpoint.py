@@ -189,6 +189,18 @@ def test_a_transformer_of_another_stage_is_chosen_by_its_subfolder(folder):
         Checkpoint.open(folder, transformer="transformer_mid")
 
 
+def test_a_transformer_of_another_folder_is_chosen_by_its_path(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ode = shutil.copytree(folder / "transformer", tmp_path / "merged" / "transformer")
+    rewrite(ode / "diffusion_pytorch_model.safetensors", lambda t: t.update({"proj_out.bias": np.full(16, 3, "f4")}))
+    hashes = set()
+    for name in ("merged/transformer", str(ode)):
+        checkpoint = Checkpoint.open(folder, transformer=name)
+        assert bool((checkpoint.load_transformer(jnp.float32, stacked=False).proj_out.bias[...] == 3).all())
+        hashes.add(checkpoint.hash())
+    assert len(hashes) == 1
+
+
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
     """A repository of the released layout behind huggingface_hub, and the set of files that were downloaded."""
