@@ -59,6 +59,8 @@ def check_folder(folder: Path, path: Path | None = None) -> None:
     except (OSError, ValueError) as error:
         which = "its folder cannot be made" if path is not None else "cannot be made"
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason = f"{next((place for place in (folder, *folder.parents) if place.exists()), folder)} is a file"
         raise ValueError(f"{_short(path or folder)}: {which} ({reason}); name another folder") from None
     try:  # permissions alone do not tell: the superuser has all of them, in /proc, too
         if is_remote(folder):

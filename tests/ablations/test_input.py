@@ -89,7 +89,7 @@ def test_a_row_that_sets_what_its_steps_do_not_use_is_refused(table):
         (["--out", "gs://bucket/x"], "--out: gs://bucket/x is remote, and this must be local: name a local folder or"),
         (["--out", "s3://bucket/x"], "--out: s3://bucket/x is remote"),
         (["--page", "gs://bucket/x.md"], "--page: gs://bucket/x.md is remote"),
-        (["--out", "FOLDER/file"], "FOLDER/file: cannot be made (File exists); name another folder"),
+        (["--out", "FOLDER/file"], "FOLDER/file: cannot be made (FOLDER/file is a file); name another folder"),
         (["--page", "FOLDER"], "--page: FOLDER does not end in .md; name a Markdown file, such as"),
         (["--page", "FOLDER/p.csv"], "--page: FOLDER/p.csv does not end in .md"),
         (["--page", "FOLDER/folder.md"], "--page: FOLDER/folder.md is no regular file; name another page"),

@@ -71,7 +71,7 @@ def test_the_tables_give_only_options_that_are_taken(monkeypatch):
         (["num_frames=99"], "num_frames is set by a flag: give --chunks"),
         (["model=x"], "model is set by a flag: give --model"),
         (["--out", "gs://bucket/x"], "--out: gs://bucket/x is remote, and this must be local"),
-        (["--out", "pyproject.toml"], "pyproject.toml: cannot be made (File exists); name another folder"),
+        (["--out", "pyproject.toml"], "pyproject.toml: cannot be made (pyproject.toml is a file); name another folder"),
         (["--out", "/proc/x"], "/proc/x: cannot be made"),
     ],
 )
