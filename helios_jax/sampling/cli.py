@@ -22,7 +22,16 @@ from helios_jax.messages import one_line
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.command import Lines, Parser, program_name, warnings_as_lines
 from helios_jax.runtime.memory import is_out_of_memory
-from helios_jax.sampling.options import FILES, MAKE, METHOD, NOISE, SampleConfig, SamplingOptions
+from helios_jax.sampling.options import (
+    FILES,
+    MAKE,
+    METHOD,
+    NOISE,
+    ContextConfig,
+    SampleConfig,
+    SamplingOptions,
+    refuse_unused,
+)
 
 # Fields whose flag has another name and form.
 OTHERWISE = {"switches": "--then", "loras": "--lora"}
@@ -34,8 +43,11 @@ LESS_MEMORY = (
 )
 
 
-def parse(argv: Sequence[str]) -> SampleConfig:
-    """Reads the config and the command line, which wins over it. Raises ConfigError."""
+def parse(argv: Sequence[str]) -> tuple[SampleConfig, Mapping[str, str]]:
+    """Reads the config and the command line, which wins over it. Raises ConfigError.
+
+    Also returns the options that the command line sets, each with the text that was typed for it, as in --fps.
+    """
     parser = Parser(
         prog=program_name("sample.py"),
         usage="%(prog)s CONFIG [--flag X ...] [key=value ...]",
@@ -74,7 +86,9 @@ def parse(argv: Sequence[str]) -> SampleConfig:
     given: dict[str, Any] = {f.name: value for f in fields if (value := getattr(args, f.name)) is not None}
     for name in lists:
         if name in given:
-            given[name] = [part.strip() for part in given[name].split(",")]
+            text = given[name].strip()
+            text = text[1:-1] if text.startswith("[") and text.endswith("]") else text  # as YAML writes lists
+            given[name] = [part.strip() for part in text.split(",")]
     if args.lora:
         given["loras"] = args.lora
     if args.then:
@@ -85,38 +99,46 @@ def parse(argv: Sequence[str]) -> SampleConfig:
     return _load(args.config, args.overrides, given)
 
 
-def _load(path: str, overrides: Sequence[str], given: Mapping[str, Any]) -> SampleConfig:
-    """The config. With `resume`, settings that the command line leaves out are the state's. Raises ConfigError."""
+def _load(path: str, overrides: Sequence[str], given: Mapping[str, Any]) -> tuple[SampleConfig, Mapping[str, str]]:
+    """The config, and what was typed, as `parse` returns them.
+
+    With `resume`, settings that the command line leaves out are the state's. Raises ConfigError.
+    """
+    if (stage := configs.peek(path, overrides, "stage")) is not None:
+        raise ConfigError(
+            f"{stage[1]}: stage: is of training; run python train.py {path}, or name a config of sampling"
+        )
     found = configs.peek(path, overrides, "resume")
     resume = given.get("resume", found and found[0])
     if not isinstance(resume, str):
         config = configs.load(path, overrides, SampleConfig, given, OTHERWISE)
         typed = {name: name for name in configs.keys(overrides)}
-        _check_used(config, typed | {name: f"--{name.replace('_', '-')}" for name in given})
-        return config
+        typed |= {name: f"--{name.replace('_', '-')}" for name in given}
+        _check_used(config, typed)
+        return config, typed
     from helios_jax.sampling import resume as resuming  # after the arguments: jax takes seconds to import
 
     settings = resuming.settings_of(resuming.read_state(os.path.expanduser(resume)), resume)
     config = configs.load(path, overrides, SampleConfig, given, OTHERWISE, {f"state {resume}": settings})
     resuming.check_typed(config, settings, resume)
-    return config
+    return config, {}
 
 
 def _check_used(config: SampleConfig, typed: Mapping[str, str]) -> None:
     """Raises ConfigError for an option of the command line that the run would not use; a YAML's may wait for a use.
 
-    `typed` maps the options to what was typed for them.
+    `run` refuses more of them, once it has read the CSV and the model.
     """
     many, one_prompt = config.csv is not None, not config.switches
-    unused = {
+    without_input = not many and config.image is None and config.video is None
+    unused = {f.name: (without_input, "there is no input image or video") for f in dataclasses.fields(ContextConfig)}
+    unused |= {
         "prompt": (many, "the csv has the prompts"),
         "video_fps": (not many and config.video is None, "it is the rate of an input video, and there is none"),
         "interpolation_steps": (not many and one_prompt, "no prompt takes over"),
         "interpolate_time": (not many, "it is for a csv with a column prompt_index"),
     }
-    for name, (is_unused, reason) in unused.items():
-        if is_unused and name in typed:
-            raise ConfigError(f"{typed[name]} has no effect: {reason}; leave it out")
+    refuse_unused(unused, typed)
 
 
 def _is_list(hint: Any) -> bool:
@@ -138,13 +160,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     ours.setLevel(logging.INFO)
     with warnings_as_lines(program_name("sample.py")):  # each once, however many videos of a CSV it is true of
         try:
-            config = parse(sys.argv[1:] if argv is None else argv)
+            config, typed = parse(sys.argv[1:] if argv is None else argv)
             # After the arguments: jax takes seconds to import.
             from helios_jax.runtime.compilation import enable_cache
             from helios_jax.sampling.run import run
 
             enable_cache()
-            return run(config)
+            return run(config, typed)
         except (ValueError, FileNotFoundError) as error:  # ConfigError, CheckpointError, ...: one line each
             print(f"{program_name('sample.py')}: {error}", file=sys.stderr)
             return 2

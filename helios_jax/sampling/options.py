@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from helios_jax.config import nearest
+from helios_jax.config import ConfigError, nearest
 from helios_jax.config_types import describe, got, misfit, options, unreadable
 from helios_jax.locations import check_locations, location
 from helios_jax.runtime.seeds import checked
@@ -28,7 +28,8 @@ MOST_FPS = 2**31 - 1  # FFmpeg keeps rates as 32-bit numbers
 WEIGHTS_FPS = 24  # the rate of the clips that the released weights were trained on
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-PATHS = ("image", "video", "csv", "model", "out", "state", "resume", "profile")  # ~ is the home folder in all
+# ~ is the home folder in all.
+PATHS = ("image", "video", "csv", "model", "transformer", "out", "state", "resume", "profile")
 
 MAKE, METHOD, NOISE, FILES = (
     "what to make",
@@ -236,6 +237,16 @@ def takes_options(function: Function) -> Function:
     return function
 
 
+def refuse_unused(unused: Mapping[str, tuple[bool, str]], typed: Mapping[str, str]) -> None:
+    """Raises ConfigError for an option that was typed and has no effect.
+
+    `unused` says of options whether they have none, and why; `typed` maps options to the text that set them.
+    """
+    for name, (is_unused, reason) in unused.items():
+        if is_unused and name in typed:
+            raise ConfigError(f"{typed[name]} has no effect: {reason}; leave it out")
+
+
 @dataclass
 class SampleConfig(SamplingOptions):
     """Settings of one run of sample.py, which makes one video or, with `csv`, many: adds inputs to `SamplingOptions`.
@@ -259,7 +270,9 @@ class SampleConfig(SamplingOptions):
     ids: list[str] | None = option(None, "rows of the CSV to make, by id; null: all", MAKE)
     interpolate_time: int = option(7, "chunks of each prompt of a CSV with a column prompt_index", MAKE)
     model: str = option("BestWishYsh/Helios-Base", "a diffusers folder or a hub name")
-    transformer: str = option("transformer", "the model's subfolder with the transformer, such as transformer_ode")
+    transformer: str = option(
+        "transformer", "the model's subfolder with the transformer, such as transformer_ode, or a folder elsewhere"
+    )
     loras: list[str] = option([], "LoRA files to merge in, each with =SCALE behind it if that is not 1")
     precision: Literal["float32", "bfloat16"] | None = option(
         None, "float32 or bfloat16; null: float32 on CPU, bfloat16 elsewhere"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from helios_jax import lora
@@ -21,13 +22,15 @@ from helios_jax.sampling.context import Context, read_context
 from helios_jax.sampling.fingerprint import file_hash
 from helios_jax.sampling.jobs import Job, make_jobs
 from helios_jax.sampling.one_video import make, open_file
-from helios_jax.sampling.options import SampleConfig
+from helios_jax.sampling.options import SampleConfig, refuse_unused
 from helios_jax.sampling.pipeline import HeliosPipeline, check_identity, identity_of
 from helios_jax.sampling.plan import Plan, frames_of_chunks, make_plan
 from helios_jax.sampling.progress import RunProgress
 from helios_jax.sampling.prompts import make_schedule
 from helios_jax.sampling.resume import NEW, Rest, check_gap, rest_of
 from helios_jax.sampling.stream_state import read_state
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -79,9 +82,10 @@ class Weights:
         return pipe
 
 
-def run(config: SampleConfig) -> int:
+def run(config: SampleConfig, typed: Mapping[str, str] = NOTHING) -> int:
     """Makes every video of a config; returns sample.py's exit code.
 
+    `typed` has the options that a person typed, with their texts, which must have an effect.
     Raises ValueError, in one line and before weights are read, for a run that is not possible.
     """
     begin = time.monotonic()
@@ -95,6 +99,13 @@ def run(config: SampleConfig) -> int:
         if not todo:
             return 0
     plans = [weights.plan(job) for job in todo]
+    no_switches = config.csv is not None and not any(job.config.switches for job in jobs)
+    unused = {
+        "negative_prompt": (all(plan.guidance_scale is None for plan in plans), "guidance is off"),
+        "interpolation_steps": (no_switches, "no prompt of the csv takes over"),
+        "interpolate_time": (no_switches, "the csv has no column prompt_index"),
+    }
+    refuse_unused(unused, typed)
     rests = [rest_of(job, plan) for job, plan in zip(todo, plans)]
     if all(rest.finished for rest in rests):
         print(f"nothing left to make: {config.resume} is after the last chunk, ask for more num_frames", flush=True)

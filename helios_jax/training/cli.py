@@ -65,7 +65,9 @@ def _is_no_leftover(record: logging.LogRecord) -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code, one of CODES."""
     try:
-        args = make_parser().parse_intermixed_args(argv)
+        args = (parser := make_parser()).parse_intermixed_args(argv)
+        if args.config is None:
+            parser.error("name a config, such as configs/toy/stage1.yaml")
     except ConfigError as error:
         return fail(error, 2)
     # After the arguments: jax takes seconds to import.
@@ -137,7 +139,7 @@ def make_parser() -> Parser:
         epilog="\n\n".join(parts),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", help="a YAML file of configs/, or its name there, as in toy/stage1")
+    parser.add_argument("config", nargs="?", help="a YAML file of configs/, or its name there, as in toy/stage1")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the config, as in optim.lr=1e-4")
     about = "record so many steps, from the third on, in RUN/profile"
     parser.add_argument("--profile", type=count, default=0, metavar="STEPS", help=about)

@@ -12,6 +12,8 @@ from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.stage import Stage
 from helios_jax.training.stage_names import STAGES
 
+OF_SAMPLING = ("prompt", "csv", "image", "video", "out")  # keys that configs of sampling have, and those of no stage
+
 
 def find_stage(name: str) -> type[Stage[Any, Any]]:
     """The class of a stage: a name of STAGES, or the dotted path of a class, as in my.module.MyStage.
@@ -52,7 +54,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises ConfigError, in one line, as `helios_jax.config.load` does; a key of another stage is an unknown key. A key
     that the stage does not read may stand in a YAML, from which other stages inherit, but not in an override.
     """
-    name, source = configs.peek(path, overrides, "stage") or (TrainConfig.stage, str(path))
+    named = configs.peek(path, overrides, "stage")
+    for key in OF_SAMPLING if named is None else ():
+        if (found := configs.peek(path, overrides, key)) is not None:
+            remedy = f"run python sample.py {path}, or name a config of training"
+            raise ConfigError(f"{found[1]}: {key}: is of sampling; {remedy}")
+    name, source = named or (TrainConfig.stage, str(path))
     if not isinstance(name, str):
         raise ConfigError(f"{source}: stage: must be a name, as in flow, got {name!r}")
     try:

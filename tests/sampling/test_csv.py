@@ -74,6 +74,8 @@ def test_interactive_csv_and_benchmark_names(config, tmp_path):
         ("id,prompt_index,prompt,num_frames\n6,0,a,33\n6,1,b,\n", [], ["id 6", "past the end", "num_frames 33"]),
         ("id,prompt\na,x\n", ["--naming", "heliosbench"], ["naming", "whole numbers", "id a"]),
         ("id,prompt\n1,a\n", ["--prompt", "b"], ["--prompt has no effect", "the csv has the prompts"]),
+        ("prompt\na\n", ["--interpolation-steps", "2"], ["--interpolation-steps has no effect", "takes over"]),
+        ("prompt\na\n", ["interpolate_time=2"], ["interpolate_time has no effect", "no column prompt_index"]),
         (None, [], ["is no file"]),
     ],
 )

@@ -14,8 +14,9 @@ from helios_jax.sampling.options import SampleConfig, SamplingOptions
 from tests import tiny
 
 NAMES = [f.name for f in dataclasses.fields(SamplingOptions)]
+STEPS = "pyramid_num_inference_steps_list"
 # A value of each kind of field, as a person types it.
-TYPED = {"pyramid_num_inference_steps_list": "2, 1,3", "history_sizes": "4,2,1", "use_zero_init": "false", "fps": "8"}
+TYPED = {STEPS: "2, 1,3", "history_sizes": "[4, 2,1]", "use_zero_init": "false", "fps": "8"}
 
 
 @pytest.mark.parametrize("method", [HeliosPipeline.__call__, HeliosPipeline.stream])
@@ -43,7 +44,7 @@ def test_flags_are_all_fields_and_read_as_yaml_does(tmp_path, capsys):
         yaml.safe_dump({"prompt": "a red plus", **keys, "use_zero_init": False, "fps": 8})
     )
     flags = [part for name, value in TYPED.items() for part in (f"--{name.replace('_', '-')}", value)]
-    assert cli.parse([str(tmp_path / "flags.yaml"), *flags]) == cli.parse([str(tmp_path / "keys.yaml")])
+    assert cli.parse([str(tmp_path / "flags.yaml"), *flags])[0] == cli.parse([str(tmp_path / "keys.yaml")])[0]
     with pytest.raises(SystemExit):
         cli.parse(["--help"])
     shown = capsys.readouterr().out

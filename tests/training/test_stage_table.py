@@ -59,6 +59,12 @@ def test_the_stage_decides_the_schema(path, name):
         assert find_stage(name).Config.stage == name
 
 
+def test_a_config_of_sampling_is_refused_by_its_name(path):
+    path.write_text("prompt: a red plus\n")
+    with pytest.raises(ConfigError, match=f"{path}: prompt: is of sampling; run python sample.py {path}"):
+        load_config(path)
+
+
 @pytest.mark.parametrize(
     ("name", "override", "parts"),
     [
