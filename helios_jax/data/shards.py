@@ -73,8 +73,9 @@ class Build:
     """A dataset that is being made, begun by this run or by an earlier one.
 
     `settings`, ready for JSON, and the items determine the examples. `rejected` are items that were refused before the
-    plan was made. Host `host` of `hosts` makes every `hosts`-th shard. Raises FileExistsError if `out` already exists,
-    and ValueError if the unfinished dataset has other settings or if there are no items.
+    plan was made. Host `host` of `hosts` makes every `hosts`-th shard. With `complete`, `out` is this dataset already.
+    Raises FileExistsError if `out` is anything else, and ValueError if the unfinished dataset has other settings or if
+    there are no items.
     """
 
     def __init__(
@@ -89,9 +90,6 @@ class Build:
         hosts: int = 1,
     ):
         self.folder = records.partial_folder(out)
-        begun = self.folder == out and (out / records.PLAN).is_file() and not (out / "dataset_info.json").is_file()
-        if not begun:
-            records.check_free(out)
         if not 0 <= host < hosts:
             raise ValueError(f"shard {host} is not one of {hosts}: the first is 0, the last {hosts - 1}")
         if not shards:
@@ -102,15 +100,24 @@ class Build:
         self._features = tfds.features.FeaturesDict(dict(features))
         self._mine = self.shards[host::hosts]
         self._rejected = tuple(rejected)
-        self._begin(settings)
+        facts = self._facts(settings)
+        planned, finished = (out / records.PLAN).is_file(), (out / "dataset_info.json").is_file()
+        self.complete = planned and finished and json.loads((out / records.PLAN).read_text()) == facts
+        if not self.complete:
+            if finished or not (self.folder == out and planned):
+                records.check_free(out)
+            self._begin(facts)
 
-    def _begin(self, settings: Mapping[str, Any]) -> None:
+    def _facts(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """What decides the dataset, as JSON gives it back."""
         items = hashlib.sha256()
         for shard in self.shards:
             items.update(json.dumps(shard.items, default=vars).encode())
         names = [f"{shard.name} {shard.bucket}".strip() for shard in self.shards]
-        facts = {**settings, "shards": names, "items": items.hexdigest()}
-        facts = json.loads(json.dumps(facts))
+        return json.loads(json.dumps({**settings, "shards": names, "items": items.hexdigest()}))
+
+    def _begin(self, facts: Mapping[str, Any]) -> None:
+        """Makes the folder and writes the plan, or compares it with the one that is there."""
         (self.folder / MANIFESTS).mkdir(parents=True, exist_ok=True)
         path = self.folder / records.PLAN
         if not path.is_file():

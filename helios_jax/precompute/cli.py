@@ -7,8 +7,8 @@
         --text helios_jax/assets/toy --out data/toy-latents
 
 `videos` (a dataset of `helios_jax.toy.build`) is the default task. A killed command continues when it is given again;
-OUT.partial holds its work until it is done. With --ray the workers of a Ray cluster do the work (docs/pods.md).
-docs/training.md describes the output.
+OUT.partial holds its work until it is done, and then the same command does nothing. With --ray the workers of a Ray
+cluster do the work (docs/pods.md). docs/training.md describes the output.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from helios_jax.precompute.tasks import Share, Work
 from helios_jax.precompute.trajectories import Settings, Teacher
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import hosts, interrupts, many
-from helios_jax.runtime.command import Parser, frame_size
+from helios_jax.runtime.command import Parser, frame_size, warnings_as_lines
 from helios_jax.runtime.memory import is_out_of_memory
 from helios_jax.sampling.checkpoint import Checkpoint
 
@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv and argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
         argv = ["videos", *argv]
     try:
-        return _run(_parser().parse_args(argv))
+        with warnings_as_lines("precompute"):
+            return _run(_parser().parse_args(argv))
     except (CheckpointError, FileNotFoundError, FileExistsError, ValueError) as error:
         print(f"precompute: {error}", file=sys.stderr)
         return 2

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from helios_jax.config_types import unreadable
 from helios_jax.data.shards import Rejected
 from helios_jax.locations import is_remote, local_copy, location
 from helios_jax.media.video import frames_at
@@ -150,6 +151,9 @@ def _clip(entry: Any, root: Path, selection: Selection) -> Clip:
     caption = caption[0] if isinstance(caption, list) and caption else caption
     if not isinstance(caption, str) or not caption.strip():
         raise ValueError(f"has no caption {selection.caption_key!r}")
+    for key, text in (("path", path), (selection.caption_key, caption)):
+        if wrong := unreadable(text, key):
+            raise ValueError(wrong)
     first, last = _integers(entry, "cut", 2) or (0, _number(entry, "num_frames"))
     if not 0 <= first < last:
         raise ValueError(f"cut [{first}, {last}] (from, to) holds no frame")

@@ -46,6 +46,8 @@ class Work:
 
     def run(self) -> None:
         """Makes this host's missing shards, and completes the dataset if no others are missing."""
+        if self._is_complete():
+            return
         self.load()
         shards.run(self.build, self.make, self.unit)
 
@@ -59,6 +61,8 @@ class Work:
 
         Returns the number of shards that failed.
         """
+        if self._is_complete():
+            return 0
         pending, failed, made, begin = shards.begin(self.build), 0, 0, time.monotonic()
         if not pending:
             self.load()
@@ -72,6 +76,12 @@ class Work:
         else:
             shards.complete(self.build, made, self.unit, time.monotonic() - begin)
         return failed
+
+    def _is_complete(self) -> bool:
+        """True, with a line that says so, if the dataset is there already."""
+        if self.build.complete:
+            print(f"{self.build.out}: is complete, made by the same command; nothing is left to do", flush=True)
+        return self.build.complete
 
 
 @dataclass(frozen=True)

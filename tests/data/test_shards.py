@@ -199,7 +199,8 @@ def test_other_arguments_do_not_continue_an_unfinished_dataset(tmp_path):
 
 def test_existing_and_empty_datasets_are_refused(tmp_path, whole):
     with pytest.raises(FileExistsError, match="never overwritten"):
-        begin(whole)
+        begin(whole, num=21)
+    assert begin(whole).complete
     with pytest.raises(ValueError, match="nothing to make, 1 items were refused; the first: a: is broken"):
         Build(tmp_path / "data", FEATURES, [], {}, rejected=[Rejected("a", "is broken")])
     build = Build(tmp_path / "data", FEATURES, shards.plan("train", {"": [3, 10]}, 1), {})

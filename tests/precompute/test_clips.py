@@ -82,6 +82,7 @@ def test_an_entry_becomes_a_clip(tmp_path):
         ({"path": ...}, {}, "has no path"),
         ({"cap": []}, {}, "has no caption 'cap'"),
         ({"cap": [" "]}, {}, "has no caption"),
+        ({"cap": "\ud83d"}, {}, "cap must be UTF-8"),
         ({}, {"caption_key": "short"}, "has no caption 'short'"),
         ({"cut": [5, 5]}, {}, r"cut \[5, 5\] .* holds no frame"),
         ({"cut": [-1, 200]}, {}, "holds no frame"),

@@ -116,7 +116,7 @@ def test_interrupted_command_continues_and_hosts_share_the_work(whole, folder, m
     assert content(out) == content(whole)
 
 
-def test_finished_dataset_loads_no_weights(whole, folder, model, tmp_path, monkeypatch):
+def test_finished_dataset_loads_no_weights(whole, folder, model, tmp_path, monkeypatch, capsys):
     for host in ("0/2", "1/2"):
         assert run(folder, model, tmp_path / host[0] / "latents", "--shard", host) == 0
     partial = tmp_path / "0" / "latents.partial"
@@ -124,7 +124,9 @@ def test_finished_dataset_loads_no_weights(whole, folder, model, tmp_path, monke
         if path.is_file():
             (partial / path.relative_to(tmp_path / "1" / "latents.partial")).write_bytes(path.read_bytes())
     monkeypatch.setattr(pretrained, "load_model", None)
-    assert run(folder, model, tmp_path / "0" / "latents") == 0
+    for told in (" records, ", "is complete"):
+        assert run(folder, model, tmp_path / "0" / "latents") == 0
+        assert told in capsys.readouterr().out
     assert content(tmp_path / "0" / "latents") == content(whole)
 
 
