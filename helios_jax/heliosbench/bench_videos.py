@@ -9,7 +9,6 @@ from helios_jax.config import ConfigError
 from helios_jax.sampling import table
 from helios_jax.sampling.fingerprint import file_hash
 
-PATTERN = "*_*_ori*.mp4"
 NAME = re.compile(r"(\d+)_.*_ori\d*.*\.mp4")
 EXAMPLE = "2_240_ori264.mp4"
 
@@ -49,11 +48,11 @@ def find_videos(folder: Path, prompts: dict[int, str]) -> tuple[list[BenchVideo]
         raise ConfigError(f"{folder}: is no folder; name one with videos such as {EXAMPLE}")
     videos: dict[int, BenchVideo] = {}
     left_out = []
-    for path in sorted(folder.glob(PATTERN)):
+    for path in sorted(folder.glob("*.mp4")):
         found = NAME.fullmatch(path.name)
         number = int(found[1]) if found else None
         if number is None:
-            left_out.append(f"{path.name}: its name does not begin with an id, as {EXAMPLE} does")
+            left_out.append(f"{path.name}: its name is not of the form of {EXAMPLE}")
         elif number not in prompts:
             left_out.append(f"{path.name}: the prompts have no id {number}")
         elif number in videos:

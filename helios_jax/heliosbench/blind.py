@@ -65,14 +65,19 @@ def make_page(args: argparse.Namespace) -> None:
     if len(set(names)) < len(names):
         raise ConfigError(f"two folders are named {max(names, key=names.count)}; results go by that name, rename one")
     prompts = read_prompts(args.prompts)
-    models = {name: find_videos(folder, prompts)[0] for name, folder in zip(names, args.videos)}
+    models = {}
+    for name, folder in zip(names, args.videos):
+        models[name], left_out = find_videos(folder, prompts)
+        for line in left_out:
+            print(f"blind: {name}: left out: {line}", file=sys.stderr)
     pairs = draw_pairs(models, args.pairs, args.seed)
     check_folder(args.out)
     if any(args.out.iterdir()):
         raise ConfigError(f"--out: {args.out} is not empty; name another folder")
     page = args.out / "index.html"
     write_page(page, pairs)
-    print(f"{len(pairs)} pairs: open {page}")
+    fewer = "" if args.pairs in (None, len(pairs)) else f", not {args.pairs}: these are all that the folders share"
+    print(f"{len(pairs)} pairs{fewer}: open {page}")
 
 
 def write_page(path: Path, pairs: Sequence[Pair]) -> None:

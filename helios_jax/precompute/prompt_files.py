@@ -28,8 +28,10 @@ def read_prompts(files: Sequence[Path]) -> list[Prompt]:
             text = path.read_text(encoding="utf-8-sig")
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file; name a file of prompts") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: cannot be read as text ({one_line(error)})") from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: is not in UTF-8 (byte {error.start}); save it in that encoding") from None
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({one_line(error)})") from None
         rows = _csv(path, text) if path.suffix.lower() == ".csv" else text.splitlines()
         found = [(i, row.strip()) for i, row in enumerate(rows) if row.strip()]
         if not found:

@@ -57,9 +57,7 @@ class RunProgress:
         task.total = None if None in left else task.completed + sum(x for x in left if x is not None)
         self._bars.update(self._videos, count=f"{video}/{count}")
         if count > 1:
-            seconds = task.time_remaining
-            about = "" if seconds is None else f", about {datetime.timedelta(seconds=round(seconds))} left"
-            print(f"video {video + 1}/{count}: {name}{about}", flush=True)
+            print(f"video {video + 1}/{count}: {name}{self._left()}", flush=True)
 
     def start(self, plan: Plan) -> None:
         """Begins the chunks of a video."""
@@ -78,7 +76,12 @@ class RunProgress:
         self._bars.update(self._chunk_bar, completed=done, count=count)
         self._bars.update(self._videos, advance=1, count=f"{self._video + (done == total)}/{len(self._chunks)}")
         if not self.live:
-            print(f"chunk {count}  {frames} frames", flush=True)
+            print(f"chunk {count}  {frames} frames{self._left() if total not in (None, done) else ''}", flush=True)
+
+    def _left(self) -> str:
+        """The time that the rest of the run takes, for the end of a line; empty while it is not known."""
+        seconds = self._bars.tasks[0].time_remaining
+        return "" if seconds is None else f", about {datetime.timedelta(seconds=round(seconds))} left"
 
     def __enter__(self) -> "RunProgress":
         self._stack.enter_context(before_compiling(self._compiling))

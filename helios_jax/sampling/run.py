@@ -19,6 +19,7 @@ from helios_jax.runtime.compilation import compute_dtype, enable_cache
 from helios_jax.sampling import outputs
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.context import Context, read_context
+from helios_jax.sampling.download import is_url
 from helios_jax.sampling.fingerprint import file_hash
 from helios_jax.sampling.jobs import Job, make_jobs
 from helios_jax.sampling.one_video import make, open_file
@@ -116,6 +117,7 @@ def run(config: SampleConfig, typed: Mapping[str, str] = NOTHING) -> int:
         except ValueError as error:
             raise error if config.csv is None else ConfigError(f"{config.csv}: {job.name}: {error}") from None
     if config.csv is not None:
+        _tell_missing_inputs(todo)
         return _make_rows(config, weights, todo, [plan.num_chunks for plan in plans], cluster, begin)
     with ExitStack() as claims:
         for job in todo:
@@ -128,6 +130,15 @@ def run(config: SampleConfig, typed: Mapping[str, str] = NOTHING) -> int:
             with interrupts.deferred():
                 make(pipe, job, plan, rest, context, shown, begin if i == 0 else time.monotonic())
     return 0
+
+
+def _tell_missing_inputs(jobs: Sequence[Job]) -> None:
+    """Prints a line about local inputs that are missing now: their rows fail, but only when their turn comes."""
+    named = [(job.name, name) for job in jobs for name in (job.config.image, job.config.video) if name is not None]
+    missing = [(job, name) for job, name in named if not is_url(name) and not location(name).exists()]
+    if missing:
+        job, name = missing[0]
+        print(f"{len(missing)} of {len(jobs)} videos have no input yet, the first {job}: {name}", file=sys.stderr)
 
 
 def _make_rows(

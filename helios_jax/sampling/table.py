@@ -111,7 +111,9 @@ def _text(path: Path) -> str:
             raise ConfigError(f"csv: {path} is no file")
         with path.open(newline="", encoding="utf-8-sig") as file:
             return file.read()
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"csv: {path} is not in UTF-8 (byte {error.start}); save it in that encoding") from None
+    except OSError as error:
         raise ConfigError(f"csv: {path} cannot be read: {error}") from None
 
 

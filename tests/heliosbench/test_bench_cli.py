@@ -108,10 +108,12 @@ def test_a_bad_video_is_named_and_skipped(bench, capsys):
         file.write("4,four,5\n")
     (bench.folder / "ours" / "3_80_ori5.mp4").write_bytes(b"no prompt")
     (bench.folder / "ours" / "x_80_ori5.mp4").write_bytes(b"no id")
+    (bench.folder / "ours" / "5.mp4").write_bytes(b"no frames")
     assert bench.run() == 1
     said = capsys.readouterr().err
     assert "left out: 3_80_ori5.mp4: the prompts have no id 3" in said
-    assert "left out: x_80_ori5.mp4: its name does not begin with an id" in said
+    for name in ("x_80_ori5.mp4", "5.mp4"):
+        assert f"left out: {name}: its name is not of the form of 2_240_ori264.mp4" in said
     assert re.search(r"ours/2_80_ori5.mp4: skipped: .* does not decode", said)
     assert "1536x8 pixels become 96x0 here; each side must have 16 or more" in said
     assert bench.results("motion_amplitude")["num_videos"] == 2

@@ -31,7 +31,7 @@ def test_a_csv_makes_all_it_can_and_goes_on(config, tmp_path, capsys):
     printed = capsys.readouterr()
     names = {path.name for path in (tmp_path / "all").glob("*.mp4")}
     assert names == {"7_seed3.mp4", "7_seed4.mp4", "x9_seed0.mp4", "x9_seed1.mp4"}
-    assert "missing.png" in printed.err
+    assert f"2 of 6 videos have no input yet, the first id 8, seed 0: {tmp_path / 'missing.png'}\n" in printed.err
     assert "2 of 6 videos failed" in printed.err
     Image.new("RGB", (48, 32)).save(tmp_path / "missing.png")
     before = (tmp_path / "all" / "7_seed3.mp4").stat().st_mtime_ns

@@ -27,7 +27,9 @@ def test_the_time_left_is_of_the_chunks_of_all_videos(capsys):
         shown.chunk(done, 4, 9 * done)
     shown.begin(1, "id 8")  # and fails
     shown.begin(2, "id 9")
-    videos = [line for line in capsys.readouterr().out.splitlines() if line.startswith("video ")]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == ["chunk 1/4  9 frames", "chunk 2/4  18 frames, about 0:00:20 left"]
+    videos = [line for line in lines if line.startswith("video ")]
     assert videos == ["video 1/3: id 7", "video 2/3: id 8, about 0:00:16 left", "video 3/3: id 9, about 0:00:08 left"]
 
 

@@ -37,7 +37,7 @@ def seeds_of(tmp_path, text: str | bytes) -> list[int | None]:
         ("id,prompt,seed\n1,a,1.5\n", ["line 2", "seed", "whole number", "'1.5'"]),
         (f"id,prompt\n{'x' * 300},a\n", ["line 2", "200 bytes"]),
         ("id,prompt\n..,a\n.,b\n", ["line 2", "'..'"]),
-        (b"id,prompt\n1,\xff\n", ["cannot be read"]),
+        (b"id,prompt\n1,\xff\n", ["is not in UTF-8 (byte 12); save it"]),
         ("", ["no column prompt"]),
         ("id,prompt\n,,\n \n", ["no row"]),
     ],
