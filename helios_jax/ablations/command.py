@@ -106,6 +106,8 @@ def _report(
     written = page.write(table, results, path, command, missing)
     for one in written.outcomes:
         print(f"{one.word}: {one.claim.says}. {one.told}.")
+    if written.undecided:
+        print(f"{len(written.undecided)} claims are left out, which compare rows that --rows leaves out")
     if wandb is not None:
         page.send(table, results, wandb)
     print(f"wrote {path}")

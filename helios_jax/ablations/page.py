@@ -115,10 +115,14 @@ def _is_page(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class Page:
-    """A page that was written: the outcomes of claims, and in one line each what it lacks beside missing results."""
+    """A page that was written: the outcomes of claims, and in one line each what it lacks beside missing results.
+
+    `undecided` are the claims about rows that the table was asked to leave out.
+    """
 
     outcomes: list[Outcome]
     lacks: list[str]
+    undecided: list[Claim]
 
 
 def write(table: Table, results: Results, path: Path, command: str, missing: Mapping[str, str]) -> Page:
@@ -145,6 +149,8 @@ def write(table: Table, results: Results, path: Path, command: str, missing: Map
         "",
     ]
     lines += [f"- **{one.word}**: {one.claim.says}. {one.told}." for one in outcomes]
+    undecided = [claim for claim in table.options.claims if not {claim.row, *claim.against} <= table.rows.keys()]
+    lines += [f"- **Left out**: {claim.says}. Some of its rows are not on this page." for claim in undecided]
     means, curves = _means(table, values, lacks), _curves(table, results, path, lacks)
     pictures = {row: _picture(row, found, path, lacks) for row, found in results.items() if found}
     lacks = list(dict.fromkeys(lacks))
@@ -158,7 +164,7 @@ def write(table: Table, results: Results, path: Path, command: str, missing: Map
             lines += [f"## {row}", "", f"`{_changes(table, row)}`", "", f"![videos of {row}]({picture.name})", ""]
     with replacing(path) as part:
         part.write_text("\n".join(lines) + "\n")
-    return Page(outcomes, lacks)
+    return Page(outcomes, lacks, undecided)
 
 
 def gathered(results: Results) -> tuple[dict[str, dict[str, np.ndarray]], list[str]]:

@@ -109,7 +109,10 @@ def test_equal_commands_are_one_job_and_done_ones_do_not_run_again(table, monkey
     assert run(table, "--seeds", "0") == 0
     assert "Holds for one seed: The anchor keeps colours" in capsys.readouterr().out
     assert run(table, "--seeds", "0", "7", "--rows", "full") == 0
-    assert "3 jobs, 1 of them to do" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "3 jobs, 1 of them to do" in told
+    assert "claims are left out, which compare rows that --rows leaves out" in told
+    assert "- **Left out**: The anchor keeps colours. Some" in (table.parent / "out" / "page.md").read_text()
     assert [(folder / "runs").read_text() for folder in folders(table, "train")] == ["x", "x"]
 
 
