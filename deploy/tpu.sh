@@ -154,7 +154,6 @@ fi'
 run() {
   need TPU ZONE TYPE SHARE
   [ $# -gt 0 ] || fail "run needs what python runs, as in: run train.py configs/stage1_init.yaml"
-  [ "${1##*/}" != train.py ] || set -- "$@" stopped_code=75 # a stopped run must not look as if it were done
   local now found code failures=0
   [ "$(state)" != ABSENT ] || fail "there is no slice $TPU in $ZONE; make it with: deploy/tpu.sh up"
   for (( ; ; )); do

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.stage_table import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -128,7 +129,7 @@ def test_run_gives_python_every_word_and_ends_when_it_is_done(cloud):
     cloud.tpu("up")
     done = cloud.tpu("run", *TRAIN)
     assert done.returncode == 0, done.stderr
-    assert cloud.arguments == [*TRAIN, "stopped_code=75"]
+    assert cloud.arguments == TRAIN
     (start,) = cloud.calls("systemd-run")
     assert {"--unit=helios", "--property=KillMode=mixed", "--setenv=HF_HOME=/mnt/helios/huggingface"} <= set(start)
     assert "deploy/tpu.sh down" in done.stderr, "a slice that is done goes on costing"
@@ -165,7 +166,7 @@ def test_run_asks_for_another_slice_after_preemption(cloud):
     assert order == ["systemd-run", "queued-resources delete", "queued-resources create", "systemd-run"]
     assert cloud.gcloud("queued-resources", "create")[0][-1] == "--spot"
     assert {"--force", "--quiet"} <= set(cloud.gcloud("queued-resources", "delete")[0])
-    assert cloud.arguments == [*TRAIN, "stopped_code=75"]
+    assert cloud.arguments == TRAIN
 
 
 def test_logs_stop_and_down(cloud):
@@ -191,11 +192,11 @@ def test_slurm_gives_every_word_and_requeues_what_was_stopped(cloud, code, reque
     assert (cloud.calls("scontrol") == [["scontrol", "requeue", "17"]]) == requeued
     command = cloud.arguments[cloud.arguments.index(".venv/bin/python") :]
     mesh = ["mesh.fsdp=8", "optim.accumulate=8", "remat=block"]
-    assert command == [".venv/bin/python", "train.py", TRAIN[1], *mesh, PROMPT, "stopped_code=75"]
+    assert command == [".venv/bin/python", "train.py", TRAIN[1], *mesh, PROMPT]
     assert {"--kill-on-bad-exit=1", "--cpus-per-task=64"} <= set(cloud.arguments)
     assert (cloud.folder / "devices").read_text() == "0,1,2,3,4,5,6,7"
     config = load_config(str(ROOT / TRAIN[1]), command[3:])
-    assert (config.mesh.processes, config.stopped_code) == (None, 75)
+    assert config.mesh.processes is None
     assert config.data.batch_size % (config.optim.accumulate * 16) == 0
 
 
@@ -305,9 +306,8 @@ def test_jobset_starts_again_what_was_stopped(jobset):
     policy = jobset["spec"]["failurePolicy"]
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = job["template"]["spec"]
-    code = int(pod["containers"][0]["args"][-1].removeprefix("stopped_code="))
     codes, conditions = job["podFailurePolicy"]["rules"]
-    assert code in codes["onExitCodes"]["values"]
+    assert TrainConfig().stopped_code in codes["onExitCodes"]["values"]
     assert codes["onExitCodes"]["containerName"] == pod["containers"][0]["name"]
     assert conditions["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     assert {rule["action"] for rule in (codes, conditions)} == {"FailJob"}  # its reason is PodFailurePolicy

@@ -39,12 +39,13 @@ KEYS = {
     "mesh.fsdp": "devices that share the weights [1]",
     "mesh.context": "devices that share the tokens of a sample [1]",
     "mesh.processes": "hosts, each of which runs the same command; null: as many as a TPU pod or Slurm says [1]",
-    "stopped_code": "exit code after SIGTERM, so that a scheduler can tell a stopped run from one that is done [0]",
+    "stopped_code": "exit code after SIGTERM, by which a scheduler tells a stopped run from one that is done [75]",
 }
 CODES = {
-    0: "done, or ended by SIGTERM after saving (see stopped_code)",
+    0: "done",
     1: "the loss is not finite, a record is damaged, a file cannot be written, or no memory is left",
     2: "input that cannot be used",
+    75: "ended by SIGTERM after saving (see stopped_code)",
     130: "ended by Ctrl-C after saving, or by a signal before the first step or after the last",
 }
 LESS_MEMORY = (

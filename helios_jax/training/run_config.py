@@ -115,7 +115,7 @@ class TrainConfig:
     steps: int = 1000
     seed: int = 0
     log_every: int = 20
-    stopped_code: int = 0  # exit code of a run that SIGTERM ended after saving; schedulers restart on one that is not 0
+    stopped_code: int = 75  # exit code of a run that SIGTERM ended after saving: not 0, which would count as done
     precision: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products; parameters stay float32
     # Trained parameters: "all", "adapters", or regular expressions of parameters and modules. The rest is frozen, in
     # `precision`.

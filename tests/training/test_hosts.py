@@ -146,11 +146,9 @@ def test_losses_are_those_of_one_host_on_any_mesh(hosts, config, trained, tmp_pa
     ("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.heavy)]
 )
 def test_a_signal_to_one_host_saves_and_ends_all_and_others_go_on(hosts, config, tmp_path, number, code):
-    """Slurm says how many there are, and tells a stopped run from one that is done by `stopped_code`."""
+    """Slurm says how many there are, and tells a stopped run from one that is done by its exit code."""
     run = tmp_path / "r"
-    started = hosts.start(
-        [config, f"run={run}", ENDLESS, "checkpoint.every=100000", "stopped_code=75", *EXACT], slurm=True
-    )
+    started = hosts.start([config, f"run={run}", ENDLESS, "checkpoint.every=100000", *EXACT], slurm=True)
     wait_for(run, 3)
     started[1].kill(number)
     assert hosts.wait(started) == [code, code]
