@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,9 @@ def write(table: Table, results: Results, path: Path, command: str, missing: Map
         except ScoreError as error:
             lacks.append(str(error))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(table, values, outcomes, path.with_suffix(".json"))  # first: it tells whose the others are (`check`)
+    _write_json(
+        table, values, results, outcomes, path.with_suffix(".json")
+    )  # first: it tells whose the others are (`check`)
     _write_csv(results, path.with_suffix(".csv"))
     lines = [
         f"# {table.options.title}",
@@ -281,9 +284,19 @@ def _write_csv(results: Results, path: Path) -> None:
                     writer.writerows([row, seed, video, name, f"{value:.6g}"] for video, value in zip(scores.ids, each))
 
 
-def _write_json(table: Table, values: Any, outcomes: list[Outcome], path: Path) -> None:
-    rows = {row: {name: vars(mean(each)) for name, each in metrics.items()} for row, metrics in values.items()}
+def _write_json(table: Table, values: Any, results: Results, outcomes: list[Outcome], path: Path) -> None:
+    """Writes means, intervals (null: an end that one value cannot give), claims, and curves: each seed's mean."""
+
+    def ends(found: Mean) -> dict[str, float | None]:
+        return {name: value if math.isfinite(value) else None for name, value in vars(found).items()}
+
+    rows = {row: {name: ends(mean(each)) for name, each in metrics.items()} for row, metrics in values.items()}
+    curves = {
+        row: {seed: {name: each.mean(0).round(5).tolist() for name, each in one.seconds.items()} for seed, one in found}
+        for row, found in ((row, found.items()) for row, found in results.items())
+    }
     claims = [{"says": one.claim.says, "outcome": one.word, "numbers": one.told} for one in outcomes]
     facts = {"title": table.options.title, "seeds": list(table.options.seeds), "rows": rows, "claims": claims}
+    facts |= {"curves": curves}
     with replacing(path) as part:
         part.write_text(json.dumps(facts, indent=2) + "\n")
