@@ -1,6 +1,6 @@
 """The hierarchical memory: the past that a chunk is conditioned on, of a fixed shape however long the video grows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ class MemoryConfig:
     `anchor="first"` keeps the video's first latent frame in the window for ever, None keeps none. "second" begins like
     "first"; then the first frame of the second generated chunk replaces the anchor, even that of an input image or
     video (diffusers' `is_skip_first_chunk`). Positions are "relative" (frame indices never grow; the released models)
-    or "absolute" (they count from the video's start).
+    or "absolute" (they count from the video's start, that of an input video included). Rotary embeddings see distances
+    only, so the two differ by the distance to the anchor alone: without one they are the same.
     """
 
     long: int = 16
@@ -55,12 +56,13 @@ class MemoryConfig:
 class History:
     """The past of a video: the last frames (`latents`) [b, frames, h, w, c], zeros where the video has not begun; the
     `anchor` [b, 1, h, w, c], which is known if `anchored`; and the number of chunks made (`chunk`), one number or one
-    per sample."""
+    per sample, after those `before` them, of an input video."""
 
     latents: Any
     anchor: Any
     anchored: Any
     chunk: Any
+    before: Any = 0
 
 
 def empty(config: MemoryConfig, batch: int, height: int, width: int, channels: int) -> History:
@@ -70,6 +72,7 @@ def empty(config: MemoryConfig, batch: int, height: int, width: int, channels: i
         anchor=jnp.zeros((batch, 1, height, width, channels), jnp.float32),
         anchored=jnp.asarray(False),
         chunk=jnp.asarray(0, jnp.int32),
+        before=jnp.asarray(0, jnp.int32),
     )
 
 
@@ -82,7 +85,8 @@ def push(history: History, latents: Float[Array, "b t h w c"], config: MemoryCon
     keep = history.anchored
     if config.anchor == "second":
         keep = keep & (jnp.reshape(history.chunk, (-1, 1, 1, 1, 1)) != 1)
-    return History(
+    return replace(
+        history,
         latents=jnp.concatenate([history.latents, latents], 1)[:, -frames:],
         anchor=jnp.where(keep, history.anchor, latents[:, :1]),
         anchored=jnp.asarray(True),
@@ -96,7 +100,8 @@ def window(config: MemoryConfig, history: History) -> tuple[HistoryLatents, Fram
     Relative positions are anchor 0, then long, mid, recent and noisy frames in a row (diffusers' HeliosPipeline).
     """
     first = 1 if config.anchor else 0
-    start = jnp.reshape(history.chunk, (-1, 1)) * config.frames_per_chunk if config.positions == "absolute" else 0
+    made = jnp.reshape(history.before + history.chunk, (-1, 1))
+    start = made * config.frames_per_chunk if config.positions == "absolute" else 0
     row = first + start + jnp.arange(config.frames + config.frames_per_chunk)[None]
 
     latents, indices, begin = {}, {}, 0

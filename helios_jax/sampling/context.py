@@ -204,7 +204,8 @@ def from_video(
         anchor = add_noise(anchor, *_draw_noise(noise, "first_frame", one, *config.image_sigmas))
         draws = last(_draw_noise(noise, "video", shape, *config.video_sigmas) for _ in range(clip.num_chunks))
         chunks = [add_noise(chunk, *drawn) for chunk, drawn in zip(chunks, draws)]
-    return _history(memory, anchor, jnp.concatenate(chunks, 1))
+    history = _history(memory, anchor, jnp.concatenate(chunks, 1))
+    return dataclasses.replace(history, before=jnp.asarray(clip.num_chunks, jnp.int32))
 
 
 @program()

@@ -156,7 +156,9 @@ class SamplingOptions(ContextConfig):
     )
     num_latent_frames_per_chunk: int | None = option(None, "latent frames made at a time; null: as trained, usually 9")
     positions: Literal["relative", "absolute"] | None = option(
-        None, "frame indices of the window, or counted from the video's start; null: as trained, usually relative"
+        None,
+        "frame indices of the window, or counted from the video's start, which differ with an anchor alone; null: as"
+        " trained, usually relative",
     )
     use_anchor: bool | None = option(
         None, "keep the video's first latent frame in the history; null: as trained, usually yes"

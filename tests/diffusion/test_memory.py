@@ -56,6 +56,8 @@ def test_absolute_positions_count_on():
     assert indices.noisy.tolist() == [[11, 12, 13]]
     per_sample = history.replace(chunk=jnp.array([0, 2]))
     assert memory.window(config, per_sample)[1].noisy[:, 0].tolist() == [8, 14]
+    after_video = memory.push(history.replace(before=jnp.asarray(4)), chunk(1, 3)[:1], config)
+    assert memory.window(config, after_video)[1].noisy[:, 0].tolist() == [8 + 3 * (4 + 2)]
 
 
 def test_no_anchor():

@@ -165,6 +165,7 @@ def test_video(case, monkeypatch):
     clip = context.prepare_videos(given, batch, *reference.size, memory, reference.vae.config)
     history = context.from_video(reference.vae, clip, memory, config, reference.noise)
     compare("a video", history, expected, seed, memory)
+    assert int(history.before) == case["frames"] // (4 * memory.frames_per_chunk - 3)  # positions count on from there
     assert len(reference.noise.drawn) == reference.draws_of_a_chunk
 
 

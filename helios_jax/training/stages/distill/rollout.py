@@ -59,8 +59,8 @@ def corrupted(
         if corruption is None or corruption.is_nothing:
             return history
         memory = config.flow.memory
-        pair = corrupt_history(fold(inputs.keys, chunk), history.latents, history.anchor, corruption, memory)
-        return History(*pair, history.anchored, history.chunk)
+        latents, anchor = corrupt_history(fold(inputs.keys, chunk), history.latents, history.anchor, corruption, memory)
+        return dataclasses.replace(history, latents=latents, anchor=anchor)
 
     corruption = config.flow.corruption
     student = seen(corruption)
@@ -139,7 +139,7 @@ def make_chunk(
 def _pushed(history: History, latents: Array, config: DistillTrainConfig) -> History:
     """The history after a chunk, which has an anchor even if it had none before."""
     after = push(history, latents, config.flow.memory)
-    return History(after.latents, after.anchor, jnp.ones_like(history.anchored), after.chunk)
+    return dataclasses.replace(after, anchored=jnp.ones_like(history.anchored))
 
 
 def real_chunk(inputs: DistillInputs, chunks: Array, config: DistillTrainConfig) -> tuple[Array, History]:
