@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -298,5 +299,6 @@ def _write_json(table: Table, values: Any, results: Results, outcomes: list[Outc
     claims = [{"says": one.claim.says, "outcome": one.word, "numbers": one.told} for one in outcomes]
     facts = {"title": table.options.title, "seeds": list(table.options.seeds), "rows": rows, "claims": claims}
     facts |= {"curves": curves}
+    text = re.sub(r"\[[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(facts, indent=2))
     with replacing(path) as part:
-        part.write_text(json.dumps(facts, indent=2) + "\n")
+        part.write_text(text + "\n")
