@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from helios_jax.config import ConfigError
-from helios_jax.heliosbench import bench_run, judge, model_files, naturalness, rating, result_files
+from helios_jax.heliosbench import bench_run, judge, model_files, naturalness, rating, result_files, table_scores
 from helios_jax.heliosbench.bench_report import BenchReport
 from helios_jax.heliosbench.bench_run import SetupError, Task, warn
 from helios_jax.heliosbench.bench_videos import find_videos, read_prompts
@@ -124,6 +124,8 @@ def run(args: argparse.Namespace, argv: list[str]) -> int:
     merged = bench_run.write_results(models, prompts, view, args.strict_upstream)
     result_files.write(out / result_files.ALL_MODELS, result_files.merge_models(merged))
     BenchReport(out, view, models, merged, failed, f"{PROG} {' '.join(argv)}", fps).write(out / "report.html")
+    if len(models) == 1 and not failed:
+        table_scores.write(models[0], out)
     for name, one in merged.items():
         speed = f", throughput {rating.throughput_score(fps[name])}" if name in fps else ""
         print(_summary(name, one["summary"], view) + speed)

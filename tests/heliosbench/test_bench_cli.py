@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helios_jax.heliosbench import bench_cli, measure
+from helios_jax.ablations import scores
+from helios_jax.heliosbench import bench_cli, measure, table_scores
 from helios_jax.media.mp4 import VideoWriter
 from tests.heliosbench.fake_judge import serve
 
@@ -99,6 +100,21 @@ def test_a_second_run_measures_only_what_changed(bench, monkeypatch):
     assert bench.results("border_jumps")["num_videos"] == 2
     bench.run("--chunk", "20", "--metrics", "motion_amplitude")
     assert measured == [12, 1, 12]
+
+
+def test_one_model_s_scores_are_a_result_for_a_table_of_ablations(bench):
+    assert bench.run() == 0
+    found = scores.read(bench.out)
+    assert found.ids == ("1", "12")
+    amplitudes = [item["motion_fb"] for item in bench.results("motion_amplitude")["per_video_results"]]
+    assert found.metrics["motion_amplitude"].tolist() == amplitudes
+    assert found.picture == bench.out / "sheet.jpg"
+    assert found.picture.is_file()
+
+
+def test_curves_are_means_over_seconds():
+    records = [{"curves": {"a": [(i, i) for i in range(48)], "b": [(30, 1.0)]}}] * 2
+    assert table_scores._seconds(records) == {"a": [[11.5, 35.5]] * 2}  # b has no value in the first second
 
 
 def test_a_bad_video_is_named_and_skipped(bench, capsys):
