@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from helios_jax import config_files
-from helios_jax.config_types import got, misfit, misfit_at, nearest, options
+from helios_jax.config_types import got, misfit, misfit_at, nearest, options, unknown_part
 from helios_jax.locations import location, replacing
 from helios_jax.messages import one_line
 
@@ -123,6 +123,18 @@ def peek(path: str | Path, overrides: Sequence[str], key: str) -> tuple[Any, str
 def keys(overrides: Sequence[str]) -> set[str]:
     """The keys that overrides set, with dots, however they are written: mesh.fsdp also for mesh={fsdp: 2}."""
     return {key for text in overrides for key, _ in _leaves(_override(text)[1])}
+
+
+def unknown(path: str | Path, overrides: Sequence[str], schema: type) -> list[tuple[str, list[str]]]:
+    """(file or override, its keys without a field in `schema`), the later winning; flow.times for flow.times.shift.
+
+    Raises ConfigError for files and overrides that cannot be read.
+    """
+    found = [
+        (source, [part for key, _ in _leaves(values) if (part := unknown_part(schema, key))])
+        for source, values in _sources(path, overrides)
+    ]
+    return [(source, list(dict.fromkeys(parts))) for source, parts in found if parts]
 
 
 def save(config: Any, path: str | Path) -> None:

@@ -85,6 +85,20 @@ def misfit_at(schema: type, key: str, value: Any) -> str | None:
     return misfit(hint, value, key)
 
 
+def unknown_part(schema: type, key: str) -> str | None:
+    """The beginning of a dotted key, up to the part that is no field of `schema`; None where all parts are."""
+    hint: Any = schema
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        owner = next((kind for kind in options(hint) if dataclasses.is_dataclass(kind)), None)
+        if owner is None:
+            return None
+        if part not in (hints := get_type_hints(owner)):
+            return ".".join(parts[: i + 1])
+        hint = hints[part]
+    return None
+
+
 def _misfit_of_keys(owner: Any, value: dict, key: str) -> str | None:
     hints = get_type_hints(owner)
     for name, item in value.items():

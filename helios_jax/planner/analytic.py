@@ -18,7 +18,7 @@ from helios_jax.planner import program
 from helios_jax.planner.cost import Cost
 from helios_jax.planner.machines import Machine
 from helios_jax.sharding import AXES
-from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.flow_config import TransformerTrainConfig
 from helios_jax.training.start import transformer_config
 from helios_jax.training.state import placed
 from helios_jax.training.work import sequences
@@ -79,13 +79,13 @@ REDUCED = 3  # arrays [tokens, dim] that a block all-reduces over `tensor` in ea
 class Work:
     """A config before any mesh: its state, and the operations that a sample needs."""
 
-    config: FlowTrainConfig
+    config: TransformerTrainConfig
     state: Any
     model_flops: int  # forward and backward, of one sample
     forward_flops: int
 
     @staticmethod
-    def of(config: FlowTrainConfig) -> "Work":
+    def of(config: TransformerTrainConfig) -> "Work":
         return Work(config, program.abstract_state(config), *program.model_flops(config))
 
     @cached_property
@@ -123,7 +123,7 @@ class Memory:
         return self.parameters + self.frozen + self.optimizer + self.average + self.batch + self.temporaries
 
 
-def arguments(work: Work, config: FlowTrainConfig, mesh: Any) -> dict[str, int]:
+def arguments(work: Work, config: TransformerTrainConfig, mesh: Any) -> dict[str, int]:
     """Bytes of the step's arguments on each device by kind, exactly; `mesh` may be abstract."""
     # Devices to compile for may not have all memory kinds; a mesh without devices accepts every kind.
     mesh = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
@@ -142,13 +142,13 @@ def abstract_mesh(sizes: dict[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def samples(config: FlowTrainConfig, mesh: dict[str, int]) -> int:
+def samples(config: TransformerTrainConfig, mesh: dict[str, int]) -> int:
     """Samples of each device in one part of a batch."""
     return config.data.batch_size // config.optim.accumulate // (mesh["data"] * mesh["fsdp"])
 
 
 def memory(
-    work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, int], given: dict[str, int]
+    work: Work, config: TransformerTrainConfig, machine: Machine, mesh: dict[str, int], given: dict[str, int]
 ) -> Memory:
     """The memory of a step on each device, of which `given` are its arguments."""
     b, d, layers, split = samples(config, mesh), work.sizes.dim, work.sizes.num_layers, mesh["tensor"]
@@ -165,7 +165,7 @@ def memory(
     return Memory(**given, temporaries=activations + text + weights + copies * given["parameters"])
 
 
-def cost(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, int]) -> Cost:
+def cost(work: Work, config: TransformerTrainConfig, machine: Machine, mesh: dict[str, int]) -> Cost:
     """The time of a step. By default libtpu's programs wait for collectives; a GPU's do other work meanwhile."""
     b, parts, split = samples(config, mesh), config.optim.accumulate, mesh["tensor"]
     d, layers, chip, total = work.sizes.dim, work.sizes.num_layers, machine.chip, Cost()
@@ -201,7 +201,7 @@ def cost(work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, 
 
 
 def _received(
-    work: Work, config: FlowTrainConfig, machine: Machine, mesh: dict[str, int]
+    work: Work, config: TransformerTrainConfig, machine: Machine, mesh: dict[str, int]
 ) -> list[tuple[str, str, float]]:
     """(kind, mesh axis, bytes that each device receives in a step) of the collectives."""
     b, parts, split = samples(config, mesh), config.optim.accumulate, mesh["tensor"]

@@ -27,7 +27,7 @@ from helios_jax.runtime import flops
 from helios_jax.runtime.offload import HOST
 from helios_jax.sharding import batch_sharding
 from helios_jax.training import work
-from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.flow_config import TransformerTrainConfig
 from helios_jax.training.stage_table import load_config, make_stage
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
 from helios_jax.training.stages.distill.players import score_config
@@ -43,14 +43,14 @@ LATENTS = (48, 80)  # of 384 x 640 pixels
 TEXT = 512  # tokens of a caption
 
 
-def open_config(path: str, overrides: Sequence[str]) -> FlowTrainConfig:
+def open_config(path: str, overrides: Sequence[str]) -> TransformerTrainConfig:
     """The config at `path`, with the sizes of the released 14B model unless it gives others itself.
 
     It gives them as model.transformer, or as an `init` that is a folder here. Scores whose weights are not here have
     the student's sizes. Raises ConfigError for one that cannot be read, and for a stage without a transformer.
     """
     config = load_config(path, overrides)
-    if not isinstance(config, FlowTrainConfig):
+    if not isinstance(config, TransformerTrainConfig):
         raise ConfigError(f"{path}: the stage {config.stage} has no transformer; give a config that trains one")
     sizes = transformer_config(config) if config.model.transformer or _is_here(config) else TransformerConfig()
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, transformer=sizes))
@@ -63,7 +63,7 @@ def open_config(path: str, overrides: Sequence[str]) -> FlowTrainConfig:
     return config
 
 
-def _is_here(config: FlowTrainConfig) -> bool:
+def _is_here(config: TransformerTrainConfig) -> bool:
     """True where `init` names a folder with a model's config.json: nothing is downloaded for a plan."""
     if config.init is None or is_remote(config.init):
         return False
@@ -79,7 +79,7 @@ def _folder_of(sizes: TransformerConfig) -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
-def batch(config: FlowTrainConfig, mesh: Mesh | AbstractMesh | None = None) -> dict[str, Any]:
+def batch(config: TransformerTrainConfig, mesh: Mesh | AbstractMesh | None = None) -> dict[str, Any]:
     """The shapes of a batch of the stages flow, ode and distill, with shardings where there is a mesh."""
     past, sizes, (h, w) = config.flow.memory, transformer_config(config), LATENTS
     t, c = past.frames_per_chunk, sizes.in_channels
@@ -102,14 +102,14 @@ def batch(config: FlowTrainConfig, mesh: Mesh | AbstractMesh | None = None) -> d
     return {**seen, "text": text, "target": shape(chunks * t, h, w, c), **more}
 
 
-def transformers(config: FlowTrainConfig) -> list[FlowTrainConfig]:
+def transformers(config: TransformerTrainConfig) -> list[TransformerTrainConfig]:
     """The config of each transformer of the step: the trained one, and in stage 3 the scores' where it is another."""
     if isinstance(config, DistillTrainConfig) and config.distill.score.init is not None:
         return [config, score_config(config)]
     return [config]
 
 
-def abstract_state(config: FlowTrainConfig) -> TrainState:
+def abstract_state(config: TransformerTrainConfig) -> TrainState:
     """The train state as shapes, without a mesh. Raises ConfigError for names that train nothing."""
     stage = make_stage(config)
 
@@ -123,7 +123,7 @@ def abstract_state(config: FlowTrainConfig) -> TrainState:
     )
 
 
-def compiled(config: FlowTrainConfig, state: TrainState, mesh: Mesh, *, all_effort: bool = False) -> Any:
+def compiled(config: TransformerTrainConfig, state: TrainState, mesh: Mesh, *, all_effort: bool = False) -> Any:
     """The training step of `config` (`jax.stages.Compiled`) for the devices of `mesh`.
 
     Passes on the compiler's RESOURCE_EXHAUSTED for a step that does not fit.
@@ -138,7 +138,7 @@ def compiled(config: FlowTrainConfig, state: TrainState, mesh: Mesh, *, all_effo
         return step.lower(given, batch(config, mesh), key).compile(options)
 
 
-def model_flops(config: FlowTrainConfig) -> tuple[int, int]:
+def model_flops(config: TransformerTrainConfig) -> tuple[int, int]:
     """Operations of the products that one sample needs, without rematerialization: (forward and backward, forward).
 
     Of a conditional the branch with the most operations counts, such as a step in which stage 3's generator learns. A
@@ -151,8 +151,8 @@ def model_flops(config: FlowTrainConfig) -> tuple[int, int]:
 
 
 def with_settings(
-    config: FlowTrainConfig, *, batch_size: int | None = None, accumulate: int | None = None, **settings: Any
-) -> FlowTrainConfig:
+    config: TransformerTrainConfig, *, batch_size: int | None = None, accumulate: int | None = None, **settings: Any
+) -> TransformerTrainConfig:
     """`config` with other settings: of the batch and its parts where they are given, and of top-level fields."""
     return dataclasses.replace(
         config,

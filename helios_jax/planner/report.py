@@ -8,6 +8,7 @@ from helios_jax.planner.analytic import Memory, Work
 from helios_jax.planner.cost import PARTS, Cost
 from helios_jax.planner.machines import Machine
 from helios_jax.planner.search import Candidate
+from helios_jax.training.flow_config import PackedPyramidConfig
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
 
 GB = 1e9
@@ -149,7 +150,10 @@ def remedies(machine: Machine, answer: Answer, fitting: Candidate | None) -> str
     missing = (answer.memory.peak - machine.chip.memory) / GB
     if fitting is not None:
         return f"{missing:.1f} GB of each chip are missing; these settings should fit: {fitting.overrides}"
+    pyramid = answer.candidate.config.pyramid
+    packed = isinstance(pyramid, PackedPyramidConfig) and pyramid.levels == "packed"
+    separate = ", or set flow.pyramid.levels=separate" if packed else ""
     return (
         f"{missing:.1f} GB of each chip are missing and no mesh, accumulation or remat policy would fit; take more "
-        "chips or chips with more memory, a smaller lora.rank, or flow.pyramid.levels=separate"
+        f"chips or chips with more memory, or a smaller lora.rank{separate}"
     )

@@ -15,7 +15,7 @@ from helios_jax.planner.cost import Cost
 from helios_jax.planner.machines import Machine
 from helios_jax.planner.program import with_settings
 from helios_jax.sharding import AXES, MeshConfig, check_batch, lay_out, make_mesh
-from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.flow_config import TransformerTrainConfig
 from helios_jax.training.start import check_attention, transformer_config
 
 # Share of a chip's memory up to which an estimate counts as fitting: estimates are that far off.
@@ -28,7 +28,7 @@ ACCUMULATE, REMAT = "optim.accumulate", "remat"
 class Candidate:
     """A config with its mesh, and its estimated memory and cost."""
 
-    config: FlowTrainConfig
+    config: TransformerTrainConfig
     mesh: dict[str, int]
     memory: analytic.Memory
     cost: Cost
@@ -45,7 +45,7 @@ class Candidate:
 
 
 def candidates(
-    work: Work, configs: Iterable[FlowTrainConfig], machine: Machine, mesh: dict[str, int]
+    work: Work, configs: Iterable[TransformerTrainConfig], machine: Machine, mesh: dict[str, int]
 ) -> Iterator[Candidate]:
     """Candidates of one mesh, whose configs differ in accumulation and remat policy only."""
     arguments = analytic.arguments(work, work.config, analytic.abstract_mesh(mesh))

@@ -9,13 +9,13 @@ from helios_jax import lora, pretrained
 from helios_jax.locations import copy_tree
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling.checkpoint import write_index
-from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.flow_config import TransformerTrainConfig
 from helios_jax.training.pipeline_parts import open_components, trained
 
 COPIED = ("vae", "text_encoder", "tokenizer")
 
 
-def export_pipeline(model: Transformer, config: FlowTrainConfig, folder: Path) -> None:
+def export_pipeline(model: Transformer, config: TransformerTrainConfig, folder: Path) -> None:
     """Writes `folder`/pipeline: the transformer in bfloat16, and with `flow.components` a whole pipeline around it.
 
     Adapters are merged into it; those that were trained are also written alone into `folder`/lora. Both record the

@@ -12,11 +12,11 @@ from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.checkpoint import PARTS, Checkpoint, read_trained_size
 from helios_jax.sampling.plan import Variant
 from helios_jax.trained import Trained
-from helios_jax.training.flow_config import FlowTrainConfig, StudentTrainConfig
+from helios_jax.training.flow_config import StudentTrainConfig, TransformerTrainConfig
 from helios_jax.training.start import transformer_config
 
 
-def open_components(config: FlowTrainConfig) -> Checkpoint | None:
+def open_components(config: TransformerTrainConfig) -> Checkpoint | None:
     """Opens the folder `flow.components`, with the scheduler that the trained transformer needs; None for no folder.
 
     Raises ConfigError, in one line, for components that are not there or do not fit the transformer.
@@ -49,17 +49,17 @@ def open_components(config: FlowTrainConfig) -> Checkpoint | None:
     return checkpoint
 
 
-def variant(config: FlowTrainConfig, trained_size: tuple[int, int]) -> Variant:
+def variant(config: TransformerTrainConfig, trained_size: tuple[int, int]) -> Variant:
     """The kind of model that a run makes: Base, Mid with a pyramid, or Distilled."""
     made = Variant(trained_size=trained_size, trained=trained(config))
     if isinstance(config, StudentTrainConfig):
         return dataclasses.replace(made, pyramid=True, is_distilled=True)
-    if config.flow.pyramid is not None:
+    if config.pyramid is not None:
         return dataclasses.replace(made, pyramid=True, is_cfg_zero_star=True)
     return made
 
 
-def trained(config: FlowTrainConfig) -> Trained:
+def trained(config: TransformerTrainConfig) -> Trained:
     """The settings of a run that sampling must repeat."""
     if isinstance(config, StudentTrainConfig):
         distill = config.distill
@@ -67,7 +67,9 @@ def trained(config: FlowTrainConfig) -> Trained:
     return Trained(config.flow.memory)
 
 
-def scheduler(config: FlowTrainConfig, theirs: SchedulerConfig | None = None) -> SchedulerConfig | DMDSchedulerConfig:
+def scheduler(
+    config: TransformerTrainConfig, theirs: SchedulerConfig | None = None
+) -> SchedulerConfig | DMDSchedulerConfig:
     """The scheduler of the trained model's pipeline.
 
     Levels and times are the run's. The rest, such as the solver, is `theirs`, of its components, if it has as many
@@ -75,7 +77,7 @@ def scheduler(config: FlowTrainConfig, theirs: SchedulerConfig | None = None) ->
     """
     if isinstance(config, StudentTrainConfig):
         return student_scheduler(config)
-    pyramid = config.flow.pyramid
+    pyramid = config.pyramid
     if pyramid is None:
         ours = SchedulerConfig(stages=1, stage_range=(0.0, 1.0), use_dynamic_shifting=True)
     else:

@@ -82,12 +82,11 @@ class Player:
 class Stage(ABC, Generic[ConfigT, ModelT]):
     """One stage of training, made from its config.
 
-    A subclass names its schema in `Config` and gives `init`, `batches`, and `loss` or `players`; the other methods have
-    defaults. All raise ConfigError, in one line, for settings that cannot work.
+    A subclass names its schema in `Config`, with no key that it does not read, and gives `init`, `batches`, and `loss`
+    or `players`; the other methods have defaults. All raise ConfigError, in one line, for settings that cannot work.
     """
 
     Config: ClassVar[type[TrainConfig]] = TrainConfig
-    unused: ClassVar[tuple[str, ...]] = ()  # keys of `Config` that the stage does not read, and overrides may not set
 
     def __init__(self, config: ConfigT):
         self.config = config

@@ -8,6 +8,7 @@ from typing import Any
 
 from helios_jax import config as configs
 from helios_jax.config import ConfigError, nearest
+from helios_jax.config_types import unknown_part
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.stage import Stage
 from helios_jax.training.stage_names import STAGES
@@ -51,8 +52,7 @@ def make_stage(config: TrainConfig) -> Stage[Any, Any]:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The config of a run, in the schema of the stage that the file, its bases or the overrides name.
 
-    Raises ConfigError, in one line, as `helios_jax.config.load` does; a key of another stage is an unknown key. A key
-    that the stage does not read may stand in a YAML, from which other stages inherit, but not in an override.
+    Raises ConfigError, in one line, as `helios_jax.config.load` does, and for keys that only other stages read.
     """
     named = configs.peek(path, overrides, "stage")
     for key in OF_SAMPLING if named is None else ():
@@ -66,7 +66,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         stage = find_stage(name)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
-    for key in sorted(configs.keys(overrides)):
-        if any(key == one or key.startswith(f"{one}.") for one in stage.unused):
-            raise ConfigError(f"{key}: the stage {name} does not read it, so it would change nothing; leave it out")
-    return configs.load(path, overrides, stage.Config)
+    try:
+        return configs.load(path, overrides, stage.Config)
+    except ConfigError:
+        _refuse_unread(path, overrides, name, stage)
+        raise
+
+
+def _refuse_unread(path: str | Path, overrides: Sequence[str], name: str, stage: type[Stage[Any, Any]]) -> None:
+    """Raises ConfigError for the keys of a file or an override that other stages read, and `stage` does not."""
+    others = {other: find_stage(other).Config for other in STAGES}
+    file = str(configs.find(path))
+    for source, unknown in configs.unknown(path, overrides, stage.Config):
+        readers = {key: [other for other in others if unknown_part(others[other], key) is None] for key in unknown}
+        unread = [key for key in unknown if readers[key]]
+        if not unread:
+            continue
+        common = [other for other in others if all(other in readers[key] for key in unread)]
+        who = f", only {' and '.join(common)} {'does' if len(common) == 1 else 'do'}" if common else ""
+        it = "it" if len(unread) == 1 else "them"
+        base = "" if source == file or source.startswith("override ") else f", or give {file} another base"
+        raise ConfigError(
+            f"{source}: {', '.join(unread)}: the stage {name} does not read {it}{who}; leave {it} out{base}"
+        )

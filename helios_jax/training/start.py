@@ -17,13 +17,13 @@ from helios_jax.models.transformer.embeddings import Patches, coarser
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import seeds
 from helios_jax.trained import read_trained
-from helios_jax.training.flow_config import FlowTrainConfig, StudentTrainConfig
+from helios_jax.training.flow_config import StudentTrainConfig, TransformerTrainConfig
 from helios_jax.training.trainable import AdapterConfig
 
 WAN = "WanTransformer3DModel"
 
 
-def transformer_config(config: FlowTrainConfig, name: str = "init") -> TransformerConfig:
+def transformer_config(config: TransformerTrainConfig, name: str = "init") -> TransformerConfig:
     """The transformer's sizes: `model.transformer`, or those of the weights that `init` names.
 
     Raises ConfigError when there are none, or when the weights that `init` names cannot be trained. Messages call
@@ -40,7 +40,7 @@ def transformer_config(config: FlowTrainConfig, name: str = "init") -> Transform
         raise ConfigError(f"{name}: {error}") from None
 
 
-def init_transformer(config: FlowTrainConfig, key: jax.Array) -> Transformer:
+def init_transformer(config: TransformerTrainConfig, key: jax.Array) -> Transformer:
     """Random parameters, the memory patches made from the patch embedding, with adapters where `config.lora` asks.
 
     Raises ConfigError when the current mesh does not fit its attention.
@@ -54,7 +54,7 @@ def init_transformer(config: FlowTrainConfig, key: jax.Array) -> Transformer:
     return model if config.lora is None else _add_adapters(model, config.lora, config.seed)
 
 
-def check_attention(config: FlowTrainConfig, mesh: Any) -> None:
+def check_attention(config: TransformerTrainConfig, mesh: Any) -> None:
     """Raises ConfigError when `mesh`, which may be abstract, cannot divide the transformer's attention heads."""
     try:
         context_attention.check(config.mesh.context_attention, transformer_config(config).num_attention_heads, mesh)
@@ -62,7 +62,7 @@ def check_attention(config: FlowTrainConfig, mesh: Any) -> None:
         raise ConfigError(str(error)) from None
 
 
-def load_transformer(config: FlowTrainConfig, model: Transformer, shardings: Any = None) -> Transformer:
+def load_transformer(config: TransformerTrainConfig, model: Transformer, shardings: Any = None) -> Transformer:
     """The abstract `model` of `init_transformer` with the weights that `config.init` names, in the model's dtypes.
 
     Wan's checkpoints (text to video, diffusers layout) have no memory patches: they are made from the patch embedding.
@@ -81,7 +81,7 @@ def load_transformer(config: FlowTrainConfig, model: Transformer, shardings: Any
     return add(loaded)
 
 
-def check_init(config: FlowTrainConfig, name: str = "init") -> None:
+def check_init(config: TransformerTrainConfig, name: str = "init") -> None:
     """Compares the run's memory settings with the settings that the weights in `config.init` were trained with.
 
     Warns when they differ: stages 1 and 2 can adapt the weights. For a student it raises ConfigError instead, as no
@@ -106,7 +106,7 @@ def check_init(config: FlowTrainConfig, name: str = "init") -> None:
     warnings.warn(f"{message}; the weights will be adapted to it", stacklevel=2)
 
 
-def _folder(config: FlowTrainConfig) -> Path:
+def _folder(config: TransformerTrainConfig) -> Path:
     part = config.init_subfolder
     folder = pretrained.resolve(config.init or "", (".", part))
     return folder / part if (folder / part).is_dir() else folder

@@ -15,13 +15,13 @@ from helios_jax.sampling.options import SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.sampling.plan import make_plan
 from helios_jax.sharding import gather
-from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.flow_config import TransformerTrainConfig
 from helios_jax.training.pipeline_parts import open_components
 from helios_jax.training.run_config import ValidationConfig
 from helios_jax.training.trainable import settle_dtypes
 
 
-def check_validation(config: FlowTrainConfig) -> None:
+def check_validation(config: TransformerTrainConfig) -> None:
     """Raises ConfigError, in one line, for components that do not fit or cannot make the validation videos."""
     validation = config.validation
     if validation is not None and config.flow.components is None:
@@ -50,7 +50,7 @@ def sampling_options(validation: ValidationConfig) -> SamplingOptions:
     )
 
 
-def make_videos(model: Transformer, config: FlowTrainConfig, folder: Path) -> dict[str, np.ndarray]:
+def make_videos(model: Transformer, config: TransformerTrainConfig, folder: Path) -> dict[str, np.ndarray]:
     """Writes a video of each validation prompt, 0.mp4 and on, into `folder`.
 
     Returns the frames, uint8 [t, h, w, 3], of each. The VAE and the text encoder are loaded here and dropped at the

@@ -17,7 +17,7 @@ from jax.extend.core import Jaxpr
 from jax.sharding import AbstractMesh, Mesh
 
 from helios_jax.runtime import chips, flops
-from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.flow_config import TransformerTrainConfig
 from helios_jax.training.stage import Stage
 from helios_jax.training.start import transformer_config
 from helios_jax.training.state import TrainState
@@ -27,7 +27,7 @@ from pallas_kernels.core import device
 _CPU = SimpleNamespace(platform="cpu", device_kind="cpu")  # its attention is matrix products, which can be counted
 
 
-def sequences(config: FlowTrainConfig, height: int, width: int) -> list[list[int]]:
+def sequences(config: TransformerTrainConfig, height: int, width: int) -> list[list[int]]:
     """Noisy and history tokens of the transformer's sequences for one sample of latents of this size.
 
     Each forward pass has a list, with the length of each packed level. Stage 3 has one sequence for each of the
@@ -40,15 +40,13 @@ def sequences(config: FlowTrainConfig, height: int, width: int) -> list[list[int
     def tokens(down: int) -> int:
         return history + (frames // pt) * ((height >> down) // ph) * ((width >> down) // pw)
 
-    pyramid = config.flow.pyramid
+    pyramid = config.pyramid
     if pyramid is None:
         return [[tokens(0)]]
-    ratios = pyramid.sample_ratios
-    levels = [tokens(len(ratios) - 1 - i) for i, ratio in enumerate(ratios) for _ in range(ratio)]
-    return [levels] if pyramid.levels == "packed" else [[level] for level in levels]
+    return [[tokens(pyramid.num_levels - 1 - level) for level in levels] for levels in pyramid.passes()]
 
 
-def tokens(config: FlowTrainConfig, batch: dict[str, Any]) -> int:
+def tokens(config: TransformerTrainConfig, batch: dict[str, Any]) -> int:
     """The sum of `sequences` for one sample of `batch`."""
     return sum(map(sum, sequences(config, *batch["anchor"].shape[2:4])))
 
@@ -59,7 +57,7 @@ def program(stage: Stage[Any, Any], state: TrainState, batch: Any, *, backward: 
     The trace is without rematerialization, and frozen parameters have no gradient. `state` and `batch` may be shapes.
     """
     config = stage.config
-    if isinstance(config, FlowTrainConfig):
+    if isinstance(config, TransformerTrainConfig):
         stage = type(stage)(dataclasses.replace(config, remat=None))
 
     def forward(step: Any, params: Any, frozen: Any, batch: Any, keys: Any) -> Any:

@@ -84,7 +84,9 @@ def arguments(stage: str, root: Path, run: Path, *more: str) -> list[str]:
         "validation=null",
     ]
     if stage.startswith(("stage2", "stage3")):
-        ours += ["flow.pyramid.sample_ratios=[1,1]", "flow.pyramid.stage_range=[0,0.5,1]"]
+        ours += ["flow.pyramid.stage_range=[0,0.5,1]"]
+    if stage.startswith("stage2"):
+        ours += ["flow.pyramid.sample_ratios=[1,1]"]
     if stage.startswith("stage3"):
         ours += ["distill.steps=[1,1]", "optim.ema.start=1", "remat=null"]  # compiles faster
     if stage in ("stage3_post", "stage3_gan"):

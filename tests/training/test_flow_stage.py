@@ -23,7 +23,7 @@ from helios_jax.sharding import MeshConfig, make_mesh
 from helios_jax.toy import build as toy_build
 from helios_jax.trained import Trained
 from helios_jax.training import pipeline_parts, start
-from helios_jax.training.flow_config import PyramidConfig
+from helios_jax.training.flow_config import FlowPyramidConfig
 from helios_jax.training.loop import split_ids
 from helios_jax.training.optim import OptimConfig, make_optimizer
 from helios_jax.training.run_config import ValidationConfig
@@ -113,7 +113,7 @@ def test_videos_of_several_sizes_are_in_one_run(config, tmp_path):
     found = FlowStage(config).batches(make_mesh(MeshConfig()))
     seen = [next(found)["target"].shape for _ in range(8)]
     assert set(seen) == {(4, 9, 16, 8, 4), (4, 9, 8, 12, 4)}
-    config.flow.pyramid = PyramidConfig()
+    config.flow.pyramid = FlowPyramidConfig()
     with pytest.raises(ConfigError, match="latents 12 wide, not a multiple of 8"):
         FlowStage(config).batches(make_mesh(MeshConfig()))
 
@@ -167,7 +167,7 @@ def test_packed_and_separate_levels_have_one_loss_and_one_gradient(config):
     config.flow.times.weighting = "none"
     batch, model, found = batch_of(config), draw(), {}
     for levels in ("packed", "separate"):
-        config.flow.pyramid = PyramidConfig(sample_ratios=(2, 1), stage_range=(0, 0.5, 1), levels=levels)
+        config.flow.pyramid = FlowPyramidConfig(sample_ratios=(2, 1), stage_range=(0, 0.5, 1), levels=levels)
         gradient = jax.value_and_grad(lambda m, b: FlowStage(config).loss(m, b, keys()), has_aux=True)
         found[levels] = jax.jit(gradient)(model, batch)
     assert_close(found["packed"], found["separate"])
@@ -178,7 +178,7 @@ def test_packed_and_separate_levels_have_one_loss_and_one_gradient(config):
 
 
 def test_samples_of_a_level_have_times_of_their_own(config):
-    flow_config = dataclasses.replace(config.flow, pyramid=PyramidConfig())
+    flow_config = dataclasses.replace(config.flow, pyramid=FlowPyramidConfig())
     target = jnp.asarray(np.random.default_rng(0).standard_normal((4, 1, 8, 8, 4), np.float32))
     samples = flow.make_samples(target, target + 1, keys(), flow_config)
     assert [x.noisy.shape[2] for x in samples] == [2, 4, 4, 8]
@@ -209,7 +209,7 @@ LORA = AdapterConfig(rank=4, target_modules=("to_q", "ffn.net.2", "patch_embeddi
     ("change", "trained"),
     [
         pytest.param({}, lambda name: True, marks=pytest.mark.heavy),  # stage 2 learns by the same step
-        ({"pyramid": PyramidConfig(sample_ratios=(1, 1), stage_range=(0, 0.5, 1))}, lambda name: True),
+        ({"pyramid": FlowPyramidConfig(sample_ratios=(1, 1), stage_range=(0, 0.5, 1))}, lambda name: True),
         (
             {"lora": LORA, "trainable": ("adapters", "patch_(short|mid|long)")},
             lambda name: name.endswith((".a", ".b")) or name.startswith(("patch_short", "patch_mid", "patch_long")),
@@ -240,7 +240,7 @@ def test_one_batch_is_learnt_by_the_parameters_that_train_alone(config, change, 
 
 def test_export_is_a_whole_pipeline_with_adapters_merged_and_alone(config, tmp_path):
     config = dataclasses.replace(config, lora=LORA, trainable=("adapters",))
-    config.flow.pyramid = PyramidConfig()
+    config.flow.pyramid = FlowPyramidConfig()
     config.flow.memory = MemoryConfig(long=0, mid=0, recent=4, anchor=None, positions="absolute")
     model = start._add_adapters(draw(), LORA, 0)
     model.blocks.ffn.down.adapters[0].b[...] += 1.0
@@ -263,7 +263,7 @@ def test_export_is_a_whole_pipeline_with_adapters_merged_and_alone(config, tmp_p
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_an_exported_pyramid_is_the_run_s_and_its_solver_the_components(config, shift):
     levels = {"stage_range": (0, 0.2, 0.5, 1), "gamma": 0.2}
-    config.flow.pyramid = PyramidConfig(**levels, timestep_shift=shift)
+    config.flow.pyramid = FlowPyramidConfig(**levels, timestep_shift=shift)
     theirs = SchedulerConfig(scheduler_type="euler", use_dynamic_shifting=True)
     made = pipeline_parts.scheduler(config, theirs)
     assert (made.stage_range, made.gamma, made.scheduler_type) == (*levels.values(), "euler")
@@ -303,7 +303,7 @@ def test_what_cannot_be_is_one_line(config):
         wrong = dataclasses.replace(config, **change, flow=dataclasses.replace(config.flow, **flow_change))
         with pytest.raises(ConfigError, match=message):
             FlowStage(wrong).batches(make_mesh(MeshConfig()))
-    config.flow.pyramid = PyramidConfig()
+    config.flow.pyramid = FlowPyramidConfig()
     with pytest.raises(ConfigError, match=r"latents 4 high, not a multiple of 8, which 3 levels in patches of 2 need"):
         FlowStage(config).batches(make_mesh(MeshConfig()))
     config.data.folder = "nowhere"

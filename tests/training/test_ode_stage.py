@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from helios_jax.sharding import make_mesh
-from helios_jax.training.flow_config import FlowConfig, StudentConfig
+from helios_jax.training.flow_config import PackedPyramidConfig
 from helios_jax.training.optim import make_optimizer
-from helios_jax.training.stages.ode import ODEStage, ODETrainConfig
+from helios_jax.training.stages.ode import ODEConfig, ODEFlowConfig, ODEStage, ODETrainConfig
 from helios_jax.training.state import create
 from helios_jax.training.train_step import make_step
-from tests.training.test_stage3 import BATCH, FAST, PYRAMID, SMALL, batch_of, keys, transformer
+from tests.training.test_stage3 import BATCH, FAST, SMALL, batch_of, keys, transformer
+
+PYRAMID = PackedPyramidConfig(stage_range=(0, 0.5, 1))
 
 
 def ode_batch():
@@ -34,7 +36,7 @@ def ode_batch():
 def ode_run():
     """The config, and the metrics of each of 100 steps."""
     config = ODETrainConfig(
-        precision="float32", optim=FAST, flow=FlowConfig(pyramid=PYRAMID), distill=StudentConfig(steps=(2, 1))
+        precision="float32", optim=FAST, flow=ODEFlowConfig(pyramid=PYRAMID), distill=ODEConfig(steps=(2, 1))
     )
     config.model.transformer, config.data.batch_size = SMALL, BATCH
     optimizer, mesh = make_optimizer(config.optim, 100), make_mesh(config.mesh)

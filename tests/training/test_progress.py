@@ -20,14 +20,12 @@ from helios_jax.config import ConfigError
 from helios_jax.models.layers import Linear
 from helios_jax.runtime.command import Lines
 from helios_jax.training import cli, progress
-from helios_jax.training.flow_config import PyramidConfig
 from helios_jax.training.optim import EMAConfig, OptimConfig
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.stage_names import STAGES
 from helios_jax.training.stage_table import load_config
 from helios_jax.training.stages.distill.distill_config import CriticConfig, DistillConfig, DistillTrainConfig
 from helios_jax.training.stages.distill.distill_stage import DistillStage
-from helios_jax.training.stages.flow import FlowConfig
 from tests.training import dummy
 from tests.training.test_loop import BASE, run
 
@@ -126,7 +124,6 @@ def test_the_learning_rates_of_stage_3_are_its_players():
     config = DistillTrainConfig(
         steps=9,
         optim=OptimConfig(lr=1e-2, schedule="cosine", warmup_steps=2, **optim),
-        flow=FlowConfig(pyramid=PyramidConfig(sample_ratios=(1, 1, 1))),
         distill=DistillConfig(critic=CriticConfig(optim=OptimConfig(lr=5e-2, **optim), steps_per_generator=2)),
     )
     stage = DistillStage(config)

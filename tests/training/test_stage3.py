@@ -18,12 +18,13 @@ from helios_jax.diffusion.distillation import PenaltyConfig, RenoiseConfig
 from helios_jax.models.discriminator import Discriminator, DiscriminatorConfig, Head
 from helios_jax.models.transformer import Transformer
 from helios_jax.sharding import MeshConfig, make_mesh
-from helios_jax.training.flow_config import FlowConfig, PyramidConfig
+from helios_jax.training.flow_config import PyramidConfig
 from helios_jax.training.optim import EMAConfig, OptimConfig
 from helios_jax.training.stages.distill import distill_stage, players
 from helios_jax.training.stages.distill.distill_config import (
     CriticConfig,
     DistillConfig,
+    DistillFlowConfig,
     DistillTrainConfig,
     GANConfig,
     ScoreConfig,
@@ -39,7 +40,7 @@ from tests.diffusion.last_exits import last_exits
 
 SMALL = dataclasses.replace(tiny.TRANSFORMER, num_layers=1)
 LORA = AdapterConfig(rank=4, target_modules=("to_q", "to_v", "ffn.net.2", "proj_out"))
-PYRAMID = PyramidConfig(sample_ratios=(1, 1), stage_range=(0, 0.5, 1))
+PYRAMID = PyramidConfig(stage_range=(0, 0.5, 1))
 FAST = OptimConfig(lr=1e-2, weight_decay=0.0)
 BATCH = 2
 CHUNK = (BATCH, 9, 8, 8, 4)
@@ -61,7 +62,7 @@ def config_of(**change) -> DistillTrainConfig:
         lora=LORA,
         trainable=change.pop("trainable", ("adapters", "discriminator")),
         optim=change.pop("optim", FAST),
-        flow=FlowConfig(pyramid=PYRAMID, **change.pop("flow", {})),
+        flow=DistillFlowConfig(pyramid=PYRAMID, **change.pop("flow", {})),
         distill=DistillConfig(**parts),
         **change,
     )

@@ -22,7 +22,8 @@ from helios_jax.diffusion.memory import History, window
 from helios_jax.diffusion.schedule import level_ranges
 from helios_jax.diffusion.targets import FlowSample, draw_quantile, flow_loss, pyramid_samples, straight_sample
 from helios_jax.models.transformer import Transformer, TransformerConfig
-from helios_jax.training.flow_config import FlowConfig, FlowTrainConfig
+from helios_jax.training.flow_config import ClipFlowConfig, FlowConfig, FlowTrainConfig, TransformerTrainConfig
+from helios_jax.training.run_config import DataConfig
 from helios_jax.training.stage import Batches, Metrics, host_batches
 from helios_jax.training.stages.transformer_stage import TransformerStage
 from helios_jax.training.start import check_init, transformer_config
@@ -42,12 +43,14 @@ MAKE = "python -m helios_jax.precompute --help"
 class FlowStage(TransformerStage[FlowTrainConfig]):
     """Flow matching of the transformer; with `flow.pyramid`, at all levels."""
 
+    Config = FlowTrainConfig
+
     def batches(self, mesh: Mesh) -> Batches:
         """Random chunks and their history, this host's rows of each batch.
 
         Raises ConfigError for data or components that are not there or do not fit.
         """
-        return chunks(self.config, open_latents(self.config), mesh)
+        return chunks(self.config.data, self.config.flow, open_latents(self.config), mesh)
 
     def loss(
         self, model: Transformer, batch: dict[str, Any], keys: Key[Array, " b"]
@@ -83,7 +86,7 @@ class FlowStage(TransformerStage[FlowTrainConfig]):
         return errors.mean(), _metrics(errors, samples, flow)
 
 
-def open_latents(config: FlowTrainConfig, num_chunks: int = 1) -> Source:
+def open_latents(config: TransformerTrainConfig, num_chunks: int = 1) -> Source:
     """Opens the records of clips; each must have the `num_chunks` chunks of a sample.
 
     Raises ConfigError for components or records that are not there or do not fit.
@@ -111,34 +114,39 @@ def text_field(model: TransformerConfig) -> Field:
 
 
 def chunks(
-    config: FlowTrainConfig, source: Source, mesh: Mesh, num_chunks: int = 1, constant: str | None = None
+    data: DataConfig,
+    flow: ClipFlowConfig,
+    source: Source,
+    mesh: Mesh,
+    num_chunks: int = 1,
+    constant: str | None = None,
 ) -> Batches:
     """Batches of `num_chunks` chunks in a row of `source`, their latents one after the other in `target`.
 
     `constant` names a file beside the records with an embedding that every sample gets as `negative`.
     Raises ConfigError for an embedding that is not there or does not fit.
     """
-    memory = config.flow.memory
+    memory = flow.memory
     first = one_of_each(source)[0]
-    empty = load_embedding(config.data, EMPTY_TEXT, first, MAKE)
+    empty = load_embedding(data, EMPTY_TEXT, first, MAKE)
     more: dict[str, np.ndarray] = {}
     if constant is not None:
-        more = {"negative": load_embedding(config.data, constant, first, MAKE).astype(np.float32)}
-    pick = chunk_transform(memory.frames, memory.frames_per_chunk, num_chunks, first=config.flow.first_chunk)
+        more = {"negative": load_embedding(data, constant, first, MAKE).astype(np.float32)}
+    pick = chunk_transform(memory.frames, memory.frames_per_chunk, num_chunks, first=flow.first_chunk)
 
     def transform(example, rng):
         example = pick(example, rng)
-        text = empty if rng.random() < config.flow.text_drop else example["text"]
+        text = empty if rng.random() < flow.text_drop else example["text"]
         arrays = {name: example[name].astype(np.float32) for name in ("target", "history", "anchor")}
         known = {"id": f"{example['id']} chunk {example['chunk']}"} if "id" in example else {}
         return {**arrays, "text": text.astype(np.float32), "chunk": example["chunk"], **known, **more}
 
-    return host_batches(source, transform, config.data, mesh)
+    return host_batches(source, transform, data, mesh)
 
 
-def check_size(size: tuple[int, ...], config: FlowTrainConfig) -> None:
+def check_size(size: tuple[int, ...], config: TransformerTrainConfig) -> None:
     """Raises ConfigError unless latents of height and width `size` divide into patches at every level."""
-    levels = 1 if config.flow.pyramid is None else len(config.flow.pyramid.sample_ratios)
+    levels = 1 if config.pyramid is None else config.pyramid.num_levels
     patch = transformer_config(config).patch_size
     for name, latents, p in zip(("high", "wide"), size, patch[1:]):
         if latents % (multiple := p * 2 ** (levels - 1)):

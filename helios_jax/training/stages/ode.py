@@ -6,7 +6,10 @@ begins, `target` of the same shape, the teacher's result from there, `timestep` 
 loss is upstream's _ode_regression_loss; a sample is one chunk where upstream takes three of a video.
 """
 
-from dataclasses import dataclass
+# pyright: reportIncompatibleVariableOverride=false
+# A run never replaces a part of its config, so narrower types are safe.
+
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -15,12 +18,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from helios_jax.config import ConfigError, to_dict
+from helios_jax.config import ConfigError, require, to_dict
 from helios_jax.data.loader import ode_transform
 from helios_jax.diffusion.distillation import ode_loss
 from helios_jax.diffusion.memory import History, window
 from helios_jax.models.transformer import Transformer
-from helios_jax.training.flow_config import StudentTrainConfig
+from helios_jax.training.flow_config import PackedPyramidConfig, StudentConfig, StudentFlowConfig, StudentTrainConfig
 from helios_jax.training.stage import Batches, Metrics, host_batches
 from helios_jax.training.stages.flow import check_size, text_field
 from helios_jax.training.stages.transformer_stage import TransformerStage
@@ -32,17 +35,36 @@ MAKE = "python -m helios_jax.precompute ode --help"
 
 
 @dataclass
+class ODEFlowConfig(StudentFlowConfig):
+    """Settings under `flow`: the history, its captions and times are the trajectories'."""
+
+    pyramid: PackedPyramidConfig = field(default_factory=PackedPyramidConfig)
+
+
+@dataclass
+class ODEConfig(StudentConfig):
+    """Stage 3, first part: `ode_weight` is the factor of the loss."""
+
+    ode_weight: float = 80.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.ode_weight > 0, f"ode_weight must be above 0, got {self.ode_weight}")
+
+
+@dataclass
 class ODETrainConfig(StudentTrainConfig):
     """A run of stage 3, first part."""
 
     stage: str = "ode"
+    flow: ODEFlowConfig = field(default_factory=ODEFlowConfig)
+    distill: ODEConfig = field(default_factory=ODEConfig)
 
 
 class ODEStage(TransformerStage[ODETrainConfig]):
     """Regression of the student on the ends of the teacher's trajectories."""
 
     Config = ODETrainConfig
-    unused = ("flow.drop", "flow.corruption", "flow.times", "flow.text_drop", "flow.first_chunk")
 
     def batches(self, mesh: Mesh) -> Batches:
         """Random chunks of the teacher's videos, with one step of each level; this host's rows of each batch.
@@ -81,9 +103,7 @@ class ODEStage(TransformerStage[ODETrainConfig]):
             timesteps = jnp.stack([batch["timestep"][i] for i in levels], 1)
             return model.packed(noisy, timesteps, text, parts, indices, remat=config.remat)
 
-        numbers = list(range(len(distill.steps)))
-        groups = [[i] for i in numbers] if config.pyramid.levels == "separate" else [numbers]
-        predicted = [velocity for group in groups for velocity in velocities(group)]
+        predicted = [velocity for levels in config.pyramid.passes() for velocity in velocities(levels)]
         errors = [
             ode_loss(*args) for args in zip(batch["noisy"], predicted, batch["target"], batch["sigma"], strict=True)
         ]

@@ -10,18 +10,18 @@ from jaxtyping import Array, Key
 from helios_jax.models.transformer import Transformer
 from helios_jax.training import start
 from helios_jax.training.export import export_pipeline
-from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.flow_config import TransformerTrainConfig
 from helios_jax.training.stage import Stage
 from helios_jax.training.validation import make_videos
 from helios_jax.training.work import tokens
 
-FlowConfigT = TypeVar("FlowConfigT", bound=FlowTrainConfig)
+TransformerConfigT = TypeVar("TransformerConfigT", bound=TransformerTrainConfig)
 
 
-class TransformerStage(Stage[FlowConfigT, Transformer]):
+class TransformerStage(Stage[TransformerConfigT, Transformer]):
     """A stage that trains the transformer; a subclass gives batches and the loss."""
 
-    Config = FlowTrainConfig
+    Config = TransformerTrainConfig
 
     def init(self, key: Key[Array, ""]) -> Transformer:
         """Random parameters, with adapters where `config.lora` asks."""

@@ -1,5 +1,8 @@
 """Configuration of stage 3, second part: scores, discriminator, and the chunks that the student makes in a row."""
 
+# pyright: reportIncompatibleVariableOverride=false
+# A run never replaces a part of its config, so narrower types are safe.
+
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +14,7 @@ from helios_jax.config import require
 from helios_jax.diffusion.distillation import PenaltyConfig, RenoiseConfig
 from helios_jax.locations import check_locations
 from helios_jax.models.discriminator import DiscriminatorConfig
-from helios_jax.training.flow_config import StudentConfig, StudentTrainConfig
+from helios_jax.training.flow_config import ClipFlowConfig, StudentConfig, StudentFlowConfig, StudentTrainConfig
 from helios_jax.training.optim import OptimConfig
 from helios_jax.training.trainable import AdapterConfig
 
@@ -151,12 +154,17 @@ class DistillConfig(StudentConfig):
 
 
 @dataclass
+class DistillFlowConfig(ClipFlowConfig, StudentFlowConfig):
+    """Settings under `flow`: chunks of clips, and the student's pyramid."""
+
+
+@dataclass
 class DistillTrainConfig(StudentTrainConfig):
     """A run of stage 3, second part."""
 
     stage: str = "distill"
-    # A run never replaces a part of its config, so a narrower type is safe.
-    distill: DistillConfig = field(default_factory=DistillConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
+    flow: DistillFlowConfig = field(default_factory=DistillFlowConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
 
     def __post_init__(self):
         super().__post_init__()

@@ -52,7 +52,6 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
     """Distribution matching distillation, with a discriminator where `distill.gan` asks."""
 
     Config = DistillTrainConfig
-    unused = ("flow.times", "flow.pyramid.levels", "distill.ode_weight")
 
     def init(self, key: Key[Array, ""]) -> Players:
         """All players with random weights."""
@@ -73,7 +72,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         if distill.gan is not None:
             check_discriminator(config, distill.gan, source)
         name = {"negative": NEGATIVE_TEXT, "empty": EMPTY_TEXT}[distill.negative_text]
-        return flow.chunks(config, source, mesh, distill.rollout.largest, name)
+        return flow.chunks(config.data, config.flow, source, mesh, distill.rollout.largest, name)
 
     def tokens(self, batch: dict[str, Any]) -> int:
         """Noisy and history tokens of the student's levels."""

@@ -15,7 +15,7 @@ from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.runtime import seeds
 from helios_jax.sharding import shardings as placements
 from helios_jax.training import start
-from helios_jax.training.flow_config import FlowTrainConfig
+from helios_jax.training.flow_config import TransformerTrainConfig
 from helios_jax.training.run_config import ModelConfig
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
 from helios_jax.training.trainable import ADAPTERS, dotted, trainable
@@ -67,7 +67,7 @@ class Players(nnx.Module):
         return lora.remove(self.fake)
 
 
-def score_config(config: DistillTrainConfig) -> FlowTrainConfig:
+def score_config(config: DistillTrainConfig) -> TransformerTrainConfig:
     """The config of a run that trains the critic alone, from which `training.start` makes or loads the scores."""
     score = config.distill.score
     return dataclasses.replace(
@@ -148,7 +148,7 @@ def load(config: DistillTrainConfig, model: Players, shardings: Any = None) -> P
     Raises CheckpointError when the files do not fit.
     """
 
-    def base(config: FlowTrainConfig, model: Transformer) -> Transformer:
+    def base(config: TransformerTrainConfig, model: Transformer) -> Transformer:
         placed = None
         if shardings is not None:
             placed = placements(model, jax.tree.leaves(shardings)[0].mesh)
