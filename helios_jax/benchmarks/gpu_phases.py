@@ -7,6 +7,7 @@ Weights are random, of the sizes of `throughput_model`. `gpu_report` runs them o
 
 import dataclasses
 import itertools
+import math
 import re
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from helios_jax.benchmarks.throughput_model import SIZES, Size, fill, make
 from helios_jax.benchmarks.throughput_reference import Reference
 from helios_jax.benchmarks.throughput_report import facts, peak_gib
 from helios_jax.diffusion.memory import MemoryConfig
+from helios_jax.diffusion.pyramid import level_shapes
 from helios_jax.messages import one_line
 from helios_jax.models.layers import Shapes
 from helios_jax.models.ops.choices import DEVICE, Attention, Implementations, Norms
@@ -82,8 +84,8 @@ def blocks(size: Size, say: Say) -> None:
     draw = partial(_normal, dtype=dtype)
     text = (draw(1, TEXT, heads, head_dim), draw(1, TEXT, heads, head_dim))
     levels = []
-    for down in (0, 1, 2):
-        noisy = 9 // pt * (h >> down) * (w >> down)
+    for shape in reversed(level_shapes((9 // pt, h, w), 3)):
+        noisy = math.prod(shape)
         packing = Packing(history, (noisy,)).padded()
         tokens = packing.num_tokens + packing.padding
         angles = _normal(1, tokens, head_dim // 2, dtype=jnp.float32)

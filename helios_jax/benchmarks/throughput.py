@@ -26,6 +26,7 @@ from helios_jax.benchmarks.throughput_reference import Reference
 from helios_jax.benchmarks.throughput_report import Comparison, facts, peak_gib, table, write
 from helios_jax.diffusion import solvers
 from helios_jax.diffusion.memory import window
+from helios_jax.diffusion.pyramid import level_shapes
 from helios_jax.models.ops.choices import DEVICE, Implementations
 from helios_jax.models.transformer.block import check_implementations
 from helios_jax.models.vae import denormalize
@@ -49,8 +50,7 @@ class Ours:
         self.frames = self.plan.frames.first
         self.text = pipe.encode_prompt([PROMPT])
         self.conditioning = self.call.conditioning(self.call.texts.kv(self.call.prompts.mixture(0)))
-        t, h, w, c = self.plan.latent_shape
-        self.sizes = [(t, h >> i, w >> i, c) for i in reversed(range(len(self.plan.levels)))]
+        self.sizes = level_shapes(self.plan.latent_shape, len(self.plan.levels))
         self.latents = [self._normal(i, shape) for i, shape in enumerate(self.sizes)]
 
     @staticmethod

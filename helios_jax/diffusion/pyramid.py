@@ -7,6 +7,12 @@ from einops import rearrange, repeat
 from jaxtyping import Array, Float
 
 
+def level_shapes(shape: tuple[int, ...], count: int) -> list[tuple[int, ...]]:
+    """[t, h, w, ...] at each of `count` levels, coarsest first, of latents that have `shape` at the last."""
+    t, h, w, *rest = shape
+    return [(t, h >> down, w >> down, *rest) for down in reversed(range(count))]
+
+
 def downsample(latents: Float[Array, "b t h w c"]) -> Float[Array, "b t h2 w2 c"]:
     """Means of 2 x 2 blocks: bilinear halving without antialiasing."""
     return rearrange(latents, "b t (h i) (w j) c -> b t h w (i j) c", i=2, j=2).mean(4)

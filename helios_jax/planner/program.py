@@ -20,6 +20,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from helios_jax import pretrained
 from helios_jax.config import ConfigError
+from helios_jax.diffusion.pyramid import level_shapes
 from helios_jax.locations import is_remote
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.planner.stand_ins import existing
@@ -91,9 +92,8 @@ def batch(config: TransformerTrainConfig, mesh: Mesh | AbstractMesh | None = Non
     text = shape(TEXT, sizes.text_dim)
     seen = {"history": shape(past.frames, h, w, c), "anchor": shape(1, h, w, c), "chunk": shape(dtype=jnp.int32)}
     if isinstance(config, ODETrainConfig):
-        downs = range(len(config.distill.steps))[::-1]
-        levels = [shape(t, h >> down, w >> down, c) for down in downs]
-        times = [shape() for _ in downs]
+        levels = [shape(*sizes) for sizes in level_shapes((t, h, w, c), config.pyramid.num_levels)]
+        times = [shape() for _ in levels]
         return {**seen, "text": text, "noisy": levels, "target": levels, "timestep": times, "sigma": times}
     chunks = 1
     more = {}

@@ -21,6 +21,7 @@ from helios_jax.data import records
 from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, Level, record_chunk
 from helios_jax.diffusion.levels import Trajectory, make_trajectory
 from helios_jax.diffusion.memory import History, MemoryConfig, push
+from helios_jax.diffusion.pyramid import level_shapes
 from helios_jax.diffusion.schedule import Shift
 from helios_jax.models.transformer import Transformer
 from helios_jax.precompute.encode import NEGATIVE_PROMPT, local_mesh
@@ -163,8 +164,8 @@ class Teacher:
 
     def features(self) -> dict[str, Any]:
         """The features of a record; levels are counted from the coarsest."""
-        t, h, w, c = self.plan.latent_shape
-        count, width = len(self.settings.steps), self.checkpoint.text_encoder.d_model
+        _, h, w, c = self.plan.latent_shape
+        width = self.checkpoint.text_encoder.d_model
         features = {
             "history": records.tensor((self.plan.memory.frames, h, w, c), np.float16),
             "anchor": records.tensor((1, h, w, c), np.float16),
@@ -173,9 +174,8 @@ class Teacher:
             "caption": records.text(),
             "id": records.text(),
         }
-        for i in range(count):
-            down = count - 1 - i
-            features[f"latents_{i}"] = records.tensor((None, t, h >> down, w >> down, c), np.float16)
+        for i, shape in enumerate(level_shapes(self.plan.latent_shape, len(self.settings.steps))):
+            features[f"latents_{i}"] = records.tensor((None, *shape), np.float16)
             features[f"timesteps_{i}"] = records.tensor((None,), np.float32)
             features[f"sigmas_{i}"] = records.tensor((None,), np.float32)
         return features

@@ -9,6 +9,7 @@ from typing import Any
 from helios_jax.diffusion.denoise import Level
 from helios_jax.diffusion.levels import make_levels
 from helios_jax.diffusion.memory import MemoryConfig
+from helios_jax.diffusion.pyramid import level_shapes
 from helios_jax.diffusion.schedule import SchedulerConfig
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
@@ -54,10 +55,9 @@ class Plan:
     zero_star: bool
     zero_init: int
 
-    def block_shapes(self) -> list[tuple[int, int, int, int]]:
+    def block_shapes(self) -> list[tuple[int, ...]]:
         """[t, h, w, c] of every level but the first, coarsest first."""
-        t, h, w, c = self.latent_shape
-        return [(t, h >> i, w >> i, c) for i in reversed(range(len(self.levels) - 1))]
+        return level_shapes(self.latent_shape, len(self.levels))[1:]
 
     def num_steps(self, chunk: int) -> int:
         """Steps of a chunk, over all levels."""

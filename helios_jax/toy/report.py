@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from helios_jax.config import ConfigError, load
+from helios_jax.diffusion.pyramid import level_shapes
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import normalize
 from helios_jax.runtime.command import Tool
@@ -79,11 +80,10 @@ def cost(plan: Plan, config: TransformerConfig) -> dict[str, float]:
     `calls` of the transformer, `kilotokens` of noise over all calls (in thousands), and `history_tokens` in each call.
     """
     calls, tokens = 0, 0
-    for i, level in enumerate(reversed(plan.levels)):
+    for level, shape in zip(plan.levels, level_shapes(plan.latent_shape, len(plan.levels))):
         steps = len(level.steps.sigma) * (1 if plan.guidance_scale is None else 2)
-        t, h, w, _ = plan.latent_shape
         calls += steps
-        tokens += steps * math.prod((t, h >> i, w >> i)) // math.prod(config.patch_size)
+        tokens += steps * math.prod(shape[:3]) // math.prod(config.patch_size)
     history = plan.memory.num_tokens(*plan.latent_shape[1:3], config.patch_size)
     return {"calls": calls, "kilotokens": tokens / 1000, "history_tokens": history}
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.extend.core import Jaxpr
 from jax.sharding import AbstractMesh, Mesh
 
+from helios_jax.diffusion.pyramid import level_shapes
 from helios_jax.runtime import chips, flops
 from helios_jax.training.flow_config import TransformerTrainConfig
 from helios_jax.training.stage import Stage
@@ -37,13 +38,10 @@ def sequences(config: TransformerTrainConfig, height: int, width: int) -> list[l
     frames, (pt, ph, pw) = config.flow.memory.frames_per_chunk, sizes.patch_size
     history = config.flow.memory.num_tokens(height, width, sizes.patch_size)
 
-    def tokens(down: int) -> int:
-        return history + (frames // pt) * ((height >> down) // ph) * ((width >> down) // pw)
-
     pyramid = config.pyramid
-    if pyramid is None:
-        return [[tokens(0)]]
-    return [[tokens(pyramid.num_levels - 1 - level) for level in levels] for levels in pyramid.passes()]
+    shapes = level_shapes((frames, height, width), 1 if pyramid is None else pyramid.num_levels)
+    tokens = [history + (t // pt) * (h // ph) * (w // pw) for t, h, w in shapes]
+    return [tokens] if pyramid is None else [[tokens[level] for level in levels] for levels in pyramid.passes()]
 
 
 def tokens(config: TransformerTrainConfig, batch: dict[str, Any]) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from helios_jax.diffusion.guidance import guide
-from helios_jax.diffusion.pyramid import block_noise, downsample, upsample
+from helios_jax.diffusion.pyramid import block_noise, downsample, level_shapes, upsample
 from helios_jax.diffusion.schedule import SchedulerConfig, level_ranges, upsampling_weights
 from tests.closeness import assert_close
 
@@ -19,6 +19,13 @@ def test_block_noise_has_the_covariance_and_is_finite():
     expected = np.where(np.eye(4, dtype=bool), 1.0, -1 / 3)
     np.testing.assert_allclose(np.cov(blocks.T), expected, atol=0.02)
     assert np.abs(blocks.sum(1)).max() < 5e-3  # blocks sum to zero
+
+
+def test_levels_have_the_shapes_of_downsampling():
+    latents = jax.ShapeDtypeStruct((2, 9, 24, 40, 16), jnp.float32)
+    half = jax.eval_shape(downsample, latents)
+    quarter = jax.eval_shape(downsample, half)
+    assert [(2, *shape) for shape in level_shapes((9, 24, 40, 16), 3)] == [quarter.shape, half.shape, latents.shape]
 
 
 def test_downsampling_keeps_the_variance_of_noise_and_undoes_upsampling():

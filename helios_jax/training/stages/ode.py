@@ -22,6 +22,7 @@ from helios_jax.config import ConfigError, require, to_dict
 from helios_jax.data.loader import ode_transform
 from helios_jax.diffusion.distillation import ode_loss
 from helios_jax.diffusion.memory import History, window
+from helios_jax.diffusion.pyramid import level_shapes
 from helios_jax.models.transformer import Transformer
 from helios_jax.training.flow_config import PackedPyramidConfig, StudentConfig, StudentFlowConfig, StudentTrainConfig
 from helios_jax.training.stage import Batches, Metrics, host_batches
@@ -160,15 +161,14 @@ def _check(example: dict[str, Any], config: ODETrainConfig) -> None:
     size = example["history"].shape[1:3]
     check_size(size, config)
 
-    def rows_and_columns(down: int) -> tuple[Axis, Axis]:
-        rows, columns = (n >> down for n in size)
+    def at(rows: int, columns: int) -> tuple[Axis, Axis]:
         return Axis("rows", rows, "as the history has"), Axis("columns", columns, "as the history has")
 
-    anchor = Field((Axis("frames", 1), *rows_and_columns(0), channels))
+    anchor = Field((Axis("frames", 1), *at(*size), channels))
     fields = {"anchor": anchor, "chunk": Field(kind=np.integer), "text": text_field(model), "id": TEXT}
     per_chunk = Axis("frames a chunk", memory.frames_per_chunk, "flow.memory.frames_per_chunk")
-    for i in range(levels):
-        sizes = per_chunk, *rows_and_columns(levels - 1 - i), channels
+    for i, (_, rows, columns) in enumerate(level_shapes((memory.frames_per_chunk, *size), levels)):
+        sizes = per_chunk, *at(rows, columns), channels
         fields[f"latents_{i}"] = Field((Axis("steps", 2, or_more=True), *sizes))
         steps = Axis("steps", len(example[f"latents_{i}"]) - 1, f"one fewer than latents_{i} has")
         fields |= {f"timesteps_{i}": Field((steps,)), f"sigmas_{i}": Field((steps,))}

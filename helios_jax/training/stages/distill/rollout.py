@@ -14,6 +14,7 @@ from helios_jax.diffusion.corruption import CorruptionConfig, corrupt_history, d
 from helios_jax.diffusion.denoise import ChunkNoise, Conditioning, denoise_to_exits
 from helios_jax.diffusion.levels import make_levels
 from helios_jax.diffusion.memory import History, push
+from helios_jax.diffusion.pyramid import level_shapes
 from helios_jax.models.transformer import Transformer
 from helios_jax.training.pipeline_parts import student_scheduler
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
@@ -106,8 +107,7 @@ def make_chunk(
         def normal(i: int, shape: tuple[int, ...]) -> Array:
             return jax.vmap(lambda key: jax.random.normal(key, shape))(fold(own, i))
 
-        count, (t, h, w, c) = len(levels), shape
-        blocks = [normal(i, (t, h >> (count - 1 - i), w >> (count - 1 - i), c)) for i in range(1, count)]
+        blocks = [normal(i, block) for i, block in enumerate(level_shapes(shape, len(levels))[1:], 1)]
         noise = ChunkNoise(normal(0, shape), tuple(blocks))
         first = exits.is_first_chunk(history)
         stops = exits.draw_exits(shared, levels, first_levels, first)
