@@ -29,9 +29,7 @@ def test_dmd_pulls_the_chunk_to_where_the_teacher_sees_it():
     noisy = (1 - s) * made + s * noise
 
     def clean(score, text):
-        return noisy - s * player_losses._velocity(
-            score, noisy, sigma, player_losses._seen(score, inputs.history, text, config), config
-        )
+        return noisy - s * player_losses._velocity(score, noisy, sigma, inputs.history, text, config)
 
     def expected(m):
         with_text, without = clean(m.real, inputs.text), clean(m.real, inputs.negative)

@@ -18,13 +18,14 @@ from helios_jax.config import ConfigError
 from helios_jax.data.loader import chunk_transform
 from helios_jax.data.records import EMPTY_TEXT, Source
 from helios_jax.diffusion.corruption import corrupt_history, drop_history
-from helios_jax.diffusion.memory import History, window
+from helios_jax.diffusion.memory import History
 from helios_jax.diffusion.schedule import level_ranges
 from helios_jax.diffusion.targets import FlowSample, draw_quantile, flow_loss, pyramid_samples, straight_sample
 from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.training.flow_config import ClipFlowConfig, FlowConfig, FlowTrainConfig, TransformerTrainConfig
 from helios_jax.training.run_config import DataConfig
 from helios_jax.training.stage import Batches, Metrics, host_batches
+from helios_jax.training.stages.model_inputs import make_context, velocities
 from helios_jax.training.stages.transformer_stage import TransformerStage
 from helios_jax.training.start import check_init, transformer_config
 from helios_jax.training.training_data import (
@@ -60,28 +61,20 @@ class FlowStage(TransformerStage[FlowTrainConfig]):
         A sample's draws depend on its own key alone.
         """
         config, flow = self.config, self.config.flow
-        dtype = jnp.dtype(config.precision)
         k_drop, k_corrupt, k_time, k_noise = (fold(keys, i) for i in range(4))
         history, anchor = batch["history"], batch["anchor"]
         if flow.drop is not None:
             history, anchor = drop_history(k_drop, history, anchor, flow.drop, flow.memory)
         if flow.corruption is not None:
             history, anchor = corrupt_history(k_corrupt, history, anchor, flow.corruption, flow.memory)
-        parts, indices = window(flow.memory, History(history, anchor, jnp.asarray(True), batch["chunk"]))
-        parts = jax.tree.map(lambda x: x.astype(dtype), parts)
+        past = History(history, anchor, jnp.asarray(True), batch["chunk"])
 
         noise = jax.vmap(lambda k: jax.random.normal(k, batch["target"].shape[1:]))(k_noise)
         samples = make_samples(batch["target"], noise, k_time, flow)
-        text = model.text_kv(batch["text"].astype(dtype))
-
-        def velocities(samples: list[FlowSample]) -> tuple[Array, ...]:
-            noisy = tuple(sample.noisy.astype(dtype) for sample in samples)
-            timesteps = jnp.stack([sample.timestep for sample in samples], 1)
-            return model.packed(noisy, timesteps, text, parts, indices, remat=config.remat)
-
-        separate = flow.pyramid is not None and flow.pyramid.levels == "separate"
-        groups = [[sample] for sample in samples] if separate else [samples]
-        predicted = [velocity for group in groups for velocity in velocities(group)]
+        noisy, timesteps = [sample.noisy for sample in samples], [sample.timestep for sample in samples]
+        context = make_context(model, past, batch["text"], config)
+        packed = flow.pyramid is None or flow.pyramid.levels == "packed"
+        predicted = velocities(model, noisy, timesteps, context, config, packed=packed)
         errors = jnp.stack([flow_loss(v, sample, flow.times) for v, sample in zip(predicted, samples, strict=True)])
         return errors.mean(), _metrics(errors, samples, flow)
 

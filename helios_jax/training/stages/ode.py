@@ -21,12 +21,13 @@ from jaxtyping import Array, Float, Key
 from helios_jax.config import ConfigError, require, to_dict
 from helios_jax.data.loader import ode_transform
 from helios_jax.diffusion.distillation import ode_loss
-from helios_jax.diffusion.memory import History, window
+from helios_jax.diffusion.memory import History
 from helios_jax.diffusion.pyramid import level_shapes
 from helios_jax.models.transformer import Transformer
 from helios_jax.training.flow_config import PackedPyramidConfig, StudentConfig, StudentFlowConfig, StudentTrainConfig
 from helios_jax.training.stage import Batches, Metrics, host_batches
 from helios_jax.training.stages.flow import check_size, text_field
+from helios_jax.training.stages.model_inputs import make_context, velocities
 from helios_jax.training.stages.transformer_stage import TransformerStage
 from helios_jax.training.start import check_init, transformer_config
 from helios_jax.training.training_data import TEXT, Axis, Field, check_record, made_with, one_of_each, open_records
@@ -93,18 +94,10 @@ class ODEStage(TransformerStage[ODETrainConfig]):
     ) -> tuple[Float[Array, ""], Metrics]:
         """`ode_weight` times the mean over levels of half the squared error of the trajectory's end."""
         config, distill = self.config, self.config.distill
-        dtype = jnp.dtype(config.precision)
         history = History(batch["history"], batch["anchor"], jnp.asarray(True), batch["chunk"])
-        parts, indices = window(config.flow.memory, history)
-        parts = jax.tree.map(lambda x: x.astype(dtype), parts)
-        text = model.text_kv(batch["text"].astype(dtype))
-
-        def velocities(levels: list[int]) -> tuple[Array, ...]:
-            noisy = tuple(batch["noisy"][i].astype(dtype) for i in levels)
-            timesteps = jnp.stack([batch["timestep"][i] for i in levels], 1)
-            return model.packed(noisy, timesteps, text, parts, indices, remat=config.remat)
-
-        predicted = [velocity for levels in config.pyramid.passes() for velocity in velocities(levels)]
+        context = make_context(model, history, batch["text"], config)
+        packed = config.flow.pyramid.levels == "packed"
+        predicted = velocities(model, batch["noisy"], batch["timestep"], context, config, packed=packed)
         errors = [
             ode_loss(*args) for args in zip(batch["noisy"], predicted, batch["target"], batch["sigma"], strict=True)
         ]

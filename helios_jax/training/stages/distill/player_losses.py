@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, struct
+from flax import nnx
 from jaxtyping import Array, Float
 
 from helios_jax.diffusion import distillation as losses
 from helios_jax.diffusion import noising
-from helios_jax.diffusion.memory import History, window
+from helios_jax.diffusion.memory import History
 from helios_jax.diffusion.noising import add_noise, predict_data
 from helios_jax.diffusion.schedule import training_shift
 from helios_jax.models.transformer import Transformer
@@ -20,28 +20,16 @@ from helios_jax.training.stages.distill.distill_config import DistillTrainConfig
 from helios_jax.training.stages.distill.players import Players, of_student
 from helios_jax.training.stages.distill.rollout import DistillInputs, make_chunk, real_chunk
 from helios_jax.training.stages.flow import fold
+from helios_jax.training.stages.model_inputs import make_context
 from helios_jax.training.trainable import trainable
 
 
-@struct.dataclass
-class Seen:
-    """Inputs of a score besides the noisy latents: parts of the history, frame indices, and text keys and values."""
-
-    parts: Any
-    indices: Any
-    text: Any
-
-
-def _seen(model: Transformer, history: History, text: Array, config: DistillTrainConfig) -> Seen:
-    dtype = jnp.dtype(config.precision)
-    parts, indices = window(config.flow.memory, history)
-    return Seen(jax.tree.map(lambda x: x.astype(dtype), parts), indices, model.text_kv(text.astype(dtype)))
-
-
-def _velocity(model: Transformer, noisy: Array, sigma: Array, seen: Seen, config: DistillTrainConfig) -> Array:
-    noisy = noisy.astype(config.precision)
-    out = model(noisy, 1000 * sigma, seen.text, seen.parts, seen.indices, remat=config.remat)
-    return out.astype(jnp.float32)
+def _velocity(
+    model: Transformer, noisy: Array, sigma: Array, history: History, text: Array, config: DistillTrainConfig
+) -> Array:
+    """The velocity of noisy latents that follow `history`, float32."""
+    context = make_context(model, history, text, config)
+    return model(noisy.astype(config.precision), 1000 * sigma, *context, remat=config.remat).astype(jnp.float32)
 
 
 def _repeated(x: Any, count: int) -> Any:
@@ -116,7 +104,7 @@ def dmd_gradient(
 
     def clean(score: Transformer, text: Array, copies: int) -> Array:
         past, x, s = (_repeated(a, copies) for a in (history, noisy, sigma))
-        return predict_data(x, _velocity(score, x, s, _seen(score, past, text, config), config), s)
+        return predict_data(x, _velocity(score, x, s, past, text, config), s)
 
     predicted = clean(fake, inputs.text, 1)
     scale = distill.score.guidance_scale
@@ -147,7 +135,7 @@ def critic_loss(
     noisy = add_noise(generated, noise, sigma)
 
     def denoising(noisy: Array) -> Array:
-        velocity = _velocity(model.fake, noisy, sigma, _seen(model.fake, history, inputs.text, config), config)
+        velocity = _velocity(model.fake, noisy, sigma, history, inputs.text, config)
         return jnp.square(velocity - noising.velocity(generated, noise)).mean()
 
     if gan is None or model.discriminator is None:
@@ -221,13 +209,10 @@ def _logits(
     """The discriminator's logits for noisy latents that follow `history`."""
     fake, discriminator = model.fake, model.discriminator
     assert discriminator is not None
-    seen = _seen(fake, history, text, config)
     velocity, hidden = fake.features(
         noisy.astype(config.precision),
         1000 * sigma,
-        seen.text,
-        seen.parts,
-        seen.indices,
+        *make_context(fake, history, text, config),
         blocks=discriminator.config.blocks,
         remat=config.remat,
     )
