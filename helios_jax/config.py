@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from helios_jax import config_files
-from helios_jax.config_types import got, misfit, misfit_at, nearest, options, unknown_part
+from helios_jax.config_types import did_you_mean, misfit, misfit_at, options, shown, unknown_part
 from helios_jax.locations import location, replacing
 from helios_jax.messages import one_line
 
@@ -99,9 +99,9 @@ def find(path: str | Path) -> Path:
     name = name if name.suffix in SUFFIXES else Path(f"{name}{SUFFIXES[0]}")
     if folder is not None and (folder / name).is_file():
         return folder / name
-    near = nearest(path.name, _names(path.parent))
+    near = did_you_mean(path.name, _names(path.parent))
     known = [] if near or folder is None else [str(file.relative_to(folder)) for file in sorted(folder.rglob("*.yaml"))]
-    raise ConfigError(f"{path}: no such file{near or nearest(str(name), known)}")
+    raise ConfigError(f"{path}: no such file{near or did_you_mean(str(name), known)}")
 
 
 def _names(folder: Path) -> list[str]:
@@ -177,7 +177,7 @@ def _files(path: Path) -> list[tuple[str, dict]]:
     named_by = ""
     while True:
         if not path.is_file():
-            raise ConfigError(f"{path}: no such file{named_by}{nearest(path.name, _names(path.parent))}")
+            raise ConfigError(f"{path}: no such file{named_by}{did_you_mean(path.name, _names(path.parent))}")
         if path.resolve() in seen:
             raise ConfigError(f"{path}: its chain of `base:` files comes back to itself; remove one `base:`")
         seen.add(path.resolve())
@@ -199,7 +199,7 @@ def _files(path: Path) -> list[tuple[str, dict]]:
 
 def _override(text: str) -> tuple[str, dict]:
     key, equals, _ = text.partition("=")
-    source = f"override {got(text)}"
+    source = f"override {shown(text)}"
     if not equals or not key or key.startswith("-"):
         raise ConfigError(f"{source}: must read key=value, as in optim.lr=1e-4")
     try:

@@ -64,7 +64,7 @@ def misfit(hint: Any, value: Any, key: str) -> str | None:
                 return _misfit_of_items(hint, kind, value, key)
     if Any in kinds or any(_fits(kind, value) for kind in kinds):
         return unreadable(value, key) if isinstance(value, str) else None
-    return f"{key} must be {describe(hint)}, got {got(value)}"
+    return f"{key} must be {describe(hint)}, got {shown(value)}"
 
 
 def misfit_at(schema: type, key: str, value: Any) -> str | None:
@@ -79,7 +79,7 @@ def misfit_at(schema: type, key: str, value: Any) -> str | None:
             return misfit(hint, value, ".".join(parts[:i]))
         hints = get_type_hints(owner)
         if part not in hints:
-            near = nearest(part, list(hints)) or f"; {parts[i - 1] if i else 'the config'} has {', '.join(hints)}"
+            near = did_you_mean(part, list(hints)) or f"; {parts[i - 1] if i else 'the config'} has {', '.join(hints)}"
             return f"{'.'.join(parts[: i + 1])}: no such key{near}"
         hint = hints[part]
     return misfit(hint, value, key)
@@ -103,7 +103,7 @@ def _misfit_of_keys(owner: Any, value: dict, key: str) -> str | None:
     hints = get_type_hints(owner)
     for name, item in value.items():
         if name not in hints:
-            near = nearest(str(name), list(hints)) or f"; {key} has {', '.join(hints)}"
+            near = did_you_mean(str(name), list(hints)) or f"; {key} has {', '.join(hints)}"
             return f"{key}.{name}: no such key{near}"
         if wrong := misfit(hints[name], item, f"{key}.{name}"):
             return wrong
@@ -115,11 +115,11 @@ def _misfit_of_items(hint: Any, kind: Any, value: Sequence[Any], key: str) -> st
     if get_origin(kind) is list or kinds[-1] is Ellipsis:
         kinds = kinds[:1] * len(value)
     if len(kinds) != len(value):
-        return f"{key} must be {describe(hint)}, got {got(value)}"
+        return f"{key} must be {describe(hint)}, got {shown(value)}"
     wrong = next((x for i, (k, item) in enumerate(zip(kinds, value)) if (x := misfit(k, item, f"{key}[{i}]"))), None)
     if wrong is None or any(dataclasses.is_dataclass(kind) for kind in kinds):
         return wrong
-    return f"{key} must be {describe(hint)}, got {got(value)}"  # a short list reads best as a whole
+    return f"{key} must be {describe(hint)}, got {shown(value)}"  # a short list reads best as a whole
 
 
 def _fits(kind: Any, value: Any) -> bool:
@@ -157,7 +157,7 @@ def unreadable(text: str, key: str) -> str | None:
     return None
 
 
-def got(value: Any) -> str:
+def shown(value: Any) -> str:
     """`value` for a message; the end of a long one is left out."""
     try:
         text = str(value).lower().replace("none", "null") if value is None or isinstance(value, bool) else repr(value)
@@ -166,7 +166,7 @@ def got(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
 
 
-def nearest(name: str, names: Sequence[str]) -> str:
+def did_you_mean(name: str, names: Sequence[str]) -> str:
     """ "; did you mean x or y?" when some of `names` are close to `name`, else nothing."""
     near = difflib.get_close_matches(name[:LONGEST], names, n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -16,7 +16,7 @@ from helios_jax.ablations.intervals import LEVEL, Mean, mean
 from helios_jax.ablations.scores import ScoreError, Scores, together
 from helios_jax.ablations.table import Claim, Table
 from helios_jax.config import ConfigError
-from helios_jax.config_types import nearest
+from helios_jax.config_types import did_you_mean
 from helios_jax.locations import replacing
 from helios_jax.path_checks import check_folder, kind_of
 
@@ -200,7 +200,7 @@ def _known(key: str, asked: Sequence[str], scored: Collection[str], lacks: list[
     if scored:  # else there is no result, which is told
         there = f"; there are {', '.join(scored)}"
         lacks += [
-            f"{key}: {name} was not scored in any row{nearest(name, list(scored)) or there}"
+            f"{key}: {name} was not scored in any row{did_you_mean(name, list(scored)) or there}"
             for name in asked
             if name not in scored
         ]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from helios_jax.config_types import got
+from helios_jax.config_types import shown
 
 FILE = "scores.json"
 
@@ -67,9 +67,9 @@ def read(folder: Path) -> Scores:
     if not metrics:
         raise ScoreError(f"{path}: videos have no metric; see helios_jax/ablations/scores.py")
     if seconds is None:
-        raise ScoreError(f"{path}: seconds must have a list for each video under each metric, got {got(given)}")
+        raise ScoreError(f"{path}: seconds must have a list for each video under each metric, got {shown(given)}")
     if not isinstance(picture, str | None):
-        raise ScoreError(f"{path}: picture must be the name of a file beside it, got {got(picture)}")
+        raise ScoreError(f"{path}: picture must be the name of a file beside it, got {shown(picture)}")
     if odd := [name for name, values in metrics.items() if not all(map(math.isfinite, values))]:
         raise ScoreError(f"{path}: {odd[0]} is not a number for every video")
     if wrong := [name for name, values in seconds.items() if values.ndim != 2 or len(values) != len(ids)]:

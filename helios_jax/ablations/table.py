@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from helios_jax import config_files
 from helios_jax.config import ConfigError, find, from_dict, require
-from helios_jax.config_types import got, nearest
+from helios_jax.config_types import did_you_mean, shown
 
 SCORE = "score"  # the step whose folder holds a row's result
 OWN = ("out", "seed")  # placeholders that no variable may be named after
@@ -98,7 +98,7 @@ class Table:
             for name in changes:
                 require(
                     name in self.variables,
-                    f"rows: {row!r} sets {name}, which is no variable{nearest(name, list(self.variables))}",
+                    f"rows: {row!r} sets {name}, which is no variable{did_you_mean(name, list(self.variables))}",
                 )
 
     def of(self, rows: Sequence[str] | None = None, seeds: Sequence[int] | None = None) -> "Table":
@@ -121,7 +121,7 @@ def read(path: Path | str) -> Table:
         parts = {name: _texts(values.pop(name, {}), name) for name in ("steps", "variables")}
         rows = values.pop("rows", {})
         if not isinstance(rows, dict):
-            raise ValueError(f"rows must be a group of rows, each with its variables, got {got(rows)}")
+            raise ValueError(f"rows must be a group of rows, each with its variables, got {shown(rows)}")
         filled = {str(row): _texts(changes or {}, f"rows: {row!r}") for row, changes in rows.items()}
         table = Table(from_dict(values, Options, "options"), **parts, rows=filled)
         for i, claim in enumerate(table.options.claims):
@@ -138,10 +138,10 @@ def read(path: Path | str) -> Table:
 def _texts(values: Any, name: str) -> dict[str, str]:
     """A group of texts; numbers and other plain values are texts as they are written in an override."""
     if not isinstance(values, dict):
-        raise ValueError(f"{name} must be a group of names with texts, got {got(values)}")
+        raise ValueError(f"{name} must be a group of names with texts, got {shown(values)}")
     for key, value in values.items():
         if not isinstance(value, str | int | float):
-            raise ValueError(f"{name}: {key} must be a text, got {got(value)}")
+            raise ValueError(f"{name}: {key} must be a text, got {shown(value)}")
     return {str(key): str(value) for key, value in values.items()}
 
 
@@ -152,13 +152,13 @@ def _check_used(table: Table) -> None:
         if unused := [name for name in changes if name not in reached[row]]:
             raise ConfigError(
                 f"rows: {row!r} sets {unused[0]}, which no step of this row uses: write {{{unused[0]}}} into one, or"
-                f" leave it out{nearest(unused[0], sorted(reached[row] & {*table.variables}))}"
+                f" leave it out{did_you_mean(unused[0], sorted(reached[row] & {*table.variables}))}"
             )
     used = {name for names in reached.values() for name in names}
     if unused := [name for name in table.variables if name not in used]:
         raise ConfigError(
             f"variables: {unused[0]} is used by no step that a row needs: write {{{unused[0]}}} into one, or leave it"
-            f" out{nearest(unused[0], sorted(used & {*table.variables}))}"
+            f" out{did_you_mean(unused[0], sorted(used & {*table.variables}))}"
         )
 
 
@@ -212,7 +212,7 @@ class Jobs:
         if unknown := used - {*self._table.steps, *OWN}:
             raise ConfigError(
                 f"steps: {step}: {{{min(unknown)}}} is no step, no variable, and neither out nor seed"
-                f"{nearest(min(unknown), [*self._table.steps, *variables])}"
+                f"{did_you_mean(min(unknown), [*self._table.steps, *variables])}"
             )
         needs = {name: self._step(name, row, seed, (*within, step)) for name in self._table.steps if name in used}
         # Without the table's folder: the same words are the same job, wherever the folder is.
@@ -241,9 +241,9 @@ def _words(command: str, step: str) -> list[str]:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise ConfigError(f"steps: {step}: {str(error).lower()}: correct the quotes in {got(command)}") from None
+        raise ConfigError(f"steps: {step}: {str(error).lower()}: correct the quotes in {shown(command)}") from None
     if not words or not words[0]:
-        raise ConfigError(f"steps: {step} is {got(command)}: it must begin with a program, such as python")
+        raise ConfigError(f"steps: {step} is {shown(command)}: it must begin with a program, such as python")
     return words
 
 

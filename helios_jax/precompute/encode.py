@@ -19,7 +19,7 @@ from helios_jax.models.tokenizer import Tokenizer
 from helios_jax.models.umt5 import UMT5Config, UMT5Encoder
 from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
 from helios_jax.runtime.compilation import compute_dtype, precise
-from helios_jax.runtime.seeds import checked
+from helios_jax.runtime.seeds import check_seed
 from helios_jax.sampling.options import MOST_TOKENS
 
 # The negative prompt of the released models' training (upstream's data_config.negative_prompt).
@@ -87,7 +87,7 @@ class VideoEncoder:
     def __init__(self, vae: Path, *, batch: int = 1, sample: bool = False, seed: int = 0):
         if batch < 1:
             raise ValueError(f"--batch is {batch}: it must be at least 1")
-        self.folder, self.batch, self.sample, self.seed = vae, batch, sample, checked(seed, "--seed")
+        self.folder, self.batch, self.sample, self.seed = vae, batch, sample, check_seed(seed, "--seed")
         self.config = pretrained.read_config(vae, VAEConfig)
 
     def load(self) -> "VideoEncoder":

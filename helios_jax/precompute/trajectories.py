@@ -28,7 +28,7 @@ from helios_jax.precompute.encode import NEGATIVE_PROMPT, local_mesh
 from helios_jax.precompute.prompt_files import Prompt
 from helios_jax.runtime.compilation import compute_dtype
 from helios_jax.runtime.program import program
-from helios_jax.runtime.seeds import checked
+from helios_jax.runtime.seeds import check_seed
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.fingerprint import weights_hash
 from helios_jax.sampling.options import SamplingOptions
@@ -65,7 +65,7 @@ class Settings:
     seed: int = 42
 
     def __post_init__(self):
-        checked(self.seed, "--seed")
+        check_seed(self.seed, "--seed")
         for name in ("steps", "student_steps"):
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: every level needs at least 1")

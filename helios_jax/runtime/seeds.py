@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 SEEDS = 2**64
 
 
-def checked(seed: Any, name: str = "seed") -> int:
+def check_seed(seed: Any, name: str = "seed") -> int:
     """`seed` as an int; raises ValueError for one that is no whole number from 0 to 2^64 - 1."""
     try:
         value = operator.index(seed)
@@ -26,6 +26,6 @@ def key(seed: Any) -> "jax.Array":
     """The random key of a 64-bit seed; below 2^32 it equals `jax.random.key`, which takes only 32 bits."""
     import jax  # takes seconds, and most callers only check
 
-    seed = checked(seed)
+    seed = check_seed(seed)
     bits: Any = np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
     return jax.random.wrap_key_data(bits, impl="threefry2x32")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from helios_jax.runtime.seeds import checked
+from helios_jax.runtime.seeds import check_seed
 
 # One prompt, or a sequence of prompts.
 Prompt = str | Sequence[str]
@@ -32,10 +32,10 @@ def make_seeds(seed: int | Sequence[int], prompts: int, videos: int) -> list[int
     has a seed for every video. Raises ValueError for a sequence of another length.
     """
     if not isinstance(seed, Sequence | np.ndarray):
-        return [checked(checked(seed) + i) for i in range(videos)] * prompts
+        return [check_seed(check_seed(seed) + i) for i in range(videos)] * prompts
     if len(seed) != prompts * videos:
         raise ValueError(f"seed has {len(seed)} numbers for {prompts * videos} videos: give as many, or one number")
-    return [checked(one) for one in seed]
+    return [check_seed(one) for one in seed]
 
 
 def make_negatives(negative_prompt: Prompt | None, count: int) -> list[str]:

@@ -35,7 +35,7 @@ class SeededNoise:
     """
 
     def __init__(self, *numbers: int, asked: Mapping[str, int] | None = None):
-        self.seeds = tuple(seeds.checked(number) for number in numbers)
+        self.seeds = tuple(seeds.check_seed(number) for number in numbers)
         self._roots = [seeds.key(seed) for seed in self.seeds]
         self._asked: Counter[str] = Counter(asked)
 

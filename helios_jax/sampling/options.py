@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from helios_jax.config import ConfigError, nearest
-from helios_jax.config_types import describe, got, misfit, options, unreadable
+from helios_jax.config import ConfigError, did_you_mean
+from helios_jax.config_types import describe, misfit, options, shown, unreadable
 from helios_jax.locations import check_locations, location
-from helios_jax.runtime.seeds import checked
+from helios_jax.runtime.seeds import check_seed
 
 # Limits beyond any use: larger numbers would overflow or fill the memory before an error could be reported.
 MOST_VIDEOS = 10_000  # of a prompt, planned at once
@@ -56,7 +56,7 @@ def _at_least(least: int, **values: int | None) -> None:
 def _at_most(**values: tuple[float | None, float]) -> None:
     for name, (value, most) in values.items():
         if value is not None and value > most:
-            raise ValueError(f"{name} must be at most {most}, got {got(value)}")
+            raise ValueError(f"{name} must be at most {most}, got {shown(value)}")
 
 
 def _is_text(**values: str) -> None:
@@ -210,13 +210,13 @@ class SamplingOptions(ContextConfig):
         hints = get_type_hints(SamplingOptions)
         for name in changes:
             if name not in hints:
-                near = "; give seed" if name == "generator" else nearest(name, list(hints))
+                near = "; give seed" if name == "generator" else did_you_mean(name, list(hints))
                 raise TypeError(f"{name} is no option of sampling{near}")
         # numpy's numbers are taken as such. In YAML a text may stand for a number, here it may not.
         given = {name: value.item() if getattr(value, "ndim", None) == 0 else value for name, value in changes.items()}
         for name, value in given.items():
             if isinstance(value, str) and {int, float} & {*options(hints[name])}:
-                raise ValueError(f"{name} must be {describe(hints[name])}, got {got(value)}")
+                raise ValueError(f"{name} must be {describe(hints[name])}, got {shown(value)}")
             if wrong := misfit(hints[name], value, name):
                 raise ValueError(wrong)
         for name, kind in {"history_sizes": tuple, "pyramid_num_inference_steps_list": list}.items():
@@ -319,7 +319,7 @@ class SampleConfig(SamplingOptions):
         _at_least(1, num_videos_per_prompt=self.num_videos_per_prompt, interpolate_time=self.interpolate_time)
         if self.num_videos_per_prompt > MOST_VIDEOS:
             raise ValueError(f"num_videos_per_prompt must be at most {MOST_VIDEOS}, got {self.num_videos_per_prompt}")
-        checked(checked(self.seed) + self.num_videos_per_prompt - 1, "the last video's seed")
+        check_seed(check_seed(self.seed) + self.num_videos_per_prompt - 1, "the last video's seed")
         if self.csv is None and self.resume is None and not self.prompt.strip():
             raise ValueError('prompt must say what to show, as in --prompt "a red square moves right"')
         if self.image is not None and self.video is not None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from helios_jax.config import ConfigError, nearest
+from helios_jax.config import ConfigError, did_you_mean
 
 COLUMNS = ("id", "prompt_index", "prompt", "refined_prompt", "negative_prompt", "seed", "num_frames", "duration")
 OF_PROMPTS = COLUMNS[:4]  # which differ from row to row of one video
@@ -136,6 +136,6 @@ def _check_names(path: Path, names: list[str]) -> None:
             separator = next((mark for mark in (";", "\t") if mark in name), None)
             if separator is not None:
                 raise ConfigError(f"csv: {path} has {separator!r} between its columns; write commas")
-            raise ConfigError(f"csv: {path} has a column {name!r} that means nothing here{nearest(name, COLUMNS)}")
+            raise ConfigError(f"csv: {path} has a column {name!r} that means nothing here{did_you_mean(name, COLUMNS)}")
     if not {"prompt", "refined_prompt"} & set(names):
         raise ConfigError(f"csv: {path} has no column prompt; it has {', '.join(names) or 'none'}")

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from helios_jax.config import ConfigError
-from helios_jax.config_types import nearest
+from helios_jax.config_types import did_you_mean
 from helios_jax.sampling.options import SamplingOptions
 
 
@@ -19,5 +19,5 @@ def check_overrides(overrides: Sequence[str], flags: Mapping[str, str]) -> None:
         if equals and key in flags:
             raise ConfigError(f"override {text!r}: {key} is set by a flag: give {flags[key]}")
         if equals and key not in options:  # without =, it is `load` that says what an override looks like
-            remedy = nearest(key, options) or f"; leave it out, or give one of {', '.join(options)}"
+            remedy = did_you_mean(key, options) or f"; leave it out, or give one of {', '.join(options)}"
             raise ConfigError(f"override {text!r}: {key} is no option that is taken here{remedy}")

@@ -29,7 +29,7 @@ from helios_jax.path_checks import check_folder
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime.command import Parser
 from helios_jax.runtime.compilation import enable_cache
-from helios_jax.runtime.seeds import checked
+from helios_jax.runtime.seeds import check_seed
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.options import SampleConfig, SamplingOptions
@@ -101,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, least in {"videos": 1, "batch": 1, "chunks": 1 + args.wordless}.items():
             if getattr(args, name) < least:
                 raise ConfigError(f"--{name} must be at least {least}, got {getattr(args, name)}")
-        checked(checked(args.seed, "--seed") * 1000 + args.videos - 1, "the last video's seed, 1000 times --seed,")
+        last = check_seed(args.seed, "--seed") * 1000 + args.videos - 1
+        check_seed(last, "the last video's seed, 1000 times --seed,")
         check_locations(local=True, **{"--out": args.out})
         check_overrides(args.overrides, FLAGS)
         world, out = WORLDS[args.world], Path(os.path.expanduser(args.out))

@@ -8,7 +8,7 @@ from helios_jax.config import require
 from helios_jax.locations import check_locations, is_remote
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
-from helios_jax.runtime.seeds import checked
+from helios_jax.runtime.seeds import check_seed
 from helios_jax.sharding import MeshConfig
 from helios_jax.training.optim import OptimConfig
 
@@ -40,7 +40,7 @@ class DataConfig:
         require(bool(self.folder), "folder must name the folder of the training data")
         check_locations(folder=self.folder)
         check_locations(cache=self.cache, local=True)
-        checked(self.seed)
+        check_seed(self.seed)
         require(min(self.leave_out, default=0) >= 0, f"leave_out must hold numbers from 0 up, got {self.leave_out}")
         require(self.workers >= 0, f"workers must not be negative, got {self.workers}")
         require(self.batch_size > 0, f"batch_size must be at least 1, got {self.batch_size}")
@@ -69,7 +69,7 @@ class ValidationConfig:
     def __post_init__(self):
         require(self.every > 0, f"every must be at least 1, got {self.every}")
         require(bool(self.prompts), "prompts must hold at least one; or leave validation out (null)")
-        checked(self.seed)
+        check_seed(self.seed)
 
 
 @dataclass
@@ -140,7 +140,7 @@ class TrainConfig:
             not is_remote(checkpoints) or checkpoints.startswith("gs://"),
             f"checkpoint.folder: {checkpoints} cannot hold checkpoints; name a folder of gs://, or a local one",
         )
-        checked(self.seed)
+        check_seed(self.seed)
         require(bool(self.trainable), "trainable must name something: all, adapters or parameters")
         for name in self.trainable:
             try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from helios_jax import config as configs
-from helios_jax.config import ConfigError, nearest
+from helios_jax.config import ConfigError, did_you_mean
 from helios_jax.config_types import unknown_part
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.stage import Stage
@@ -28,7 +28,7 @@ def find_stage(name: str) -> type[Stage[Any, Any]]:
         names = ", ".join(STAGES)
         raise ConfigError(
             f"stage: must be one of {names}, or the dotted path of a class of yours, as in my.module.MyStage; "
-            f"got {name!r}{nearest(name, list(STAGES))}"
+            f"got {name!r}{did_you_mean(name, list(STAGES))}"
         )
     try:
         found: Any = pkgutil.resolve_name(f"{module}:{member}")
