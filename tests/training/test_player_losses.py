@@ -9,6 +9,7 @@ from helios_jax.diffusion import distillation as losses
 from helios_jax.models.discriminator import DiscriminatorConfig
 from helios_jax.training.stages.distill import player_losses, rollout
 from helios_jax.training.stages.distill.distill_config import CriticConfig, DistillConfig, GANConfig, ScoreConfig
+from helios_jax.training.stages.distill.player_losses import Turn
 from tests.closeness import assert_close
 from tests.training.test_stage3 import CHUNK, LORA, ONE_STEP, batch_of, config_of, keys, make_players
 
@@ -50,7 +51,7 @@ def test_without_matching_the_discriminator_alone_teaches_the_student():
 
     @jax.jit
     def of(model, step):
-        return player_losses.generator_loss(model, inputs, one, keys(), common, step, config)
+        return player_losses.generator_loss(model, Turn(inputs, one, keys(), common, step), config)
 
     loss, metrics = of(model, jnp.asarray(1))
     assert sorted(metrics) == ["gan_generator"]
@@ -78,8 +79,8 @@ def test_discriminator_s_own_noise(player, monkeypatch):
         scores = {"score": ScoreConfig(init="teacher", renoise=shared), "critic": CriticConfig(LORA, renoise=shared)}
         config = config_of(distill={"gan": gan, **scores, **ONE_STEP})
         inputs = rollout.make_inputs(batch_of(), keys(), config)
-        one, common = jnp.asarray(1), jax.random.key(5)
-        _, found = jax.jit(lambda model: loss(model, inputs, one, keys(), common, one, config))(make_players(config))
+        turn = Turn(inputs, jnp.asarray(1), keys(), jax.random.key(5), jnp.asarray(1))
+        _, found = jax.jit(lambda model: loss(model, turn, config))(make_players(config))
         return {name: float(value) for name, (value, _) in found.items()}
 
     own, shared = metrics(level(0.8), level(0.2)), metrics(level(0.2), None)

@@ -35,7 +35,7 @@ from helios_jax.training.stage import Batches, Metrics, Player, Stage
 from helios_jax.training.stages import flow
 from helios_jax.training.stages.distill import players
 from helios_jax.training.stages.distill.distill_config import DistillTrainConfig, GANConfig
-from helios_jax.training.stages.distill.player_losses import critic_loss, generator_loss
+from helios_jax.training.stages.distill.player_losses import Turn, critic_loss, generator_loss
 from helios_jax.training.stages.distill.players import Players, of_student
 from helios_jax.training.stages.distill.rollout import make_inputs
 from helios_jax.training.stages.flow import fold
@@ -126,8 +126,8 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         # All samples share one rollout length: with several, a batch would take as long as the longest.
         common = jax.random.fold_in(jax.random.fold_in(seeds.key(config.seed), COMMON), step)
         chunks = config.distill.rollout.draw(jax.random.fold_in(common, 0), step)
-        own = fold(keys, 1 + number), jax.random.fold_in(common, number)
-        return loss(model, inputs, chunks, *own, step, config)
+        turn = Turn(inputs, chunks, fold(keys, 1 + number), jax.random.fold_in(common, number), step)
+        return loss(model, turn, config)
 
     def export(self, model: Players, folder: Path) -> None:
         """Writes the student's pipeline; critic and discriminator are in the checkpoints."""

@@ -1,7 +1,7 @@
 """Losses of stage 3's players: of the generator, and of the critic together with the discriminator."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,19 @@ from helios_jax.training.stages.model_inputs import make_context
 from helios_jax.training.trainable import trainable
 
 
+class Turn(NamedTuple):
+    """A player's turn in step `step`: its inputs, the number of `chunks` of the rollout, and its draws.
+
+    `keys` [b] are those of the samples; `common` is the key of draws that all samples share.
+    """
+
+    inputs: DistillInputs
+    chunks: Array
+    keys: Array
+    common: Array
+    step: Array
+
+
 def _velocity(
     model: Transformer, noisy: Array, sigma: Array, history: History, text: Array, config: DistillTrainConfig
 ) -> Array:
@@ -42,20 +55,10 @@ def _interleave(*parts: Array) -> Array:
     return jnp.stack(parts, 1).reshape(-1, *parts[0].shape[1:])
 
 
-def generator_loss(
-    model: Players,
-    inputs: DistillInputs,
-    chunks: Array,
-    keys: Array,
-    common: Array,
-    step: Array,
-    config: DistillTrainConfig,
-) -> tuple[Float[Array, ""], Metrics]:
-    """Distribution matching of the student's last chunk, and from step `gan.start` the loss against the discriminator.
-
-    `common` is the key of draws that all samples share.
-    """
+def generator_loss(model: Players, turn: Turn, config: DistillTrainConfig) -> tuple[Float[Array, ""], Metrics]:
+    """Distribution matching of the student's last chunk, and from step `gan.start` a loss against the discriminator."""
     distill, gan = config.distill, config.distill.gan
+    inputs, chunks, keys, common, step = turn
     generated, history = make_chunk(model.student, inputs, chunks, fold(keys, 0), common, config, with_gradient=True)
     k_sigma, k_noise, k_gan, k_crop = (fold(keys, i) for i in range(1, 5))
     sigma = losses.draw_sigma(k_sigma, distill.score.renoise, step, training_shift(generated.shape, distill.shift))
@@ -116,17 +119,10 @@ def dmd_gradient(
     return losses.dmd_gradient(generated, teacher, predicted), jnp.abs(generated - teacher).mean()
 
 
-def critic_loss(
-    model: Players,
-    inputs: DistillInputs,
-    chunks: Array,
-    keys: Array,
-    common: Array,
-    step: Array,
-    config: DistillTrainConfig,
-) -> tuple[Float[Array, ""], Metrics]:
+def critic_loss(model: Players, turn: Turn, config: DistillTrainConfig) -> tuple[Float[Array, ""], Metrics]:
     """Flow matching of the critic on the student's last chunk, and from step `gan.start` the discriminator's loss."""
     distill, gan = config.distill, config.distill.gan
+    inputs, chunks, keys, common, step = turn
     generated, history = make_chunk(model.student, inputs, chunks, fold(keys, 0), common, config, with_gradient=False)
     generated, history = jax.lax.stop_gradient((generated, history))
     k_sigma, k_noise, k_crop, k_crop_real, k_r1, k_r2 = (fold(keys, i) for i in range(1, 7))
