@@ -24,7 +24,8 @@ class Mean:
     high: float
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        known = math.isfinite(self.low)
+        return f"{self.value:.3g} [{self.low:.3g}, {self.high:.3g}]" if known else f"{self.value:.3g}"
 
 
 def mean(values: Float[np.ndarray, "s v"]) -> Mean:
