@@ -17,8 +17,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import jax
-
 from helios_jax import pretrained
 from helios_jax.data.records import NEGATIVE_TEXT
 from helios_jax.data.shards import Rejected, Shard
@@ -30,8 +28,9 @@ from helios_jax.precompute.encode import NEGATIVE_PROMPT, TextEmbedder, VideoEnc
 from helios_jax.precompute.tasks import Share, Work
 from helios_jax.precompute.trajectories import Settings, Teacher
 from helios_jax.pretrained import CheckpointError
-from helios_jax.runtime import hosts, interrupts, many
+from helios_jax.runtime import interrupts, many
 from helios_jax.runtime.command import Parser, frame_size, warnings_as_lines
+from helios_jax.runtime.host_number import host_number, use_own_chips
 from helios_jax.runtime.memory import is_out_of_memory
 from helios_jax.sampling.checkpoint import Checkpoint
 
@@ -149,9 +148,13 @@ def _folders(args: argparse.Namespace, *parts: str) -> list[Path]:
 def _share(args: argparse.Namespace) -> Share:
     if args.processes < 1:
         raise ValueError(f"--processes is {args.processes}: it must be at least 1, the number of hosts")
+    share = None
     if args.processes > 1:
-        hosts.join(args.processes)
-        return Share(args.shard_size, jax.process_index(), jax.process_count())
+        share = Share(args.shard_size, host_number(args.processes), args.processes)
+    if args.ray is None:  # the workers of a cluster have what it gave them
+        use_own_chips()
+    if share is not None:
+        return share
     host, _, of = args.shard.partition("/")
     if not (host.isdecimal() and of.isdecimal() and int(host) < int(of)):
         raise ValueError(f"--shard is {args.shard!r}: it must read I/N with I from 0 to N - 1, as in 0/4")
@@ -188,7 +191,9 @@ def _parser() -> Parser:
         )
         hosts = sub.add_mutually_exclusive_group()
         hosts.add_argument("--shard", default="0/1", metavar="I/N", help="make the I-th of N shares of the work")
-        hosts.add_argument("--processes", type=int, default=1, help="number of hosts that run this command")
+        hosts.add_argument(
+            "--processes", type=int, default=1, help="hosts that run this command: a TPU pod, Slurm, or JAX_PROCESS_ID"
+        )
         hosts.add_argument(
             "--ray", metavar="ADDRESS", help="Ray cluster that does the work: auto, HOST:PORT, ray://HOST:PORT or local"
         )

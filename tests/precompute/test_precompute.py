@@ -110,9 +110,11 @@ def test_interrupted_command_continues_and_hosts_share_the_work(whole, folder, m
     assert run(folder, model, out, "--shard", "0/2") == 130
     assert "goes on" in capsys.readouterr().err
     monkeypatch.setattr(tasks, "_read", read)
-    assert run(folder, model, out, "--shard", "1/2") == 0
-    assert not out.exists()
-    assert run(folder, model, out, "--shard", "0/2") == 0
+    for host in ("1", "0"):  # neither waits for the other
+        assert not out.exists()
+        monkeypatch.setenv("JAX_PROCESS_ID", host)
+        assert run(folder, model, out, "--processes", "2") == 0
+        assert not jax.distributed.is_initialized(), "jax takes SIGTERM for itself, and ends no host before the others"
     assert content(out) == content(whole)
 
 
@@ -164,6 +166,7 @@ def test_text_task_embeds_prompts(model, tmp_path, capsys):
         (["text", "--max-length", "100000"], "--max-length is 100000: it must be from 1 to"),
         (["text", "--processes", "0"], "--processes is 0: it must be at least 1"),
         (["text", "--processes", "-4"], "--processes is -4"),
+        (["text", "--processes", "4"], "--processes is 4: no TPU pod or Slurm says which host this is"),
         (["text", "--max-lenght", "5"], "unrecognized arguments: --max-lenght 5; --help lists all flags"),
         (["text", "--batch", "5"], "unrecognized arguments: --batch 5"),
     ],
