@@ -73,6 +73,8 @@ def train(stage: Stage[Any, Any], profiled: int = 0) -> int:
             if stopped is None:
                 with writing(run):
                     stage.export(state.best, run)
+                # The first host may copy gigabytes; jax ends all hosts when the others have waited 5 minutes at exit.
+                hosts.gather("exported", "")
         except RunError as error:
             raise RunError(f"{error}; {checkpoints.kept()}") from None
     if stopped is None:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import train
+from helios_jax.runtime import hosts
 from helios_jax.sharding import MeshConfig, make_mesh
 from helios_jax.training import optim
 from helios_jax.training.run_checkpoints import Checkpoints
@@ -205,6 +206,15 @@ def test_validates_at_intervals(config, tmp_path):
     plain = tmp_path / "plain"
     assert run(config, f"run={plain}") == 0
     np.testing.assert_array_equal(*(np.load(p / "weight.npy") for p in (folder, plain)))
+
+
+def test_hosts_wait_for_the_export_of_the_first(config, tmp_path, monkeypatch):
+    """At its exit jax waits for 5 minutes, and then ends all hosts as failed."""
+    order, gather = [], hosts.gather
+    monkeypatch.setattr(hosts, "gather", lambda name, text: order.append(name) or gather(name, text))
+    monkeypatch.setattr(dummy.Dummy, "export", lambda *of: order.append("export"))
+    assert run(config, f"run={tmp_path / 'r'}", "steps=1") == 0
+    assert order == ["export", "exported"]
 
 
 def test_state_in_the_host_s_memory_is_the_same_run(config, tmp_path, monkeypatch):
