@@ -9,8 +9,9 @@
 #   deploy/tpu.sh down               deletes the slice
 #
 # TPU: a name. TYPE: generation and TensorCores (v5p-128: 64 chips on 16 hosts). SHARE: an NFS share, mounted on all
-# hosts at /mnt/helios. RUNTIME: the image of the hosts, by default the one for TYPE. The project is gcloud's. Without
-# --spot the slice is not preempted, and costs more.
+# hosts at /mnt/helios. RUNTIME: the image of the hosts, by default the one for TYPE. JAX_COMPILATION_CACHE_DIR: the folder
+# of compiled programs, by default /mnt/helios/xla. The project is gcloud's. Without --spot the slice is not preempted, and
+# costs more.
 #
 # `run` starts python with its arguments on all hosts, and watches. It may be ended and given again at any time: a run
 # that goes on is left alone. A slice that was preempted is asked for again; it gets the commit checked out here then.
@@ -134,6 +135,7 @@ sudo systemctl stop helios 2>/dev/null || true
 sudo systemctl reset-failed helios 2>/dev/null || true
 sudo systemd-run --quiet --unit=helios --remain-after-exit --uid=\$(id -u) --gid=\$(id -g) --working-directory=\$PWD \\
   --setenv=HOME=\$HOME --setenv=HF_HOME=/mnt/helios/huggingface --setenv=PYTHONUNBUFFERED=1 \\
+  --setenv=JAX_COMPILATION_CACHE_DIR=$(printf %q "${JAX_COMPILATION_CACHE_DIR:-/mnt/helios/xla}") \\
   --property='After=network-online.target remote-fs.target' --property=LimitMEMLOCK=infinity \\
   --property=LimitNOFILE=1048576 --property=KillMode=mixed --property=TimeoutStopSec=180 -- bash run.sh"
 }

@@ -64,6 +64,7 @@ case $name in
   srun)
     printf '%s\0' "$@" >"$FAKE/arguments"
     printf '%s' "$JAX_LOCAL_DEVICE_IDS" >"$FAKE/devices"
+    printf '%s' "$JAX_COMPILATION_CACHE_DIR" >"$FAKE/compiled"
     exit "$(cat "$FAKE/code")"
     ;;
 esac

@@ -132,13 +132,15 @@ def test_run_gives_python_every_word_and_ends_when_it_is_done(cloud):
     assert cloud.arguments == TRAIN
     (start,) = cloud.calls("systemd-run")
     assert {"--unit=helios", "--property=KillMode=mixed", "--setenv=HF_HOME=/mnt/helios/huggingface"} <= set(start)
+    assert "--setenv=JAX_COMPILATION_CACHE_DIR=/mnt/helios/xla" in start
     assert "deploy/tpu.sh down" in done.stderr, "a slice that is done goes on costing"
 
     cloud.answer(calls="")
     (cloud.folder / "host" / ".ended").unlink()
     precompute = ["-m", "helios_jax.precompute", "clips", "--json", "my clips.json"]
-    assert cloud.tpu("run", *precompute).returncode == 0
+    assert cloud.tpu("run", *precompute, JAX_COMPILATION_CACHE_DIR="gs://my bucket/xla").returncode == 0
     assert cloud.arguments == precompute
+    assert "--setenv=JAX_COMPILATION_CACHE_DIR=gs://my bucket/xla" in cloud.calls("systemd-run")[0]
 
 
 @pytest.mark.parametrize(
@@ -195,6 +197,7 @@ def test_slurm_gives_every_word_and_requeues_what_was_stopped(cloud, code, reque
     assert command == [".venv/bin/python", "train.py", TRAIN[1], *mesh, PROMPT]
     assert {"--kill-on-bad-exit=1", "--cpus-per-task=64"} <= set(cloud.arguments)
     assert (cloud.folder / "devices").read_text() == "0,1,2,3,4,5,6,7"
+    assert (cloud.folder / "compiled").read_text() == str(cloud.folder / "runs" / "xla")
     config = load_config(str(ROOT / TRAIN[1]), command[3:])
     assert config.mesh.processes is None
     assert config.data.batch_size % (config.optim.accumulate * 16) == 0
@@ -296,7 +299,8 @@ def test_jobset_has_a_pod_for_each_host_of_the_slice(jobset):
     assert script == "train.py"
     assert config.mesh.processes is None
     assert chips % config.mesh.fsdp == config.data.batch_size // config.optim.accumulate % chips == 0
-    for folder in (config.run, config.data.folder):
+    compiled = {variable["name"]: variable["value"] for variable in container["env"]}["JAX_COMPILATION_CACHE_DIR"]
+    for folder in (config.run, config.data.folder, compiled):
         assert folder.startswith(container["volumeMounts"][0]["mountPath"])
     assert f'--command "python train.py {path} ' in (DEPLOY / "jobset.yaml").read_text(), "of xpk"
 

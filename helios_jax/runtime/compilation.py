@@ -14,16 +14,17 @@ from helios_jax.locations import check_locations, user_cache
 GPU_OPTIONS = {"xla_gpu_force_conv_nhwc": True, "xla_gpu_enable_triton_gemm": False}
 
 
-def enable_cache() -> None:
-    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, or in helios_jax/ of the user's cache folder.
+def enable_cache(shared: str | os.PathLike | None = None) -> None:
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, in `shared`, or in helios_jax/ of the user's cache folder.
 
-    Raises LocationError for a folder name that cannot be used.
+    Of several hosts the first alone writes, so that they need a folder that all see: `shared`. Raises LocationError for
+    a folder name that cannot be used.
     """
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if named:
         check_locations(JAX_COMPILATION_CACHE_DIR=named)
     elif named is None:
-        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
+        jax.config.update("jax_compilation_cache_dir", os.fspath(shared or user_cache() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         return fail(error, 2)
     # After the arguments: jax takes seconds to import.
-    from helios_jax.locations import LocationError
+    from helios_jax.locations import LocationError, location
     from helios_jax.pretrained import CheckpointError
     from helios_jax.runtime import hosts
     from helios_jax.runtime.compilation import enable_cache
@@ -98,10 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Writes that a failed save never began: Python warns of each whenever it is collected.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         try:
-            enable_cache()
             stage = make_stage(load_config(args.config, args.overrides))
             hosts.join(stage.config.mesh.processes)
             watch = Watch(program_name("train.py")) if hosts.several() else None
+            enable_cache(location(stage.config.run).parent / "xla" if watch else None)
             code = train(stage, args.profile)
             if watch is not None:
                 watch.close()

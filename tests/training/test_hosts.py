@@ -6,6 +6,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -16,6 +17,10 @@ from helios_jax.config import ConfigError
 from helios_jax.data import records
 from helios_jax.data.records import EMPTY_TEXT
 from helios_jax.media.video import read_video
+from helios_jax.runtime import host_watch
+from helios_jax.runtime import hosts as agreement
+from helios_jax.training import trainer
+from helios_jax.training.cli import main
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.trainer import check_hosts
 from tests.several_hosts import Host, Hosts
@@ -251,6 +256,20 @@ def test_hosts_with_other_settings_or_folders_are_refused(hosts, config, tmp_pat
     told = "all hosts must have the same settings as host 0; seed was 0, is 5 here; give all the same command"
     assert last_line(started[1]) == told
     assert last_line(started[0]) == f"host 1: {told}"
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_hosts_find_compiled_programs_in_one_folder(config, tmp_path, monkeypatch, several):
+    """The first alone writes them: in the homes of the others there would be none after a restart."""
+    told = {}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setattr(jax.config, "update", lambda name, value: told.update({name: value}))
+    monkeypatch.setattr(agreement, "join", lambda processes: None)
+    monkeypatch.setattr(agreement, "several", lambda: several)
+    monkeypatch.setattr(host_watch, "Watch", mock.Mock())
+    monkeypatch.setattr(trainer, "train", lambda *of: 0)
+    assert main([config, f"run={tmp_path / 'runs' / 'r'}"]) == 0
+    assert (told["jax_compilation_cache_dir"] == str(tmp_path / "runs" / "xla")) == several
 
 
 def test_a_host_of_a_pod_that_was_not_joined_is_refused(monkeypatch):
