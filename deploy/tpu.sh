@@ -9,9 +9,9 @@
 #   deploy/tpu.sh down               deletes the slice
 #
 # TPU: a name. TYPE: generation and TensorCores (v5p-128: 64 chips on 16 hosts). SHARE: an NFS share, mounted on all
-# hosts at /mnt/helios. RUNTIME: the image of the hosts, by default the one for TYPE. JAX_COMPILATION_CACHE_DIR: the folder
-# of compiled programs, by default /mnt/helios/xla. The project is gcloud's. Without --spot the slice is not preempted, and
-# costs more.
+# hosts at /mnt/helios. RUNTIME: the image of the hosts, by default the one for TYPE. JAX_COMPILATION_CACHE_DIR: the
+# folder of compiled programs, by default /mnt/helios/xla. The project is gcloud's. Without --spot the slice is not
+# preempted, and costs more.
 #
 # `run` starts python with its arguments on all hosts, and watches. It may be ended and given again at any time: a run
 # that goes on is left alone. A slice that was preempted is asked for again; it gets the commit checked out here then.

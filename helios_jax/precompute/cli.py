@@ -31,7 +31,7 @@ from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import interrupts, many
 from helios_jax.runtime.command import Parser, frame_size, warnings_as_lines
 from helios_jax.runtime.host_number import host_number, use_own_chips
-from helios_jax.runtime.memory import is_out_of_memory
+from helios_jax.runtime.memory import is_out_of_memory, use_gpus_whole
 from helios_jax.sampling.checkpoint import Checkpoint
 
 LESS_MEMORY = "out of memory: use a smaller --batch, --size or --max-length; the same command goes on"
@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     """Does the work of a command line; returns the exit code."""
+    use_gpus_whole()
     try:
         cluster = many.cluster(args.ray, args.ray_worker)
         work = args.plan(args, _share(args))
@@ -74,6 +75,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _start(args: argparse.Namespace) -> Callable[[Shard], list[Rejected]]:
     """Plans the work again on a machine of a cluster, and returns the function that makes a shard there."""
+    use_gpus_whole()
     return args.plan(args, _share(args)).start()
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from helios_jax.runtime.memory import GPU_SHARE
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -52,14 +54,14 @@ CHIPS = {
         sides=2, wraps=16, clock=1.75e9,
     ),
     "H100": Chip(
-        "H100 SXM", 80e9, 989e12, 3352e9, 450e9, 50e9, 8, _GPU,
-        "NVIDIA's H100 data sheet (989 TFLOP/s dense, 80 GB at 3.35 TB/s, NVLink 900 GB/s both ways); assumed: 400 "
-        "Gbit/s of InfiniBand a GPU",
+        "H100 SXM", GPU_SHARE * 84929347584, 989e12, 3352e9, 450e9, 50e9, 8, _GPU,
+        "NVIDIA's H100 data sheet (989 TFLOP/s dense, 3.35 TB/s, NVLink 900 GB/s both ways); assumed: 400 Gbit/s of "
+        f"InfiniBand a GPU; memory that programs may use: {GPU_SHARE:.0%} of the 84.9 GB that its driver has",
     ),
     "H200": Chip(
-        "H200 SXM", 141e9, 989e12, 4800e9, 450e9, 50e9, 8, _GPU,
-        "NVIDIA's H200 data sheet (989 TFLOP/s dense, 141 GB at 4.8 TB/s, NVLink 900 GB/s both ways); assumed: 400 "
-        "Gbit/s of InfiniBand a GPU",
+        "H200 SXM", GPU_SHARE * 150754820096, 989e12, 4800e9, 450e9, 50e9, 8, _GPU,
+        "NVIDIA's H200 data sheet (989 TFLOP/s dense, 4.8 TB/s, NVLink 900 GB/s both ways); assumed: 400 Gbit/s of "
+        f"InfiniBand a GPU; memory that programs may use: {GPU_SHARE:.0%} of the 150.8 GB that its driver has",
     ),
 }  # fmt: skip
 

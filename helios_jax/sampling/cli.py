@@ -21,7 +21,7 @@ from helios_jax.config_types import options
 from helios_jax.messages import one_line
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.command import Lines, Parser, program_name, warnings_as_lines
-from helios_jax.runtime.memory import is_out_of_memory
+from helios_jax.runtime.memory import is_out_of_memory, use_gpus_whole
 from helios_jax.sampling.options import (
     FILES,
     MAKE,
@@ -158,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ours, handler = logging.getLogger("helios_jax"), Lines(program_name("sample.py"))
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
+    use_gpus_whole()
     with warnings_as_lines(program_name("sample.py")):  # each once, however many videos of a CSV it is true of
         try:
             config, typed = parse(sys.argv[1:] if argv is None else argv)

@@ -16,6 +16,7 @@ from helios_jax.locations import location
 from helios_jax.models.transformer import Transformer
 from helios_jax.runtime import interrupts, many
 from helios_jax.runtime.compilation import compute_dtype, enable_cache
+from helios_jax.runtime.memory import use_gpus_whole
 from helios_jax.sampling import outputs
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.context import Context, read_context
@@ -168,6 +169,7 @@ def _make_rows(
 def _start_on_cluster(config: SampleConfig, hashes: Mapping[str, Any]) -> "_RowMaker":
     """The function that makes videos on a cluster's worker. Raises ValueError if its weights lack these `hashes`."""
     begin = time.monotonic()
+    use_gpus_whole()
     enable_cache()
     weights = Weights.open(config)
     if weights.hashes() != hashes:

@@ -16,7 +16,7 @@ from helios_jax.config import ConfigError
 from helios_jax.messages import one_line
 from helios_jax.runtime import interrupts
 from helios_jax.runtime.command import Lines, Parser, count, program_name, warnings_as_lines
-from helios_jax.runtime.memory import is_out_of_memory
+from helios_jax.runtime.memory import is_out_of_memory, use_gpus_whole
 from helios_jax.training.stage_names import STAGES
 
 # Keys that most runs set, with their default in brackets; `docs/training.md` and config.yaml of a run have all.
@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error("name a config, such as configs/toy/stage1.yaml")
     except ConfigError as error:
         return fail(error, 2)
+    use_gpus_whole()
     # After the arguments: jax takes seconds to import.
     from helios_jax.locations import LocationError, location
     from helios_jax.pretrained import CheckpointError
