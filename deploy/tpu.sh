@@ -18,9 +18,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-POLL=${POLL:-60}    # seconds between two looks
-RESTARTS=3          # of a run that failed; one that was stopped or preempted starts again without limit
-STOPPED="75 130 15" # exit codes: saved after SIGTERM; SIGTERM before the first step, and of a program that saves nothing
+POLL=${POLL:-60} # seconds between two looks
+# Starts after a failure, until a run has lasted so many seconds. One that was stopped, or lost a host, starts again
+# without limit.
+RESTARTS=3
+LASTED=${LASTED:-3600}
+# Exit codes: saved after SIGTERM; another host is gone; SIGTERM before the first step, and of a program that saves
+# nothing.
+STOPPED="75 76 130 15"
 EXAMPLE="TPU=helios ZONE=us-east5-a TYPE=v5p-128 SHARE=10.0.0.2:/helios"
 spot=""
 
@@ -156,7 +161,7 @@ fi'
 run() {
   need TPU ZONE TYPE SHARE
   [ $# -gt 0 ] || fail "run needs what python runs, as in: run train.py configs/stage1_init.yaml"
-  local now found code failures=0
+  local now found code failures=0 begun=$SECONDS
   [ "$(state)" != ABSENT ] || fail "there is no slice $TPU in $ZONE; make it with: deploy/tpu.sh up"
   for (( ; ; )); do
     now=$(state)
@@ -185,6 +190,7 @@ run() {
         say "done; the slice costs until: deploy/tpu.sh down"
         return 0
       fi
+      [ $((SECONDS - begun)) -lt "$LASTED" ] || failures=0
       for code in $(sed -n "s/^helios: ended //p" <<<"$found"); do
         case " 0 $STOPPED " in *" $code "*) continue ;; esac
         failures=$((failures + 1))
@@ -196,6 +202,7 @@ run() {
         break
       done
       if ! grep -q absent <<<"$found" || install; then
+        begun=$SECONDS
         start "$@" || true # the next look tells
       fi
     fi

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helios_jax.runtime.host_watch import GONE_CODE
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.stage_table import load_config
 
@@ -145,15 +146,30 @@ def test_run_gives_python_every_word_and_ends_when_it_is_done(cloud):
 
 @pytest.mark.parametrize(
     ("codes", "starts", "code"),
-    [("75 0", 2, 0), ("75 130 75 15 75 0", 6, 0), ("1 0", 2, 0), ("1 75 9 1 1", 5, 1), ("2", 1, 2)],
+    [
+        ("75 0", 2, 0),
+        ("75 130 76 15 75 0", 6, 0),
+        ("76 76 76 76 0", 5, 0),
+        ("1 0", 2, 0),
+        ("1 75 9 1 1", 5, 1),
+        ("2", 1, 2),
+    ],
 )
-def test_run_starts_again_what_was_stopped_and_thrice_what_failed(cloud, codes, starts, code):
+def test_run_starts_again_what_was_stopped_or_lost_a_host_and_thrice_what_failed(cloud, codes, starts, code):
     cloud.answer(states="ABSENT ACTIVE", codes=codes)
     cloud.tpu("up")
     done = cloud.tpu("run", *TRAIN)
     assert done.returncode == code, done.stderr
     assert len(cloud.calls("systemd-run")) == starts
     assert cloud.gcloud("queued-resources", "delete") == []
+
+
+def test_failures_of_runs_that_lasted_are_not_counted_together(cloud):
+    cloud.answer(states="ABSENT ACTIVE", codes="1 1 9 1 1 0")
+    cloud.tpu("up")
+    done = cloud.tpu("run", *TRAIN, LASTED="0")
+    assert done.returncode == 0, done.stderr
+    assert len(cloud.calls("systemd-run")) == 6
 
 
 def test_run_asks_for_another_slice_after_preemption(cloud):
@@ -181,7 +197,9 @@ def test_logs_stop_and_down(cloud):
     assert {"helios", "--zone=us-east5-a", "--force"} <= set(cloud.gcloud("queued-resources", "delete")[0])
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (130, True), (1, False), (2, False)])
+@pytest.mark.parametrize(
+    ("code", "requeued"), [(0, False), (75, True), (76, True), (130, True), (1, False), (2, False)]
+)
 def test_slurm_gives_every_word_and_requeues_what_was_stopped(cloud, code, requeued):
     python = cloud.folder / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
@@ -311,7 +329,8 @@ def test_jobset_starts_again_what_was_stopped(jobset):
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     pod = job["template"]["spec"]
     codes, conditions = job["podFailurePolicy"]["rules"]
-    assert TrainConfig().stopped_code in codes["onExitCodes"]["values"]
+    assert {TrainConfig().stopped_code, GONE_CODE} <= set(codes["onExitCodes"]["values"])
+    assert not {0, 1, 2, 137} & set(codes["onExitCodes"]["values"])
     assert codes["onExitCodes"]["containerName"] == pod["containers"][0]["name"]
     assert conditions["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     assert {rule["action"] for rule in (codes, conditions)} == {"FailJob"}  # its reason is PodFailurePolicy

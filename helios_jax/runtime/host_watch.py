@@ -2,7 +2,7 @@
 
 A host that cannot go on reports it (`Watch.end`), and the others end with its line and exit code, whatever they are
 waiting for. Otherwise they would hang in the next collective. A host that was killed reports nothing: the first host
-notices the missing heartbeats and tells the others that it is gone.
+notices the missing heartbeats and tells the others that it is gone, and they end with `GONE_CODE`.
 
 Like `hosts`, it uses the key-value store of jax's coordination service.
 """
@@ -27,6 +27,7 @@ SILENCE = 30.0  # seconds without a heartbeat after which a host counts as gone
 # The same after a collective has failed, when only the host that caused it is looked for.
 SILENCE_AFTER_FAILURE = 5.0
 FAREWELL = 5.0  # seconds that the first host keeps the store open, so that others can read how the run ended
+GONE_CODE = 76  # exit code of the hosts that are left, by which a launcher tells a lost host from a run that failed
 DONE = "done"
 FOR_EVER = 2**31  # milliseconds: 24 days
 AGAIN = "the same command on all hosts goes on from the newest checkpoint"
@@ -117,7 +118,7 @@ class Watch:
         try:
             told = self._client.blocking_key_value_get(f"{FOLDER}/watch/end/{self._host}", FOR_EVER)
         except Exception:  # the store is gone, and the first host with it
-            told = json.dumps({"line": f"host 0 {GONE}", "code": 1})
+            told = json.dumps({"line": f"host 0 {GONE}", "code": GONE_CODE})
         if self._ending.acquire(blocking=False):
             end = json.loads(told)
             self._leave(end["line"], end["code"])
@@ -139,4 +140,4 @@ class Watch:
             if self._signs.get(key, ("", 0.0))[0] != sign:
                 self._signs[key] = sign, now
             elif sign != DONE and now - self._signs[key][1] > limit:
-                self._end_all(f"host {key.rpartition('/')[2]} {GONE}", 1)
+                self._end_all(f"host {key.rpartition('/')[2]} {GONE}", GONE_CODE)

@@ -46,6 +46,7 @@ CODES = {
     1: "the loss is not finite, a record is damaged, a file cannot be written, or no memory is left",
     2: "input that cannot be used",
     75: "ended by SIGTERM after saving (see stopped_code)",
+    76: "another host is gone; the same command goes on from the newest checkpoint",
     130: "ended by Ctrl-C after saving, or by a signal before the first step or after the last",
 }
 LESS_MEMORY = (
