@@ -79,12 +79,13 @@ create() {
   queue create --node-id="$TPU" --accelerator-type="$TYPE" --runtime-version="${RUNTIME:-$runtime}" ${spot:+"$spot"}
 }
 
-# Commands of one host that make it ready. Ubuntu 22.04 has Python 3.10, so uv brings a newer one.
+# Commands of one host that make it ready. A new host updates itself, and holds apt's lock then. Ubuntu 22.04 has Python
+# 3.10, so uv brings a newer one.
 setup() {
   cat <<SETUP
 set -e
-sudo apt-get -qq update
-sudo apt-get -qq install -y nfs-common
+sudo apt-get -qq -o DPkg::Lock::Timeout=300 update
+sudo apt-get -qq -o DPkg::Lock::Timeout=300 install -y nfs-common
 sudo mkdir -p /mnt/helios
 mountpoint -q /mnt/helios || sudo mount -t nfs -o hard $(printf %q "$SHARE") /mnt/helios
 sudo chmod a+rwx /mnt/helios
@@ -112,7 +113,7 @@ up() {
   need TPU ZONE TYPE SHARE
   [ $# = 0 ] || fail "up takes --spot or nothing, got: $*"
   git diff --quiet HEAD || fail "the hosts get the last commit: commit your changes first"
-  local now before=""
+  local now found before=""
   while now=$(state) && [ "$now" != ACTIVE ]; do
     [ "$now" = "$before" ] || say "the slice is $now"
     case $now in
@@ -123,6 +124,10 @@ up() {
     before=$now
   done
   say "the slice is ACTIVE"
+  if [ -z "$before" ]; then # installing takes away the files that a run reads
+    found=$(look) || fail "its hosts do not answer; give up again"
+    ! grep -q running <<<"$found" || fail "a run goes on there; end it with deploy/tpu.sh stop, then give up again"
+  fi
   install
 }
 
@@ -145,17 +150,22 @@ sudo systemd-run --quiet --unit=helios --remain-after-exit --uid=\$(id -u) --gid
   --property=LimitNOFILE=1048576 --property=KillMode=mixed --property=TimeoutStopSec=180 -- bash run.sh"
 }
 
-# One line for each host: running; ended and the exit code; absent where it is not installed or was not started.
+# One line for each host: running, also while it saves and ends; ended and the exit code; absent where it is not installed or was not started.
 look() {
-  on all 'if ! [ -e helios_jax/.ready ] || ! mountpoint -q /mnt/helios; then
-  echo helios: absent
-else
-  case $(systemctl show helios --value --property=SubState) in
-    running) echo helios: running ;;
-    exited | failed) echo helios: ended $(systemctl show helios --value --property=ExecMainStatus) ;;
-    *) echo helios: ready ;;
-  esac
-fi'
+  on all 'now=$(systemctl show helios --value --property=SubState)
+case $now in
+  running | start* | stop* | final*) echo helios: running ;;
+  *)
+    if ! [ -e helios_jax/.ready ] || ! mountpoint -q /mnt/helios; then
+      echo helios: absent
+    else
+      case $now in
+        exited | failed) echo helios: ended $(systemctl show helios --value --property=ExecMainStatus) ;;
+        *) echo helios: ready ;;
+      esac
+    fi
+    ;;
+esac'
 }
 
 run() {

@@ -53,7 +53,7 @@ case $name in
     ;;
   systemctl)
     case "$*" in
-      *SubState) if [ -e "$FAKE/host/.ended" ]; then echo exited; else echo dead; fi ;;
+      *SubState) if [ -e "$FAKE/host/.running" ]; then echo running; elif [ -e "$FAKE/host/.ended" ]; then echo exited; else echo dead; fi ;;
       *ExecMainStatus) cat "$FAKE/host/.ended" ;;
     esac
     ;;

@@ -103,6 +103,7 @@ def test_up_asks_waits_and_installs(cloud):
         *["--accelerator-type=v5p-128", "--runtime-version=v2-alpha-tpuv5", "--spot"],
     ]
     (mount,) = cloud.calls("sudo", "mount")
+    assert "DPkg::Lock::Timeout=300" in cloud.calls("sudo", "apt-get")[-1]
     assert mount[2:] == ["-t", "nfs", "-o", "hard", SLICE["SHARE"], "/mnt/helios"]
     assert cloud.calls("python3", "-m", "uv", "pip")[0][-1] == "jax[tpu]"
     assert cloud.gcloud("tpu-vm", "scp")
@@ -115,6 +116,12 @@ def test_up_leaves_a_slice_that_is_there_and_refuses_what_hosts_would_not_get(cl
     (cloud.folder / "host").mkdir()
     assert cloud.tpu("up").returncode == 0
     assert cloud.gcloud("queued-resources", "create") == []
+    (cloud.folder / "host" / ".running").touch()
+    (cloud.folder / "host" / ".mounted").unlink()
+    done = cloud.tpu("up")
+    told = "tpu.sh: a run goes on there; end it with deploy/tpu.sh stop, then give up again\n"
+    assert (done.returncode, done.stderr.partition("ACTIVE\n")[2]) == (2, told)
+    assert len(cloud.gcloud("tpu-vm", "scp")) == 1, "its files would be gone"
     cloud.answer(dirty="1", calls="")
     done = cloud.tpu("up")
     assert (done.returncode, done.stderr) == (2, "tpu.sh: the hosts get the last commit: commit your changes first\n")
