@@ -106,13 +106,13 @@ def check_shared(folder: str, key: str) -> None:
         )
 
 
-def agreed_signal(step: int, seen: signal.Signals | None) -> signal.Signals | None:
-    """The signal that ends the run after `step` on all hosts, if any of them got one; `seen` is this host's signal.
+def agreed_signal(number: int, seen: signal.Signals | None) -> signal.Signals | None:
+    """The signal that ends the run on all hosts, if any of them got one; `seen` is this host's signal.
 
-    All hosts must call it after every step. A host that got SIGTERM tells the others through jax's preemption service,
-    which catches it; they agree on a step that none of them has passed.
+    All hosts must call it equally often, with numbers that count up by one. A host that got SIGTERM tells the others
+    through jax's preemption service, which catches it; they agree on a number that none of them has passed.
     """
-    if not multihost_utils.reached_preemption_sync_point(step):
+    if not multihost_utils.reached_preemption_sync_point(number):
         return None
-    numbers = [int(text) for text in gather(f"signal/{step}", str(int(seen or signal.SIGTERM)))]
+    numbers = [int(text) for text in gather(f"signal/{number}", str(int(seen or signal.SIGTERM)))]
     return signal.SIGINT if signal.SIGINT in numbers else signal.SIGTERM

@@ -29,6 +29,8 @@ from helios_jax.training.state import TrainState
 from helios_jax.training.train_step import Step
 from helios_jax.training.work import Meter
 
+LONG = 1.0  # seconds between two steps from which no step is queued behind the one that runs
+
 
 def run(
     step: Step,
@@ -42,25 +44,40 @@ def run(
 ) -> tuple[TrainState, signal.Signals | None]:
     """Trains until `config.steps`; returns the last state and the signal that ended the run early, if one did.
 
-    SIGTERM and SIGINT finish the step, save and return; a second one ends the process at once. Raises RunError for a
-    NaN or infinite loss or gradient, for a record that cannot be used, and for files that cannot be written. Metrics
-    are checked before every save, so the checkpoints stay good. The `id` of a batch, the names of its samples, stays
-    on the host, for the message about a loss that is not finite. With `config.validation`, the stage's `validate` runs
-    at its interval. `began` is when the process began, in seconds since 1970; `profiled` steps are recorded in
-    `<run>/profile`.
+    SIGTERM and SIGINT finish the step that runs, save and return; a second one ends the process at once. Where steps
+    take less than LONG, one that is queued is finished, too. Raises RunError for a NaN or infinite loss or gradient,
+    for a record that cannot be used, and for files that cannot be written. Metrics are checked before every save, so
+    the checkpoints stay good. The `id` of a batch, the names of its samples, stays on the host, for the message about
+    a loss that is not finite. With `config.validation`, the stage's `validate` runs at its interval. `began` is when
+    the process began, in seconds since 1970; `profiled` steps are recorded in `<run>/profile`.
     """
     config: TrainConfig = stage.config
     seed_key = seeds.key(config.seed)
     first = done = int(state.step)
-    stop = metrics = before = None
+    saved: int | None = None
+    metrics = before = None
+    dispatched, apart = -math.inf, math.inf  # when the last step was dispatched, and how long after the one before
     window: list[tuple[Metrics, list[str]]] = []
     since_save: list[tuple[int, float]] = []  # steps, and the mean of the checkpoints' metric over them
+    position = batches.get_state()  # of the steps that are made: a batch is fetched before it is known to be used
     folder = location(config.run)
     meter = Meter(stage, state, mesh)
     reporter = Reporter(folder, first, config, stage.learning_rates, began, meter)
     goodput, profile = reporter.goodput, Profile(folder / "profile", profiled, skipped=2)
+
+    def report() -> None:
+        means = _mean(window, done, folder)
+        since_save.append((len(window), _metric(means, window, config)))
+        reporter.report(done, means)
+        window.clear()
+
+    def save() -> None:
+        with goodput.losing("saving"):
+            checkpoints.save(state, position, config, _average(since_save))
+        since_save.clear()
+
     with _Signals() as signals, reporter, contextlib.closing(profile):
-        while done < config.steps and stop is None:
+        while done < config.steps:
             begin = time.monotonic()
             try:
                 batch, ids = split_ids(next(batches))
@@ -69,29 +86,30 @@ def run(
             if metrics is not None and metrics["loss"].is_ready():  # the devices wait for data, too
                 goodput.lose("input", time.monotonic() - begin)
             placed = put_batch(batch, config.data.batch_size, mesh)
-            # At most one step is queued behind the one that runs, so that a signal is obeyed within two steps.
-            jax.block_until_ready(before)
+            # One step is queued behind the one that runs. Behind a long one none is: it would be made after a signal.
+            jax.block_until_ready(before if apart < LONG else metrics)
+            if signals.ask():
+                if saved != done:
+                    report()
+                    save()
+                break
             before = metrics
             state, metrics = step(state, placed, seed_key)
+            apart, dispatched = time.monotonic() - dispatched, time.monotonic()
             if jax.process_index() == 0:
                 meter.add(placed, done)  # while the devices work
             done += 1
+            position = batches.get_state()
             profile.after_step(metrics)
             window.append((metrics, ids))
             log = done % config.log_every == 0 or done == first + 1 or done == config.steps
-            if done < config.steps:
-                stop = signals.received(done)
-            save = done % config.checkpoint.every == 0 or done == config.steps or stop is not None
-            validate = config.validation is not None and done % config.validation.every == 0 and stop is None
-            if log or save or validate:
-                means = _mean(window, done, folder)
-                since_save.append((len(window), _metric(means, window, config)))
-                reporter.report(done, means)
-                window = []
-            if save:
-                with goodput.losing("saving"):
-                    checkpoints.save(state, batches.get_state(), config, _average(since_save))
-                since_save = []
+            due = done % config.checkpoint.every == 0 or done == config.steps
+            validate = config.validation is not None and done % config.validation.every == 0
+            if log or due or validate:
+                report()
+            if due:
+                save()
+                saved = done
             if validate:
                 videos = folder / "validation" / f"step_{done:06d}"
                 with goodput.losing("validation"):
@@ -99,7 +117,7 @@ def run(
                         pictures = stage.validate(state.best, videos)
                     reporter.pictures(done, pictures)
     checkpoints.wait()
-    return state, stop
+    return state, signals.agreed
 
 
 def split_ids(batch: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -165,6 +183,8 @@ class _Signals:
 
     def __enter__(self) -> "_Signals":
         self._seen: signal.Signals | None = None
+        self.agreed: signal.Signals | None = None
+        self._asked = 0
         self._paused, self._several = interrupts.pause(), hosts.several()
         # With several hosts, jax's preemption service catches SIGTERM: `hosts.agreed_signal`.
         mine = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
@@ -182,6 +202,12 @@ class _Signals:
             signal.signal(s, handler)
         interrupts.resume(self._paused)
 
-    def received(self, step: int) -> signal.Signals | None:
-        """The signal to obey after `step`; one that any host got is returned to all hosts at the same step."""
-        return hosts.agreed_signal(step, self._seen) if self._several else self._seen
+    def ask(self) -> bool:
+        """True from the moment when all hosts know of a signal that one of them got; `agreed` is that signal.
+
+        All hosts must ask at the same points of the run; the answer is the same on all.
+        """
+        if self.agreed is None:
+            self._asked += 1
+            self.agreed = hosts.agreed_signal(self._asked, self._seen) if self._several else self._seen
+        return self.agreed is not None

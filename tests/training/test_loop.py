@@ -77,8 +77,8 @@ def same(a, b):
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(config, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(config, f"run={whole}") == 0
-    # Ended by SIGTERM while step 6 is made: not at a checkpoint's step, and in the middle of a window of the log.
-    assert run(config, f"run={parts}", DUMMY_SIGNAL_AT=6, DUMMY_SIGNAL=int(signal.SIGTERM)) == 75
+    # Ended by SIGTERM before step 7: not at a checkpoint's step, and in the middle of a window of the log.
+    assert run(config, f"run={parts}", DUMMY_SIGNAL_AT=7, DUMMY_SIGNAL=int(signal.SIGTERM)) == 75
     assert not (parts / "weight.npy").exists()
     assert newest(config, f"run={parts}")[1] == {"next_index": 6}
     assert run(config, f"run={parts}") == 0
@@ -104,7 +104,7 @@ def test_resuming_tells_what_changed_and_extends(config, tmp_path, capsys):
 
 def test_ctrl_c_saves_and_exits_130(config, tmp_path):
     before = signal.getsignal(signal.SIGINT)
-    assert run(config, f"run={tmp_path / 'r'}", DUMMY_SIGNAL_AT=3, DUMMY_SIGNAL=int(signal.SIGINT)) == 130
+    assert run(config, f"run={tmp_path / 'r'}", DUMMY_SIGNAL_AT=4, DUMMY_SIGNAL=int(signal.SIGINT)) == 130
     assert int(newest(config, f"run={tmp_path / 'r'}")[0].step) == 3
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -224,7 +224,7 @@ def test_state_in_the_host_s_memory_is_the_same_run(config, tmp_path, monkeypatc
     monkeypatch.setattr("helios_jax.training.state.GROUP", 1)  # each array on its own
     host = (f"run={parts}", "optim.accumulate=2", "optim.offload=host")
     for step in (4, 8):
-        assert run(config, *host, DUMMY_SIGNAL_AT=step, DUMMY_SIGNAL=int(signal.SIGTERM)) == 75
+        assert run(config, *host, DUMMY_SIGNAL_AT=step + 1, DUMMY_SIGNAL=int(signal.SIGTERM)) == 75
     state, _ = newest(config, *host)
     kinds = {False: set(), True: set()}
     for x in jax.tree.leaves((state.opt_state, state.ema)):
