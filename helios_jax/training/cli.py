@@ -43,7 +43,7 @@ KEYS = {
 }
 CODES = {
     0: "done",
-    1: "the loss is not finite, a record is damaged, a file cannot be written, or no memory is left",
+    1: "the loss is not finite, a record is damaged, a file cannot be written or read, or no memory is left",
     2: "input that cannot be used",
     75: "ended by SIGTERM after saving (see stopped_code)",
     76: "another host is gone; the same command goes on from the newest checkpoint",

@@ -27,12 +27,13 @@ from helios_jax import config as configs
 from helios_jax.locations import location, standard
 from helios_jax.messages import one_line
 from helios_jax.runtime import hosts
-from helios_jax.training.errors import RunError, cannot_write
+from helios_jax.training.errors import RunError, cannot_read, cannot_write, read_again, reading, unreadable
 from helios_jax.training.run_config import TrainConfig
 from helios_jax.training.state import TrainState
 
 FROZEN, METRIC = "frozen_digest", "metric"
 DAMAGED = "damaged"  # the end of the name of a checkpoint that was set aside
+UNREADABLE = "unreadable"
 
 Restored = tuple[TrainState, dict[str, Any], dict[str, Any]]  # (state, data state, config as saved)
 
@@ -80,7 +81,12 @@ class Manager(ocp.CheckpointManager):
 
 def latest_step(folder: Path) -> int | None:
     """The step of the newest complete checkpoint in `folder`, which may not exist."""
-    return max(ocp.utils.checkpoint_steps(standard(folder)), default=None) if folder.is_dir() else None
+
+    def read() -> int | None:
+        return max(ocp.utils.checkpoint_steps(standard(folder)), default=None) if folder.is_dir() else None
+
+    with reading(folder):
+        return read_again(read)
 
 
 class Checkpoints:
@@ -104,7 +110,8 @@ class Checkpoints:
             "data": ocp.JsonCheckpointHandler(),
             "config": ocp.JsonCheckpointHandler(),
         }
-        self._manager = Manager(standard(self.folder), options=options, item_handlers=handlers)
+        with reading(self.folder):
+            self._manager = Manager(standard(self.folder), options=options, item_handlers=handlers)
 
     @property
     def latest(self) -> int | None:
@@ -138,20 +145,26 @@ class Checkpoints:
     def restore_newest(self, state: TrainState) -> Restored | None:
         """`restore` of the newest checkpoint whose files are whole; None where there is no checkpoint.
 
-        Newer ones are set aside, each with a warning. Raises RestoreError also when none is whole.
+        Newer ones are set aside, each with a warning. Raises RestoreError also when none is whole, and RunError, with
+        all checkpoints left as they are, where files cannot be read for another reason than damage.
         """
         damaged: list[tuple[int, str]] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            found, fault = None, ""
+            found, kind, fault = None, "", ""
             try:
-                found = self.restore(state, step)
+                found = read_again(lambda step=step: self.restore(state, step))
             except (RestoreError, MemoryError, jax.errors.JaxRuntimeError):
                 raise
             except Exception as error:  # Orbax, TensorStore and JSON share no base class
-                fault = one_line(error).partition(". See full TensorStore details")[0]
+                reason = unreadable(error)
+                kind = DAMAGED if reason is None else UNREADABLE
+                fault = reason or one_line(error).partition(". See full TensorStore details")[0]
             # Each host reads its own part of the arrays, so the parts of other hosts may be damaged.
-            if faults := [text for text in hosts.gather(f"restored/{step}", fault) if text]:
-                damaged.append((step, faults[0]))
+            told = [text.partition(" ") for text in hosts.gather(f"restored/{step}", f"{kind} {fault}")]
+            if reasons := [text for other, _, text in told if other == UNREADABLE]:
+                raise cannot_read(self.folder / str(step), reasons[0])
+            if reasons := [text for other, _, text in told if other == DAMAGED]:
+                damaged.append((step, reasons[0]))
                 continue
             self._set_aside(damaged, step)
             return found

@@ -1,6 +1,8 @@
 """How runs end that cannot go on: damaged checkpoints and records, full disks, folders that cannot be written."""
 
 import contextlib
+import errno
+import os
 import resource
 import shutil
 import signal
@@ -10,11 +12,12 @@ import time
 from pathlib import Path
 
 import jax
+import orbax.checkpoint as ocp
 import pytest
 import yaml
 
 from helios_jax.data.records import RecordError
-from helios_jax.training import progress
+from helios_jax.training import errors, progress
 from helios_jax.training.run_checkpoints import Checkpoints
 from tests.training import dummy
 from tests.training.test_loop import BASE, lines, newest, run
@@ -111,6 +114,39 @@ def test_memory_that_runs_out_is_one_line_and_no_damage(config, copied, capsys, 
     assert "RESOURCE_EXHAUSTED" in line
     assert "raise optim.accumulate or mesh.fsdp" in line
     assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["12", "8"]
+
+
+def test_files_that_cannot_be_read_now_are_read_again_and_never_taken_for_damage(config, copied, capsys, monkeypatch):
+    """As when a network's file system fails for a moment, or longer; and when TensorStore is told so."""
+    restore, tries = ocp.StandardCheckpointHandler.restore, []
+
+    def stale(self, *args, **kwargs):
+        tries.append(len(tries))
+        if len(tries) <= failures:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return restore(self, *args, **kwargs)
+
+    steps = copied / "checkpoints"
+    monkeypatch.setattr(errors, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", stale)
+    failures = 3
+    assert run(config, f"run={copied}", "steps=13") == 1
+    told = (
+        f"train.py: {steps / '12'} cannot be read: Stale file handle; nothing was changed, the same command tries again"
+    )
+    assert one_line(capsys) == f"{told}\n"
+    assert len(tries) == 3
+    file, failures = largest(steps / "12"), 0
+    kept = file.rename(copied / "kept")
+    file.symlink_to(file)
+    assert run(config, f"run={copied}", "steps=13") == 1
+    assert f"{steps / '12'} cannot be read: Too many levels of symbolic links; " in one_line(capsys)
+    file.unlink()
+    kept.rename(file)
+    assert sorted(path.name for path in steps.iterdir()) == ["12", "8"]
+    failures = len(tries) + 2
+    assert run(config, f"run={copied}", "steps=13") == 0
+    assert "resumed at step 12" in capsys.readouterr().out
 
 
 @contextlib.contextmanager
