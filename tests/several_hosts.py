@@ -108,7 +108,7 @@ class Hosts:
 
 def serve() -> int:
     """Answers requests until the input ends; in a fork, the exit code of the run."""
-    from helios_jax.runtime import hosts  # noqa: F401
+    from helios_jax.runtime import hosts
     from helios_jax.training import cli, stage_table, trainer  # noqa: F401
     from tests.training import dummy  # noqa: F401
 
@@ -120,6 +120,7 @@ def serve() -> int:
                 print(pid, flush=True)
                 continue
             os.environ.update(variables)
+            hosts.JOIN_WITHIN = float(variables.get("JOIN_WITHIN", hosts.JOIN_WITHIN))
             file = os.open(output, os.O_WRONLY | os.O_CREAT)
             os.dup2(file, 1)
             os.dup2(file, 2)

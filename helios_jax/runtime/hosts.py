@@ -7,16 +7,21 @@ ends all hosts when one fails.
 import contextlib
 import os
 import signal
+import socket
+import threading
 import time
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from jax._src import clusters, distributed  # the clusters and the store have no public names
 from jax.experimental import multihost_utils
 
 from helios_jax.locations import location, wait_for_text
+from helios_jax.runtime import interrupts
 
 WAIT = 3600.0  # seconds that a host waits for another; if that one is gone, the watch ends it before
+JOIN_WITHIN = 300.0  # seconds within which all hosts must have come
+PROBE = 5.0  # seconds to reach host 0, when it is asked whether it is there
 FOLDER = "helios_jax"  # prefix of the keys
 
 
@@ -29,7 +34,8 @@ def join(processes: int | None) -> None:
 
     TPU pods and Slurm say where the others are, and how many if `processes` is None (1 where there is neither).
     Elsewhere JAX_COORDINATOR_ADDRESS (host:port of the first process) and JAX_PROCESS_ID (0 and up) say where. Raises
-    JoinError when they cannot be found.
+    JoinError when they cannot be found. Where some have not come after JOIN_WITHIN, the process ends with one line and
+    exit code 2: jax itself would abort it, on the hosts that have come, with a stack trace.
     """
     if jax.distributed.is_initialized():
         return
@@ -40,11 +46,38 @@ def join(processes: int | None) -> None:
             raise JoinError("JAX_PROCESS_ID is set, but no cluster says how many hosts there are: set mesh.processes")
     if processes == 1:
         return
+    late = threading.Timer(JOIN_WITHIN, _give_up, (processes,))
+    late.daemon = True
+    late.start()
     try:
-        jax.distributed.initialize(num_processes=processes, process_id=None if number is None else int(number))
+        jax.distributed.initialize(
+            num_processes=processes,
+            process_id=None if number is None else int(number),
+            initialization_timeout=int(JOIN_WITHIN + WAIT),  # later than the timer
+        )
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise JoinError(f"cannot join {processes} hosts: {reason}") from None
+    finally:
+        late.cancel()
+
+
+def _give_up(processes: int) -> NoReturn:
+    """Ends this process, to which not all others have come; says whether host 0 has."""
+    address = distributed.global_state.coordinator_address
+    reason = "host 0 was not found"
+    if address is not None:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), PROBE).close()
+            reason = "not all came"
+        except (OSError, ValueError):
+            reason = f"host 0 does not answer at {address}"
+    interrupts.end(
+        f"cannot join {processes} hosts: {reason} within {JOIN_WITHIN:.0f} s; look for a host that ended with an error "
+        "or was not started, then start all again",
+        2,
+    )
 
 
 def _processes_of_cluster() -> int:

@@ -127,6 +127,13 @@ def at_leave(action: Callable[[], None]) -> None:
     _state.at_leave.append(action)
 
 
+def end(line: str, code: int) -> NoReturn:
+    """Ends the process at once with a line in the program's name, whatever its main thread waits for."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{_state.program}: {line}\n".encode())
+    leave(code)
+
+
 def leave(code: int) -> NoReturn:
     """Ends the process at once, without waiting for the work that a device's queue holds."""
     # In a thread: a reader of our output that has stopped reading would hold up the flush for ever.

@@ -230,6 +230,23 @@ def test_a_checkpoint_that_one_host_cannot_read_is_set_aside_by_all(hosts, confi
     np.testing.assert_allclose(losses(run)[:8], losses(trained), rtol=1e-5)
 
 
+def test_a_host_that_never_comes_ends_the_others_by_one_line(hosts, config, tmp_path):
+    """Host 2 ends with an error of its own before it joins. Host 0 gives up first; host 1 must not fall over that."""
+    (tmp_path / "empty").mkdir()
+    folders = [tmp_path, tmp_path, tmp_path / "empty"]
+    within = {host: {"JOIN_WITHIN": seconds} for host, seconds in enumerate(("2", "4", "4"))}
+    started = hosts.start(["c.yaml", "run=r"], hosts=3, devices=1, folders=folders, environments=within)
+    assert hosts.wait(started) == [2, 2, 2]
+    remedy = "look for a host that ended with an error or was not started, then start all again\n"
+    first, second, third = (host.said for host in started)
+    assert first == f"train.py: cannot join 3 hosts: not all came within 2 s; {remedy}"
+    begin, _, rest = second.partition("127.0.0.1:")
+    assert begin == "train.py: cannot join 3 hosts: host 0 does not answer at "
+    assert rest.partition(" ")[2] == f"within 4 s; {remedy}"
+    assert "c.yaml" in third
+    assert third.count("\n") == 1
+
+
 @pytest.mark.slow
 def test_hosts_with_other_settings_or_folders_are_refused(hosts, config, tmp_path):
     """Of the hosts' relative folders only the names are the same."""
