@@ -118,15 +118,15 @@ up() {
     [ "$now" = "$before" ] || say "the slice is $now"
     case $now in
       ABSENT) create ;;
-      FAILED | SUSPENDED) fail "the request is $now; delete it with deploy/tpu.sh down, then give up again" ;;
+      FAILED | SUSPENDED) fail "the request is $now; delete it with deploy/tpu.sh down, then run deploy/tpu.sh up again" ;;
       *) sleep "$POLL" ;;
     esac
     before=$now
   done
   say "the slice is ACTIVE"
   if [ -z "$before" ]; then # installing takes away the files that a run reads
-    found=$(look) || fail "its hosts do not answer; give up again"
-    ! grep -q running <<<"$found" || fail "a run goes on there; end it with deploy/tpu.sh stop, then give up again"
+    found=$(look) || fail "its hosts do not answer; run deploy/tpu.sh up once more"
+    ! grep -q running <<<"$found" || fail "a run goes on there; end it with deploy/tpu.sh stop first"
   fi
   install
 }
@@ -150,7 +150,8 @@ sudo systemd-run --quiet --unit=helios --remain-after-exit --uid=\$(id -u) --gid
   --property=LimitNOFILE=1048576 --property=KillMode=mixed --property=TimeoutStopSec=180 -- bash run.sh"
 }
 
-# One line for each host: running, also while it saves and ends; ended and the exit code; absent where it is not installed or was not started.
+# One line for each host: running, also while it saves and ends; ended and the exit code; ready; absent where it is not
+# installed.
 look() {
   on all 'now=$(systemctl show helios --value --property=SubState)
 case $now in

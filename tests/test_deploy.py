@@ -119,7 +119,7 @@ def test_up_leaves_a_slice_that_is_there_and_refuses_what_hosts_would_not_get(cl
     (cloud.folder / "host" / ".running").touch()
     (cloud.folder / "host" / ".mounted").unlink()
     done = cloud.tpu("up")
-    told = "tpu.sh: a run goes on there; end it with deploy/tpu.sh stop, then give up again\n"
+    told = "tpu.sh: a run goes on there; end it with deploy/tpu.sh stop first\n"
     assert (done.returncode, done.stderr.partition("ACTIVE\n")[2]) == (2, told)
     assert len(cloud.gcloud("tpu-vm", "scp")) == 1, "its files would be gone"
     cloud.answer(dirty="1", calls="")
