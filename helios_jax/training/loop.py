@@ -114,7 +114,7 @@ def run(
                 videos = folder / "validation" / f"step_{done:06d}"
                 with goodput.losing("validation"):
                     with writing(videos):
-                        pictures = stage.validate(state.best, videos)
+                        pictures = stage.validate(state.best, videos, signals.ask)
                     reporter.pictures(done, pictures)
     checkpoints.wait()
     return state, signals.agreed

@@ -133,6 +133,10 @@ class Stage(ABC, Generic[ConfigT, ModelT]):
     def export(self, model: ModelT, folder: Path) -> None:
         """Writes the run's result into `folder`, in diffusers layout; by default nothing beside the checkpoints."""
 
-    def validate(self, model: ModelT, folder: Path) -> Mapping[str, np.ndarray]:
-        """Writes samples of the model into `folder`; returns them, uint8 [h, w, 3] or [t, h, w, 3]. By default none."""
+    def validate(self, model: ModelT, folder: Path, stop: Callable[[], bool]) -> Mapping[str, np.ndarray]:
+        """Writes samples of the model into `folder`; returns them, uint8 [h, w, 3] or [t, h, w, 3]. By default none.
+
+        `stop()` is true when the run has been told to end. Ask it every few seconds, at the same points on all hosts,
+        and return early.
+        """
         return {}

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -75,7 +76,7 @@ class Dummy(Stage[TrainConfig, Net]):
         half = ((error.mean(1) * positive).sum(), positive.sum())
         return error.mean(), {"noise": noise.mean(), "loss_positive": half}
 
-    def validate(self, model: Net, folder: Path) -> dict[str, np.ndarray]:
+    def validate(self, model: Net, folder: Path, stop: Callable[[], bool]) -> dict[str, np.ndarray]:
         model = gather(model)
         if jax.process_index() == 0:
             folder.mkdir(parents=True)

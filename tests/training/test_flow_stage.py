@@ -286,11 +286,22 @@ def test_validation_writes_a_video_of_each_prompt_with_the_run_s_memory(config, 
         prompts=("a red square", "a blue plus"), num_frames=34, height=32, width=48, num_inference_steps=1, fps=8
     )
     monkeypatch.setattr(HeliosPipeline, "prepare", spied(HeliosPipeline.prepare, plans := []))
-    pictures = FlowStage(config).validate(draw(), tmp_path / "videos")
+    stage = FlowStage(config)
+    pictures = stage.validate(draw(), tmp_path / "videos", lambda: False)
     assert [args[3].memory for args in plans] == [config.flow.memory]
     assert sorted(p.name for p in (tmp_path / "videos").iterdir()) == ["0.mp4", "1.mp4"]
     assert {name: x.shape for name, x in pictures.items()} == {"0": (34, 32, 48, 3), "1": (34, 32, 48, 3)}
     assert not np.array_equal(pictures["0"], pictures["1"])
+
+    # The texts are known now. A signal after the second of two chunks leaves out the videos.
+    monkeypatch.setattr(Checkpoint, "load_text_encoder", lambda *_: pytest.fail("the text encoder was loaded again"))
+    asked = []
+    assert stage.validate(draw(), tmp_path / "more", lambda: asked.append(0) or len(asked) == 2) == {}
+    assert len(asked) == 2
+    assert not (tmp_path / "more").exists()
+    again = stage.validate(draw(), tmp_path / "more", lambda: (tmp_path / "more" / "0.mp4").exists())
+    np.testing.assert_array_equal(again.pop("0"), pictures["0"])
+    assert again == {}
 
 
 def test_what_cannot_be_is_one_line(config):

@@ -115,7 +115,7 @@ def test_hosts_make_the_validation_videos_of_one(hosts, folder, tmp_path):
     clips = [{name: rng.standard_normal(shape).astype(np.float16) for name, shape in shapes.items()} for _ in range(6)]
     records.write(tmp_path / "latents", features, {"train": clips})
     np.save(tmp_path / "latents" / EMPTY_TEXT, np.zeros((16, 16), np.float16))
-    validation = {"every": 1, "prompts": ["a", "b"], "num_frames": 9, "height": 32, "width": 48}
+    validation = {"every": 1, "prompts": ["a", "b"], "num_frames": 34, "height": 32, "width": 48}
     settings = {
         **{**CONFIG, "stage": "flow", "steps": 1, "init": str(folder), "flow": {"components": str(folder)}},
         "data": {"folder": str(tmp_path / "latents"), "batch_size": 4},
@@ -130,7 +130,7 @@ def test_hosts_make_the_validation_videos_of_one(hosts, folder, tmp_path):
         made = sorted((run / "validation" / "step_000001").iterdir())
         assert [path.name for path in made] == ["0.mp4", "1.mp4"]
         videos.append([read_video(path)[0].astype(int) for path in made])
-    assert np.shape(videos) == (2, 2, 9, 32, 48, 3)
+    assert np.shape(videos) == (2, 2, 34, 32, 48, 3)
     one, two = np.array(videos)
     assert np.abs(one - two).mean() < 0.5 < np.abs(one[0] - one[1]).mean()
 

@@ -217,6 +217,25 @@ def test_hosts_wait_for_the_export_of_the_first(config, tmp_path, monkeypatch):
     assert order == ["export", "exported"]
 
 
+def test_a_signal_in_validation_ends_it_and_the_run(config, tmp_path, monkeypatch, capsys):
+    """At a step that was not saved, and at the last one, which was; no step follows."""
+    stopped = []
+
+    def validate(self, model, folder, stop):
+        stopped.append(stop())
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopped.append(stop())
+        return {}
+
+    monkeypatch.setattr(dummy.Dummy, "validate", validate)
+    folder = tmp_path / "r"
+    for step in (5, 12):
+        assert run(config, f"run={folder}", f"validation={{every: {step}, prompts: [x]}}") == 75
+        assert f"SIGTERM: saved step {step} in " in capsys.readouterr().out
+        assert newest(config, f"run={folder}")[1] == {"next_index": step}
+    assert stopped == [False, True] * 2
+
+
 def test_state_in_the_host_s_memory_is_the_same_run(config, tmp_path, monkeypatch):
     """A checkpoint from there is read back into either memory, and the run goes on."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -58,7 +58,7 @@ class Later:
 
     def __array__(self, *args, **kwargs) -> np.ndarray:
         self._done.wait()
-        return np.float32(1.0)
+        return np.array(1.0, np.float32)
 
 
 class Saved:
@@ -83,7 +83,7 @@ def test_only_the_step_that_runs_is_finished_after_a_signal(tmp_path, monkeypatc
     meter = types.SimpleNamespace(add=lambda *_: None, take=lambda _: {})
     monkeypatch.setattr(loop, "Meter", lambda *_: meter)
     batches, begin = stage.batches(mesh), types.SimpleNamespace(step=0)
-    state, stopped = loop.run(device.step, begin, batches, saved, stage, mesh, time.time())  # pyright: ignore
+    state, stopped = loop.run(device.step, begin, batches, saved, stage, mesh, time.time())
     assert (stopped, state.step) == (signal.SIGTERM, last)
     assert device.begun == last
     assert saved.steps == [(last, {"next_index": last})]

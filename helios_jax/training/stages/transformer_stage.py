@@ -1,6 +1,7 @@
 """The stages whose model is the transformer alone: its weights, its videos on the way, its export."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from helios_jax.training import start
 from helios_jax.training.export import export_pipeline
 from helios_jax.training.flow_config import TransformerTrainConfig
 from helios_jax.training.stage import Stage
-from helios_jax.training.validation import make_videos
+from helios_jax.training.validation import Videos
 from helios_jax.training.work import tokens
 
 TransformerConfigT = TypeVar("TransformerConfigT", bound=TransformerTrainConfig)
@@ -39,6 +40,11 @@ class TransformerStage(Stage[TransformerConfigT, Transformer]):
         """Writes `folder`/pipeline, and adapters alone into `folder`/lora."""
         export_pipeline(model, self.config, folder)
 
-    def validate(self, model: Transformer, folder: Path) -> Mapping[str, np.ndarray]:
+    @cached_property
+    def videos(self) -> Videos:
+        """The videos of validation."""
+        return Videos(self.config)
+
+    def validate(self, model: Transformer, folder: Path, stop: Callable[[], bool]) -> Mapping[str, np.ndarray]:
         """Writes a video of each validation prompt into `folder`; returns their frames."""
-        return make_videos(model, self.config, folder)
+        return self.videos.make(model, folder, stop)

@@ -9,8 +9,8 @@ leads away from, and `target` as many chunks as a rollout may have.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from helios_jax.training.stages.flow import fold
 from helios_jax.training.start import check_init, transformer_config
 from helios_jax.training.trainable import ALL
 from helios_jax.training.training_data import one_of_each
-from helios_jax.training.validation import make_videos
+from helios_jax.training.validation import Videos
 from helios_jax.training.work import tokens
 
 COMMON = 2**31 - 1  # not the number of any step: the loop folds step numbers into the same seed
@@ -133,9 +133,14 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
         """Writes the student's pipeline; critic and discriminator are in the checkpoints."""
         export_pipeline(model.student, self.config, folder)
 
-    def validate(self, model: Players, folder: Path) -> Mapping[str, np.ndarray]:
+    @cached_property
+    def videos(self) -> Videos:
+        """The videos of validation."""
+        return Videos(self.config)
+
+    def validate(self, model: Players, folder: Path, stop: Callable[[], bool]) -> Mapping[str, np.ndarray]:
         """Writes the student's videos into `folder`; returns their frames."""
-        return make_videos(model.student, self.config, folder)
+        return self.videos.make(model.student, folder, stop)
 
 
 def check_players(config: DistillTrainConfig) -> None:
