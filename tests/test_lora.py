@@ -28,7 +28,7 @@ from helios_jax.pretrained import (
     to_arrays,
 )
 from helios_jax.sharding import MeshConfig, make_mesh, shardings
-from helios_jax.trained import Trained, read_trained
+from helios_jax.trained import Levels, Trained, read_trained
 from tests import tiny
 from tests.closeness import assert_close, error
 from tests.processes import environment
@@ -279,6 +279,14 @@ def test_the_command_keeps_what_the_model_was_trained_with(tmp_path):
     save_file(ARRAYS, tmp_path / "a.safetensors")
     assert main([str(tmp_path / "model"), str(tmp_path / "out"), "--lora", f"{tmp_path}/a.safetensors"]) == 0
     assert read_trained(tmp_path / "out") == student
+
+
+def test_the_command_records_the_kind_that_a_lora_makes(tmp_path):
+    mid = Trained(kind="mid", levels=Levels((0, 0.5, 1), 1 / 3))
+    save_model(model(), tiny.TRANSFORMER, tmp_path / "model", more=Trained(kind="base").entries())
+    save_file(ARRAYS, tmp_path / "a.safetensors", metadata=mid.metadata())
+    assert main([str(tmp_path / "model"), str(tmp_path / "out"), "--lora", f"{tmp_path}/a.safetensors"]) == 0
+    assert read_trained(tmp_path / "out") == mid
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         config = pretrained.read_config(folder, TransformerConfig)
         abstract = Transformer.abstract(config, stacked=True)  # stacked: one program for all layers
         lora.check(abstract, files)
-        trained = with_loras(read_trained(folder), metadata, distilled=True)
+        trained = with_loras(read_trained(folder), metadata, kind=None)
         model = pretrained.load_model(abstract, folder, dtype=args.dtype)
         model = lora.merge(lora.attach(model, files, scales), donate=True)
         pretrained.save_model(model, config, args.out, dtype=jnp.dtype(args.dtype), more=trained.entries())

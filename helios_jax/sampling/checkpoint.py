@@ -22,7 +22,7 @@ from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import offload
 from helios_jax.sampling.fingerprint import file_hash, weights_hash
 from helios_jax.sampling.plan import Variant
-from helios_jax.trained import read_trained, with_loras
+from helios_jax.trained import METADATA, NAMES, Levels, read_trained, with_loras
 
 PIPELINES = ("HeliosPipeline", "HeliosPyramidPipeline")
 # Our own entry of model_index.json, written unless the size is 384 x 640; diffusers ignores names with an underscore.
@@ -120,18 +120,34 @@ class Checkpoint:
                 f"{self.folder}/scheduler: stages is {stages}, but model_index.json says {self.variant.name},"
                 f" which has {'more than one' if self.variant.pyramid else '1'}"
             )
-        steps = self.variant.trained.steps
-        if steps is not None and len(steps) != stages:
-            raise CheckpointError(
-                f"{self.transformer_folder}/config.json: the transformer was trained for {list(steps)} steps, but"
-                f" the scheduler has {stages} stages"
-            )
         if (kind == "dmd") != self.variant.is_distilled:
             raise CheckpointError(
                 f"{self.folder}/scheduler: the solver is {kind}, but model_index.json says {self.variant.name},"
                 f" which needs {'dmd' if self.variant.is_distilled else 'euler or unipc'}"
             )
+        trained_as, file = self.variant.trained.kind, f"{self.transformer_folder}/config.json"
+        if trained_as not in (None, self.variant.kind):
+            raise CheckpointError(
+                f"{file}: the transformer was trained as {NAMES[trained_as]}, but {self.folder}/model_index.json says"
+                f" {self.variant.name}: give it to a {NAMES[trained_as]} model, such as that of its own run"
+            )
+        self._check_levels(file)
         self.check_widths()
+
+    def _check_levels(self, source: str) -> None:
+        """Raises CheckpointError for levels and steps, which `source` records, that are not the scheduler's."""
+        trained, scheduler = self.variant.trained, self.scheduler
+        levels = Levels(scheduler.stage_range[: scheduler.stages + 1], scheduler.gamma)
+        if trained.levels not in (None, levels):
+            raise CheckpointError(
+                f"{source}: trained with {trained.levels}, but {self.folder}/scheduler has {levels}: give it to a model"
+                " of its levels, such as that of its own run"
+            )
+        if trained.steps is not None and len(trained.steps) != scheduler.stages:
+            raise CheckpointError(
+                f"{source}: trained for {list(trained.steps)} steps, but {self.folder}/scheduler has"
+                f" {scheduler.stages} stages: give it to a model of as many, such as that of its own run"
+            )
 
     def check_widths(self) -> None:
         """Raises CheckpointError for a VAE or text encoder of other widths than the transformer takes."""
@@ -147,8 +163,10 @@ class Checkpoint:
 
         Raises CheckpointError for LoRAs that disagree, or that were trained for another kind of checkpoint.
         """
-        trained = with_loras(self.variant.trained, metadata, distilled=self.variant.is_distilled)
-        return replace(self, variant=replace(self.variant, trained=trained))
+        trained = with_loras(self.variant.trained, metadata, kind=self.variant.kind)
+        made = replace(self, variant=replace(self.variant, trained=trained))
+        made._check_levels(" and ".join(name for name, one in metadata.items() if METADATA in one))
+        return made
 
     def hash(self) -> str:
         """A hash that tells this checkpoint's weights, configs and tokenizer from others'; see `fingerprint`."""

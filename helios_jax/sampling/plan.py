@@ -15,7 +15,7 @@ from helios_jax.models.transformer import TransformerConfig
 from helios_jax.models.vae import VAEConfig
 from helios_jax.sampling.chunk_frames import ChunkFrames
 from helios_jax.sampling.options import SamplingOptions
-from helios_jax.trained import Trained
+from helios_jax.trained import NAMES, Kind, Trained
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,13 @@ class Variant:
     trained: Trained = field(default_factory=Trained)
 
     @property
+    def kind(self) -> Kind:
+        return "distilled" if self.is_distilled else "mid" if self.pyramid else "base"
+
+    @property
     def name(self) -> str:
-        return "Distilled" if self.is_distilled else "Mid (pyramid)" if self.pyramid else "Base"
+        """Name of the kind for messages."""
+        return NAMES[self.kind]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from helios_jax.locations import copy_tree
 from helios_jax.models.transformer import Transformer
 from helios_jax.sampling.checkpoint import write_index
 from helios_jax.training.flow_config import TransformerTrainConfig
-from helios_jax.training.pipeline_parts import open_components, trained
+from helios_jax.training.lineage import trained
+from helios_jax.training.pipeline_parts import open_components
 
 COPIED = ("vae", "text_encoder", "tokenizer")
 

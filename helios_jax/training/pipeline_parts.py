@@ -11,8 +11,8 @@ from helios_jax.models.vae import VAEConfig
 from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.checkpoint import PARTS, Checkpoint, read_trained_size
 from helios_jax.sampling.plan import Variant
-from helios_jax.trained import Trained
 from helios_jax.training.flow_config import StudentTrainConfig, TransformerTrainConfig
+from helios_jax.training.lineage import trained
 from helios_jax.training.start import transformer_config
 
 
@@ -57,14 +57,6 @@ def variant(config: TransformerTrainConfig, trained_size: tuple[int, int]) -> Va
     if config.pyramid is not None:
         return dataclasses.replace(made, pyramid=True, is_cfg_zero_star=True)
     return made
-
-
-def trained(config: TransformerTrainConfig) -> Trained:
-    """The settings of a run that sampling must repeat."""
-    if isinstance(config, StudentTrainConfig):
-        distill = config.distill
-        return Trained(config.flow.memory, distill.steps, distill.amplify_first_chunk, training_times=True)
-    return Trained(config.flow.memory)
 
 
 def scheduler(

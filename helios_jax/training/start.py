@@ -1,6 +1,5 @@
 """The initial transformer of a run: random, or from a checkpoint of Helios or Wan 2.1; and its new adapters."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from helios_jax import lora, pretrained
-from helios_jax.config import ConfigError, to_dict
+from helios_jax.config import ConfigError
 from helios_jax.models.ops import context_attention
 from helios_jax.models.ops.choices import Implementations
 from helios_jax.models.transformer import MEMORY_PATCHES, Transformer, TransformerConfig, init_memory_patches
 from helios_jax.models.transformer.embeddings import Patches, coarser
 from helios_jax.pretrained import CheckpointError
 from helios_jax.runtime import seeds
-from helios_jax.trained import read_trained
-from helios_jax.training.flow_config import StudentTrainConfig, TransformerTrainConfig
+from helios_jax.training.flow_config import TransformerTrainConfig
 from helios_jax.training.trainable import AdapterConfig
 
 WAN = "WanTransformer3DModel"
@@ -34,8 +32,8 @@ def transformer_config(config: TransformerTrainConfig, name: str = "init") -> Tr
     if config.init is None:
         raise ConfigError("model.transformer: give its sizes, or name weights to start from with init")
     try:
-        folder = _folder(config)
-        return _wan_config(folder) if _is_wan(folder) else pretrained.read_config(folder, TransformerConfig)
+        folder = init_folder(config)
+        return _wan_config(folder) if is_wan(folder) else pretrained.read_config(folder, TransformerConfig)
     except CheckpointError as error:
         raise ConfigError(f"{name}: {error}") from None
 
@@ -68,9 +66,9 @@ def load_transformer(config: TransformerTrainConfig, model: Transformer, shardin
     Wan's checkpoints (text to video, diffusers layout) have no memory patches: they are made from the patch embedding.
     New adapters begin as in `init_transformer`. Raises CheckpointError when the files do not fit.
     """
-    folder, base = _folder(config), lora.remove(model)
+    folder, base = init_folder(config), lora.remove(model)
     sizes = "its config.json" if config.model.transformer is None else "model.transformer of this run's config"
-    if _is_wan(folder):
+    if is_wan(folder):
         loaded = _load_wan(base, folder, shardings, sizes)
     else:
         loaded = pretrained.load_model(base, folder, dtype="model", shardings=shardings, sizes=sizes)
@@ -81,38 +79,15 @@ def load_transformer(config: TransformerTrainConfig, model: Transformer, shardin
     return add(loaded)
 
 
-def check_init(config: TransformerTrainConfig, name: str = "init") -> None:
-    """Compares the run's memory settings with the settings that the weights in `config.init` were trained with.
-
-    Warns when they differ: stages 1 and 2 can adapt the weights. For a student it raises ConfigError instead, as no
-    other memory can be learnt from the teacher. Messages call `config.init` by `name`.
-    """
-    if config.init is None:
-        return
-    try:
-        folder = _folder(config)
-        if _is_wan(folder):
-            return
-        theirs = read_trained(folder).memory
-    except CheckpointError as error:
-        raise ConfigError(f"{name}: {error}") from None
-    if theirs == config.flow.memory:
-        return
-    ours, before = (to_dict(memory) for memory in (config.flow.memory, theirs))
-    differ = ", ".join(f"flow.memory.{key}={before[key]}, not {ours[key]}" for key in ours if ours[key] != before[key])
-    message = f"{name}: {config.init} was trained with {differ}"
-    if isinstance(config, StudentTrainConfig):
-        raise ConfigError(f"{message}; set flow.memory as it was")
-    warnings.warn(f"{message}; the weights will be adapted to it", stacklevel=2)
-
-
-def _folder(config: TransformerTrainConfig) -> Path:
+def init_folder(config: TransformerTrainConfig) -> Path:
+    """The folder of the transformer that `config.init` names; a hub's files are downloaded."""
     part = config.init_subfolder
     folder = pretrained.resolve(config.init or "", (".", part))
     return folder / part if (folder / part).is_dir() else folder
 
 
-def _is_wan(folder: Path) -> bool:
+def is_wan(folder: Path) -> bool:
+    """Tells if the transformer in `folder` is Wan's."""
     return pretrained.read_json(folder / "config.json").get("_class_name") == WAN
 
 

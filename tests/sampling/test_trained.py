@@ -16,12 +16,14 @@ from helios_jax.pretrained import CheckpointError
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sampling.options import SamplingOptions
 from helios_jax.sampling.plan import Variant, make_plan
-from helios_jax.trained import METADATA, Trained, with_loras
+from helios_jax.trained import METADATA, Levels, Trained, with_loras
 from tests import tiny
 
 ABSOLUTE = MemoryConfig(positions="absolute", frames_per_chunk=3)
 ONE_SCALE = MemoryConfig(long=0, mid=0, recent=4, anchor=None, frames_per_chunk=3)
 SIZE = {"height": 64, "width": 64}
+THIRDS = Levels((0, 1 / 3, 2 / 3, 1), 1 / 3)  # of the released pyramid
+HALVES = Levels((0, 0.5, 1), 1 / 3)
 STUDENT = Variant(pyramid=True, is_distilled=True, trained_size=(64, 64))
 
 
@@ -147,7 +149,14 @@ def test_options_that_contradict_are_refused(trained, variant, options, message)
         ([1], "_trained: must hold `key: value` pairs"),
         ({"memory": {"positions": "odd"}}, "memory.positions"),
         ({"memory": {"recent": 0}}, "recent"),
-        ({"steps": [1, 1, 1]}, r"trained for \[1, 1, 1\] steps, but the scheduler has 1 stages"),
+        (
+            {"steps": [1, 1, 1]},
+            r"was trained as Distilled, but .*model_index.json says Base: give it to a Distilled model",
+        ),
+        ({"kind": "mid"}, r"was trained as Mid \(pyramid\), but"),
+        ({"kind": "odd"}, "kind"),
+        ({"kind": "mid", "steps": [1, 1]}, "kind must be distilled where there are steps, got mid"),
+        ({"levels": {"gamma": 0.2}}, "levels.stage_range: has no default"),
         ({"stepz": 1}, "stepz"),
     ],
 )
@@ -170,18 +179,96 @@ def test_a_lora_brings_the_settings_of_its_training(folder):
     ):
         checkpoint.with_loras(records)
     with pytest.raises(
-        CheckpointError, match=r"s was trained for a student of \[1, 1, 1\] steps: give it to a Distilled"
+        CheckpointError, match=r"s was trained for Distilled, and this checkpoint is Base: give it to a Distilled one"
     ):
         checkpoint.with_loras({"s": student})
 
 
+def pyramid(path, *, distilled: bool = False) -> Checkpoint:
+    """A tiny Mid or Distilled of three levels, whose record is empty, saved in `path`."""
+    pipe = tiny.pipeline()
+    pipe.scheduler = DMDSchedulerConfig() if distilled else SchedulerConfig()
+    pipe.variant = dataclasses.replace(STUDENT, is_distilled=distilled)
+    pipe.save_pretrained(path)
+    return Checkpoint.open(path)
+
+
+@pytest.mark.parametrize(
+    ("distilled", "record", "rule"),
+    [
+        (False, Trained(kind="mid", levels=THIRDS), None),
+        (False, Trained(ABSOLUTE), None),  # of an older run: kind and levels are unknown
+        (False, Trained(kind="base"), r"trained as Base, but .*says Mid \(pyramid\): give it to a Base model"),
+        (False, Trained(steps=(1, 1, 1)), r"trained as Distilled, but .*says Mid \(pyramid\): give it to a Distilled"),
+        (False, Trained(kind="mid", levels=HALVES), r"with stage_range \[0.0, 0.5, 1.0\] .* a model of its levels"),
+        (
+            False,
+            Trained(kind="mid", levels=Levels(THIRDS.stage_range, 0.2)),
+            r"and gamma 0.2, but .*gamma 0.33333: give",
+        ),
+        (True, Trained(steps=(1, 1, 1), levels=THIRDS), None),
+        (True, Trained(kind="mid", levels=THIRDS), r"trained as Mid \(pyramid\), but .* says Distilled"),
+        (
+            True,
+            Trained(steps=(1, 1)),
+            r"trained for \[1, 1\] steps, but .*scheduler has 3 stages: give it to a model of",
+        ),
+    ],
+)
+def test_a_transformer_belongs_to_a_model_of_its_kind_and_levels(tmp_path, distilled, record, rule):
+    pyramid(tmp_path / "model", distilled=distilled)
+    path = tmp_path / "model" / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | record.entries()))
+    if rule is None:
+        assert Checkpoint.open(tmp_path / "model").variant.trained == record
+        return
+    with pytest.raises(CheckpointError, match=rule) as caught:
+        Checkpoint.open(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lora_belongs_to_a_model_of_its_kind_and_levels(folder, tmp_path):
+    mid = Trained(kind="mid", levels=THIRDS).metadata()
+    two = Trained(kind="mid", levels=HALVES).metadata()
+    old = Trained(ABSOLUTE).metadata()
+    checkpoint = pyramid(tmp_path)
+    assert checkpoint.with_loras({"style": {}, "a": mid}).variant.trained == Trained(kind="mid", levels=THIRDS)
+    assert checkpoint.with_loras({"old": old}).variant.trained == Trained(ABSOLUTE)
+    with pytest.raises(
+        CheckpointError, match=r"^b: trained with stage_range \[0.0, 0.5, 1.0\] .*scheduler has stage_ran"
+    ):
+        checkpoint.with_loras({"style": {}, "b": two})
+    with pytest.raises(
+        CheckpointError, match=r"a and b were trained with different settings \(levels.stage_range \(0.0"
+    ):
+        checkpoint.with_loras({"a": mid, "b": two})
+    with pytest.raises(CheckpointError, match=r"a was trained for Mid \(pyramid\), and this checkpoint is Base: give"):
+        Checkpoint.open(folder).with_loras({"a": mid})
+
+
+def test_loras_make_a_transformer_of_their_kind():
+    mid, student = Trained(kind="mid", levels=THIRDS), Trained(steps=(1, 1, 1), levels=THIRDS)
+    base, unknown = Trained(kind="base"), Trained()
+
+    def made(trained, *loras, kind=None):
+        return with_loras(trained, {str(i): lora.metadata() for i, lora in enumerate(loras)}, kind=kind)
+
+    assert made(base, mid) == mid
+    assert made(base, mid, student) == made(unknown, mid, student) == student
+    assert made(mid, base) == mid
+    assert made(student, mid, kind="distilled") == student
+    assert made(unknown, mid) == Trained(levels=THIRDS)  # unknown weights may be a student's
+    assert made(unknown, mid, kind="mid") == mid
+    assert made(Trained(kind="mid", levels=HALVES), mid) == mid  # which the run adapted
+
+
 def test_a_lora_of_an_earlier_stage_leaves_a_student_s_steps():
     student, earlier = Trained(ABSOLUTE, (1, 1, 1), True), Trained(ABSOLUTE).metadata()
-    assert with_loras(student, {"a": earlier}, distilled=True) == student
-    assert with_loras(Trained(), {"a": earlier, "b": student.metadata()}, distilled=True) == student
+    assert with_loras(student, {"a": earlier}, kind="distilled") == student
+    assert with_loras(Trained(), {"a": earlier, "b": student.metadata()}, kind="distilled") == student
     other = {"a": earlier, "b": student.metadata(), "c": Trained(ABSOLUTE, (2, 2, 2)).metadata()}
     with pytest.raises(CheckpointError, match=r"b and c were trained with different settings \(steps \(1, 1, 1\)"):
-        with_loras(student, other, distilled=True)
+        with_loras(student, other, kind="distilled")
 
 
 @pytest.mark.reference
@@ -189,7 +276,8 @@ def test_diffusers_loads_a_folder_with_a_record(tmp_path):
     from diffusers import HeliosTransformer3DModel
 
     pipe = tiny.pipeline()
-    pipe.variant = dataclasses.replace(pipe.variant, trained=Trained(ONE_SCALE))
+    record = Trained(ONE_SCALE, (1, 1, 1), levels=THIRDS)
+    pipe.variant = dataclasses.replace(pipe.variant, trained=record)
     pipe.save_pretrained(tmp_path)
     released = tiny.pipeline()
     released.save_pretrained(tmp_path / "released")

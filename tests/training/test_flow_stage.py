@@ -21,7 +21,7 @@ from helios_jax.pretrained import file_entries
 from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sharding import MeshConfig, make_mesh
 from helios_jax.toy import build as toy_build
-from helios_jax.trained import Trained
+from helios_jax.trained import Levels, Trained
 from helios_jax.training import pipeline_parts, start
 from helios_jax.training.flow_config import FlowPyramidConfig
 from helios_jax.training.loop import split_ids
@@ -250,7 +250,8 @@ def test_export_is_a_whole_pipeline_with_adapters_merged_and_alone(config, tmp_p
     assert checkpoint.variant.pyramid
     assert checkpoint.variant.is_cfg_zero_star
     assert checkpoint.scheduler.stages == 3
-    assert checkpoint.variant.trained == Trained(config.flow.memory)
+    levels = Levels((0, 1 / 3, 2 / 3, 1), 1 / 3)
+    assert checkpoint.variant.trained == Trained(config.flow.memory, kind="mid", levels=levels)
     unaware = dataclasses.replace(checkpoint, variant=dataclasses.replace(checkpoint.variant, trained=Trained()))
     assert unaware.with_loras({"trained": lora.read(tmp_path / "lora").metadata}).variant == checkpoint.variant
     merged = checkpoint.load_transformer(jnp.float32, stacked=True)

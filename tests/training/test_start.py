@@ -11,9 +11,10 @@ from helios_jax.config import ConfigError
 from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.models.transformer import TransformerConfig
 from helios_jax.sharding import AXES
-from helios_jax.trained import Trained
-from helios_jax.training import cli, start
+from helios_jax.trained import Levels, Trained
+from helios_jax.training import cli, lineage, start
 from helios_jax.training.stage_table import load_config
+from helios_jax.training.stages.distill.distill_stage import check_players
 from tests.training import recipe
 
 WAN = {
@@ -119,7 +120,7 @@ def test_a_student_has_the_memory_of_the_weights_that_it_starts_from(root, tmp_p
     shutil.copytree(root / "helios", tmp_path / "helios")
     path = tmp_path / "helios" / "transformer" / "config.json"
     memory = MemoryConfig(anchor=None, positions="absolute")
-    path.write_text(json.dumps(json.loads(path.read_text()) | Trained(memory).entries()))
+    path.write_text(json.dumps(json.loads(path.read_text()) | Trained(memory, kind="base").entries()))
     told = refused(root, capsys, stage, f"{key}={tmp_path}/helios")
     assert told == (
         f"train.py: {key}: {tmp_path}/helios was trained with flow.memory.anchor=None, not first, "
@@ -132,4 +133,83 @@ def test_stages_1_and_2_adapt_weights_to_another_memory_and_say_so(root):
     config = load_config(path, overrides)
     config.flow.memory = MemoryConfig(long=8)
     with pytest.warns(UserWarning, match=r"flow.memory.long=16, not 8; the weights will be adapted to it"):
-        start.check_init(config)
+        lineage.check_init(config)
+
+
+HALVES = Levels((0, 0.5, 1), 1 / 3)  # of the recipe's pyramid
+THIRDS = Levels((0, 1 / 3, 2 / 3, 1), 1 / 3)
+OTHER_RANGE = r"flow.pyramid.stage_range=\[0.0, 0.5, 1.0\], not \[0.0, 0.33333, 0.66667, 1.0\]"
+
+
+def trained_before(root, tmp_path, record):
+    """A folder with the weights of `root`/helios, as trained with `record`."""
+    shutil.copytree(root / "helios", tmp_path / "before", dirs_exist_ok=True)
+    path = tmp_path / "before" / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | record.entries()))
+    return tmp_path / "before"
+
+
+def config_of(stage, root, folder):
+    path, *flags = recipe.arguments(stage, root, root / "none", f"init={folder}")
+    return load_config(path, flags)
+
+
+@pytest.mark.parametrize("stage", ["stage3_ode", "stage3_post"])
+def test_a_student_has_the_levels_of_the_weights_that_it_starts_from(root, tmp_path, capsys, stage):
+    folder = trained_before(root, tmp_path, Trained(kind="mid", levels=Levels((0, 0.4, 1), 0.2)))
+    assert refused(root, capsys, stage, f"init={folder}") == (
+        f"train.py: init: {folder} was trained with flow.pyramid.stage_range=[0.0, 0.4, 1.0], not [0.0, 0.5, 1.0], "
+        "flow.pyramid.gamma=0.2, not 0.33333; set the same here, or start from other weights\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "rule"),
+    [
+        (Trained(kind="mid", levels=HALVES), OTHER_RANGE),
+        (Trained(steps=(2, 2, 2), levels=THIRDS), r"trained with distill.steps=\[2, 2, 2\], not \[1, 1, 1\]; set the"),
+        (Trained(steps=(2, 2, 2)), r"trained with distill.steps=\[2, 2, 2\], not \[1, 1, 1\]"),  # of an older run
+        (Trained(kind="base"), "trained as Base, without levels; start a student from a Mid model"),
+        (Trained(kind="mid", levels=THIRDS), None),
+        (Trained(steps=(1, 1, 1), levels=THIRDS), None),
+        (Trained(), None),
+    ],
+)
+def test_the_toy_s_student_starts_from_three_levels(root, tmp_path, record, rule):
+    folder = trained_before(root, tmp_path, record)
+    flags = [f"init={folder}", "distill.score.init=helios_jax/assets/toy"]
+    config = load_config("configs/toy/stage3_distill.yaml", flags)
+    if rule is None:
+        check_players(config)
+        return
+    with pytest.raises(ConfigError, match=rule) as caught:
+        check_players(config)
+    assert "\n" not in str(caught.value)
+
+
+def test_base_with_the_adapters_of_later_stages_is_a_student_s_start(root, tmp_path):
+    config = config_of("stage3_post", root, trained_before(root, tmp_path, Trained(kind="base")))
+    for known in (Trained(kind="mid", levels=HALVES), Trained(MemoryConfig(), (1, 1)), Trained()):
+        lineage.check_levels(config, {"a": known.metadata(), "b": {}})
+    with pytest.raises(
+        ConfigError, match=r"init: .* with its adapters was trained with flow.pyramid.stage_range=\[0.0, 0"
+    ):
+        lineage.check_levels(config, {"a": Trained(kind="mid", levels=THIRDS).metadata()})
+    with pytest.raises(ConfigError, match=r"with distill.steps=\[2, 2\], not \[1, 1\]"):
+        lineage.check_levels(config, {"a": Trained(steps=(2, 2), levels=HALVES).metadata()})
+
+
+@pytest.mark.parametrize(
+    ("stage", "record", "told"),
+    [
+        ("stage1_post", Trained(kind="base"), None),
+        ("stage1_post", Trained(kind="mid", levels=HALVES), "as Mid (pyramid), not Base; the weights will be adapted"),
+        ("stage2_post", Trained(kind="base"), None),
+        ("stage2_post", Trained(kind="mid", levels=HALVES), None),
+        ("stage2_post", Trained(kind="mid", levels=THIRDS), "=[0.0, 0.33333, 0.66667, 1.0], not [0.0, 0.5, 1.0]; the"),
+        ("stage2_post", Trained(steps=(1, 1), levels=HALVES), "as Distilled, not Mid (pyramid); the weights will be"),
+    ],
+)  # fmt: skip
+def test_stages_1_and_2_adapt_weights_of_a_later_kind_or_other_levels(root, tmp_path, recwarn, stage, record, told):
+    lineage.check_init(config_of(stage, root, trained_before(root, tmp_path, record)))
+    assert [told in str(one.message) for one in recwarn.list] == ([] if told is None else [True])

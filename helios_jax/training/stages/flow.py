@@ -23,11 +23,12 @@ from helios_jax.diffusion.schedule import level_ranges
 from helios_jax.diffusion.targets import FlowSample, draw_quantile, flow_loss, pyramid_samples, straight_sample
 from helios_jax.models.transformer import Transformer, TransformerConfig
 from helios_jax.training.flow_config import ClipFlowConfig, FlowConfig, FlowTrainConfig, TransformerTrainConfig
+from helios_jax.training.lineage import check_init
 from helios_jax.training.run_config import DataConfig
 from helios_jax.training.stage import Batches, Metrics, host_batches
 from helios_jax.training.stages.model_inputs import make_context, velocities
 from helios_jax.training.stages.transformer_stage import TransformerStage
-from helios_jax.training.start import check_init, transformer_config
+from helios_jax.training.start import transformer_config
 from helios_jax.training.training_data import (
     Axis,
     Field,
@@ -51,6 +52,7 @@ class FlowStage(TransformerStage[FlowTrainConfig]):
 
         Raises ConfigError for data or components that are not there or do not fit.
         """
+        check_init(self.config)
         return chunks(self.config.data, self.config.flow, open_latents(self.config), mesh)
 
     def loss(
@@ -93,7 +95,6 @@ def open_latents(config: TransformerTrainConfig, num_chunks: int = 1) -> Source:
         Axis("channels", model.in_channels, "in_channels of the transformer"),
     )
     check_validation(config)
-    check_init(config)
     source = open_records(config.data, MAKE)
     for example in one_of_each(source):
         check_record(example, {"latents": Field(latents), "text": text_field(model)}, config.data, MAKE)

@@ -25,11 +25,12 @@ from helios_jax.diffusion.memory import History
 from helios_jax.diffusion.pyramid import level_shapes
 from helios_jax.models.transformer import Transformer
 from helios_jax.training.flow_config import PackedPyramidConfig, StudentConfig, StudentFlowConfig, StudentTrainConfig
+from helios_jax.training.lineage import check_init
 from helios_jax.training.stage import Batches, Metrics, host_batches
 from helios_jax.training.stages.flow import check_size, text_field
 from helios_jax.training.stages.model_inputs import make_context, velocities
 from helios_jax.training.stages.transformer_stage import TransformerStage
-from helios_jax.training.start import check_init, transformer_config
+from helios_jax.training.start import transformer_config
 from helios_jax.training.training_data import TEXT, Axis, Field, check_record, made_with, one_of_each, open_records
 from helios_jax.training.validation import check_validation
 

@@ -31,6 +31,7 @@ from helios_jax.runtime import seeds
 from helios_jax.trained import Trained, differences, with_loras
 from helios_jax.training import optim
 from helios_jax.training.export import export_pipeline
+from helios_jax.training.lineage import check_levels, check_memory
 from helios_jax.training.stage import Batches, Metrics, Player, Stage
 from helios_jax.training.stages import flow
 from helios_jax.training.stages.distill import players
@@ -39,7 +40,7 @@ from helios_jax.training.stages.distill.player_losses import Turn, critic_loss, 
 from helios_jax.training.stages.distill.players import Players, of_student
 from helios_jax.training.stages.distill.rollout import make_inputs
 from helios_jax.training.stages.flow import fold
-from helios_jax.training.start import check_init, transformer_config
+from helios_jax.training.start import transformer_config
 from helios_jax.training.trainable import ALL
 from helios_jax.training.training_data import one_of_each
 from helios_jax.training.validation import Videos
@@ -146,6 +147,7 @@ class DistillStage(Stage[DistillTrainConfig, Players]):
 def check_players(config: DistillTrainConfig) -> None:
     """Raises ConfigError for players that do not fit one another."""
     distill, own = config.distill, transformer_config(config)
+    check_memory(config)
     if distill.score.init is None:
         if config.lora is None:
             raise ConfigError(
@@ -156,18 +158,21 @@ def check_players(config: DistillTrainConfig) -> None:
             files = {file: lora.read(file) for file in distill.score.adapters}
             lora.check(Transformer.abstract(own, stacked=True), files)
             ours = Trained(config.flow.memory)
-            theirs = with_loras(ours, {file: made.metadata for file, made in files.items()}, distilled=True)
+            metadata = {file: made.metadata for file, made in files.items()}
+            theirs = with_loras(ours, metadata, kind=None)
             if theirs.memory != ours.memory:
                 differ = differences(theirs.memory, ours.memory)
                 raise CheckpointError(f"were trained with another flow.memory than this run's: {differ}")
         except CheckpointError as error:
             raise ConfigError(f"distill.score.adapters: {error}") from None
+        check_levels(config, metadata)
     else:
         scores = players.score_sizes(config)
         for name in ("patch_size", "in_channels", "out_channels", "text_dim"):
             if getattr(own, name) != (theirs := getattr(scores, name)):
                 raise ConfigError(f"distill.score.init: its {name} is {theirs}, the generator's {getattr(own, name)}")
-        check_init(players.score_config(config), "distill.score.init")
+        check_levels(config)
+        check_memory(players.score_config(config), "distill.score.init")
     if (average := config.optim.ema) is not None and average.every != distill.critic.steps_per_generator:
         raise ConfigError(
             f"optim.ema.every is {average.every}: set it to distill.critic.steps_per_generator, "
