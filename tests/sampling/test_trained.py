@@ -262,6 +262,13 @@ def test_loras_make_a_transformer_of_their_kind():
     assert made(Trained(kind="mid", levels=HALVES), mid) == mid  # which the run adapted
 
 
+@pytest.mark.parametrize("name", ["toy", "toy_mid", "toy_distilled"])
+def test_the_embedded_models_record_their_kind(name):
+    variant = Checkpoint.open(f"helios_jax/assets/{name}").variant
+    assert variant.trained.kind == variant.kind
+    assert variant.trained.levels == (None if name == "toy" else THIRDS)
+
+
 def test_a_lora_of_an_earlier_stage_leaves_a_student_s_steps():
     student, earlier = Trained(ABSOLUTE, (1, 1, 1), True), Trained(ABSOLUTE).metadata()
     assert with_loras(student, {"a": earlier}, kind="distilled") == student
