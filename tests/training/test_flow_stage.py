@@ -86,7 +86,8 @@ def test_latents_are_those_of_each_chunk_alone(folders):
 
 def test_precompute_never_overwrites_and_names_what_is_missing(folders, capsys):
     arguments = ["--vae", f"{folders}/pipeline/vae", "--text", f"{folders}/pipeline"]
-    assert precompute.main(["--videos", f"{folders}/pixels", *arguments, "--out", f"{folders}/latents"]) == 2
+    other = ["--negative-prompt", "another"]
+    assert precompute.main(["--videos", f"{folders}/pixels", *arguments, *other, "--out", f"{folders}/latents"]) == 2
     assert "already exists" in capsys.readouterr().err
     assert precompute.main(["--videos", f"{folders}/none", *arguments, "--out", f"{folders}/new"]) == 2
     error = capsys.readouterr().err
