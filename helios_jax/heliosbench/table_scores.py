@@ -44,7 +44,7 @@ def _seconds(records: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]
     return found
 
 
-def _by_second(curve: Sequence[tuple[float, float]]) -> list[float]:
+def _by_second(curve: Sequence[Sequence[float]]) -> list[float]:
     """The mean of a curve in each second; empty if a second has no value."""
     seconds: dict[int, list[float]] = {}
     for frame, value in curve:

@@ -44,7 +44,8 @@ def make_inputs(batch: dict[str, Any], keys: Key[Array, " b"], config: DistillTr
     history, anchor = past
     # Where there is no anchor yet, the first chunk of a rollout brings it.
     anchored = anchor.any((1, 2, 3, 4), keepdims=True)
-    history = History(history, anchor, anchored, batch["chunk"])
+    # All parts are per sample: losses repeat samples and interleave them.
+    history = History(history, anchor, anchored, batch["chunk"], jnp.zeros_like(batch["chunk"]))
     return DistillInputs(history, fold(keys, 1), batch["text"], batch["negative"], batch["target"])
 
 
