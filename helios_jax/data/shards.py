@@ -109,7 +109,7 @@ class Build:
             self._begin(facts)
 
     def _facts(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """What decides the dataset, as JSON gives it back."""
+        """The settings and the items, by which the dataset is known; equal to what JSON gives back."""
         items = hashlib.sha256()
         for shard in self.shards:
             items.update(json.dumps(shard.items, default=vars).encode())
