@@ -33,8 +33,8 @@ def mean(values: Float[np.ndarray, "s v"]) -> Mean:
 
     A value is a sum of an effect of its seed, one of its video, and a rest. The mean squares of a two-way analysis of
     variance give the variance of the mean, and Satterthwaite's formula its degrees of freedom for Student's t. A
-    bootstrap would be too narrow for three seeds: where seeds differ most, it holds the mean in three of four draws.
-    With one seed, the interval covers the videos alone. A single value has no interval: its ends are infinite.
+    bootstrap of three seeds would be too narrow: it knows no spread beyond theirs. With one seed, the interval covers
+    the videos alone. A single value has no interval: its ends are infinite.
     """
     count, value = np.array(values.shape), float(values.mean())
     free = count - 1

@@ -141,9 +141,8 @@ def write(table: Table, results: Results, path: Path, command: str, missing: Map
         except ScoreError as error:
             lacks.append(str(error))
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write_json(
-        table, values, results, outcomes, path.with_suffix(".json")
-    )  # first: it tells whose the others are (`check`)
+    # First: it tells whose the others are (`check`).
+    _write_json(table, values, results, outcomes, path.with_suffix(".json"))
     _write_csv(results, path.with_suffix(".csv"))
     lines = [
         f"# {table.options.title}",
@@ -291,14 +290,14 @@ def _write_json(table: Table, values: Any, results: Results, outcomes: list[Outc
     def ends(found: Mean) -> dict[str, float | None]:
         return {name: value if math.isfinite(value) else None for name, value in vars(found).items()}
 
+    def curves(scores: Scores) -> dict[str, list[float]]:
+        return {name: each.mean(0).round(5).tolist() for name, each in scores.seconds.items()}
+
     rows = {row: {name: ends(mean(each)) for name, each in metrics.items()} for row, metrics in values.items()}
-    curves = {
-        row: {seed: {name: each.mean(0).round(5).tolist() for name, each in one.seconds.items()} for seed, one in found}
-        for row, found in ((row, found.items()) for row, found in results.items())
-    }
     claims = [{"says": one.claim.says, "outcome": one.word, "numbers": one.told} for one in outcomes]
     facts = {"title": table.options.title, "seeds": list(table.options.seeds), "rows": rows, "claims": claims}
-    facts |= {"curves": curves}
+    facts["curves"] = {row: {seed: curves(one) for seed, one in found.items()} for row, found in results.items()}
+    # A list of numbers stands on one line.
     text = re.sub(r"\[[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(facts, indent=2))
     with replacing(path) as part:
         part.write_text(text + "\n")
