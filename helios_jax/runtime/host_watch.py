@@ -28,6 +28,7 @@ SILENCE = 30.0  # seconds without a heartbeat after which a host counts as gone
 SILENCE_AFTER_FAILURE = 5.0
 FAREWELL = 5.0  # seconds that the first host keeps the store open, so that others can read how the run ended
 GONE_CODE = 76  # exit code of the hosts that are left, by which a launcher tells a lost host from a run that failed
+PARTING = 0.5  # seconds that the store stays open after that
 DONE = "done"
 FOR_EVER = 2**31  # milliseconds: 24 days
 AGAIN = "the same command on all hosts goes on from the newest checkpoint"
@@ -101,6 +102,8 @@ class Watch:
             until = time.monotonic() + FAREWELL
             while self._host == 0 and time.monotonic() < until and len(self._all("left")) < self._hosts:
                 time.sleep(0.05)
+            if self._host == 0:  # others say it a moment before they leave, and jax aborts those that lose the store
+                time.sleep(PARTING)
         interrupts.leave(code)
 
     def _set(self, name: str, value: str, **options: Any) -> None:
