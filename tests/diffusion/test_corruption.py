@@ -29,7 +29,7 @@ def keys(seed: int, count: int = SAMPLES):
 def dropped(config: DropConfig):
     """How many of the 19 history frames each sample lost, and whether it lost its anchor."""
     history, anchor = jnp.ones((SAMPLES, 19, 1, 1, 1)), jnp.ones((SAMPLES, 1, 1, 1, 1))
-    history, anchor = drop_history(keys(0), history, anchor, config, MEMORY)
+    history, anchor = jax.jit(lambda *x: drop_history(*x, config, MEMORY))(keys(0), history, anchor)
     kept = np.asarray(history[:, :, 0, 0, 0])
     assert (np.diff(kept, axis=1) >= 0).all()  # the oldest go first
     return 19 - kept.sum(1), np.asarray(anchor[:, 0, 0, 0, 0]) == 0
@@ -37,8 +37,9 @@ def dropped(config: DropConfig):
 
 def corrupted(frames, config: CorruptionConfig, seed: int = 1):
     """`frames` [b, 20, h, w, c] after corruption, the anchor first."""
-    history, anchor = corrupt_history(keys(seed, len(frames)), frames[:, 1:], frames[:, :1], config, MEMORY)
-    return np.asarray(jnp.concatenate([anchor, history], 1))
+    corrupt = jax.jit(lambda keys, x: corrupt_history(keys, x[:, 1:], x[:, :1], config, MEMORY))
+    history, anchor = corrupt(keys(seed, len(frames)), frames)
+    return np.concatenate([anchor, history], 1)
 
 
 def test_text_to_video_drops_everything():
@@ -77,10 +78,10 @@ def test_sections_are_chunks_from_the_end_and_the_last_in_two():
 
 def test_a_sample_depends_on_its_key_alone():
     frames = jnp.asarray(np.random.default_rng(0).standard_normal((6, 20, 4, 4, 2), np.float32))
-    whole = corrupt_history(keys(3, 6), frames[:, 1:], frames[:, :1], CorruptionConfig(), MEMORY)
-    part = corrupt_history(keys(3, 6)[4:5], frames[4:5, 1:], frames[4:5, :1], CorruptionConfig(), MEMORY)
-    for a, b in zip(whole, part):
-        np.testing.assert_array_equal(a[4:5], b)
+    config, own = CorruptionConfig(), keys(3, 6)
+    corrupt = jax.jit(lambda keys, x: corrupt_history(keys, x[:, 1:], x[:, :1], config, MEMORY))
+    for a, b in zip(corrupt(own, frames), corrupt(own[4:5], frames[4:5])):
+        assert_close(a[4:5], b)
 
 
 def test_noise_is_drawn_for_every_frame_and_zeros_stay():

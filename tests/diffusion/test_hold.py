@@ -1,5 +1,7 @@
 """A chunk's first frame that is known: it is held on its path through all levels."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,6 +33,7 @@ def levels_of(name):
     return make_levels(scheduler, counts, 96, pyramid=pyramid)
 
 
+@partial(jax.jit, static_argnums=0)
 def sampled(name):
     """The first frame, and a chunk that a model of random velocities makes with it."""
     levels, frame = levels_of(name), normal(0, 2, 1, *SHAPE[2:])

@@ -27,8 +27,8 @@ TILES = {
         (1, 1, 1, 2, 64, None, jnp.bfloat16),
         # No length is a multiple of a block, n not even of the 8 rows that are copied at once; the third block takes
         # the slot of the first; keys of the first row are hidden, whole blocks of them.
-        (2, 21, 40, 1, 128, (17, 40), jnp.bfloat16),
-        (1, 21, 40, 2, 64, (17,), jnp.float32),
+        (2, 21, 24, 1, 128, (5, 24), jnp.bfloat16),
+        (1, 13, 24, 2, 64, (5,), jnp.float32),
     ],
 )
 def test_values_and_gradients_equal_the_reference(b, n, m, heads, head_dim, lengths, dtype):

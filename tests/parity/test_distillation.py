@@ -1,5 +1,6 @@
 """Stage 3's losses and targets on given draws, against torch: paper equations and tables of diffusers."""
 
+import functools
 import itertools
 
 import jax
@@ -51,30 +52,43 @@ class Network(Transformer):
         return velocity(x, timestep)
 
 
+STEPS = (2, 2, 3)
+
+
+@functools.cache
+def student(shift, first):
+    """(noise, exits) -> a chunk, compiled once for all exits."""
+    b, t, h, w, c = SHAPE
+    config = DMDSchedulerConfig(use_dynamic_shifting=shift is not None, time_shift_type=shift or "linear")
+    levels, first_levels = (
+        make_levels(config, [k * n for n in STEPS], t * h * w // 4, pyramid=True, as_trained=True) for k in (1, 2)
+    )
+    memory = MemoryConfig()
+
+    def chunk(noise, stops):
+        tables = end_at(stops, levels, first_levels, jnp.full((b,), first))
+        return denoise_to_exits(Network(), empty(memory, b, h, w, c), noise, Conditioning(None), tables, memory, stops)
+
+    return jax.jit(chunk)
+
+
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("exits", [(0, 0, 0), (1, 0, 1), (1, 1, 1)])
 @pytest.mark.parametrize("shift", ["linear", None])
 def test_the_student_s_chunk(first, exits, shift):
     b, t, h, w, c = SHAPE
-    steps = (2, 2, 3)
     (main,) = draws(1)
     whites = [draws(1, (b, t, h // k, w // k, c))[0] for k in (2, 1)]
     exits = [2 * n + 1 if first else n for n in exits]
-    student = DMDSchedulerConfig(use_dynamic_shifting=shift is not None, time_shift_type=shift or "linear")
-    levels, first_levels = (
-        make_levels(student, [k * n for n in steps], t * h * w // 4, pyramid=True, as_trained=True) for k in (1, 2)
-    )
     noise = ChunkNoise(jnp.asarray(main), tuple(map(jnp.asarray, whites)))
-    stops, memory = [jnp.full((b,), n) for n in exits], MemoryConfig()
-    tables = end_at(stops, levels, first_levels, jnp.full((b,), first))
-    ours = denoise_to_exits(Network(), empty(memory, b, h, w, c), noise, Conditioning(None), tables, memory, stops)
+    ours = student(shift, first)(noise, [jnp.full((b,), n) for n in exits])
 
     scheduler = HeliosScheduler(stages=3, stage_range=[0, 1 / 3, 2 / 3, 1], gamma=1 / 3)
     sample = channels_first(main)
     for _ in range(2):
         sample = 2 * sample.unflatten(-2, (-1, 2)).unflatten(-1, (-1, 2)).mean((-3, -1))
     for i, last in enumerate(exits):
-        count = steps[i] * (1 + first)
+        count = STEPS[i] * (1 + first)
         if i > 0:
             entry = scheduler.ori_start_sigmas[i]
             alpha = 1 / (2 * entry + (1 - entry))  # sqrt(1 + 1/gamma) is 2

@@ -28,7 +28,7 @@ from tests import tiny  # noqa: E402
 from tests.parity.reference import arrays, channels_first, channels_last, check, check_loss, error, randomise  # noqa: E402
 
 CASES = settings(
-    max_examples=8,
+    max_examples=6,
     deadline=None,
     database=None,
     phases=[Phase.explicit, Phase.generate],
@@ -187,7 +187,7 @@ def test_gradients(case):
 
 
 @given(cases())
-@settings(CASES, max_examples=4)
+@settings(CASES, max_examples=3)
 def test_bfloat16_loses_no_more_than_the_references(case):
     """Distances from float32 with the same weights: how much is lost depends on the architecture that was drawn."""
     config, sizes, seed = case

@@ -44,16 +44,16 @@ MESHES: dict[str, dict[str, Any]] = {
     "tensor": {"tensor": 2},
     "ulysses": {"context": 2},
     "ring": {"context": 2, **RING},
-    "data, tensor, ulysses": {"data": 2, "tensor": 2, "context": 2},
+    "fsdp, tensor, ulysses": {"fsdp": 2, "tensor": 2, "context": 2},
     "data, tensor, ring": {"data": 2, "tensor": 2, "context": 2, **RING},
     "fsdp, ulysses of 4": {"fsdp": 2, "context": 4},
     "fsdp, ring of 4": {"fsdp": 2, "context": 4, **RING},
     "ring of 8": {"context": 8, **RING},  # the last device has no tokens at all
 }
 STAGES = ("stage1_init", "stage2_init", "stage3_ode", "stage3_post")
-# Each takes 8 to 30 seconds, so that all are heavy but these. `test_sharded` has the axes without context.
+# Each takes 8 to 30 seconds, so that all are heavy but these, which have every axis.
 QUICK = {
-    "stage1_init": ("one", "data, tensor, ulysses"),
+    "stage1_init": ("one", "fsdp, tensor, ulysses"),
     "stage2_init": ("one", "data, tensor, ring"),
 }
 

@@ -164,7 +164,7 @@ def test_a_signal_to_one_host_saves_and_ends_all_and_others_go_on(hosts, config,
     assert not (run / "weight.npy").exists(), "a half-trained model was exported"
 
     more = f"steps={step + 3}"
-    goes_on = hosts.run([config, f"run={run}", more, *EXACT], hosts=4, devices=1)
+    goes_on = hosts.run([config, f"run={run}", more, *EXACT], hosts=1, devices=4)
     assert f"resumed at step {step} " in goes_on[0].said
     hosts.run([config, f"run={tmp_path / 'whole'}", more, *EXACT], hosts=1, devices=4)
     assert losses(run) == losses(tmp_path / "whole")
@@ -174,6 +174,7 @@ def test_a_signal_to_one_host_saves_and_ends_all_and_others_go_on(hosts, config,
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_host_that_is_killed_ends_the_others_by_one_line(hosts, config, tmp_path, victim):
+    """And the run goes on after the worst of losses, that of the first host."""
     run = tmp_path / "r"
     started = hosts.start([config, f"run={run}", ENDLESS, *EXACT])
     wait_for(run, 9)
@@ -186,6 +187,8 @@ def test_a_host_that_is_killed_ends_the_others_by_one_line(hosts, config, tmp_pa
     lost, _, remedy = last_line(left).partition("; ")
     assert lost == f"host {victim} is gone" or (victim == 0 and lost == "this host was killed or has lost host 0")
     assert remedy == "the same command on all hosts goes on from the newest checkpoint"
+    if victim:
+        return
     step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
     (first, *_) = hosts.run([config, f"run={run}", f"steps={step + 2}", *EXACT])
     assert f"resumed at step {step} " in first.said
@@ -214,7 +217,7 @@ def test_a_disk_that_is_full_on_one_host_ends_all_by_its_line(hosts, config, tmp
     assert last_line(started[0]) == f"host 1: {line}"
     step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
     assert f"step {step} in {run / 'checkpoints'} is whole, the same command goes on from it" in line
-    (first, *_) = hosts.run([config, f"run={run}", f"steps={step + 2}", "mesh.data=1", "mesh.fsdp=4"])
+    (first,) = hosts.run([config, f"run={run}", f"steps={step + 2}", "mesh.data=1", "mesh.fsdp=4"], hosts=1, devices=4)
     assert f"resumed at step {step} " in first.said
 
 

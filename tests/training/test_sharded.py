@@ -23,12 +23,7 @@ from tests.closeness import assert_close
 from tests.processes import environment
 from tests.training import recipe
 
-STAGES = (
-    # Packed levels on a mesh are stage3_ode's, too, and `test_axes` has the gradients of both.
-    *(pytest.param(stage, marks=pytest.mark.heavy) for stage in ("stage1_init", "stage2_init")),
-    "stage3_ode",
-    pytest.param("stage3_gan", marks=pytest.mark.heavy),
-)
+STAGES = ("stage1_init", "stage2_init", "stage3_ode", "stage3_gan")
 ONE = ("mesh.data=1", "mesh.fsdp=1", "mesh.tensor=1")
 EIGHT = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
 FAST = "jax_disable_most_optimizations"
@@ -92,7 +87,7 @@ def restored(name: str, root: Path, mesh: tuple[str, ...], folder: Path) -> dict
     return {f"restored/{jax.tree_util.keystr(path, simple=True, separator='/')}": np.asarray(x) for path, x in leaves}
 
 
-@pytest.mark.slow
+@pytest.mark.heavy
 @pytest.mark.parametrize("stage", STAGES)
 def test_eight_devices_step_as_one_does(stage, tmp_path):
     recipe.build(tmp_path)

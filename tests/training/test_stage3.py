@@ -144,6 +144,7 @@ def game():
     light = PenaltyConfig(weight=1.0)
     config = config_of(
         distill={
+            **ONE_STEP,
             "score": ScoreConfig(init="teacher", guidance_scale=0.0),
             "critic": CriticConfig(
                 AdapterConfig(rank=16), OptimConfig(**{**settled, "lr": 1e-2}), steps_per_generator=2

@@ -23,7 +23,7 @@ def draw(n: int, m: int, dtype=jnp.float32) -> list[jax.Array]:
 @pytest.mark.parametrize("block", [2**30, 1000])
 def test_values_and_gradients_are_those_of_attention_at_once(n, m, block):
     def run(function):
-        return jax.value_and_grad(lambda *x: jnp.sin(3 * function(*x)).sum(), (0, 1, 2))(*draw(n, m))
+        return jax.jit(jax.value_and_grad(lambda *x: jnp.sin(3 * function(*x)).sum(), (0, 1, 2)))(*draw(n, m))
 
     assert_close(run(partial(blockwise, block=block)), run(reference), terms=1)
 
