@@ -45,6 +45,9 @@ SPEED_TOLERANCE = math.log(max(toy.SPEEDS.values()) / min(toy.SPEEDS.values())) 
 DRIFT_FRACTION = 6
 # Frames, two latent ones, in which a chunk may still correct the position that it began with.
 START_STEPS = 8
+# Pixels between two paths that count as one, and the chunks before that are compared: a shape that bounces is back at
+# the same place after a period, which one or two chunks never are in both worlds, three can be.
+REPEAT_DISTANCE, REPEATS = 1.0, 2
 CHUNKS = ChunkFrames(toy.CHUNK_FRAMES, toy.CHUNK_FRAMES)
 # Scores whose course over a long video shows its drift.
 SECONDS = ("shape", "colour_error", "contrast", "background_error", "speed_error", "stuck")
@@ -145,17 +148,34 @@ def rollout(
     """Scores of a long video for its drift, and some of them for each of its seconds of `fps` frames.
 
     Beside those of `score`: `NAME_end` of the last sixth, `NAME_drift` the change since the first sixth, `stuck` the
-    share of the time in which the shape moves less than a quarter of its speed, and `border_ratio`.
+    share of the time in which the shape moves less than a quarter of its speed, `repeated` the share of the chunks that
+    show the motion of a chunk shortly before, and `border_ratio`.
     """
     track = measure(video)
     part = max(len(track) // DRIFT_FRACTION, 2)
     first, last = (_moving_scores(track[frames], target) for frames in (slice(0, part), slice(-part, None)))
     values = _score(track, target, chunks) | {"stuck": _stuck(track, target)}
-    values["border_ratio"] = border_ratio(video, chunks)
+    values |= {"repeated": repeated(track.position, chunks), "border_ratio": border_ratio(video, chunks)}
     values |= {f"{name}_end": last[name] for name in SECONDS}
     values |= {f"{name}_drift": abs(last[name] - first[name]) for name in SECONDS}
     each = [_moving_scores(track[i : i + fps], target) for i in range(0, len(track) - fps + 1, fps)]
     return values, {name: [one[name] for one in each] for name in SECONDS}
+
+
+def repeated(position: Float[np.ndarray, "t 2"], chunks: ChunkFrames = CHUNKS) -> float:
+    """Share of the chunks, but the first, in which the shape moves on the path of one of the two chunks before.
+
+    Frame by frame it is then within a pixel of where it was, on average. A shape that hardly moves repeats nothing: it
+    is stuck.
+    """
+    ends = [chunks.before(number + 1) for number in range(len(position)) if chunks.before(number + 1) <= len(position)]
+    paths = [position[end - chunks.later : end] for end in ends]
+    found = []
+    for number, path in enumerate(paths[1:], 1):
+        apart = [np.linalg.norm(path - past, axis=1).mean() for past in paths[max(number - REPEATS, 0) : number]]
+        moves = np.linalg.norm(path - path.mean(0), axis=1).mean() > REPEAT_DISTANCE
+        found.append(moves and min(apart) < REPEAT_DISTANCE)
+    return float(np.mean(found)) if found else 0.0
 
 
 def border_ratio(video: UInt8[np.ndarray, "t h w 3"], chunks: ChunkFrames = CHUNKS) -> float:

@@ -12,6 +12,7 @@ may cover a shape is not judged for it.
 | direction, speed | 1 | first movement as said; within a factor of 1.6 of the said speed |
 | speed_error | 0 | pixels a frame |
 | stuck | 0 | share of the time in which a shape moves less than a quarter of its speed |
+| repeated | 0 | share of chunks in which a shape moves as in one of the two before (`toy.metrics.repeated`) |
 | jump, chunk_jump | 0 | movement beyond the said speed, pixels a frame: all frames, and between chunks only |
 | background | 1 | share of frames with the right brightness |
 | texture | 1 | share of frames with the right texture |
@@ -37,6 +38,7 @@ from helios_jax.toy.metrics import (
     SPAN,
     SPEED_TOLERANCE,
     border_ratio,
+    repeated,
 )
 from helios_jax.toy.world import Attributes
 
@@ -213,6 +215,7 @@ def _of_motion(tracks: Sequence[Track], shapes: Sequence[Attributes], chunks: Ch
         row = {"direction": float(_moves(track, shape.direction)), "speed_error": abs(speed - true)}
         row["speed"] = float(speed > 0 and abs(math.log(speed / true)) < SPEED_TOLERANCE)
         row["jump"] = float(excess.sum() / max(both.sum(), 1))
+        row["repeated"] = repeated(track.position, chunks)
         border = both[chunks.borders]
         row["chunk_jump"] = float(excess[chunks.borders].sum() / max(border.sum(), 1))
         rows.append(row)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helios_jax.toy import metrics
+from helios_jax.toy import metrics, scenes
 from helios_jax.toy import world as toy
 
 FRAMES = 99
@@ -134,6 +134,21 @@ def test_chunks_in_disorder_jump_between_chunks():
     assert got["chunk_jump"] > 5
     assert got["chunk_jump"] > 10 * got["jump"]
     assert got["shape"] == got["speed"] == 1
+
+
+def test_a_chunk_that_is_shown_again_is_repeated_motion():
+    def repeated(frames):
+        return [metrics.rollout(video[frames], scene, 16)[0]["repeated"] for scene, video in zip(SCENES, VIDEOS)]
+
+    assert set(repeated(np.arange(FRAMES))) == {0.0}
+    assert set(repeated(np.arange(FRAMES) % 33)) == {1.0}
+    assert set(repeated(np.r_[0:66, 0:33])) == {0.5}
+    assert set(repeated(np.zeros(FRAMES, int))) == {0.0}  # a shape that stays where it is
+    # However long a shape bounces, no chunk is one of the two before; of 33 frames, or 32 where chunks overlap.
+    for seed in range(200):
+        for scene in (toy.sample_scene(seed, "train"), *scenes.sample_scene(seed, "train").shapes):
+            path = toy.positions(scene, 33 * 20) * toy.NOMINAL_SIZE / scene.height
+            assert metrics.repeated(path) == metrics.repeated(path, metrics.ChunkFrames(33, 32)) == 0
 
 
 def test_drift_is_the_difference_of_end_and_start():

@@ -16,7 +16,7 @@ SHAPES = (
 SCENE = scenes.Scene(SHAPES, scenes.Background("dark", "striped", "left"), (3.0, 5.0))
 CAPTION = "a red square moves right fast and a blue plus moves up slowly on a dark striped background that pans left"
 PERFECT = {"present": 1, "shape": 1, "direction": 1, "speed": 1, "background": 1, "texture": 1, "texture_contrast": 1}
-PERFECT |= {"colour_error": 0, "speed_error": 0, "stuck": 0, "jump": 0, "chunk_jump": 0, "pan_error": 0}
+PERFECT |= {"colour_error": 0, "speed_error": 0, "stuck": 0, "repeated": 0, "jump": 0, "chunk_jump": 0, "pan_error": 0}
 
 
 def scores(video: np.ndarray, caption: str = CAPTION) -> dict[str, float]:
@@ -103,6 +103,7 @@ BROKEN = {
     "other colours": (lambda v: v[..., ::-1].copy(), {"shape": -0.9, "direction": -0.9, "speed": -0.9}),
     "slower": (lambda v: np.repeat(v, 3, 0)[:FRAMES], {"speed_error": 0.5, "speed": -0.9, "pan_error": 0.2}),
     "backwards": (lambda v: v[::-1].copy(), {"pan_error": 0.8}),
+    "one chunk again and again": (lambda v: v[np.arange(FRAMES) % 33], {"repeated": 0.9}),
     "a jump at a border": (jumping, {"chunk_jump": 2.0, "border_ratio": 0.2}),
     "another brightness": (of(brightness="grey"), {"background": -0.9}),
     "another texture": (of(texture="barred", pan="up"), {"texture": -0.9, "texture_contrast": -0.9}),
