@@ -8,8 +8,9 @@ TORCH ?= torch==2.13.0
 ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda13)
 JAX := $(if $(ACCELERATOR),"jax[$(ACCELERATOR)]")
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-# Python compiles what is imported, a fraction of what is installed.
-export PIP_NO_COMPILE := 1
+# Python compiles what is imported, a fraction of what is installed. (0 is yes to pip here, as for all that is "no-".)
+export PIP_NO_COMPILE := 0
+unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=
 # A Python for which requirements.txt has the newest jax. For Python 3.11 it has the oldest.
 NEWER ?= $(shell for p in python3.13 python3.12 $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3; do \
