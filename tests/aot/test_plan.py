@@ -1,4 +1,9 @@
-"""Answers of the planner that need a compiler: stage 1 of the 14B model on the pods that people rent."""
+"""Answers of the planner that need a compiler: stage 1 of the 14B model on the pods that people rent.
+
+The heavy ones are the compiled rows of docs/pods.md, for `make test-all`.
+"""
+
+import re
 
 import pytest
 
@@ -6,8 +11,14 @@ from helios_jax.planner import analytic, command, program, search
 from helios_jax.planner.analytic import Work
 from helios_jax.planner.machines import machine
 from helios_jax.planner.report import page
+from tests.processes import ROOT
 
 GB = 1e9
+# | `config` | machine | settings | GB of GB | seconds | MFU | compiled |
+ROW = re.compile(
+    r"\| `(\S+)` \| (?:one )?(\S+) \| (.+?) \| ([\d.]+) of \d+ \| ([\d.]+) \| \d+% \| compiled", re.MULTILINE
+)
+DOCUMENTED = ROW.findall((ROOT / "docs/pods.md").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +32,10 @@ def stage1():
     return work
 
 
-def answer(work: Work, name: str):
+def answer(work: Work, name: str, title: str = "stage1_init"):
     rented = machine(name)
     found = command.compiled(work, search.given(work, rented), rented, all_effort=False)
-    print("\n" + page("stage1_init", work, rented, found, [], 1))
+    print("\n" + page(title, work, rented, found, [], 1))
     return rented, found
 
 
@@ -84,3 +95,15 @@ def test_what_does_not_fit_is_told_with_a_remedy(capsys):
     assert "DOES NOT FIT" in out
     assert err.count("\n") == 1
     assert "GB of each chip are missing" in err
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("config", "name", "settings", "peak", "seconds"), DOCUMENTED, ids=[" ".join(row[:3]) for row in DOCUMENTED]
+)
+def test_a_documented_row_is_what_is_compiled(config, name, settings, peak, seconds):
+    overrides = settings.split("`")[1].split() if "`" in settings else ["mesh.fsdp=1"]
+    rented, found = answer(Work.of(program.open_config(f"configs/{config}.yaml", overrides)), name, config)
+    assert found.fits(rented)
+    assert found.memory.peak == pytest.approx(float(peak) * GB, rel=0.03)
+    assert found.cost.seconds == pytest.approx(float(seconds), rel=0.05)
