@@ -8,8 +8,6 @@ TORCH ?= torch==2.13.0
 ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda13)
 JAX := $(if $(ACCELERATOR),"jax[$(ACCELERATOR)]")
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
-# Python compiles what is imported, a fraction of what is installed. (0 is yes to pip here, as for all that is "no-".)
-export PIP_NO_COMPILE := 0
 unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=
 # A Python for which requirements.txt has the newest jax. For Python 3.11 it has the oldest.
@@ -200,6 +198,8 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+# Python compiles what is imported, a fraction of what is installed. (0 is yes to pip here, as for all that is "no-".)
+$(VENV)/.run: export PIP_NO_COMPILE := 0
 $(VENV)/.run: requirements.txt | $(BIN)/python
 	$(PIP) install -r requirements.txt $(JAX)
 	@touch $@

@@ -71,27 +71,27 @@ def workers(call: str) -> list[int]:
 
 def test_deaths_are_tried_again_and_errors_are_results(address, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(many, "RETRIES", 1)
-    fates = {"a": "", "b": "bad", "c": "", "d": "buggy", "e": "deadly once", "f": "deadly", "g": ""}
+    fates = {"a": "", "b": "bad", "c": "", "h": "", "d": "buggy", "e": "deadly once", "f": "deadly", "g": ""}
     items = [Item(name, fate, tmp_path) for name, fate in fates.items()]
     (tmp_path / "g").write_text("")
     cluster = many.cluster(address, "CPU=1")
     results = list(many.run(items, start, done=done, cluster=cluster, shared=[tmp_path]))
     printed = capsys.readouterr()
-    assert sorted(result.task.name for result in results) == list("abcdef")
+    assert sorted(result.task.name for result in results) == list("abcdefh")
     values = {r.task.name: r.value for r in results if r.error is None}
-    assert set(values) == set("ace")
-    assert values["c"] > 1  # its worker had made another
+    assert set(values) == set("aceh")
+    assert max(values[name] for name in "ach") > 1  # one of the two workers made two of these three
     errors = {r.task.name: r.error for r in results if r.error is not None}
     assert errors["b"] == "b is bad: it cannot be"
     assert errors["d"] == "KeyError: 'd'"
     assert errors["f"].startswith("its worker died 2 times: ")
-    tries = {name: len((tmp_path / f"{name}.tries").read_text()) for name in "abcdef"}
-    assert tries == {"a": 1, "b": 1, "c": 1, "d": 1, "e": 2, "f": 2}
+    tries = {name: len((tmp_path / f"{name}.tries").read_text()) for name in "abcdefh"}
+    assert tries == {"a": 1, "b": 1, "c": 1, "h": 1, "d": 1, "e": 2, "f": 2}
     assert "again: e: its worker on" in printed.err
     assert printed.err.count("failed: ") == 3
     assert printed.err.count("Traceback") == 1
-    assert "6 tasks, room for 2 workers with CPU=1 each" in printed.out
-    (last,) = [line for line in printed.out.splitlines() if line.startswith("6/6 ")]
+    assert "7 tasks, room for 2 workers with CPU=1 each" in printed.out
+    (last,) = [line for line in printed.out.splitlines() if line.startswith("7/7 ")]
     assert last.endswith("about 0:00:00 left")
     assert not [*tmp_path.glob(".probe*")]
 
