@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 ACCELERATOR ?= $(if $(shell command -v nvidia-smi),cuda13)
 JAX := $(if $(ACCELERATOR),"jax[$(ACCELERATOR)]")
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Without bytecode every process, and the tests start hundreds, would compile all that it imports.
 unexport PYTHONDONTWRITEBYTECODE
 ARGS ?=
 # A Python for which requirements.txt has the newest jax. For Python 3.11 it has the oldest.
@@ -18,7 +19,7 @@ NEWER ?= $(shell for p in python3.13 python3.12 $(HOME)/.pyenv/versions/3.1[2-9]
 LIGHT := not reference and not slow and not heavy
 # Environments with compilers for absent devices. They are separate, because jax would look for those devices.
 AOT := .venv-aot
-# Marks of the planner's tests: the heavy ones compile the rows of docs/pods.md, some minutes each.
+# Marks of the planner's tests: the heavy ones compile all stages and the rows of docs/pods.md, some minutes each.
 PLANS ?= not heavy
 
 .PHONY: sample test test-all test-light test-newest environments newer aot aot-oldest aot-newest aot-steps gpu-report fuzz lint format bench check-kernels tune parity lock clean toy toy-data toy-vae toy-latents toy-stage1 toy-mid toy-distilled toy-score chain scenes

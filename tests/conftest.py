@@ -5,6 +5,7 @@ the time; values of networks beside a reference's, on optimized programs. With J
 `make parity`, everything is compiled as it is for use.
 """
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -38,6 +39,9 @@ CHECKED = [
 ]
 if "FUZZ_COUNTS" not in os.environ:  # a fuzzed input meets the code as it is used
     install_import_hook(CHECKED, "tests.typecheck.check")
+
+# Tracing makes millions of objects that are kept: looking through them for garbage took an eighth of the time.
+gc.set_threshold(200_000, 20, 100)
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

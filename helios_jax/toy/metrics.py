@@ -168,8 +168,8 @@ def repeated(position: Float[np.ndarray, "t 2"], chunks: ChunkFrames = CHUNKS) -
     Frame by frame it is then within a pixel of where it was, on average. A shape that hardly moves repeats nothing: it
     is stuck.
     """
-    ends = [chunks.before(number + 1) for number in range(len(position)) if chunks.before(number + 1) <= len(position)]
-    paths = [position[end - chunks.later : end] for end in ends]
+    ends = [chunks.before(number + 1) for number in range(chunks.chunks(len(position)))]
+    paths = [position[end - chunks.later : end] for end in ends if end <= len(position)]
     found = []
     for number, path in enumerate(paths[1:], 1):
         apart = [np.linalg.norm(path - past, axis=1).mean() for past in paths[max(number - REPEATS, 0) : number]]

@@ -1,6 +1,6 @@
 """Answers of the planner that need a compiler: stage 1 of the 14B model on the pods that people rent.
 
-The heavy ones are the compiled rows of docs/pods.md, for `make test-all`.
+The heavy ones, for `make test-all`, are stage 3 and the compiled rows of docs/pods.md.
 """
 
 import re
@@ -95,6 +95,13 @@ def test_what_does_not_fit_is_told_with_a_remedy(capsys):
     assert "DOES NOT FIT" in out
     assert err.count("\n") == 1
     assert "GB of each chip are missing" in err
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("config", ["stage3_ode", "stage3_post"])  # without a compiled row that has a time
+def test_stage3_fits_a_v5p_128(config):
+    rented, found = answer(Work.of(program.open_config(f"configs/{config}.yaml", ["mesh.fsdp=16"])), "v5p-128", config)
+    assert found.fits(rented)
 
 
 @pytest.mark.heavy
