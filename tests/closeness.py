@@ -6,6 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+# How far latents may be apart that two programs encode from bytes of pixels, one of which may round otherwise: a pixel
+# was seen to change them by 1.5e-4.
+BYTES = 2e-3
+
 
 def error(got: Any, expected: Any, terms: float = 0) -> float:
     """norm(got - expected) / norm(expected), infinite for NaN.

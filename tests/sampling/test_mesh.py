@@ -14,7 +14,7 @@ import pytest
 
 from helios_jax import HeliosPipeline
 from helios_jax.sharding import AXES, MeshConfig, make_mesh
-from tests.closeness import assert_close
+from tests.closeness import BYTES, assert_close, error
 from tests.processes import environment
 
 RING = {"context_attention": "ring"}
@@ -58,7 +58,10 @@ def compare(folder: Path, out: Path, names: tuple[str, ...]) -> None:
     one = HeliosPipeline.from_pretrained(folder)("a red plus", **ARGUMENTS).frames
     with np.load(out) as found:
         assert len(found) == len(names) + (STREAMED in names)
-        assert_close(dict(found), dict.fromkeys(found, one), ulps=60)
+        for name, got in found.items():
+            held = got.shape[1] // 2  # the second chunk's first frame, encoded from bytes
+            assert error(got[:, held], one[:, held]) < BYTES, name
+            assert_close(*({name: np.delete(x, held, axis=1)} for x in (got, one)), ulps=60)
 
 
 def test_meshes_sample_what_one_device_does(folder, tmp_path):
