@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# How far latents may be apart that two programs encode from bytes of pixels, one of which may round otherwise: a pixel
-# was seen to change them by 1.5e-4.
+# Tolerance for latents encoded from uint8 pixels: another program may round a pixel to the next byte. One such pixel
+# was seen to change the latents by 1.5e-4; another frame changes them by more than 0.1.
 BYTES = 2e-3
 
 
