@@ -18,14 +18,16 @@ def enable_cache(shared: str | os.PathLike | None = None) -> None:
     """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, in `shared`, or in helios_jax/ of the user's cache folder.
 
     Of several hosts the first alone writes, so that they need a folder that all see: `shared`. Raises LocationError for
-    a folder name that cannot be used.
+    a folder name that cannot be used. Programs that take half a second to compile are kept, or those that take
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS.
     """
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if named:
         check_locations(JAX_COMPILATION_CACHE_DIR=named)
     elif named is None:
         jax.config.update("jax_compilation_cache_dir", os.fspath(shared or user_cache() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def compiler_options(platform: str | None = None) -> dict[str, Any]:

@@ -62,12 +62,11 @@ def test_compilation_cache_in_an_unknown_place_is_one_line(config, monkeypatch, 
 def test_compiled_programs_are_kept_in_a_bucket(monkeypatch):
     code = "import jax, jax.numpy as jnp\nfrom tests.buckets import bucket\nbucket.register()\n"
     code += "from helios_jax.runtime.compilation import enable_cache\nenable_cache()\n"
-    code += "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
     code += (
         "jax.jit(lambda x: jnp.sin(x) + 1)(1.0)\nassert any(name.startswith('bucket/xla/') for name in bucket.OBJECTS)"
     )
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": "gs://bucket/xla", "JAX_PLATFORMS": "cpu"}
-    environment.pop("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", None)
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # this program takes no half second
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

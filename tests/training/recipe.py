@@ -1,7 +1,5 @@
 """The runs of configs/ on a tiny model and random records, small enough for a test of each."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +123,3 @@ def run(patch: pytest.MonkeyPatch, argv: list[str]) -> tuple[Any, Any]:
         assert train.main(argv) == 0
     begin, end = seen
     return begin, end
-
-
-@contextlib.contextmanager
-def compiled_once(folder: Path) -> Iterator[None]:
-    """Programs that were compiled before are not compiled again."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(folder))
-    jax.config.update(names[1], 0.5)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
