@@ -158,9 +158,9 @@ class Reporter:
         with writing(self._config.run):
             with self._metrics.open("a") as file:
                 file.write(f"{line}\n")
-            for name, value in {**metrics, **figures}.items():
-                if name not in NOT_DRAWN:
-                    self._board.add(summary.scalar(name, value), step)
+            drawn = {name: value for name, value in {**metrics, **figures}.items() if name not in NOT_DRAWN}
+            values = [summary.scalar(name, value).value[0] for name, value in drawn.items()]
+            self._board.add(SUMMARIES.Summary(value=values), step)  # one event, so that the file is flushed once
             self._mirror.sync()
         if self._wandb is not None:
             self._wandb.log({**metrics, **figures}, step=step)
