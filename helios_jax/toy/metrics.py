@@ -186,6 +186,18 @@ def border_ratio(video: UInt8[np.ndarray, "t h w 3"], chunks: ChunkFrames = CHUN
     return float(change[border].mean() / max(change[~border].mean(), 1e-6)) if border.any() else 1.0
 
 
+def latent_border_ratio(latents: Float[np.ndarray, "chunks t h w c"]) -> float:
+    """Mean absolute change of latents from one chunk to the next, relative to that in the first step within chunks.
+
+    Both steps are from or to a chunk's first latent frame, which stands for one frame where others stand for four, so
+    that a rendered video encoded chunk by chunk has about 1; 1 for a single chunk, too.
+    """
+    if len(latents) == 1:
+        return 1.0
+    between, within = np.abs(latents[1:, 0] - latents[:-1, -1]).mean(), np.abs(latents[:, 1] - latents[:, 0]).mean()
+    return float(between / max(within, 1e-6))
+
+
 def _moving_scores(track: Track, target: toy.Attributes) -> dict[str, float]:
     return _frame_scores(track, target) | {"stuck": _stuck(track, target)}
 

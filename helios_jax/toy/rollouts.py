@@ -5,7 +5,7 @@
 
 A caption tells every chunk anew what to show, so that a video of the toy hardly drifts. With `--wordless` the video
 goes on from a rendered chunk of its scene and the prompt is empty: the memory alone knows its looks and its motion.
-The rendered chunk is then the first of the scored video.
+The rendered chunk is then the first of the scored video, but has no part in `latent_border_ratio`.
 
 Options of sampling are given as for `sample.py configs/toy/sample_base.yaml`, or with `--world scenes`, the larger
 world, as for configs/scenes/sample.yaml. The folder gets scores.json (as `helios_jax.ablations.scores` says) and
@@ -36,7 +36,7 @@ from helios_jax.sampling.options import SampleConfig, SamplingOptions
 from helios_jax.sampling.pipeline import HeliosPipeline
 from helios_jax.toy import scene_metrics, scenes
 from helios_jax.toy import world as toy
-from helios_jax.toy.metrics import rollout
+from helios_jax.toy.metrics import latent_border_ratio, rollout
 from helios_jax.toy.overrides import check_overrides
 from helios_jax.toy.report import cost, held_out, picture
 
@@ -64,19 +64,19 @@ FLAGS = {"model": "--model", "out": "--out", "seed": "--seed", "num_frames": "--
 
 def sample(
     pipe: HeliosPipeline, all_scenes: Sequence[Any], options: SamplingOptions, args: Any
-) -> Iterator[np.ndarray]:
-    """uint8 videos [t, h, w, 3] of the scenes, each with noise of its own; other seeds give other noise."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Videos uint8 [t, h, w, 3] of the scenes, and latents [chunks, t, h, w, c]; other seeds give other noise."""
     world = WORLDS[args.world].module
     for first in range(0, len(all_scenes), args.batch):
         part = all_scenes[first : first + args.batch]
         seeds = [1000 * args.seed + first + i for i in range(len(part))]
         if args.wordless:
-            begun = np.stack([world.render(scene, toy.CHUNK_FRAMES) for scene in part])
-            stream = pipe.stream([""] * len(part), video=begun, options=options, seed=seeds)
-            yield from np.concatenate([begun, *stream], 1)
+            begun = [np.stack([world.render(scene, toy.CHUNK_FRAMES) for scene in part])]
+            stream = pipe.stream([""] * len(part), video=begun[0], options=options, seed=seeds)
         else:
-            stream = pipe.stream([world.caption(scene) for scene in part], options=options, seed=seeds)
-            yield from np.concatenate(list(stream), 1)
+            begun, stream = [], pipe.stream([world.caption(scene) for scene in part], options=options, seed=seeds)
+        frames, latents = zip(*((frames, stream.latents) for frames in stream), strict=True)
+        yield from zip(np.concatenate([*begun, *frames], 1), np.stack(latents, 1), strict=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,11 +125,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         chunks = ChunkFrames(begun + chunks.first, chunks.later)
     captions = [world.module.caption(scene) for scene in all_scenes]
     rows, seconds, shown = [], {}, []
-    for number, video in enumerate(sample(pipe, all_scenes, config.options(), args)):
+    for number, (video, latents) in enumerate(sample(pipe, all_scenes, config.options(), args)):
         # A caption names a band of hues; a rendered chunk shows which one it is.
         target = all_scenes[number] if args.wordless or args.world == "scenes" else toy.parse_caption(captions[number])
         values, course = world.score(video, target, config.fps, chunks)
-        rows.append({"id": captions[number], **values, **cost(plan, pipe.transformer.config)})
+        values |= {"latent_border_ratio": latent_border_ratio(latents), **cost(plan, pipe.transformer.config)}
+        rows.append({"id": captions[number], **values})
         for name, each in course.items():
             seconds.setdefault(name, []).append(each)
         if number < SHOWN:

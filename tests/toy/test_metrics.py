@@ -136,6 +136,17 @@ def test_chunks_in_disorder_jump_between_chunks():
     assert got["shape"] == got["speed"] == 1
 
 
+def test_latents_that_go_on_as_within_chunks_have_no_border():
+    """Of a straight path whose chunks' first latents are off the others, as a video encoder's are."""
+    path = np.arange(27, dtype=np.float32).reshape(3, 9, 1, 1, 1) * np.ones((4, 5, 2), np.float32)
+    path[:, 0] += 0.5
+    assert metrics.latent_border_ratio(path) == pytest.approx(3)  # (1 + .5) / (1 - .5)
+    path[:, 0] -= 0.5
+    assert metrics.latent_border_ratio(path) == pytest.approx(1)
+    assert metrics.latent_border_ratio(path[[0, 2]]) == pytest.approx(10)
+    assert metrics.latent_border_ratio(path[:1]) == 1
+
+
 def test_a_chunk_that_is_shown_again_is_repeated_motion():
     def repeated(frames):
         return [metrics.rollout(video[frames], scene, 16)[0]["repeated"] for scene, video in zip(SCENES, VIDEOS)]

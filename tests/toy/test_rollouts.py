@@ -29,6 +29,7 @@ def test_scores_of_the_embedded_model(wordless, tmp_path):
     assert last <= 0.5
     assert (first > 0.99) == wordless
     assert ("position_error" in found.metrics) == wordless
+    assert (found.metrics["latent_border_ratio"] == 1).all() == wordless  # of one sampled chunk
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size[0] > 64
 
@@ -40,6 +41,7 @@ def test_the_embedded_student_shows_in_three_steps_what_is_asked_for(tmp_path):
     assert found["calls"] == 3
     assert min(found[name] for name in ("shape", "colour", "direction", "contrast")) > 0.9
     assert found["colour_error"] < 0.06
+    assert 0.7 < found["latent_border_ratio"] < 2
 
 
 def test_the_tables_give_only_options_that_are_taken(monkeypatch):
