@@ -117,7 +117,11 @@ def test_base(name, tmp_path, monkeypatch):
     assert sites == ["latents"] * 6
 
 
-@pytest.mark.parametrize("name", PYRAMID)
+# Tasks below have two steps of a level, and twice as many for the first chunk.
+TWICE = "Distilled, 2+2+2, twice for the first chunk"
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=pytest.mark.heavy) if x == TWICE else x for x in PYRAMID])
 def test_pyramid(name, tmp_path, monkeypatch):
     scheduler, kind, options = PYRAMID[name]
     seed = fresh_seed()

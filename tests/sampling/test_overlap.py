@@ -83,7 +83,7 @@ def test_the_one_program_makes_the_same_video(pipe):
         np.testing.assert_allclose(np.concatenate(chunks(pipe, 23, **options), 1) / 255, whole, atol=0.6 / 255)
 
 
-@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("distilled", [pytest.param(False, marks=pytest.mark.heavy), True])
 def test_levels_of_a_pyramid(pipe, distilled):
     """Of Mid, and of Distilled with another first chunk."""
     variant = Variant(pyramid=True, is_cfg_zero_star=not distilled, is_distilled=distilled, trained_size=(64, 64))

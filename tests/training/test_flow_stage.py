@@ -211,9 +211,10 @@ LORA = AdapterConfig(rank=4, target_modules=("to_q", "ffn.net.2", "patch_embeddi
     [
         pytest.param({}, lambda name: True, marks=pytest.mark.heavy),  # stage 2 learns by the same step
         ({"pyramid": FlowPyramidConfig(sample_ratios=(1, 1), stage_range=(0, 0.5, 1))}, lambda name: True),
-        (
+        pytest.param(
             {"lora": LORA, "trainable": ("adapters", "patch_(short|mid|long)")},
             lambda name: name.endswith((".a", ".b")) or name.startswith(("patch_short", "patch_mid", "patch_long")),
+            marks=pytest.mark.heavy,  # test_saved tells what moves
         ),
     ],
     ids=["stage 1", "stage 2", "adapters and memory patches"],

@@ -138,7 +138,10 @@ def test_hosts_make_the_validation_videos_of_one(hosts, folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "mesh"),
-    [(2, ["mesh.data=1", "mesh.tensor=4"]), (4, ["mesh.data=2", "mesh.fsdp=2"])],
+    [
+        (2, ["mesh.data=1", "mesh.tensor=4"]),
+        pytest.param(4, ["mesh.data=2", "mesh.fsdp=2"], marks=pytest.mark.heavy),
+    ],
     ids=["samples across hosts", "weights across hosts"],
 )
 def test_losses_are_those_of_one_host_on_any_mesh(hosts, config, trained, tmp_path, number, mesh):

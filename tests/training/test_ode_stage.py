@@ -48,6 +48,7 @@ def ode_run():
     return config, found
 
 
+@pytest.mark.heavy  # of the flow stage in every run
 def test_ode_packed_and_separate_levels_are_one_loss(ode_run):
     config, (packed, *_) = ode_run
     pyramid = dataclasses.replace(PYRAMID, levels="separate")

@@ -61,7 +61,7 @@ def test_without_matching_the_discriminator_alone_teaches_the_student():
         DistillConfig(matching_weight=0.0)
 
 
-@pytest.mark.parametrize("player", ["critic", "generator"])
+@pytest.mark.parametrize("player", ["critic", pytest.param("generator", marks=pytest.mark.heavy)])
 def test_discriminator_s_own_noise(player, monkeypatch):
     """`gan.renoise` is the noise on what the discriminator sees, and on nothing else."""
 

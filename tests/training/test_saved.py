@@ -22,7 +22,7 @@ STAGES = (
     pytest.param("stage1_init", marks=pytest.mark.heavy),
     "stage1_post",
     pytest.param("stage2_init", marks=pytest.mark.heavy),
-    "stage2_post",
+    pytest.param("stage2_post", marks=pytest.mark.heavy),
     "stage3_ode",
     pytest.param("stage3_gan", marks=pytest.mark.heavy),
 )
