@@ -2,11 +2,17 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from helios_jax.models.vae import AutoencoderKLWan, VAEConfig
+from helios_jax.pretrained import load_model, read_config
 from helios_jax.toy import scene_metrics, scenes, world
 from helios_jax.toy.world import Attributes
+from tests.processes import ROOT
 
 FRAMES = 99
 SHAPES = (
@@ -128,3 +134,16 @@ def test_the_course_has_a_value_for_each_second(video):
     assert {len(values) for values in course.values()} == {FRAMES // 16}
     assert course["colour_error"][0] < 0.1 < course["colour_error"][-1]
     assert course["texture_contrast"][-1] == pytest.approx(1, abs=0.1)
+
+
+def test_the_embedded_autoencoder_shows_what_it_is_given(video):
+    """A frame, which the first latent stands for; and its config has the statistics of such latents."""
+    folder = ROOT / "helios_jax" / "assets" / "scenes" / "vae"
+    config = read_config(folder, VAEConfig)
+    vae = load_model(jax.eval_shape(lambda: AutoencoderKLWan(config, rngs=nnx.Rngs(0))), folder)
+    frame = jnp.asarray(video[None, :1], jnp.float32) / 127.5 - 1
+    latents, shown = jax.jit(lambda vae: (z := vae.encode(frame)[0], vae.decode(z)))(vae)
+    assert -10 * np.log10(np.square(np.clip(shown, -1, 1) - frame).mean() / 4) > 30
+    scaled = (latents - np.array(config.latents_mean)) / np.array(config.latents_std)
+    assert np.abs(scaled.mean()) < 0.3
+    assert 0.7 < scaled.std() < 1.4
