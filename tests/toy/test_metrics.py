@@ -2,13 +2,19 @@
 
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helios_jax.models.vae import AutoencoderKLWan, VAEConfig, normalize
+from helios_jax.pretrained import load_model, read_config
 from helios_jax.toy import metrics, scenes
 from helios_jax.toy import world as toy
+from tests.processes import ROOT
 
 FRAMES = 99
 SCENES = [toy.sample_scene(seed, split) for seed in range(6) for split in ("train", "test")]
@@ -145,6 +151,22 @@ def test_latents_that_go_on_as_within_chunks_have_no_border():
     assert metrics.latent_border_ratio(path) == pytest.approx(1)
     assert metrics.latent_border_ratio(path[[0, 2]]) == pytest.approx(10)
     assert metrics.latent_border_ratio(path[:1]) == 1
+
+
+def test_renderings_have_no_border_in_latents_and_chunks_in_disorder_do():
+    """As the embedded autoencoder encodes them, chunk by chunk."""
+    folder = ROOT / "helios_jax" / "assets" / "toy" / "vae"
+    config = read_config(folder, VAEConfig)
+    vae = load_model(jax.eval_shape(lambda: AutoencoderKLWan(config, rngs=nnx.Rngs(0))), folder)
+    encode = jax.jit(lambda vae, x: normalize(vae.encode(x)[0], config))
+    found = {False: [], True: []}
+    for video in VIDEOS[:4]:
+        chunks = video.reshape(3, 33, *video.shape[1:]).astype(np.float32) / 127.5 - 1
+        latents = np.asarray(encode(vae, jnp.asarray(chunks)))
+        for disorder in found:
+            found[disorder].append(metrics.latent_border_ratio(latents[::-1] if disorder else latents))
+    assert found[False] == pytest.approx(np.ones(4), abs=0.3)
+    assert np.mean(found[True]) > 1.3
 
 
 def test_a_chunk_that_is_shown_again_is_repeated_motion():
