@@ -18,8 +18,8 @@ def enable_cache(shared: str | os.PathLike | None = None) -> None:
     """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR, in `shared`, or in helios_jax/ of the user's cache folder.
 
     Of several hosts the first alone writes, so that they need a folder that all see: `shared`. Raises LocationError for
-    a folder name that cannot be used. Programs that take half a second to compile are kept, or those that take
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS.
+    a folder name that cannot be used. A program is kept if it took half a second to compile, or as many seconds as
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says.
     """
     named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if named:
