@@ -163,21 +163,23 @@ $(CHAIN)/wan/transformer/config.json: | $(VENV)/.run
 SCENES := helios_jax/assets/scenes
 made = runs/scenes-$(1)/pipeline/model_index.json
 
-scenes: $(call made,stage3-distill)  ## train a model of the larger toy world: a night on two cores
-$(call made,stage3-distill): $(call made,stage3-ode)
+scenes: $(call made,stage3-distill)  ## train models of the larger toy world: some hours on two cores
+$(call made,stage3-distill): $(call made,stage3-ode) $(call made,stage1)
 	$(call train,scenes/stage3_distill)
+$(call made,stage1): $(call made,stage2-post)
+	$(call train,scenes/stage1)
 $(call made,stage3-ode): runs/scenes-ode.done
 	$(call train,scenes/stage3_ode)
-runs/scenes-ode.done: $(call made,stage2)
+runs/scenes-ode.done: $(call made,stage2-post)
 	$(BIN)/python -m helios_jax.toy.build --world scenes --captions --videos 512 --out runs/scenes-captions.txt
-	$(BIN)/python -m helios_jax.precompute ode --prompts runs/scenes-captions.txt --model runs/scenes-stage2/pipeline \
+	$(BIN)/python -m helios_jax.precompute ode --prompts runs/scenes-captions.txt --model runs/scenes-stage2-post/pipeline \
 		--out runs/scenes-ode --size 128x128 --num-frames 132 --steps 20 20 20 --student-steps 1 1 1 --guidance-scale 3 \
 		--negative-prompt "" --time-shift-type exponential --batch 16 --shard-size 64
 	touch $@
-$(call made,stage2): $(call made,stage1)
-	$(call train,scenes/stage2)
-$(call made,stage1): data/scenes-latents/dataset_info.json
-	$(call train,scenes/stage1)
+$(call made,stage2-post): $(call made,stage2-init)
+	$(call train,scenes/stage2_post)
+$(call made,stage2-init): data/scenes-latents/dataset_info.json
+	$(call train,scenes/stage2_init)
 data/scenes-latents/dataset_info.json: | data/scenes/dataset_info.json $(SCENES)/vae/config.json
 	$(BIN)/python -m helios_jax.precompute --videos data/scenes --vae $(SCENES)/vae --text $(SCENES) --out data/scenes-latents
 $(SCENES)/vae/config.json: | data/scenes/dataset_info.json

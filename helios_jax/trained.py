@@ -5,6 +5,7 @@ diffusers ignores keys with an underscore. A LoRA file of a training run holds t
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,8 @@ class Trained:
     The defaults are those of the released weights, whose files have no record. `steps` is None unless it is a student;
     with `amplify_first_chunk` the student takes twice as many steps in a video's first chunk. With `training_times` it
     is sampled at the times at which it was trained, else at those of diffusers (`diffusion.levels`). `kind` and
-    `levels` are None where they are unknown, as of the released weights; Base has no levels.
+    `levels` are None where they are unknown, as of the released weights; Base has no levels. `left_out` are the levels
+    that the last run did not train.
     """
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -58,11 +60,21 @@ class Trained:
     training_times: bool = False
     kind: Kind | None = None
     levels: Levels | None = None
+    left_out: tuple[int, ...] = ()
 
     def __post_init__(self):
         if self.steps is not None:
             require(self.kind in (None, "distilled"), f"kind must be distilled where there are steps, got {self.kind}")
             self.kind = "distilled"
+
+    def warn_of_left_out(self, source: object) -> None:
+        """Warns of levels that the last run of the weights in `source` left out."""
+        if self.left_out:
+            warnings.warn(
+                f"{source}: the last run left out the levels {list(self.left_out)} (flow.pyramid.sample_ratios), which"
+                " make noise unless an earlier run trained them",
+                stacklevel=3,
+            )
 
     def entries(self) -> dict[str, Any]:
         """The record as entries of config.json; none for the settings of the released weights."""

@@ -87,7 +87,7 @@ def straight_sample(
 def pyramid_samples(
     latents: Float[Array, "b t h w c"],
     noise: Float[Array, "b t h w c"],
-    quantiles: Sequence[Float[Array, "_ratio b"]],
+    quantiles: Sequence[Sequence[Float[Array, " b"]]],
     levels: Sequence[LevelRange],
     config: TimesConfig,
 ) -> list[FlowSample]:

@@ -105,6 +105,7 @@ class Checkpoint:
             tokenizer=Tokenizer.from_pretrained(folder / "tokenizer"),
         )
         checkpoint._check_parts()
+        checkpoint.variant.trained.warn_of_left_out(weights)
         for part, model in (
             (weights, Transformer.abstract(checkpoint.transformer)),
             (folder / "vae", checkpoint.abstract_vae()),

@@ -85,15 +85,18 @@ class PackedPyramidConfig(PyramidConfig):
 
 @dataclass
 class FlowPyramidConfig(PackedPyramidConfig):
-    """Stage 2: `sample_ratios` is the number of noise times that a step draws at each level for every clip."""
+    """Stage 2: `sample_ratios` is the number of noise times that a step draws at each level for every clip.
+
+    A level of 0 is left to another run: the coarsest level alone, say, which has the fewest tokens, and then all.
+    """
 
     sample_ratios: tuple[int, ...] = (1, 2, 1)
 
     def __post_init__(self):
         super().__post_init__()
         require(
-            min(self.sample_ratios, default=0) > 0,
-            f"sample_ratios must be numbers from 1 up, one per level, got {self.sample_ratios}",
+            min(self.sample_ratios, default=0) >= 0 and any(self.sample_ratios),
+            f"sample_ratios must be numbers from 0 up, one per level and not all 0, got {self.sample_ratios}",
         )
         require(
             len(self.sample_ratios) == self.num_levels,

@@ -12,7 +12,7 @@ from typing import Any
 from helios_jax.config import ConfigError, to_dict
 from helios_jax.pretrained import CheckpointError
 from helios_jax.trained import NAMES, Levels, Trained, is_later, read_trained, with_loras
-from helios_jax.training.flow_config import StudentTrainConfig, TransformerTrainConfig
+from helios_jax.training.flow_config import FlowPyramidConfig, StudentTrainConfig, TransformerTrainConfig
 from helios_jax.training.start import init_folder, is_wan
 
 NOTHING: Mapping[str, Mapping[str, str]] = MappingProxyType({})
@@ -25,7 +25,9 @@ def trained(config: TransformerTrainConfig) -> Trained:
     if isinstance(config, StudentTrainConfig):
         distill = config.distill
         return Trained(memory, distill.steps, distill.amplify_first_chunk, training_times=True, levels=levels)
-    return Trained(memory, kind="base" if pyramid is None else "mid", levels=levels)
+    ratios = pyramid.sample_ratios if isinstance(pyramid, FlowPyramidConfig) else ()
+    left_out = tuple(level for level, ratio in enumerate(ratios) if ratio == 0)
+    return Trained(memory, kind="base" if pyramid is None else "mid", levels=levels, left_out=left_out)
 
 
 def check_init(config: TransformerTrainConfig) -> None:
@@ -61,6 +63,8 @@ def check_levels(config: TransformerTrainConfig, adapters: Mapping[str, Mapping[
         return
     theirs = with_loras(before, adapters, kind=None)
     was = f"init: {config.init} was trained" if not adapters else f"init: {config.init} with its adapters was trained"
+    if ours.kind == "distilled":
+        theirs.warn_of_left_out(f"init: {config.init}")
     if theirs.kind == "base" and ours.kind == "distilled" and not adapters:
         raise ConfigError(f"{was} as Base, without levels; start a student from a Mid model")
     if theirs.kind is not None and is_later(theirs.kind, ours.kind):

@@ -178,6 +178,18 @@ def test_packed_and_separate_levels_have_one_loss_and_one_gradient(config):
     assert float(value) == pytest.approx(sums / 12, rel=1e-5)
 
 
+def test_a_level_that_is_left_out_has_neither_samples_nor_a_loss(config):
+    config.flow.pyramid = FlowPyramidConfig(sample_ratios=(0, 2), stage_range=(0, 0.5, 1))
+    batch = batch_of(config)
+    samples = flow.make_samples(batch["target"], batch["target"] + 1, keys(), config.flow)
+    assert [x.noisy.shape for x in samples] == [batch["target"].shape] * 2
+    _, metrics = jax.eval_shape(lambda m: FlowStage(config).loss(m, batch, keys()), draw())
+    assert list(metrics) == ["loss_level_1"]
+    for wrong in ((0, 0, 0), (1, -1, 1)):
+        with pytest.raises(ValueError, match="from 0 up, one per level and not all 0"):
+            FlowPyramidConfig(sample_ratios=wrong)
+
+
 def test_samples_of_a_level_have_times_of_their_own(config):
     flow_config = dataclasses.replace(config.flow, pyramid=FlowPyramidConfig())
     target = jnp.asarray(np.random.default_rng(0).standard_normal((4, 1, 8, 8, 4), np.float32))

@@ -10,6 +10,7 @@ import pytest
 from helios_jax.config import ConfigError
 from helios_jax.diffusion.memory import MemoryConfig
 from helios_jax.models.transformer import TransformerConfig
+from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sharding import AXES
 from helios_jax.trained import Levels, Trained
 from helios_jax.training import cli, lineage, start
@@ -185,6 +186,23 @@ def test_the_toy_s_student_starts_from_three_levels(root, tmp_path, record, rule
     with pytest.raises(ConfigError, match=rule) as caught:
         check_players(config)
     assert "\n" not in str(caught.value)
+
+
+def test_levels_that_a_run_left_out_are_told_to_a_student_and_to_sampling(root, tmp_path):
+    run = load_config("configs/scenes/stage2_init.yaml", [])
+    assert lineage.trained(run).left_out == (1, 2)
+    assert lineage.trained(load_config("configs/scenes/stage2_post.yaml", [])).left_out == ()
+    folder = trained_before(root, tmp_path, Trained(left_out=(1,)))
+    with pytest.warns(UserWarning, match=r"init: .*before: the last run left out the levels \[1\]"):
+        lineage.check_init(config_of("stage3_ode", root, folder))
+    mid = tmp_path / "mid"
+    shutil.copytree("helios_jax/assets/toy_mid", mid)
+    path = mid / "transformer" / "config.json"
+    values = json.loads(path.read_text())
+    values["_trained"]["left_out"] = [1, 2]
+    path.write_text(json.dumps(values))
+    with pytest.warns(UserWarning, match=r"mid/transformer: the last run left out the levels \[1, 2\]"):
+        Checkpoint.open(mid)
 
 
 def test_base_with_the_adapters_of_later_stages_is_a_student_s_start(root, tmp_path):

@@ -167,8 +167,7 @@ def make_samples(
     quantiles, used = [], 0
     for ratio in flow.pyramid.sample_ratios:
         numbers = range(used, used := used + ratio)
-        drawn = [draw_quantile(fold(keys, i), flow.times) for i in numbers]
-        quantiles.append(jnp.stack(drawn))
+        quantiles.append([draw_quantile(fold(keys, i), flow.times) for i in numbers])
     return pyramid_samples(target, noise, quantiles, level_ranges(flow.pyramid.scheduler()), flow.times)
 
 
@@ -180,6 +179,8 @@ def _metrics(errors: Float[Array, "samples b"], samples: list[FlowSample], flow:
         return {name: ((errors[0] * part).sum(), part.sum()) for name, part in parts.items()}
     out, used = {}, 0
     for level, ratio in enumerate(flow.pyramid.sample_ratios):
+        if ratio == 0:
+            continue
         part = errors[used : used + ratio]
         out[f"loss_level_{level}"] = (part.sum(), jnp.asarray(part.size))
         used += ratio
