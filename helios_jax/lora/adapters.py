@@ -167,9 +167,5 @@ def like(weight: Any, values: Any, axes: tuple[int | None, ...]) -> jax.Array:
         spec = (*sharding.spec, *[None] * (weight.ndim - len(sharding.spec)))
         split = [None if axis is None else spec[axis] for axis in axes]
         sharding = NamedSharding(sharding.mesh, PartitionSpec(*[None] * (values.ndim - len(axes)), *split))
-        return (
-            place(values, values.shape, sharding)
-            if isinstance(values, np.ndarray)
-            else jax.device_put(values, sharding)
-        )
+        return place(values, sharding) if isinstance(values, np.ndarray) else jax.device_put(values, sharding)
     return jnp.asarray(values)

@@ -20,7 +20,7 @@ from helios_jax.pretrained import layout
 from helios_jax.pretrained.files import Tensor, check_finite, read_headers
 from helios_jax.pretrained.kinds import check_dtypes, check_names
 from helios_jax.pretrained.layout import Entry, check_shapes, dtype_of, file_entries, from_file, used_keys
-from helios_jax.runtime.offload import default_device
+from helios_jax.runtime.offload import HOST, default_device
 
 Model = TypeVar("Model", bound=nnx.Module)
 Result = TypeVar("Result")
@@ -66,8 +66,8 @@ def load_model(
         folder: a component of a diffusers folder: safetensors, one file or shards with an index.
         dtype: what the parameters become, but for the class's `FLOAT32` islands; None keeps what the files have, and
             "model" gives each the dtype that it has in `model`.
-        shardings: a tree like `model` (`helios_jax.sharding.shardings`); this host then reads the rows that its
-            devices need, and all hosts must call. None: the default device.
+        shardings: a tree like `model` (`helios_jax.sharding.shardings`). All hosts must call; of each large tensor a
+            host reads its share of the rows, and the devices exchange what they need. None: the default device.
         sizes: where the model's sizes come from, for the error of files that do not fit them.
 
     Raises:
@@ -123,6 +123,7 @@ def stream(
         groups.setdefault(entry.path, []).append((entry, stored[keys[key]]))
 
     jobs: list[tuple[tuple[str, int], int, Callable[[], Placed]]] = []
+    targets: dict[layout.Path, Any] = {}
     # Worker threads do not see the caller's `jax.default_device`.
     device = default_device()
     for path, tensors in groups.items():
@@ -133,17 +134,23 @@ def stream(
         sharding = None if placed is None else placed[path].get_value()
         size = int(np.prod(shape)) * kind.itemsize
         if layered and size > SMALL:
+            targets[path] = _of_layer(sharding)
             for entry, tensor in tensors:
-                job = partial(_put, tensor, entry, shape[1:], kind, _of_layer(sharding), device)
+                job = partial(_put, tensor, entry, shape[1:], kind, targets[path], device)
                 jobs.append((_position(tensor), size // shape[0], partial(_named, path, entry.layer, job)))
         else:
+            targets[path] = sharding
             job = partial(_put_small_stack, tensors, shape, kind, sharding, device)
             if not layered:
                 entry, tensor = tensors[0]
                 job = partial(_put, tensor, entry, shape, kind, sharding, device)
             jobs.append((_position(tensors[0][1]), size, partial(_named, path, None, job)))
     jobs.sort(key=lambda job: job[0])
-    return _in_order((size, job) for _, size, job in jobs)
+    for path, layer, array in _in_order((size, job) for _, size, job in jobs):
+        if not array.is_fully_addressable:
+            # Here, since all hosts must exchange rows in one order; and one by one, for want of threads on CPUs.
+            array = jax.block_until_ready(_exchange(array, targets[path]))
+        yield path, layer, array
 
 
 def _position(tensor: Stored) -> tuple[str, int]:
@@ -176,20 +183,56 @@ def _of_layer(sharding: Any) -> Any:
 
 
 def _put(tensor: Stored, entry: Entry, shape: tuple[int, ...], dtype: Any, sharding: Any, device: Any) -> jax.Array:
-    """A tensor of a file as a parameter of `shape`, on its devices.
+    """A tensor of a file as a parameter of `shape`, on its devices, or its rows on those of several hosts.
 
-    Only the rows that this host's devices need are read, if the file's first dimension is one of the parameter's
-    (`axis`). The tensor is transposed as it is copied to the device: XLA copies a strided array about as fast as a
-    contiguous one, numpy takes three times as long, and a program on the device must be compiled for every shape.
+    Only the rows that this host's devices get are read, if the file's first dimension is one of the parameter's. The
+    tensor is transposed as it is copied to the device: XLA copies a strided array about as fast as a contiguous one,
+    numpy takes three times as long, and a program on the device must be compiled for every shape.
     """
-    axis = None if not shape or isinstance(entry.layout, tuple) else 0 if entry.layout == "same" else -1
-    rows, kept = slice(None), shape
-    if sharding is not None and axis is not None:
-        needed = [i[axis].indices(shape[axis]) for i in sharding.addressable_devices_indices_map(shape).values()]
-        rows = slice(min(start for start, _, _ in needed), max(stop for _, stop, _ in needed))
-        kept = tuple(rows.stop - rows.start if i == axis % len(shape) else n for i, n in enumerate(shape))
-    values = from_file(tensor.read(rows, dtype), entry.layout, kept)
-    return place(values, shape, sharding, device, axis, rows.start or 0)
+    if sharding is None or not shape or isinstance(entry.layout, tuple):
+        return place(from_file(tensor.read(dtype=dtype), entry.layout, shape), sharding, device)
+    axis = 0 if entry.layout == "same" else len(shape) - 1
+    sharding = _by_rows(sharding, shape, axis)
+    parts = {}
+    placed = sharding.addressable_devices_indices_map(shape).values()
+    for rows in _runs((index[axis] for index in placed), shape[axis]):
+        kept = (*shape[:axis], rows.stop - rows.start, *shape[axis + 1 :])
+        parts[rows.start] = from_file(tensor.read(rows, dtype), entry.layout, kept)
+
+    def piece(index: Any) -> np.ndarray:
+        first, stop, _ = index[axis].indices(shape[axis])
+        start = max(start for start in parts if start <= first)
+        return parts[start][(*index[:axis], slice(first - start, stop - start), *index[axis + 1 :])]
+
+    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, piece))
+
+
+def _by_rows(sharding: NamedSharding, shape: tuple[int, ...], axis: int) -> NamedSharding:
+    """The sharding in which an array is read: on several hosts split along `axis` alone, over all devices.
+
+    A host whose devices have a part of each row of a file would read nearly all of it, and all hosts nearly all.
+    """
+    if sharding.is_fully_addressable or sharding.memory_kind == HOST or shape[axis] % sharding.num_devices:
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*[None] * axis, sharding.mesh.axis_names))
+
+
+@partial(jax.jit, static_argnums=1)
+def _exchange(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """An array that was read by its rows, as `sharding` says."""
+    whole = jax.lax.with_sharding_constraint(array, NamedSharding(sharding.mesh, PartitionSpec()))
+    return jax.lax.with_sharding_constraint(whole, sharding)
+
+
+def _runs(slices: Iterable[slice], size: int) -> list[slice]:
+    """The rows of a dimension of `size` that are in any of the slices, as few slices that do not touch."""
+    runs: list[slice] = []
+    for start, stop in sorted({part.indices(size)[:2] for part in slices}):
+        if runs and start <= runs[-1].stop:
+            runs[-1] = slice(runs[-1].start, max(stop, runs[-1].stop))
+        else:
+            runs.append(slice(start, stop))
+    return runs
 
 
 def _put_small_stack(
@@ -199,33 +242,15 @@ def _put_small_stack(
     values = np.empty(shape, dtype)
     for entry, tensor in tensors:
         values[entry.layer] = from_file(tensor.read(dtype=dtype), entry.layout, shape[1:])
-    return place(values, shape, sharding, device)
+    return place(values, sharding, device)
 
 
-def place(
-    values: np.ndarray,
-    shape: tuple[int, ...],
-    sharding: Any,
-    device: Any = None,
-    axis: int | None = None,
-    start: int = 0,
-) -> jax.Array:
-    """`values` on their devices. Along `axis` they are the part of an array of `shape` that begins at `start`.
-
-    Waits until the copy is done, so that the caller can free the values.
-    """
+def place(values: np.ndarray, sharding: Any, device: Any = None) -> jax.Array:
+    """`values` on their devices. Waits until the copy is done, so that the caller can free the values."""
     if sharding is None:
         with jax.default_device(device):
             return jax.block_until_ready(jax.device_put(values))
-
-    def piece(index: Any) -> np.ndarray:
-        part = list(index)
-        if axis is not None:
-            first, stop, _ = index[axis].indices(shape[axis])
-            part[axis] = slice(first - start, stop - start)
-        return values[tuple(part)]
-
-    return jax.block_until_ready(jax.make_array_from_callback(shape, sharding, piece))
+    return jax.block_until_ready(jax.make_array_from_callback(values.shape, sharding, lambda index: values[index]))
 
 
 def _assemble(model: Model, arrays: Iterator[Placed]) -> Model:
