@@ -109,7 +109,7 @@ def test_numbers_of_upstream(path):
     assert config.lora.alpha in (None, config.lora.rank)
     assert config.checkpoint.every == (250 if stage.startswith("stage3") else 500)
     assert config.precision == "bfloat16"
-    assert config.remat == {"1": "products", "2": "some_products", "3": "block"}[stage[5]]
+    assert config.remat == {"1": "products", "2": "some_products", "3": "some_products"}[stage[5]]
 
     flow = config.flow
     assert (flow.memory.long, flow.memory.mid, flow.memory.recent, flow.memory.frames_per_chunk) == (16, 2, 1, 9)

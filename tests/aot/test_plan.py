@@ -98,13 +98,6 @@ def test_what_does_not_fit_is_told_with_a_remedy(capsys):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("config", ["stage3_ode", "stage3_post"])  # without a compiled row that has a time
-def test_stage3_fits_a_v5p_128(config):
-    rented, found = answer(Work.of(program.open_config(f"configs/{config}.yaml", ["mesh.fsdp=16"])), "v5p-128", config)
-    assert found.fits(rented)
-
-
-@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("config", "name", "settings", "peak", "seconds"), DOCUMENTED, ids=[" ".join(row[:3]) for row in DOCUMENTED]
 )
