@@ -147,9 +147,10 @@ def stream(
             jobs.append((_position(tensors[0][1]), size, partial(_named, path, None, job)))
     jobs.sort(key=lambda job: job[0])
     for path, layer, array in _in_order((size, job) for _, size, job in jobs):
-        if not array.is_fully_addressable:
+        target = targets[path]
+        if not (array.is_fully_addressable or array.sharding.is_equivalent_to(target, array.ndim)):
             # Here, since all hosts must exchange rows in one order; and one by one, for want of threads on CPUs.
-            array = jax.block_until_ready(_exchange(array, targets[path]))
+            array = jax.block_until_ready(_exchange(array, target))
         yield path, layer, array
 
 
