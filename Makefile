@@ -171,9 +171,9 @@ $(call made,stage1): $(call made,stage2-post)
 $(call made,stage3-ode): runs/scenes-ode.done
 	$(call train,scenes/stage3_ode)
 runs/scenes-ode.done: $(call made,stage2-post)
-	$(BIN)/python -m helios_jax.toy.build --world scenes --captions --videos 512 --out runs/scenes-captions.txt
+	$(BIN)/python -m helios_jax.toy.build --world scenes --captions --videos 256 --out runs/scenes-captions.txt
 	$(BIN)/python -m helios_jax.precompute ode --prompts runs/scenes-captions.txt --model runs/scenes-stage2-post/pipeline \
-		--out runs/scenes-ode --size 128x128 --num-frames 132 --steps 20 20 20 --student-steps 1 1 1 --guidance-scale 3 \
+		--out runs/scenes-ode --size 128x128 --num-frames 132 --steps 10 10 10 --student-steps 1 1 1 --guidance-scale 3 \
 		--negative-prompt "" --time-shift-type exponential --batch 16 --shard-size 64
 	touch $@
 $(call made,stage2-post): $(call made,stage2-init)
