@@ -68,11 +68,11 @@ class Trained:
             self.kind = "distilled"
 
     def warn_of_left_out(self, source: object) -> None:
-        """Warns of levels that the last run of the weights in `source` left out."""
+        """Warns of levels that the last run of what `source` names left out."""
         if self.left_out:
             warnings.warn(
-                f"{source}: the last run left out the levels {list(self.left_out)} (flow.pyramid.sample_ratios), which"
-                " make noise unless an earlier run trained them",
+                f"{source}: training left out the levels {list(self.left_out)} (flow.pyramid.sample_ratios), which make"
+                " noise unless an earlier run trained them",
                 stacklevel=3,
             )
 
@@ -94,8 +94,9 @@ def read_trained(folder: Path) -> Trained:
 def with_loras(trained: Trained, metadata: Mapping[str, Mapping[str, str]], *, kind: Kind | None) -> Trained:
     """The settings of a transformer with LoRAs: those that the `metadata` of the LoRA files record, else `trained`.
 
-    A LoRA of an earlier stage says nothing of a student's steps. Raises CheckpointError, in one line, for LoRAs that
-    disagree, and for a LoRA of a later kind than the checkpoint's `kind`, None for a transformer alone.
+    A LoRA of an earlier stage says nothing of a student's steps. Warns of levels that a LoRA's run left out. Raises
+    CheckpointError, in one line, for LoRAs that disagree, and for a LoRA of a later kind than the checkpoint's
+    `kind`, None for a transformer alone.
     """
     records = {
         name: _parse(json.loads(one[METADATA]), f"{name}: {METADATA}")
@@ -104,6 +105,7 @@ def with_loras(trained: Trained, metadata: Mapping[str, Mapping[str, str]], *, k
     }
     latest = trained.kind
     for name, record in records.items():
+        record.warn_of_left_out(name)
         if kind is not None and record.kind is not None and is_later(record.kind, kind):
             wanted = NAMES[record.kind]
             raise CheckpointError(

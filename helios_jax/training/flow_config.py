@@ -50,6 +50,11 @@ class PyramidConfig:
         """The level of each sample that a step trains on for a clip."""
         return list(range(self.num_levels))
 
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        """The levels that a step does not train on."""
+        return tuple(level for level in range(self.num_levels) if level not in self.samples())
+
     def passes(self) -> list[list[int]]:
         """The levels of `samples` by forward passes of the transformer."""
         return [[level] for level in self.samples()]

@@ -12,7 +12,7 @@ from typing import Any
 from helios_jax.config import ConfigError, to_dict
 from helios_jax.pretrained import CheckpointError
 from helios_jax.trained import NAMES, Levels, Trained, is_later, read_trained, with_loras
-from helios_jax.training.flow_config import FlowPyramidConfig, StudentTrainConfig, TransformerTrainConfig
+from helios_jax.training.flow_config import StudentTrainConfig, TransformerTrainConfig
 from helios_jax.training.start import init_folder, is_wan
 
 NOTHING: Mapping[str, Mapping[str, str]] = MappingProxyType({})
@@ -25,9 +25,9 @@ def trained(config: TransformerTrainConfig) -> Trained:
     if isinstance(config, StudentTrainConfig):
         distill = config.distill
         return Trained(memory, distill.steps, distill.amplify_first_chunk, training_times=True, levels=levels)
-    ratios = pyramid.sample_ratios if isinstance(pyramid, FlowPyramidConfig) else ()
-    left_out = tuple(level for level, ratio in enumerate(ratios) if ratio == 0)
-    return Trained(memory, kind="base" if pyramid is None else "mid", levels=levels, left_out=left_out)
+    if pyramid is None:
+        return Trained(memory, kind="base")
+    return Trained(memory, kind="mid", levels=levels, left_out=pyramid.left_out)
 
 
 def check_init(config: TransformerTrainConfig) -> None:

@@ -30,7 +30,10 @@ from helios_jax.training.trainable import settle_dtypes
 
 
 def check_validation(config: TransformerTrainConfig) -> None:
-    """Raises ConfigError, in one line, for components that do not fit or cannot make the validation videos."""
+    """Raises ConfigError, in one line, for components that do not fit or cannot make the validation videos.
+
+    Warns of levels that the run does not train.
+    """
     validation = config.validation
     if validation is not None and config.flow.components is None:
         raise ConfigError("validation: needs flow.components, the folder with the VAE and the text encoder")
@@ -42,6 +45,7 @@ def check_validation(config: TransformerTrainConfig) -> None:
         make_plan(*parts, sampling_options(validation))
     except ValueError as error:
         raise ConfigError(f"validation: {error}") from None
+    checkpoint.variant.trained.warn_of_left_out("validation")
 
 
 def sampling_options(validation: ValidationConfig) -> SamplingOptions:

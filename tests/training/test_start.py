@@ -14,8 +14,10 @@ from helios_jax.sampling.checkpoint import Checkpoint
 from helios_jax.sharding import AXES
 from helios_jax.trained import Levels, Trained
 from helios_jax.training import cli, lineage, start
+from helios_jax.training.run_config import ValidationConfig
 from helios_jax.training.stage_table import load_config
 from helios_jax.training.stages.distill.distill_stage import check_players
+from helios_jax.training.validation import check_validation
 from tests.training import recipe
 
 WAN = {
@@ -188,12 +190,12 @@ def test_the_toy_s_student_starts_from_three_levels(root, tmp_path, record, rule
     assert "\n" not in str(caught.value)
 
 
-def test_levels_that_a_run_left_out_are_told_to_a_student_and_to_sampling(root, tmp_path):
+def test_levels_that_a_run_left_out_are_told_wherever_they_would_be_sampled(root, tmp_path):
     run = load_config("configs/scenes/stage2_init.yaml", [])
     assert lineage.trained(run).left_out == (1, 2)
     assert lineage.trained(load_config("configs/scenes/stage2_post.yaml", [])).left_out == ()
     folder = trained_before(root, tmp_path, Trained(left_out=(1,)))
-    with pytest.warns(UserWarning, match=r"init: .*before: the last run left out the levels \[1\]"):
+    with pytest.warns(UserWarning, match=r"init: .*before: training left out the levels \[1\]"):
         lineage.check_init(config_of("stage3_ode", root, folder))
     mid = tmp_path / "mid"
     shutil.copytree("helios_jax/assets/toy_mid", mid)
@@ -201,8 +203,13 @@ def test_levels_that_a_run_left_out_are_told_to_a_student_and_to_sampling(root, 
     values = json.loads(path.read_text())
     values["_trained"]["left_out"] = [1, 2]
     path.write_text(json.dumps(values))
-    with pytest.warns(UserWarning, match=r"mid/transformer: the last run left out the levels \[1, 2\]"):
-        Checkpoint.open(mid)
+    with pytest.warns(UserWarning, match=r"mid/transformer: training left out the levels \[1, 2\]"):
+        checkpoint = Checkpoint.open(mid)
+    with pytest.warns(UserWarning, match=r"a.safetensors: training left out the levels \[2\]"):
+        checkpoint.with_loras({"a.safetensors": Trained(left_out=(2,)).metadata()})
+    run.validation = ValidationConfig(prompts=("x",), height=128, width=128)
+    with pytest.warns(UserWarning, match=r"validation: training left out the levels \[1, 2\]"):
+        check_validation(run)
 
 
 def test_base_with_the_adapters_of_later_stages_is_a_student_s_start(root, tmp_path):
